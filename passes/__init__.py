@@ -1,0 +1,1 @@
+"""Passes over weights and graphs, and the numerics under them."""

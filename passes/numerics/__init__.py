@@ -1,0 +1,1 @@
+"""Pure tensor functions; the passes are thin wrappers around them."""

@@ -1,0 +1,1 @@
+"""Passes that rewrite the PyTorch model, one site at a time."""

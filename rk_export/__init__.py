@@ -1,0 +1,1 @@
+"""rk-export: compress, export, deploy and verify language models on ONNX Runtime."""

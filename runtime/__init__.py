@@ -1,0 +1,1 @@
+"""Run exported bundles on ONNX Runtime; imports neither torch nor transformers."""
