@@ -1,0 +1,128 @@
+"""Joint rank-k approximation of matrices that read the same input (2402.16319).
+
+Matrices W_i (out_i, in) are stacked on the output axis, W = [W_1; ...; W_n], and W ~ B A with one shared
+down-projection A (k, in) and up-projections B_i, the rows of B that belong to W_i.
+
+A full SVD of the stacked matrix is never taken when it is taller than wide: the right singular subspace is
+that of the (in, in) Gram matrix, and W projected on it is the best rank-k approximation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+from scipy.linalg import blas
+from torch import Tensor
+
+from rk_export.plan import Gauge
+
+# Up to this size float64 costs little. Beyond, float32 misplaces the subspace by an energy of order
+# (1e-7)² n log n times the largest eigenvalue, so it serves unless the energy beyond the rank is tiny.
+FLOAT64_UP_TO = 1024
+FLOAT32_TAIL = 1e-2
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W ~ up @ down.
+
+    Args:
+        down: A (k, in), the shared down-projection.
+        up: B (out, k), the stacked up-projections.
+        squared_error: The squared Frobenius norm of W - B A, in W's units.
+    """
+
+    down: Tensor
+    up: Tensor
+    squared_error: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension k."""
+        return self.down.shape[0]
+
+
+def gram_matrix(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return WᵀW (in, in) in `dtype`; on CPU by a symmetric rank-k update, half the work of a product.
+
+    Only the upper triangle is meaningful on CPU: `eigh` below reads no more.
+    """
+    wide = W.to(dtype)
+    if wide.device.type != "cpu":
+        return wide.T @ wide
+    syrk = blas.dsyrk if dtype is torch.float64 else blas.ssyrk
+    return torch.from_numpy(syrk(1.0, wide.contiguous().numpy().T))
+
+
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (ascending) and eigenvectors of a symmetric matrix given by its upper triangle.
+
+    On CPU this is SciPy's divide and conquer: the LAPACK inside PyTorch is several times slower on some
+    processors (`samples/bench_factorization.py`).
+    """
+    if gram.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(gram, UPLO="U")
+        return values, vectors
+    numpy_values, numpy_vectors = scipy.linalg.eigh(gram.numpy(), lower=False, driver="evd", check_finite=False)
+    return torch.from_numpy(numpy_values), torch.from_numpy(numpy_vectors)
+
+
+def singular_values(W: Tensor) -> Tensor:
+    """Return the singular values of W (out, in), descending, in float64, from the smaller Gram matrix."""
+    tall = W if W.shape[0] >= W.shape[1] else W.T
+    return eigh(gram_matrix(tall))[0].flip(0).clamp_min(0).sqrt()
+
+
+def right_subspace(W: Tensor, rank: int) -> Tensor:
+    """Return V_k (in, k): an orthonormal basis of the k leading right singular directions of W (out, in).
+
+    Columns are ordered by falling singular value. The smaller of the two Gram matrices is decomposed.
+    """
+    if min(W.shape) > FLOAT64_UP_TO:
+        subspace, tail = _gram_subspace(W, rank, torch.float32)
+        if tail > FLOAT32_TAIL:
+            return subspace
+    return _gram_subspace(W, rank, torch.float64)[0]
+
+
+def _gram_subspace(W: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return V_k in `dtype`, and the energy beyond rank k over the largest eigenvalue."""
+    tall = W.shape[0] >= W.shape[1]
+    values, vectors = eigh(gram_matrix(W if tall else W.T, dtype))
+    tail = float(values[:-rank].clamp_min(0).sum() / values[-1].clamp_min(torch.finfo(dtype).tiny))
+    leading = vectors[:, -rank:].flip(1)
+    if not tall:
+        leading = torch.linalg.qr(W.T.to(dtype) @ leading).Q
+    return leading, tail
+
+
+def joint_factors(W: Tensor, rank: int, *, gauge: Gauge = "orthogonal") -> Factors:
+    """Return the rank-k factors of the stacked matrix W (out, in).
+
+    In the `orthogonal` gauge A = V_kᵀ has orthonormal rows and B = W V_k; in the `balanced` gauge both
+    sides carry the square root of the singular values, which spreads the range for quantization. The
+    result has W's dtype; the factorization runs on W's device in float64, or in float32 where that is exact enough.
+
+    Raises:
+        ValueError: If rank is not between 1 and min(out, in).
+    """
+    if not 1 <= rank <= min(W.shape):
+        raise ValueError(f"rank {rank} is not between 1 and {min(W.shape)}")
+    V = right_subspace(W, rank)
+    up = W.to(V.dtype) @ V
+    energy = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square()
+    total = torch.linalg.vector_norm(W, dtype=torch.float64).square()
+    squared_error = max(0.0, float(total - energy.sum()))
+    down = V.T
+    if gauge == "balanced":
+        root = energy.sqrt().clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(V.dtype)
+        up, down = up / root, down * root[:, None]
+    return Factors(down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous(), squared_error)
+
+
+def orthogonality_defect(A: Tensor) -> float:
+    """Return the Frobenius norm of AAᵀ - I, zero when the rows of A (k, in) are orthonormal."""
+    wide = A.to(torch.float64)
+    return float(torch.linalg.norm(wide @ wide.T - torch.eye(A.shape[0], dtype=torch.float64, device=A.device)))

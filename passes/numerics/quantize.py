@@ -1,0 +1,127 @@
+"""Weight-only blockwise quantization in the layout of ONNX Runtime's MatMulNBits.
+
+A matrix W (N, K) is cut along K into blocks; each block has one scale and, when asymmetric, one zero point:
+W ~ (code - zero_point) * scale with codes of 2, 4 or 8 bits. Codes are packed low bits first into
+(N, blocks, block_size * bits / 8) bytes, zero points into (N, ceil(blocks * bits / 8)) bytes. A last block
+that K does not fill is padded with codes of value zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rk_export.plan import QuantSpec
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A quantized matrix as MatMulNBits stores it.
+
+    Args:
+        codes: Packed codes, uint8 (N, blocks, block_size * bits / 8).
+        scales: Scales, float (N, blocks).
+        zero_points: Packed zero points, uint8 (N, ceil(blocks * bits / 8)), or None when symmetric.
+        columns: K, the input features.
+        spec: Bits, block size and symmetry.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    columns: int
+    spec: QuantSpec
+
+    def dequantize(self) -> Tensor:
+        """Return the matrix (N, K) in the dtype of the scales."""
+        return dequantize(self.codes, self.scales, self.zero_points, self.columns, self.spec)
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Pack integers below 2**bits (..., n) into bytes (..., ceil(n * bits / 8)), low bits first."""
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[-1] % per_byte))
+    lanes = padded.unflatten(-1, (-1, per_byte))
+    packed = torch.zeros_like(lanes[..., 0])
+    for lane in range(per_byte):
+        packed |= lanes[..., lane] << (bits * lane)
+    return packed
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `pack_bits`: bytes (..., m) to uint8 values (..., count)."""
+    mask = 2**bits - 1
+    lanes = torch.stack([(packed >> (bits * lane)) & mask for lane in range(8 // bits)], dim=-1)
+    return lanes.flatten(-2)[..., :count]
+
+
+def block_scales(blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return round-to-nearest scales and zero points, both (N, blocks), for W cut to (N, blocks, block).
+
+    Symmetric scales let the extreme value of the block, sign included, take the code 0, so the whole range
+    of codes is used; asymmetric ones span the block's range with zero in it.
+    """
+    levels = 2**spec.bits - 1
+    high, low = blocks.amax(-1), blocks.amin(-1)
+    if spec.symmetric:
+        extreme = torch.where(high > -low, high, low)
+        scales = extreme / -(2.0 ** (spec.bits - 1))
+        zero_points = torch.full_like(scales, 2 ** (spec.bits - 1))
+    else:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        scales = (high - low) / levels
+        zero_points = torch.where(scales == 0, torch.zeros_like(low), -low / scales).round().clamp(0, levels)
+    return scales, zero_points
+
+
+def quantize_rtn(W: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype = torch.float32) -> QuantizedMatrix:
+    """Quantize W (N, K) by rounding to nearest.
+
+    Scales are rounded to `scale_dtype` before the codes are chosen, so codes fit the scales that are stored.
+    """
+    N, K = W.shape
+    blocks = math.ceil(K / spec.block_size)
+    padded = torch.nn.functional.pad(W.to(torch.float32), (0, blocks * spec.block_size - K))
+    cut = padded.view(N, blocks, spec.block_size)
+    scales, zero_points = block_scales(cut, spec)
+    scales = scales.to(scale_dtype)
+    divisor = torch.where(scales == 0, 1, scales).to(torch.float32)
+    codes = (cut / divisor[..., None]).round().add_(zero_points[..., None]).clamp_(0, 2**spec.bits - 1)
+    return QuantizedMatrix(
+        codes=pack_bits(codes, spec.bits),
+        scales=scales,
+        zero_points=None if spec.symmetric else pack_bits(zero_points, spec.bits),
+        columns=K,
+        spec=spec,
+    )
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None, columns: int, spec: QuantSpec
+) -> Tensor:
+    """Return (code - zero_point) * scale as a matrix (N, columns) in the dtype of the scales.
+
+    Args:
+        codes: Packed codes, uint8 (N, blocks, block_size * bits / 8).
+        scales: Scales (N, blocks).
+        zero_points: Packed zero points, uint8 (N, ceil(blocks * bits / 8)), or None for 2**(bits - 1).
+        columns: K.
+        spec: Bits and block size.
+    """
+    values = unpack_bits(codes, spec.bits, spec.block_size).to(scales.dtype)
+    if zero_points is None:
+        values -= 2 ** (spec.bits - 1)
+    else:
+        values -= unpack_bits(zero_points, spec.bits, scales.shape[1])[..., None].to(scales.dtype)
+    values *= scales[..., None]
+    return values.flatten(1)[:, :columns]
+
+
+def quantized_bytes(rows: int, columns: int, spec: QuantSpec, scale_bytes: int = 4) -> int:
+    """Return the stored bytes of a quantized (rows, columns) matrix, scales and zero points included."""
+    blocks = math.ceil(columns / spec.block_size)
+    zero_point_bytes = 0 if spec.symmetric else math.ceil(blocks * spec.bits / 8)
+    return rows * (blocks * (spec.block_size * spec.bits // 8 + scale_bytes) + zero_point_bytes)

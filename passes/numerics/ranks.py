@@ -1,0 +1,53 @@
+"""Ranks: from a kept ratio, an energy share or a spectrum, and what a factor pair costs (2402.16319)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GAVISH_DONOHO = 2.858  # median rule for unknown noise on a square matrix (1305.5870)
+
+
+def kept_ratio(rank: int, in_features: int, out_features: int) -> float:
+    """Return k (in + out) / (in out): the parameters of a factor pair over those of the dense matrix."""
+    return rank * (in_features + out_features) / (in_features * out_features)
+
+
+def rank_of_ratio(keep: float, in_features: int, out_features: int) -> int:
+    """Return the largest rank whose factor pair holds at most `keep` of the dense parameters."""
+    return math.floor(keep * in_features * out_features / (in_features + out_features))
+
+
+def break_even_rank(in_features: int, out_features: int) -> int:
+    """Return the largest rank at which the factor pair is no larger than the dense matrix."""
+    return rank_of_ratio(1.0, in_features, out_features)
+
+
+def rank_of_energy(singular_values: Tensor, energy: float) -> int:
+    """Return the smallest rank that keeps `energy` (0 to 1] of the squared singular values."""
+    share = singular_values.square().cumsum(0)
+    return min(int((share < energy * share[-1]).sum()) + 1, len(singular_values))
+
+
+def round_rank(rank: int, multiple: int, largest: int) -> int:
+    """Round down to a multiple that the kernels like, but never below one multiple nor above `largest`."""
+    return min(max(rank // multiple, 1) * multiple, largest)
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """Return exp of the entropy of the normalized singular values (Roy and Vetterli, 2007)."""
+    share = singular_values / singular_values.sum()
+    share = share[share > 0]
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """Return the squared Frobenius norm over the squared spectral norm."""
+    return float(singular_values.square().sum() / singular_values[0].square())
+
+
+def gavish_donoho_rank(singular_values: Tensor) -> int:
+    """Return how many singular values exceed 2.858 times their median (at least one)."""
+    return max(1, int((singular_values > GAVISH_DONOHO * singular_values.median()).sum()))

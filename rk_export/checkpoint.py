@@ -1,0 +1,134 @@
+"""Compressed PyTorch checkpoints: an HF-style folder whose config carries the plan that shaped the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rk_export.architectures import architecture_of
+from rk_export.errors import InputError
+from rk_export.folders import AtomicFolder
+from rk_export.load import canonical_skeleton, read_config, weight_map
+from rk_export.passes.base import Layer
+from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.weights.embedding import embedding_multiplier, tied_head
+from rk_export.passes.weights.joint_rank import empty_factors, install
+from rk_export.passes.weights.quantize import matrix_paths
+from rk_export.plan import Plan, QuantSpec
+from rk_export.rewrite import Rewritten
+from rk_export.tokenizer_files import copy_tokenizer
+
+SECTION = "rk_export"
+CHECKPOINT_VERSION = 1
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a compressed checkpoint."""
+    try:
+        return SECTION in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+
+
+def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path, force: bool = False) -> None:
+    """Write a compressed model as safetensors, config with a versioned section, and tokenizer files.
+
+    Raises:
+        InputError: If the folder exists and `force` is not set, or the disk is full.
+    """
+    with AtomicFolder(folder, force=force) as partial:
+        save_torch_state_dict(_stored_tensors(rewritten), partial)
+        config = rewritten.model.config.to_dict()
+        config[SECTION] = {"version": CHECKPOINT_VERSION, "plan": rewritten.plan.to_json()}
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        copy_tokenizer(tokenizer_from, partial)
+
+
+def load_pretrained(folder: Path) -> Rewritten:
+    """Load a compressed checkpoint; nothing is factorized or quantized anew.
+
+    Raises:
+        InputError: If the folder is no compressed checkpoint of this version, or a tensor is missing.
+    """
+    config = read_config(folder)
+    plan = _read_plan(folder)
+    architecture = architecture_of(config)
+    model = canonical_skeleton(config)
+    kv_groups = architecture.heads(config).kv_heads
+    for index in range(config.num_hidden_layers):
+        layer = Layer(index, model.get_submodule(f"{architecture.layers}.{index}"), kv_groups)
+        for site in plan.of_layer(index):
+            if site.form != "dense":
+                install(layer, site, empty_factors(layer, site))
+            if site.quant is not None:
+                _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant)
+    spec = plan.options.embedding_quant
+    if spec is not None and not architecture.is_encoder:
+        _empty_embedding(model, architecture.embedding, architecture.lm_head, spec)
+    _fill(model, folder)
+    return Rewritten(model, architecture, plan, findings=())
+
+
+def _read_plan(folder: Path) -> Plan:
+    where = str(folder / "config.json")
+    section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(SECTION)
+    if not isinstance(section, dict) or section.get("version") != CHECKPOINT_VERSION:
+        raise InputError(
+            f"no {SECTION} section of version {CHECKPOINT_VERSION}", where=where, fix="name a folder that rk-export saved"
+        )
+    return Plan.from_json(section["plan"], where=where)
+
+
+def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec) -> None:
+    for path in paths:
+        linear = layer.linear(path)
+        layer.replace(
+            path,
+            QuantizedLinear.empty(linear.out_features, linear.in_features, spec, bias=linear.bias is not None),
+        )
+
+
+def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | None, spec: QuantSpec) -> None:
+    embedding: Any = model.get_submodule(embedding_path)
+    table = QuantizedEmbedding.empty(*embedding.weight.shape, spec, embedding_multiplier(embedding))
+    model.set_submodule(embedding_path, table)
+    if head_path is None:
+        return
+    head: Any = model.get_submodule(head_path)
+    empty = QuantizedLinear.empty(*head.weight.shape, spec, bias=head.bias is not None)
+    model.set_submodule(head_path, empty)
+
+
+def _fill(model: PreTrainedModel, folder: Path) -> None:
+    files = weight_map(folder)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    architecture = architecture_of(model.config)
+    if _is_tied(model.config) and architecture.lm_head:
+        twins = {name for name in tensors if name.startswith(architecture.embedding + ".")}
+        for name in twins:
+            tensors[architecture.lm_head + name.removeprefix(architecture.embedding)] = tensors[name]
+    if missing := [name for name in model.state_dict() if name not in tensors]:
+        raise InputError(f"tensor {missing[0]!r} is missing", where=str(folder), fix="save the checkpoint again")
+    model.load_state_dict(tensors, assign=True)
+    model.requires_grad_(False)
+
+
+def _stored_tensors(rewritten: Rewritten) -> dict[str, Tensor]:
+    """Return the state dict without the tied copy of the embedding."""
+    head = rewritten.architecture.lm_head
+    drop = f"{head}." if head and _is_tied(rewritten.model.config) else None
+    state: dict[str, Tensor] = rewritten.model.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items() if not (drop and name.startswith(drop))}
+
+
+def _is_tied(config: PretrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))

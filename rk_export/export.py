@@ -1,0 +1,265 @@
+"""Rewritten PyTorch model -> ONNX graph with fused low-rank patterns -> model.onnx beside its external data."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import nn as onn
+from torch import nn
+
+from rk_export import frontend
+from rk_export.architectures import Projection
+from rk_export.decoder_spec import decoder_spec
+from rk_export.onnx_modules import (
+    DenseProjection,
+    EmbeddingTable,
+    Factors,
+    Member,
+    TiedDenseHead,
+    TiedQuantizedHead,
+    bind_weights,
+    lazy_tensor,
+    projection,
+)
+from rk_export.passes.base import require, run_graph_passes
+from rk_export.passes.graph.attention_mask import AttentionMask
+from rk_export.passes.graph.logits_start import LogitsStart
+from rk_export.passes.graph.nodes import MICROSOFT, PART_KEY, Mark
+from rk_export.passes.graph.packed_projections import PackedAttention, PackedProjections
+from rk_export.passes.graph.positions import PositionsFromMask
+from rk_export.passes.modules import JointMember, QuantizedEmbedding, QuantizedLinear
+from rk_export.report import Fusion
+from rk_export.rewrite import Rewritten
+
+logger = logging.getLogger(__name__)
+
+# Tensors below this size stay inside model.onnx: shape inference must be able to read them.
+INLINE_BELOW_BYTES = 1024
+READS_ATTENTION_INPUT, READS_MLP_INPUT = ("q", "k", "v"), ("gate", "up")
+
+
+def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
+    """Return the ONNX graph of a rewritten model, weights bound lazily, and the fusions found in it.
+
+    Raises:
+        UnsupportedModelError: If the family cannot be exported exactly.
+        FusionError: If a planned pattern is missing.
+    """
+    options = rewritten.plan.options
+    module = frontend.build_module(rewritten.model.config, ep=options.ep, dtype=options.float_dtype)
+    swapped = _swap_projections(rewritten, module)
+    _swap_outer(rewritten, module)
+    model = frontend.trace(module)
+    _bind(rewritten, module, model, swapped)
+    fusions = (*_emitted(rewritten, model), *run_graph_passes(_graph_passes(rewritten), model))
+    _finish(model)
+    return model, fusions
+
+
+def save_graph(model: ir.Model, folder: Path) -> None:
+    """Write model.onnx and model.onnx.data; weights are converted one at a time."""
+    ir.save(
+        model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=INLINE_BELOW_BYTES
+    )
+
+
+def _torch_layers(rewritten: Rewritten) -> list[nn.Module]:
+    return list(rewritten.model.get_submodule(rewritten.architecture.layers).children())
+
+
+def _projections(rewritten: Rewritten) -> Iterator[tuple[int, nn.Module, tuple[Projection, ...]]]:
+    for index, layer in enumerate(_torch_layers(rewritten)):
+        yield index, layer, rewritten.architecture.projections(rewritten.model.config, index)
+
+
+def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:
+    """Put our modules where the plain linears stand; return the torch names of the modules they came from."""
+    level = rewritten.plan.options.accuracy_level
+    swapped = set()
+    for index, layer, projections in _projections(rewritten):
+        onnx_layer = _descend(module.module, f"{rewritten.architecture.onnx_layers}.{index}")
+        sites = {path: site.site for site in rewritten.plan.of_layer(index) for path in site.paths}
+        factors: dict[int, Factors] = {}
+        for item in projections:
+            torch_module = layer.get_submodule(item.path)
+            site = sites[item.path]
+            if isinstance(torch_module, JointMember):
+                key = id(torch_module.factors)
+                if key not in factors:
+                    factors[key] = _factors(torch_module, site, level)
+                    setattr(onnx_layer, f"{site.rpartition('.')[2]}_factors", factors[key])
+                replacement: onn.Module = Member(factors[key], torch_module.role)
+            else:
+                part = item.path.rpartition(".experts.")[2] if item.role == "expert" else item.role
+                replacement = projection(torch_module, Mark(site, part), level)
+            _replace(onnx_layer, item.onnx_path, replacement)
+            swapped.add(f"{rewritten.architecture.layers}.{index}.{item.path}")
+    return swapped
+
+
+def _factors(member: JointMember, site: str, level: int) -> Factors:
+    return Factors(member.factors, lambda linear, part: projection(linear, Mark(site, part), level))
+
+
+def _swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
+    """Put the embedding and the output projection in, a tied table once."""
+    architecture, model = rewritten.architecture, rewritten.model
+    if architecture.lm_head is None or architecture.onnx_lm_head is None:
+        return
+    level = rewritten.plan.options.accuracy_level
+    embedding: Any = model.get_submodule(architecture.embedding)
+    head: Any = model.get_submodule(architecture.lm_head)
+    site = Mark("lm_head", "lm_head")
+    if isinstance(embedding, QuantizedEmbedding):
+        table = EmbeddingTable(embedding)
+        _replace(module.module, architecture.onnx_embedding, table)
+        tied = head.codes.data_ptr() == embedding.codes.data_ptr()
+        new_head = TiedQuantizedHead(table, head, level) if tied else projection(head, site, level)
+    elif head.weight is embedding.weight:
+        new_head = TiedDenseHead(_descend(module.module, architecture.onnx_embedding), site)
+    else:
+        new_head = DenseProjection(head, site)
+    _replace(module.module, architecture.onnx_lm_head, new_head)
+
+
+def _descend(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = module[int(name)] if name.isdigit() else getattr(module, name)
+    return module
+
+
+def _replace(module: onn.Module, path: str, new: onn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(_descend(module, parent) if parent else module, name, new)
+
+
+def _bind(rewritten: Rewritten, module: frontend.OnnxModule, model: ir.Model, swapped: set[str]) -> None:
+    """Give every initializer its values.
+
+    Raises:
+        TypeError: If an initializer is left without values.
+    """
+    bind_weights(module.module)
+    skip = set(swapped)
+    for path in (rewritten.architecture.embedding, rewritten.architecture.lm_head):
+        if path and isinstance(rewritten.model.get_submodule(path), QuantizedEmbedding | QuantizedLinear):
+            skip.add(path)
+    plain: dict[str, torch.Tensor] = {
+        name: tensor
+        for name, tensor in rewritten.model.state_dict().items()
+        if name.rpartition(".")[0] not in skip and "_factors." not in name
+    }
+    for name, tensor in frontend.rename_weights(module, plain).items():
+        value = model.graph.initializers.get(name)
+        if value is not None and value.const_value is None:
+            value.const_value = lazy_tensor(value, lambda tensor=tensor: tensor)  # type: ignore[misc]
+    if empty := [name for name, value in model.graph.initializers.items() if value.const_value is None]:
+        raise TypeError(f"initializers without values: {', '.join(sorted(empty)[:5])}")
+
+
+def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
+    """Yield, checked, what the modules should have emitted and what arrived in the traced graph."""
+    layers = len(_torch_layers(rewritten))
+    counts = Counter((node.domain, node.op_type) for node in model.graph)
+    quantized = sum(isinstance(module, QuantizedLinear) for module in rewritten.model.modules())
+    pairs = sum(
+        len(list(module.factors.pairs()))
+        for module in _first_members(rewritten)
+    )
+    downs = [node for node in model.graph if node.metadata_props.get(PART_KEY) == "down"]
+    down_found = sum(
+        all(use.node.metadata_props.get(PART_KEY, "").startswith("up_") for use in node.outputs[0].uses())
+        for node in downs
+        if node.metadata_props.get("rk_export.site", "").rpartition(".")[2] != "down"
+    )
+    checks = [
+        Fusion("shared down-projection", pairs, down_found),
+        Fusion("MatMulNBits", quantized, counts[(MICROSOFT, "MatMulNBits")]),
+    ]
+    if not rewritten.architecture.is_encoder:
+        skips = [counts[(MICROSOFT, f"Skip{norm}LayerNormalization")] for norm in ("Simplified", "")]
+        checks.append(Fusion("GroupQueryAttention", layers, counts[(MICROSOFT, "GroupQueryAttention")]))
+        checks.append(Fusion("residual sum with norm", _planned_skip_norms(rewritten, layers), sum(skips)))
+    for fusion in checks:
+        require(fusion)
+        yield fusion
+
+
+def _planned_skip_norms(rewritten: Rewritten, layers: int) -> int:
+    """Return how many norms directly follow a residual sum: none reads the embedding, all but that one do."""
+    names = decoder_spec(rewritten.model.config).norm_names
+    inside = sum(name is not None for name in (names.before_attention, names.before_mlp))
+    return layers * inside + (0 if inside else 1)
+
+
+def _first_members(rewritten: Rewritten) -> list[JointMember]:
+    """Return one member of each factorized site."""
+    members: dict[int, JointMember] = {}
+    for module in rewritten.model.modules():
+        if isinstance(module, JointMember):
+            members.setdefault(id(module.factors), module)
+    return list(members.values())
+
+
+def _graph_passes(rewritten: Rewritten) -> list[Any]:
+    architecture, config = rewritten.architecture, rewritten.model.config
+    packs = attention = 0
+    for _, layer, projections in _projections(rewritten):
+        layer_packs, qkv = _planned_packs(layer, projections)
+        packs += layer_packs
+        attention += qkv and not architecture.is_encoder and decoder_spec(config).query_key_norm is None
+    passes: list[Any] = [PackedProjections(packs)]
+    if not architecture.is_encoder:
+        layers = len(_torch_layers(rewritten))
+        learned = int(bool(decoder_spec(config).learned_positions))
+        passes += [PackedAttention(attention), AttentionMask(layers), PositionsFromMask(learned), LogitsStart(1)]
+    return passes
+
+
+def _planned_packs(layer: nn.Module, projections: tuple[Projection, ...]) -> tuple[int, bool]:
+    """Return how many inputs several matrices of one format read, and whether q, k, v make one such set."""
+    readers: dict[tuple[object, ...], list[str]] = {}
+    seen: set[int] = set()
+    for item in projections:
+        module = layer.get_submodule(item.path)
+        source = _input_of(item)
+        if not isinstance(module, JointMember):
+            readers.setdefault((source, *_format(module)), []).append(item.role)
+            continue
+        if id(module.factors) in seen:
+            continue
+        seen.add(id(module.factors))
+        for pair in module.factors.pairs():
+            readers.setdefault((source, *_format(pair.down)), []).append("down")
+            for role, up in pair.ups.items():
+                readers.setdefault((id(pair), *_format(up)), []).append(role)
+    packed = [roles for roles in readers.values() if len(roles) > 1]
+    return len(packed), READS_ATTENTION_INPUT in [tuple(roles) for roles in packed]
+
+
+def _input_of(item: Projection) -> str:
+    if item.role in READS_ATTENTION_INPUT:
+        return "attention"
+    if item.role in READS_MLP_INPUT or (item.role == "expert" and not item.path.endswith("down_proj")):
+        return "mlp"
+    return item.path
+
+
+def _format(module: nn.Module) -> tuple[object, ...]:
+    spec = module.spec if isinstance(module, QuantizedLinear) else None
+    return (spec, module.bias is None)
+
+
+def _finish(model: ir.Model) -> None:
+    """Drop what only the tracing needed: function bodies of operators that every runtime has, orphans."""
+    model.functions.clear()
+    used = {value.name for node in model.graph for value in node.inputs if value is not None}
+    kept = used | {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    for name in [name for name in model.graph.initializers if name not in kept]:
+        del model.graph.initializers[name]

@@ -1,0 +1,285 @@
+"""Model sources: an HF folder, a hub id or a GGUF file, read one decoder layer at a time from safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from rk_export.architectures import Architecture, architecture_of
+from rk_export.errors import InputError
+from rk_export.gguf import gguf_to_folder
+
+logger = logging.getLogger(__name__)
+
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
+# Families whose checkpoints store tensors in another arrangement than their modules; transformers converts them.
+CONVERTED_ON_LOAD = frozenset({"mixtral", "qwen3_moe"})
+
+
+class ModelSource:
+    """A dense model on disk.
+
+    Args:
+        folder: An HF folder with config.json and safetensors.
+        name: What the user called the model.
+
+    Raises:
+        InputError: If the folder, its config or its weights are missing or broken.
+        UnsupportedModelError: If the architecture is unknown.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.config = read_config(folder)
+        self.architecture: Architecture = architecture_of(self.config)
+        self._whole = self.config.model_type in CONVERTED_ON_LOAD
+        self._files = weight_map(folder)
+
+    @cached_property
+    def layer_count(self) -> int:
+        """Number of decoder (or encoder) layers."""
+        return int(self.config.num_hidden_layers)
+
+    def structure(self) -> str:
+        """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""
+        shapes = {name: shape for path in set(self._files.values()) for name, shape in _shapes(path)}
+        digest = hashlib.sha256(json.dumps([self.config.model_type, sorted(shapes.items())]).encode())
+        return digest.hexdigest()[:16]
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer.
+
+        A family that is converted on loading comes whole instead, once, and its weights are already there.
+        """
+        if self._whole:
+            logger.info("%s is converted while loading: the model is read whole", self.config.model_type)
+            return self._load_whole()
+        return skeleton(self.config)
+
+    def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
+        """Fill one layer of a skeleton in float32, bring it into canonical form and return it."""
+        path = f"{self.architecture.layers}.{index}"
+        layer = model.get_submodule(path)
+        self._fill(model, layer, path + ".")
+        self.architecture.canonicalize(layer)
+        return layer
+
+    def load_rest(self, model: PreTrainedModel) -> None:
+        """Fill everything outside the layers: embeddings, final norm, lm_head."""
+        inside = self.architecture.layers + "."
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name.startswith(inside) or not parameter.is_meta:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            if tied and owner == self.architecture.lm_head and leaf == "weight":
+                continue
+            if self.architecture.is_encoder and owner.startswith(self.architecture.unused):
+                _assign(model, name, torch.zeros(parameter.shape))  # exported nowhere, and often not stored
+                continue
+            _assign(model, name, self.tensor(self._key(model, name)))
+        if tied and self.architecture.lm_head:
+            head = model.get_submodule(self.architecture.lm_head)
+            head.weight = model.get_submodule(self.architecture.embedding).weight
+
+    def load(self) -> PreTrainedModel:
+        """Return the whole dense model in canonical form, float32."""
+        model = self.skeleton()
+        self.load_rest(model)
+        for index in range(self.layer_count):
+            self.load_layer(model, index)
+        return model
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one tensor as float32.
+
+        Raises:
+            InputError: If it is not finite or its file is broken.
+        """
+        with _open(self._files[key]) as file:
+            tensor: Tensor = file.get_tensor(key).to(torch.float32)
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"tensor {key!r} has {bad} values that are NaN or infinite",
+                where=str(self._files[key]),
+                fix="the checkpoint is damaged: download it again or repair that tensor",
+            )
+        return tensor
+
+    def _fill(self, model: PreTrainedModel, module: nn.Module, prefix: str) -> None:
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                _assign(module, name, self.tensor(self._key(model, prefix + name)))
+
+    def _key(self, model: PreTrainedModel, name: str) -> str:
+        base = model.base_model_prefix + "."
+        for key in (name, name.removeprefix(base), base + name):
+            if key in self._files:
+                return key
+        raise InputError(
+            f"tensor {name!r} is missing", where=str(self.folder), fix="the checkpoint is incomplete: download it again"
+        )
+
+    def _load_whole(self) -> PreTrainedModel:
+        for key in self._files:
+            self.tensor(key)
+        model, info = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise InputError(
+                f"tensor {min(info['missing_keys'])!r} is missing",
+                where=str(self.folder),
+                fix="the checkpoint is incomplete: download it again",
+            )
+        result: PreTrainedModel = model.eval().requires_grad_(False)
+        return result
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of a config in Hugging Face's own form: parameters on meta, buffers real."""
+    auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
+    with _parameters_on_meta(), no_init_weights():
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def canonical_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Return `skeleton` with every layer in canonical form."""
+    model, architecture = skeleton(config), architecture_of(config)
+    for index in range(config.num_hidden_layers):
+        architecture.canonicalize(model.get_submodule(f"{architecture.layers}.{index}"))
+    return model
+
+
+def open_source(model: str | Path) -> ModelSource:
+    """Open a dense model: an HF folder, a GGUF file or a hub id.
+
+    Raises:
+        InputError: If nothing usable is there.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError("is a file but not a GGUF file", where=str(path), fix="name an HF folder, a .gguf file or a hub id")
+        return ModelSource(gguf_to_folder(path), str(model))
+    if path.is_dir():
+        return ModelSource(path, str(model))
+    return ModelSource(_download(str(model)), str(model))
+
+
+def _download(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError("no such file or folder", where=name, fix="name an HF folder, a .gguf file or a hub id like org/name")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"neither a local folder nor a model that the hub delivers ({type(error).__name__})",
+            where=name,
+            fix="check the name, the network and, for gated models, your token",
+        ) from error
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read config.json.
+
+    Raises:
+        InputError: If it is missing, broken or of an unknown model type.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"cannot be read: {str(error).splitlines()[0]}", where=str(folder / "config.json"), fix="check the file"
+        ) from error
+
+
+def weight_map(folder: Path) -> dict[str, Path]:
+    """Return tensor name -> safetensors file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise InputError("is not a weight index", where=str(index), fix="download it again") from error
+        files = {key: folder / name for key, name in names.items()}
+        for path in set(files.values()):
+            present = {name for name, _ in _shapes(path)}
+            if lost := sorted(key for key, file in files.items() if file == path and key not in present):
+                raise InputError(f"tensor {lost[0]!r} is missing", where=str(path), fix="download it again")
+        return files
+    path = folder / "model.safetensors"
+    if path.is_file():
+        return {name: path for name, _ in _shapes(path)}
+    pickles = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
+    if pickles:
+        raise InputError(
+            f"only pickle weights ({pickles[0]}), which can run code when loaded and are never read",
+            where=str(folder),
+            fix="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
+        )
+    raise InputError("no model.safetensors", where=str(folder), fix="name a folder with safetensors weights")
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+            yield name, file.get_slice(name).get_shape()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise InputError("is missing", where=str(path), fix="the checkpoint is incomplete: download it again") from error
+    except SafetensorError as error:
+        raise InputError(
+            f"is truncated or not safetensors ({error})", where=str(path), fix="download it again"
+        ) from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create parameters on the meta device, but buffers for real: rotary tables are computed, not stored."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    target = module.get_submodule(owner)
+    expected = getattr(target, leaf).shape
+    if tensor.shape != expected:
+        raise InputError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, the config asks for {list(expected)}",
+            fix="config.json and the weights do not belong together",
+        )
+    setattr(target, leaf, nn.Parameter(tensor, requires_grad=False))
