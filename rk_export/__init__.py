@@ -1,1 +1,42 @@
-"""rk-export: compress, export, deploy and verify language models on ONNX Runtime."""
+"""rk-export: compress, export, deploy and verify language models on ONNX Runtime.
+
+Importing the package loads neither PyTorch nor ONNX; a name loads its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rk_export.errors import RkExportError
+    from rk_export.pipeline import compress, dry_run, evaluate, export, make_plan, verify
+    from rk_export.plan import CompressOptions, Plan, QuantSpec, RankRule
+    from rk_export.spectra import analyze
+    from rk_export.testing import assert_parity
+    from rk_export.write_bundle import EvalText
+
+_HOME = {
+    "analyze": "rk_export.spectra",
+    "CompressOptions": "rk_export.plan",
+    "EvalText": "rk_export.write_bundle",
+    "Plan": "rk_export.plan",
+    "QuantSpec": "rk_export.plan",
+    "RankRule": "rk_export.plan",
+    "RkExportError": "rk_export.errors",
+    "assert_parity": "rk_export.testing",
+    "compress": "rk_export.pipeline",
+    "dry_run": "rk_export.pipeline",
+    "evaluate": "rk_export.pipeline",
+    "export": "rk_export.pipeline",
+    "make_plan": "rk_export.pipeline",
+    "verify": "rk_export.pipeline",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

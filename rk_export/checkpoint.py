@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import architecture_of
+from rk_export.bundle import AtomicFolder, copy_tokenizer
 from rk_export.errors import InputError
-from rk_export.folders import AtomicFolder
 from rk_export.load import canonical_skeleton, read_config, weight_map
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
@@ -22,7 +22,6 @@ from rk_export.passes.weights.joint_rank import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import Plan, QuantSpec
 from rk_export.rewrite import Rewritten
-from rk_export.tokenizer_files import copy_tokenizer
 
 SECTION = "rk_export"
 CHECKPOINT_VERSION = 1
@@ -46,8 +45,8 @@ def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path,
         save_torch_state_dict(_stored_tensors(rewritten), partial)
         config = rewritten.model.config.to_dict()
         config[SECTION] = {"version": CHECKPOINT_VERSION, "plan": rewritten.plan.to_json()}
-        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         copy_tokenizer(tokenizer_from, partial)
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load_pretrained(folder: Path) -> Rewritten:

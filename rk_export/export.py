@@ -192,10 +192,14 @@ def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
 
 
 def _planned_skip_norms(rewritten: Rewritten, layers: int) -> int:
-    """Return how many norms directly follow a residual sum: none reads the embedding, all but that one do."""
-    names = decoder_spec(rewritten.model.config).norm_names
-    inside = sum(name is not None for name in (names.before_attention, names.before_mlp))
-    return layers * inside + (0 if inside else 1)
+    """Return how many norms directly follow a sum: all but the first, which reads the embedding.
+
+    With learned positions the first follows a sum too, that of embedding and position.
+    """
+    spec = decoder_spec(rewritten.model.config)
+    names = spec.norm_names
+    inside = layers * sum(name is not None for name in (names.before_attention, names.before_mlp))
+    return inside + int(bool(spec.learned_positions)) if inside else 1
 
 
 def _first_members(rewritten: Rewritten) -> list[JointMember]:

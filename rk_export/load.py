@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -59,6 +60,14 @@ class ModelSource:
         shapes = {name: shape for path in set(self._files.values()) for name, shape in _shapes(path)}
         digest = hashlib.sha256(json.dumps([self.config.model_type, sorted(shapes.items())]).encode())
         return digest.hexdigest()[:16]
+
+    def parameter_count(self) -> int:
+        """Return the parameters of the dense model, tied weights once."""
+        return sum(math.prod(shape) for path in set(self._files.values()) for _, shape in _shapes(path))
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of the safetensors files."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer.

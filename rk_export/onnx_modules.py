@@ -166,6 +166,8 @@ class EmbeddingTable(Bound):
         rows, blocks, bytes_per_block = table.codes.shape
         self._row_bytes = blocks * bytes_per_block
         self._attributes = {"bits": table.spec.bits, "block_size": table.spec.block_size}
+        self._columns = table.embedding_dim
+        self._padded = blocks * table.spec.block_size > self._columns
         self.codes = self.bind((rows, self._row_bytes), lambda: table.codes.flatten(1), packed=True)
         self.scales = self.bind(tuple(table.scales.shape), lambda: table.scales)
         self.zero_points = None
@@ -174,7 +176,7 @@ class EmbeddingTable(Bound):
 
     def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
         zero_points = () if self.zero_points is None else (self.zero_points,)
-        return op.GatherBlockQuantized(
+        rows = op.GatherBlockQuantized(
             self.codes,
             input_ids,
             self.scales,
@@ -184,6 +186,8 @@ class EmbeddingTable(Bound):
             _domain=MICROSOFT,
             **self._attributes,
         )
+        # The operator knows no column count: a last block that the columns do not fill comes out whole.
+        return op.Slice(rows, [0], [self._columns], [-1]) if self._padded else rows
 
 
 class TiedQuantizedHead(onn.Module):

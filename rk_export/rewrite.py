@@ -17,7 +17,7 @@ from rk_export.passes.weights.embedding import quantize_embedding
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.plan import Plan, SitePlan
-from rk_export.report import Finding, LayerError, Outcome
+from rk_export.report import Finding, LayerError, Outcome, Spectrum
 from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Rewritten:
         architecture: Its family.
         plan: The plan that was applied.
         findings: One per pass and site, and one per site that stayed dense though asked for.
+        spectra: Spectra of the factorized matrices.
         layer_errors: Relative error of each layer's output on the probe, against the dense model.
         probe_logits: Logits of the probe (batch, length, vocab) by version: dense, factorized, quantized.
     """
@@ -43,6 +44,7 @@ class Rewritten:
     architecture: Architecture
     plan: Plan
     findings: tuple[Finding, ...]
+    spectra: tuple[Spectrum, ...] = ()
     layer_errors: tuple[LayerError, ...] = ()
     probe_logits: dict[str, Tensor] = field(default_factory=dict)
 
@@ -138,7 +140,7 @@ def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> 
         _put_outer(model, architecture, dense_outer)
         logits |= {version: streams.finish(version) for version in (DENSE, FACTORIZED)}
         _put_outer(model, architecture, quantized_outer)
-    return Rewritten(model, architecture, plan, tuple(findings), tuple(errors), logits)
+    return Rewritten(model, architecture, plan, tuple(findings), tuple(joint.spectra), tuple(errors), logits)
 
 
 def _outer(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Module]:

@@ -1,1 +1,47 @@
 """Run exported bundles on ONNX Runtime; imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rk_export.runtime.bench import BenchResult, bench
+    from rk_export.runtime.contestants import BundleContestant, Contestant, GenAIContestant
+    from rk_export.runtime.encoder import EncoderSession
+    from rk_export.runtime.options import FinishReason, Generation, GenerationOptions
+    from rk_export.runtime.session import Session
+
+_HOME = {
+    "BenchResult": "bench",
+    "BundleContestant": "contestants",
+    "Contestant": "contestants",
+    "EncoderSession": "encoder",
+    "FinishReason": "options",
+    "GenAIContestant": "contestants",
+    "Generation": "options",
+    "GenerationOptions": "options",
+    "Session": "session",
+    "bench": "bench",
+}
+
+__all__ = [
+    "BenchResult",
+    "BundleContestant",
+    "Contestant",
+    "EncoderSession",
+    "FinishReason",
+    "GenAIContestant",
+    "Generation",
+    "GenerationOptions",
+    "Session",
+    "bench",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

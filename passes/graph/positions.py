@@ -33,7 +33,7 @@ class PositionsFromMask:
         emit = Emitter(graph, "positions")
         one = constant(graph, "rk.one", np.array([1], dtype=np.int64))
         counts = emit("CumSum", [mask, constant(graph, "rk.axis_one", np.array(1, dtype=np.int64))])
-        positions = emit("Relu", [emit("Sub", [counts, one])])
+        positions = emit("Max", [emit("Sub", [counts, one]), constant(graph, "rk.zero", np.array([0], dtype=np.int64))])
         total, length = emit("Shape", [mask], start=1, end=2), emit("Shape", [ids], start=1, end=2)
         last = emit("Slice", [positions, emit("Sub", [total, length]), total, one])
         ir.convenience.replace_all_uses_with(position_ids, last)

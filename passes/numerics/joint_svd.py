@@ -32,11 +32,13 @@ class Factors:
         down: A (k, in), the shared down-projection.
         up: B (out, k), the stacked up-projections.
         squared_error: The squared Frobenius norm of W - B A, in W's units.
+        singular_values: All of W's, descending, float64.
     """
 
     down: Tensor
     up: Tensor
     squared_error: float
+    singular_values: Tensor
 
     @property
     def rank(self) -> int:
@@ -75,27 +77,36 @@ def singular_values(W: Tensor) -> Tensor:
     return eigh(gram_matrix(tall))[0].flip(0).clamp_min(0).sqrt()
 
 
-def right_subspace(W: Tensor, rank: int) -> Tensor:
-    """Return V_k (in, k): an orthonormal basis of the k leading right singular directions of W (out, in).
+@dataclass(frozen=True)
+class Subspace:
+    """The k leading right singular directions of W (out, in).
 
-    Columns are ordered by falling singular value. The smaller of the two Gram matrices is decomposed.
+    Args:
+        basis: V_k (in, k), orthonormal columns ordered by falling singular value.
+        singular_values: All of W's, descending, float64.
     """
+
+    basis: Tensor
+    singular_values: Tensor
+
+
+def right_subspace(W: Tensor, rank: int) -> Subspace:
+    """Return the leading right singular subspace of W (out, in); the smaller Gram matrix is decomposed."""
     if min(W.shape) > FLOAT64_UP_TO:
-        subspace, tail = _gram_subspace(W, rank, torch.float32)
-        if tail > FLOAT32_TAIL:
+        subspace = _gram_subspace(W, rank, torch.float32)
+        energy = subspace.singular_values.square()
+        if float(energy[rank:].sum()) > FLOAT32_TAIL * float(energy[0]):
             return subspace
-    return _gram_subspace(W, rank, torch.float64)[0]
+    return _gram_subspace(W, rank, torch.float64)
 
 
-def _gram_subspace(W: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return V_k in `dtype`, and the energy beyond rank k over the largest eigenvalue."""
+def _gram_subspace(W: Tensor, rank: int, dtype: torch.dtype) -> Subspace:
     tall = W.shape[0] >= W.shape[1]
     values, vectors = eigh(gram_matrix(W if tall else W.T, dtype))
-    tail = float(values[:-rank].clamp_min(0).sum() / values[-1].clamp_min(torch.finfo(dtype).tiny))
     leading = vectors[:, -rank:].flip(1)
     if not tall:
         leading = torch.linalg.qr(W.T.to(dtype) @ leading).Q
-    return leading, tail
+    return Subspace(leading, values.to(torch.float64).flip(0).clamp_min(0).sqrt())
 
 
 def joint_factors(W: Tensor, rank: int, *, gauge: Gauge = "orthogonal") -> Factors:
@@ -110,7 +121,8 @@ def joint_factors(W: Tensor, rank: int, *, gauge: Gauge = "orthogonal") -> Facto
     """
     if not 1 <= rank <= min(W.shape):
         raise ValueError(f"rank {rank} is not between 1 and {min(W.shape)}")
-    V = right_subspace(W, rank)
+    subspace = right_subspace(W, rank)
+    V = subspace.basis
     up = W.to(V.dtype) @ V
     energy = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square()
     total = torch.linalg.vector_norm(W, dtype=torch.float64).square()
@@ -119,7 +131,7 @@ def joint_factors(W: Tensor, rank: int, *, gauge: Gauge = "orthogonal") -> Facto
     if gauge == "balanced":
         root = energy.sqrt().clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(V.dtype)
         up, down = up / root, down * root[:, None]
-    return Factors(down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous(), squared_error)
+    return Factors(down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous(), squared_error, subspace.singular_values)
 
 
 def orthogonality_defect(A: Tensor) -> float:

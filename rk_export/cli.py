@@ -1,0 +1,410 @@
+"""Command line: parses, calls the API with the same names, prints. Nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rk_export.errors import InputError, RkExportError
+
+if TYPE_CHECKING:
+    from rk_export.plan import CompressOptions, QuantSpec, RankRule
+    from rk_export.runtime import GenerationOptions
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 (parity or check failed) or 2 (bad input)."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    quiet_libraries()
+    try:
+        command: Command = args.run
+        return command(args)
+    except RkExportError as error:
+        print(f"rk-export: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("rk-export: interrupted; outputs are as they were", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own lines."""
+    for name in ("httpx", "mobius", "onnxscript", "onnx_ir", "onnx_shape_inference", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="rk-export",
+        description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    compress = add("compress", run_compress, "compress a model and write a verified ONNX bundle")
+    add_compress_arguments(compress)
+
+    analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
+    _add_model(analyze)
+    _add_output(analyze, "folder for report.json, report.html and plots")
+    _add_rank_arguments(analyze)
+
+    plan = add("plan", run_plan, "write the plan that compress would apply, to read and edit")
+    _add_model(plan)
+    _add_output(plan, "plan file (JSON)")
+    _add_rank_arguments(plan)
+    _add_format_arguments(plan)
+
+    export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
+    _add_model(export, "checkpoint folder, HF folder, hub id or .gguf file")
+    _add_output(export, "bundle folder")
+    export.add_argument("--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only")
+    _add_bundle_arguments(export)
+
+    verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
+    _add_runtime_arguments(verify)
+    _add_json(verify)
+
+    evaluate = add("eval", run_eval, "perplexity of a model, checkpoint or bundle on a text")
+    evaluate.add_argument("model", help="dense model, checkpoint or bundle")
+    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE")
+    _add_text_arguments(evaluate)
+    _add_runtime_arguments(evaluate)
+    _add_json(evaluate)
+
+    run = add("run", run_run, "generate text with a bundle, streaming")
+    run.add_argument("bundle", type=Path)
+    run.add_argument("-p", "--prompt", required=True)
+    run.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    run.add_argument("--system", help="system message, with --chat")
+    _add_sampling_arguments(run)
+    _add_runtime_arguments(run)
+
+    bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
+    bench.add_argument("bundle")
+    bench.add_argument("--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI")
+    bench.add_argument("--prompt-tokens", type=int, default=512)
+    bench.add_argument("--new-tokens", type=int, default=64)
+    bench.add_argument("--repeats", type=int, default=5)
+    _add_runtime_arguments(bench)
+    _add_json(bench)
+
+    explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
+    explain.add_argument("bundle", type=Path)
+    _add_json(explain)
+
+    doctor = add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")
+    _add_json(doctor)
+    return parser
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `compress`; optimum's command takes the same."""
+    _add_model(parser)
+    _add_output(parser, "bundle folder")
+    _add_rank_arguments(parser)
+    _add_format_arguments(parser)
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of options")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done and its size; write nothing")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text")
+    _add_text_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model")
+    _add_bundle_arguments(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser, text: str = "HF folder, hub id or .gguf file") -> None:
+    parser.add_argument("model", help=text)
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, help=text)
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+
+
+def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--groups", help="matrices to factorize together: qk, qkv, gate_up, q ... (default qk,gate_up)")
+    parser.add_argument("--qk", help="factorize qk whole or per-head (default whole)")
+    rank = parser.add_mutually_exclusive_group()
+    rank.add_argument("--keep", type=float, help="share of a group's parameters to keep (default 0.95)")
+    rank.add_argument("--rank", type=int, help="the rank itself")
+    rank.add_argument("--energy", type=float, help="share of the squared singular values to keep")
+    parser.add_argument("--rank-multiple", type=int, help="round ranks down to a multiple (default by size and bits)")
+    parser.add_argument("--device", help="where to factorize: auto, cpu, cuda, cuda:N (default auto)")
+
+
+def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gauge", help="orthogonal or balanced factors (default orthogonal)")
+    parser.add_argument("--bits", type=int, help="2, 4, 8, or 16 for floats (default 4)")
+    parser.add_argument("--block", type=int, help="quantization block: 16, 32, 64, 128, 256 (default 32)")
+    parser.add_argument("--asymmetric", action="store_true", default=None, help="store zero points")
+    parser.add_argument("--embedding-bits", type=int, help="bits of embedding and lm_head (default 8; 16 with --bits 16)")
+    parser.add_argument("--ep", help="cpu (fp32), cuda (fp16) or portable (fp16) (default cpu)")
+    parser.add_argument("--accuracy-level", type=int, help="MatMulNBits: 4 computes in int8 on CPU, 0 in floats")
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=int, default=512, help="window in tokens (default 512)")
+    parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
+
+
+def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
+    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
+    _add_json(parser)
+
+
+def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    parser.add_argument("--seed", type=int)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def compress_options(args: argparse.Namespace) -> CompressOptions | None:
+    """Return the options that were given, or None if not one was."""
+    from rk_export.plan import CompressOptions
+
+    given = {
+        "qk": args.qk,
+        "rank_multiple": args.rank_multiple,
+        "device": args.device,
+        "gauge": getattr(args, "gauge", None),
+        "ep": getattr(args, "ep", None),
+        "accuracy_level": getattr(args, "accuracy_level", None),
+        "rank": _rank_rule(args),
+        "groups": None if args.groups is None else tuple(filter(None, args.groups.split(","))),
+    }
+    changes = {name: value for name, value in given.items() if value is not None} | _quantization(args)
+    return replace(CompressOptions(), **changes) if changes else None
+
+
+def _rank_rule(args: argparse.Namespace) -> RankRule | None:
+    from rk_export.plan import RankRule
+
+    for kind in ("keep", "rank", "energy"):
+        if (value := getattr(args, kind)) is not None:
+            return RankRule(kind, value)
+    return None
+
+
+def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
+    from rk_export.plan import QuantSpec
+
+    names = ("bits", "block", "asymmetric", "embedding_bits")
+    bits, block, asymmetric, embedding_bits = (getattr(args, name, None) for name in names)
+    if all(value is None for value in (bits, block, asymmetric, embedding_bits)):
+        return {}
+
+    def spec(bits: int) -> QuantSpec | None:
+        if bits == 16:
+            return None
+        return QuantSpec(bits, 32 if block is None else block, symmetric=not asymmetric)
+
+    bits = 4 if bits is None else bits
+    embedding_bits = (16 if bits == 16 else 8) if embedding_bits is None else embedding_bits
+    return {"quant": spec(bits), "embedding_quant": spec(embedding_bits)}
+
+
+def _command_line() -> str:
+    return shlex.join(["rk-export", *sys.argv[1:]])
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """`compress`, or its dry run."""
+    from rk_export.pipeline import compress, dry_run
+    from rk_export.plan import Plan
+    from rk_export.render import findings_table, text_table
+    from rk_export.write_bundle import EvalText
+
+    options = compress_options(args)
+    plan = None if args.plan is None else Plan.load(args.plan)
+    if args.dry_run:
+        report = dry_run(args.model, options, plan=plan)
+        _print_json(report.to_json()) if args.json else print(findings_table(report.findings))
+        return 0
+    report = compress(
+        args.model,
+        args.output,
+        options,
+        plan=plan,
+        text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
+        checkpoint=args.checkpoint,
+        triton=args.triton,
+        threads=args.threads,
+        force=args.force,
+        command=_command_line(),
+    )
+    _print_json(report.to_json()) if args.json else print(text_table(report))
+    print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def run_analyze(args: argparse.Namespace) -> int:
+    """`analyze`."""
+    from rk_export.spectra import analyze
+
+    report = analyze(args.model, args.output, compress_options(args), command=_command_line(), force=args.force)
+    print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """`plan`."""
+    from rk_export.pipeline import make_plan
+
+    if args.output.exists() and not args.force:
+        raise InputError("exists already", where=str(args.output), fix="choose another name or give --force")
+    plan = make_plan(args.model, compress_options(args))
+    plan.save(args.output)
+    print(f"{len(plan.sites)} sites\nplan  {args.output}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """`export`."""
+    from rk_export.pipeline import export
+    from rk_export.plan import CompressOptions
+    from rk_export.render import text_table
+
+    report = export(
+        args.model,
+        args.output,
+        None if args.ep is None else CompressOptions(ep=args.ep),
+        triton=args.triton,
+        threads=args.threads,
+        force=args.force,
+        command=_command_line(),
+    )
+    _print_json(report.to_json()) if args.json else print(text_table(report))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """`verify`: 0 when every bounded tier passed, else 1."""
+    from rk_export.pipeline import verify
+    from rk_export.render import parity_text
+
+    tiers = verify(args.bundle, args.against, provider=args.provider, threads=args.threads)
+    _print_json([tier.to_json() for tier in tiers]) if args.json else print(parity_text(tiers))
+    return int(any(tier.passed is False for tier in tiers))
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`eval`."""
+    from rk_export.pipeline import evaluate
+    from rk_export.write_bundle import EvalText
+
+    text = EvalText(args.text, args.context, args.tokens)
+    result = evaluate(args.model, text, provider=args.provider, threads=args.threads)
+    if args.json:
+        _print_json(asdict(result))
+    else:
+        error = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
+        print(f"perplexity {result.perplexity:.3f}  ({error}, {result.tokens} tokens, context {result.context})")
+    return 0
+
+
+def run_run(args: argparse.Namespace) -> int:
+    """`run`: the text as it comes."""
+    from rk_export.runtime import Session
+
+    session = Session.from_pretrained(args.bundle, provider=args.provider, threads=args.threads)
+    prompt: str | list[int] = args.prompt
+    if args.chat:
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        prompt = session.chat_tokens([*messages, {"role": "user", "content": args.prompt}])
+    for piece in session.stream(prompt, _generation_options(args)):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _generation_options(args: argparse.Namespace) -> GenerationOptions:
+    from rk_export.runtime import GenerationOptions
+
+    return GenerationOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
+        seed=args.seed,
+    )
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`bench`."""
+    from rk_export.runtime import bench
+
+    result = bench(
+        [args.bundle, *args.against],
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        threads=args.threads or 2,
+        provider=args.provider,
+    )
+    _print_json(result.to_json()) if args.json else print(result.table())
+    return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """`explain`."""
+    from rk_export.render import findings_table
+    from rk_export.report import Report
+
+    report = Report.load(args.bundle / "report.json")
+    if args.json:
+        _print_json([finding.to_json() for finding in report.findings])
+    else:
+        print(findings_table(report.findings))
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """`doctor`: 0 when export and CPU inference can work, else 1."""
+    from rk_export.doctor import diagnose
+
+    diagnosis = diagnose()
+    _print_json(diagnosis.to_json()) if args.json else print(diagnosis.table())
+    return 0 if diagnosis.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

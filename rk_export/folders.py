@@ -1,0 +1,250 @@
+"""Output folders: written beside their place and moved in at the end, with a manifest of checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rk_export.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "rk_manifest.json"
+_FORMAT = 1
+_MARKS = (MANIFEST, "report.json", "plan.json")
+_LIBRARIES = (
+    "rk-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "mobius-onnx",
+    "onnxruntime-gpu",
+)
+
+
+class AtomicFolder:
+    """Context manager that gives a temporary sibling of ``target`` and moves it into place on success.
+
+    On any error the sibling is removed and what was at ``target`` stays as it was.
+
+    Args:
+        target: The final folder; its parents are made. An empty folder counts as absent.
+        force: Replace an output that is already there.
+        needed: Bytes that will be written, checked against the free space at entry and named when the disk
+            fills up later.
+
+    Raises:
+        InputError: The output exists and ``force`` is off, rk-export did not write it, or the disk is full.
+    """
+
+    def __init__(
+        self, target: str | os.PathLike[str], *, force: bool = False, needed: int | None = None
+    ) -> None:
+        self.target = Path(os.path.abspath(Path(target).expanduser()))
+        self.force = force
+        self.needed = needed
+        self._partial = self._sibling("partial")
+
+    def __enter__(self) -> Path:
+        _check_replaceable(self.target, self.force)
+        if self.needed is not None:
+            check_free_space(self.target, self.needed)
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot write here: {error.strerror}", where=str(self.target.parent)) from error
+        return self._partial
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._move_in()
+        except OSError as failure:
+            self._raise_if_full(failure)
+            raise
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self._raise_if_full(error)
+
+    def _raise_if_full(self, error: BaseException | None) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(self.target, self.needed) from error
+
+    def _sibling(self, kind: str) -> Path:
+        return self.target.with_name(f".{self.target.name}.{kind}-{secrets.token_hex(4)}")
+
+    def _move_in(self) -> None:
+        """Swap the new folder in; the old one comes back if that fails, and is deleted only afterwards."""
+        if not self.target.exists():
+            self._partial.rename(self.target)
+            return
+        old = self._sibling("old")
+        self.target.rename(old)
+        try:
+            self._partial.rename(self.target)
+        except BaseException:
+            old.rename(self.target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError("exists and is not a folder", where=str(target), fix="give another output folder")
+    if not any(target.iterdir()):
+        return
+    if not force:
+        raise InputError(
+            "the output already exists", where=str(target), fix="add --force, or give another folder"
+        )
+    if not _is_ours(target):
+        raise InputError(
+            "not replaced: the folder was not written by rk-export",
+            where=str(target),
+            fix="delete it yourself, or give another output folder",
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether rk-export wrote the folder: bundle, report or compressed checkpoint, but no plain model."""
+    if any((folder / name).is_file() for name in _MARKS):
+        return True
+    try:
+        return "rk_export" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def check_free_space(path: str | os.PathLike[str], needed: int) -> None:
+    """Raise InputError unless the file system that will hold ``path`` has ``needed`` bytes free."""
+    place = Path(os.path.abspath(path))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise _no_space(Path(path), needed, free)
+
+
+def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputError:
+    what = "no space left on the disk"
+    if needed is not None:
+        what += f": {needed:,} bytes are needed"
+    if free is not None:
+        what += f", {free:,} are free"
+    return InputError(what, where=str(path), fix="free some space, or give a folder on another disk")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the hexadecimal SHA-256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of the libraries that decide what a bundle contains."""
+    found = {name: _version(name) for name in _LIBRARIES}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_manifest(folder: str | os.PathLike[str], info: dict[str, Any]) -> Path:
+    """Write ``rk_manifest.json``: ``info``, library versions, size and SHA-256 of every file.
+
+    Args:
+        folder: A finished bundle; files in subfolders are listed too, hard links hashed once.
+        info: JSON-ready facts of the run; ``format``, ``versions`` and ``files`` are the manifest's own keys.
+    """
+    root = Path(folder)
+    digests: dict[tuple[int, int], str] = {}
+    files = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST):
+        stat = path.stat()
+        inode = (stat.st_dev, stat.st_ino)
+        if inode not in digests:
+            digests[inode] = sha256_of(path)
+        files[path.relative_to(root).as_posix()] = {"bytes": stat.st_size, "sha256": digests[inode]}
+    manifest = {**info, "format": _FORMAT, "versions": library_versions(), "files": files}
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return root / MANIFEST
+
+
+def check_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
+    """Return the manifest of a bundle after checking every file it lists, all sizes before any checksum.
+
+    Args:
+        folder: The bundle.
+        hashes: Also compare checksums; without them a gigabyte bundle is checked in milliseconds.
+
+    Raises:
+        InputError: No readable manifest, or a file is missing or changed; the first one is named.
+    """
+    root = Path(folder)
+    manifest = _read_manifest(root)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    fix = "copy or export the bundle again"
+    for name, entry in files.items():
+        path = root / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(
+                f"the manifest lists {name}, which is outside the bundle", where=str(root), fix=fix
+            )
+        if not path.is_file():
+            raise InputError("listed in the manifest but missing", where=str(path), fix=fix)
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise InputError(
+                f"corrupted: {size:,} bytes instead of {entry['bytes']:,}", where=str(path), fix=fix
+            )
+    for name, entry in files.items() if hashes else ():
+        if sha256_of(root / name) != entry["sha256"]:
+            raise InputError(
+                "corrupted: its checksum differs from the manifest", where=str(root / name), fix=fix
+            )
+    return manifest
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            "no bundle here: rk_manifest.json is missing",
+            where=str(root),
+            fix="give a folder that rk-export wrote",
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format"] == _FORMAT
+        entries_ok = all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "the manifest is not readable", where=str(path), fix="copy or export the bundle again"
+        ) from error
+    if not (known and entries_ok):
+        raise InputError(
+            "the manifest is of another format", where=str(path), fix="export with this rk-export version"
+        )
+    return dict(manifest)

@@ -1,0 +1,120 @@
+"""``genai_config.json``: how onnxruntime-genai 0.18 finds and feeds the graph of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from rk_export.errors import InputError
+
+# Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type
+# there expects one combined past tensor per layer, not the key / value pairs of our graphs.
+_GENAI_TYPES = frozenset(
+    [
+        *(
+            "ernie4_5",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "granite",
+            "internlm2",
+            "llama",
+            "mistral",
+            "nemotron",
+        ),
+        *("olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    ]
+)
+
+
+def genai_config(
+    config: PretrainedConfig,
+    *,
+    ep: Literal["cpu", "cuda"],
+    context_length: int,
+    generation: GenerationConfig | None = None,
+    filename: str = "model.onnx",
+) -> dict[str, Any]:
+    """Return ``genai_config.json`` for onnxruntime-genai.
+
+    Args:
+        config: Configuration of the exported model.
+        ep: Execution provider that the session is made with.
+        context_length: Tokens of prompt and answer together; the shared KV buffer has this length by default.
+        generation: Defaults of sampling and the token ids that end a text; the config's own where None.
+        filename: The graph, relative to the bundle.
+    """
+    defaults = generation if generation is not None else GenerationConfig.from_model_config(config)
+    eos = _first_set(defaults.eos_token_id, config.eos_token_id)
+    if eos is None:
+        raise InputError(
+            "no eos_token_id: generation could not stop", where="config.json", fix="add eos_token_id to it"
+        )
+    pad = _first_set(defaults.pad_token_id, config.pad_token_id, eos[0] if isinstance(eos, list) else eos)
+    return {
+        "model": {
+            "bos_token_id": _first_set(defaults.bos_token_id, config.bos_token_id, pad),
+            "context_length": context_length,
+            "decoder": _decoder(config, ep, filename),
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
+            "vocab_size": config.vocab_size,
+        },
+        "search": _search(defaults, context_length),
+    }
+
+
+def write_genai_config(folder: Path, values: dict[str, Any]) -> None:
+    """Write ``genai_config.json`` into a bundle."""
+    (folder / "genai_config.json").write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+
+
+def _first_set(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str) -> dict[str, Any]:
+    heads = config.num_attention_heads
+    return {
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "provider_options": [] if ep == "cpu" else [{ep: {}}],
+        },
+        "filename": filename,
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_size": config.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+    }
+
+
+def _search(defaults: GenerationConfig, context_length: int) -> dict[str, Any]:
+    return {
+        "do_sample": bool(defaults.do_sample),
+        "early_stopping": True,
+        "max_length": context_length,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": _first_set(defaults.repetition_penalty, 1.0),
+        "temperature": _first_set(defaults.temperature, 1.0),
+        "top_k": _first_set(defaults.top_k, 50),
+        "top_p": _first_set(defaults.top_p, 1.0),
+    }

@@ -1,0 +1,100 @@
+"""The README of a bundle: what it is, what was measured, and how each runtime loads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the bundle's README says.
+
+    Args:
+        name: Name of the bundle.
+        base_model: Model id or name of the source.
+        ep: Execution provider the graph was made for.
+        context_length: Tokens of prompt and answer together.
+        summary: One paragraph: what was done to the model.
+        results: Rows of measured values, label and text.
+        license: License of the weights, None when unknown.
+    """
+
+    name: str
+    base_model: str
+    ep: Literal["cpu", "cuda"]
+    context_length: int
+    summary: str
+    results: tuple[tuple[str, str], ...] = ()
+    license: str | None = None
+
+
+def model_card(card: ModelCard) -> str:
+    """Return the bundle's ``README.md``: what it is, what was measured, how each runtime loads it."""
+    rows = "".join(f"| {label} | {value} |\n" for label, value in card.results)
+    results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
+    provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{results}\n"
+    return head + _HOW_TO_RUN.format(provider=provider)
+
+
+def _front_matter(card: ModelCard) -> str:
+    lines = ["---", f"base_model: {json.dumps(card.base_model)}", "tags: [onnx, onnxruntime, rk-export]"]
+    if card.license is not None:
+        lines.append(f"license: {card.license}")
+    return "\n".join([*lines, "---\n"])
+
+
+_HOW_TO_RUN = """\
+`rk_manifest.json` lists every file with its checksum; `report.html` and `plan.json` say what happened to each
+matrix.
+
+## Run it
+
+rk-export:
+
+```bash
+rk-export run . -p "Where is the Eiffel Tower?" --chat
+rk-export verify .
+```
+
+ONNX Runtime GenAI (`pip install onnxruntime-genai`):
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=256)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("Where is the Eiffel Tower?"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+
+Optimum (`pip install optimum-onnx[onnxruntime]`):
+
+```python
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+model = ORTModelForCausalLM.from_pretrained(".", provider="{provider}")
+tokenizer = AutoTokenizer.from_pretrained(".")
+inputs = tokenizer("Where is the Eiffel Tower?", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```
+
+ONNX Runtime alone: inputs `input_ids`, `attention_mask` (int64, batch x length; the mask covers the past too)
+and `past_key_values.N.key|value` (batch x heads x past length x head size, length 0 at first); outputs
+`logits` and `present.N.key|value`, which are the next call's past.
+
+```python
+import onnxruntime as ort
+
+session = ort.InferenceSession("model.onnx", providers=["{provider}"])
+print([(i.name, i.type, i.shape) for i in session.get_inputs()])
+```
+"""

@@ -1,0 +1,115 @@
+"""The HTML page of a report: cards, sections and inline plots in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+import jinja2
+
+from rk_export import humanize, plots
+from rk_export.matrix_groups import matrix_groups
+from rk_export.report import Report
+from rk_export.sections import outcomes, pairs, sections
+from rk_export.svg import inline_svg
+
+TEMPLATE = "templates/report.html"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One number at the head of the page."""
+
+    label: str
+    value: str
+    detail: str = ""
+    status: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A plot as inline SVG, with the sentence under it."""
+
+    svg: str
+    caption: str
+
+
+def html(report: Report) -> str:
+    """Return the whole page; names and reasons from the report are escaped by the template."""
+    source = resources.files("rk_export").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.from_string(source)
+    return page.render(
+        report=report, cards=_cards(report), sections=sections(report), drawings=_drawings(report)
+    )
+
+
+def _cards(report: Report) -> list[Card]:
+    cards = [*_size_cards(report), *_last_card("perplexity", report.perplexity)]
+    cards += [*_last_card("tokens per second", report.speed), *_verdict_cards(report)]
+    if report.findings:
+        cards.append(Card("matrix groups", str(len(matrix_groups(report.findings))), outcomes(report)))
+    return cards
+
+
+def _size_cards(report: Report) -> list[Card]:
+    if (size := report.size) is None:
+        return []
+    counts = f"{humanize.count(size.kept_parameters)} of {humanize.count(size.dense_parameters)}"
+    weights = f"{humanize.size(size.compressed_bytes)} of {humanize.size(size.dense_bytes)}"
+    return [
+        Card("parameters kept", humanize.share(size.kept_parameters, size.dense_parameters), counts),
+        Card("bytes kept", humanize.share(size.compressed_bytes, size.dense_bytes), weights),
+    ]
+
+
+def _last_card(label: str, values: Mapping[str, float]) -> list[Card]:
+    """Return the value measured last (the most finished model, the last phase), the others beside it."""
+    if not values:
+        return []
+    *others, (name, value) = values.items()
+    detail = ", ".join(part for part in (name, pairs(dict(others))) if part)
+    return [Card(label, humanize.number(value), detail)]
+
+
+def _verdict_cards(report: Report) -> list[Card]:
+    cards = []
+    if verdicts := [tier.passed for tier in report.parity if tier.passed is not None]:
+        status = "pass" if all(verdicts) else "FAIL"
+        cards.append(Card("parity tiers passed", f"{sum(verdicts)} of {len(verdicts)}", status=status))
+    if report.fusions:
+        found, planned = (
+            sum(getattr(fusion, of) for fusion in report.fusions) for of in ("found", "planned")
+        )
+        complete = all(fusion.found == fusion.planned for fusion in report.fusions)
+        status = "ok" if complete else "missed"
+        cards.append(Card("fused patterns found", f"{found} of {planned}", status=status))
+    return cards
+
+
+def _drawings(report: Report) -> dict[str, list[Drawing]]:
+    """Return the plots of each section by its anchor; a plot without data is left out."""
+    groups = matrix_groups(report.findings)
+    shown = plots.select_spectra(report.spectra)
+    spectra = f"{len(shown)} of {len(report.spectra)} groups; all are in the table. Log scale;"
+    wanted = (
+        ("matrices", plots.rank_figure(groups), "Chosen rank in each layer."),
+        ("matrices", plots.layer_bytes_figure(groups), "Stored bytes of each layer, before and after."),
+        ("matrices", plots.role_bytes_figure(groups), "Stored bytes by role, before and after."),
+        ("matrices", plots.matrix_error_figure(groups), "Largest weight error in each layer."),
+        ("layers", plots.layer_error_figure(report.layer_errors), "Error of each layer's output."),
+        (
+            "spectra",
+            plots.spectra_figure(shown) if shown else None,
+            f"{spectra} a vertical line marks a chosen rank.",
+        ),
+    )
+    drawings: dict[str, list[Drawing]] = {}
+    for number, (anchor, figure, caption) in enumerate(wanted):
+        if figure is not None:
+            svg = inline_svg(figure, f"plot{number}", caption)
+            drawings.setdefault(anchor, []).append(Drawing(svg, caption))
+    return drawings

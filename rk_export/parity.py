@@ -1,0 +1,268 @@
+"""Parity as a contract: each step from the dense model to the running bundle is compared on its own.
+
+| tier | reference | candidate | a difference means |
+| --- | --- | --- | --- |
+| a | PyTorch dense | PyTorch factorized | error of the factorization |
+| b | PyTorch factorized | PyTorch quantized | error of the quantization |
+| c | PyTorch quantized | ONNX Runtime, accuracy level 0 | a fault of the export or the runtime |
+| d | ONNX Runtime, level 0 | ONNX Runtime as shipped | int8 activations (level 4) |
+| e | prefill | cached decode | a fault of the cache |
+| f | single rows | left-padded batch | a fault of the padding |
+| g | greedy tokens of PyTorch | greedy tokens of ONNX Runtime | a visible difference |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rk_export.errors import ParityError
+from rk_export.probe import NEW_TOKENS, Probe
+from rk_export.report import ParityTier
+from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
+from rk_export.runtime import EncoderSession, GenerationOptions, Session
+from rk_export.runtime.providers import Provider
+
+# Largest |difference| over the largest |logit| that passes, by the float type of the graph.
+RUNTIME_BOUND = {"fp32": 1e-4, "fp16": 5e-3}
+# int8 activations round every input of every quantized matrix, and single large activations make that coarse:
+# SmolLM2-135M shows 0.13. Beyond twice that something else is wrong.
+LEVEL4_BOUND = 0.25
+DECODE_FROM = 8
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Greedy continuations at accuracy level 0 that PyTorch confirmed; they travel with the bundle.
+
+    Args:
+        prompts: Token ids.
+        tokens: Generated ids, one row a prompt.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return {"prompts": [list(row) for row in self.prompts], "tokens": [list(row) for row in self.tokens]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Golden:
+        """Undo `to_json`."""
+        return cls(tuple(map(tuple, data["prompts"])), tuple(map(tuple, data["tokens"])))
+
+
+def compare(
+    tier: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, bound: float | None, note: str = ""
+) -> ParityTier:
+    """Return the parity of two arrays of logits (batch, length, vocabulary)."""
+    reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
+    error, scale = float(np.abs(candidate - reference).max()), float(np.abs(reference).max())
+    log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
+    passed = None if bound is None else bool(np.isfinite(error) and error <= bound * scale)
+    return ParityTier(
+        tier=tier,
+        name=name,
+        max_error=error,
+        scale=scale,
+        bound=bound,
+        kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+        top1_agreement=float((reference.argmax(-1) == candidate.argmax(-1)).mean()),
+        passed=passed,
+        note=note,
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def method_tiers(rewritten: Rewritten, probe: Probe) -> Iterator[ParityTier]:
+    """Yield tiers a and b from the logits that the rewriting carried along."""
+    logits = {version: tensor.float().numpy() for version, tensor in rewritten.probe_logits.items()}
+    note = f"{len(probe.prompts)} prompts of {len(probe.prompts[0])} tokens"
+    yield compare(
+        "a", "PyTorch dense vs factorized", logits[DENSE], logits[FACTORIZED], bound=None, note=note
+    )
+    yield compare(
+        "b", "PyTorch factorized vs quantized", logits[FACTORIZED], logits[QUANTIZED], bound=None, note=note
+    )
+
+
+def runtime_tiers(
+    bundle: Path, rewritten: Rewritten, probe: Probe, *, provider: Provider = "auto", threads: int | None = None
+) -> tuple[tuple[ParityTier, ...], Golden | None]:
+    """Compare a bundle with the PyTorch model it was exported from: tiers c to g.
+
+    Returns:
+        The tiers, and the greedy tokens of tier g (None for an encoder).
+    """
+    bound = RUNTIME_BOUND[rewritten.plan.options.float_dtype]
+    reference = rewritten.probe_logits[QUANTIZED].float().numpy()
+    name = "PyTorch quantized vs ONNX Runtime, level 0"
+    if rewritten.architecture.is_encoder:
+        encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
+        states = encoder.forward(probe.batch)
+        return (compare("c", name, reference, states, bound=bound), encoder_padding_tier(encoder, probe, bound)), None
+    exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
+    logits = exact.prefill_logits(probe.batch)
+    tiers = [compare("c", name, reference, logits, bound=bound)]
+    tiers += session_tiers(exact, probe, logits, bound)
+    golden = greedy(exact, probe)
+    tiers.append(greedy_tier(rewritten, golden))
+    del exact
+    shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
+    tiers.insert(1, level_tier(shipped, probe, logits))
+    return tuple(tiers), golden
+
+
+def level_tier(shipped: Session, probe: Probe, exact_logits: np.ndarray) -> ParityTier:
+    """Return tier d: the bundle as shipped against accuracy level 0."""
+    name = "ONNX Runtime, level 0 vs as shipped"
+    return compare("d", name, exact_logits, shipped.prefill_logits(probe.batch), bound=LEVEL4_BOUND)
+
+
+def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: float) -> Iterator[ParityTier]:
+    """Yield tiers e and f of one session: cached decode and left padding.
+
+    Args:
+        session: A bundle at accuracy level 0.
+        probe: The prompts.
+        prefill: Its logits on them in one go (prompts, length, vocabulary).
+        bound: Largest relative error that passes.
+    """
+    decoded = _cached_logits(session, probe.batch)
+    yield compare("e", "prefill vs cached decode", prefill[:, DECODE_FROM:], decoded, bound=bound)
+    rows, padded = _padded_logits(session, probe.unequal())
+    yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)
+
+
+def _cached_logits(session: Session, tokens: np.ndarray) -> np.ndarray:
+    """Return logits of the positions from `DECODE_FROM` on, each computed with a cache of those before."""
+    _, past = session.forward(tokens[:, :DECODE_FROM])
+    steps = []
+    for position in range(DECODE_FROM, tokens.shape[1]):
+        logits, past = session.forward(tokens[:, position : position + 1], past=past)
+        steps.append(logits)
+    return np.concatenate(steps, axis=1)
+
+
+def _padded_logits(session: Session, prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of the last position, (prompts, 1, vocabulary), of single rows and of the padded batch."""
+    ids, mask = left_padded(prompts)
+    batch = session.prefill_logits(ids, mask)[:, -1:]
+    rows = [session.prefill_logits(np.array([prompt], dtype=np.int64))[:, -1:] for prompt in prompts]
+    return np.concatenate(rows), batch
+
+
+def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and mask, int64 (prompts, longest), padded on the left with token 0."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float) -> ParityTier:
+    """Return tier f of an encoder: the first token's state, alone and in a batch padded on the right."""
+    prompts = probe.unequal()
+    longest = max(len(prompt) for prompt in prompts)
+    mask = np.array([[position < len(prompt) for position in range(longest)] for prompt in prompts], dtype=np.int64)
+    ids = np.array([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], dtype=np.int64)
+    batch = encoder.forward(ids, mask)[:, :1]
+    rows = np.concatenate([encoder.forward(np.array([prompt], dtype=np.int64))[:, :1] for prompt in prompts])
+    return compare("f", "single rows vs padded batch", rows, batch, bound=bound)
+
+
+def greedy(session: Session, probe: Probe) -> Golden:
+    """Return 64 greedy tokens (fewer where a text ends) of each prompt, generated in one batch."""
+    room = min(NEW_TOKENS, session.max_length - len(probe.prompts[0]))
+    rows = session.generate(probe.prompts, options=GenerationOptions(max_new_tokens=room))
+    return Golden(probe.prompts, tuple(tuple(row.token_ids) for row in rows))
+
+
+@torch.no_grad()
+def greedy_tier(rewritten: Rewritten, golden: Golden) -> ParityTier:
+    """Return tier g: whether PyTorch's greedy decoding gives the same tokens.
+
+    If at every position the likeliest next token is the one that was generated, then by induction PyTorch's
+    own greedy decoding generates the same text; so one forward pass over prompt and text decides.
+    """
+    same, total, margin = 0, 0, ""
+    for prompt, tokens in zip(golden.prompts, golden.tokens, strict=True):
+        ids = torch.tensor([[*prompt, *tokens]])
+        logits: Tensor = rewritten.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        likeliest = logits.argmax(-1)
+        wrong = (likeliest != torch.tensor(tokens)).nonzero().flatten()
+        same += len(tokens) if len(wrong) == 0 else int(wrong[0])
+        total += len(tokens)
+        if len(wrong) and not margin:
+            step = int(wrong[0])
+            gap = float(logits[step].max() - logits[step, tokens[step]])
+            margin = f"; first difference at step {step}, where PyTorch's own margin is {gap:.2g}"
+    return ParityTier(
+        tier="g",
+        name="greedy tokens, PyTorch vs ONNX Runtime",
+        max_error=float(total - same),
+        scale=float(total),
+        bound=0.0,
+        top1_agreement=same / total,
+        passed=same == total,
+        note=f"{len(golden.prompts)} prompts, {total} tokens{margin}",
+    )
+
+
+def bundle_tiers(
+    bundle: Path, golden: Golden, float_dtype: str, *, provider: Provider = "auto", threads: int | None = None
+) -> tuple[ParityTier, ...]:
+    """Verify a decoder bundle on its own: tiers d, e and f, and g against the tokens that travel with it."""
+    probe = Probe(golden.prompts)
+    exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
+    logits = exact.prefill_logits(probe.batch)
+    tiers = list(session_tiers(exact, probe, logits, RUNTIME_BOUND[float_dtype]))
+    again = greedy(exact, probe)
+    del exact
+    shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
+    same = sum(_common_prefix(a, b) for a, b in zip(golden.tokens, again.tokens, strict=True))
+    total = sum(map(len, golden.tokens))
+    tiers.append(
+        ParityTier(
+            tier="g",
+            name="greedy tokens, stored at export vs now",
+            max_error=float(total - same),
+            scale=float(total),
+            bound=0.0,
+            top1_agreement=same / total,
+            passed=same == total,
+            note=f"{len(golden.prompts)} prompts, {total} tokens",
+        )
+    )
+    return (level_tier(shipped, probe, logits), *tiers)
+
+
+def _common_prefix(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    length = min(len(first), len(second))
+    return next((index for index in range(length) if first[index] != second[index]), length)
+
+
+def require_parity(tiers: tuple[ParityTier, ...], where: str) -> None:
+    """Raise ParityError unless every tier with a bound passed."""
+    failed = [tier for tier in tiers if tier.passed is False]
+    if failed:
+        worst = "; ".join(
+            f"tier {tier.tier} ({tier.name}): {tier.max_error:.3g} on a scale of {tier.scale:.3g}, bound {tier.bound}"
+            for tier in failed
+        )
+        raise ParityError(f"parity is out of its bound: {worst}", where=where)

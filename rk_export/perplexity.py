@@ -1,0 +1,174 @@
+"""Perplexity of a causal language model on a text: one protocol for PyTorch and ONNX Runtime.
+
+The token sequence is cut into windows that do not overlap, without a beginning-of-sequence token; inside a
+window every token but the first is predicted from the ones before it. The last window may be shorter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from rk_export.errors import InputError
+
+LogitsFn = Callable[[np.ndarray], Any]
+
+_ROWS = 128  # rows of logits turned to float64 at a time
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity and what it was computed from.
+
+    Args:
+        perplexity: exp(nll).
+        nll: Mean negative log likelihood per predicted token, in nats.
+        standard_error: Standard error of ``nll`` over the windows; NaN for a single window.
+        tokens: Predicted tokens.
+        windows: Windows evaluated.
+        context: Tokens per full window.
+    """
+
+    perplexity: float
+    nll: float
+    standard_error: float
+    tokens: int
+    windows: int
+    context: int
+
+
+def perplexity(
+    logits_fn: LogitsFn, token_ids: np.ndarray, *, context: int = 512, limit: int | None = None
+) -> PerplexityResult:
+    """Measure perplexity over non-overlapping windows.
+
+    Args:
+        logits_fn: Maps int64 ids (1, length) to float logits (1, length, vocab), NumPy or torch; logits at t
+            predict token t + 1.
+        token_ids: int (tokens,), the whole text without special tokens.
+        context: Tokens per window.
+        limit: Use the first ``limit`` tokens only.
+
+    Raises:
+        InputError: Fewer than two tokens, a context below two, or logits not finite or of another shape.
+    """
+    if context < 2:
+        raise InputError(f"a context of {context} predicts nothing", where="context", fix="give at least 2")
+    if limit is not None and limit < 2:
+        raise InputError(f"a limit of {limit} tokens predicts nothing", where="limit", fix="give at least 2")
+    ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)[:limit]
+    if ids.size < 2:
+        raise InputError(f"the text has {ids.size} tokens; at least 2 are needed", fix="give a longer text")
+    sums, counts = [], []
+    for window in _windows(ids, context):
+        nll = _window_nll(logits_fn, window)
+        sums.append(nll)
+        counts.append(window.size - 1)
+    return _summarize(np.array(sums), np.array(counts), context)
+
+
+def _windows(ids: np.ndarray, context: int) -> Iterator[np.ndarray]:
+    """Yield windows of ``context`` tokens; a rest of one token predicts nothing and is dropped."""
+    for begin in range(0, ids.size - 1, context):
+        yield ids[begin : begin + context]
+
+
+def _window_nll(logits_fn: LogitsFn, window: np.ndarray) -> float:
+    """Return the summed negative log likelihood of tokens 1.. of one window (length,)."""
+    logits = _as_numpy(logits_fn(window[None]))
+    if logits.ndim != 3 or logits.shape[:2] != (1, window.size):
+        raise InputError(
+            f"logits have shape {logits.shape}, expected (1, {window.size}, vocab)", where="logits_fn"
+        )
+    if window.max() >= logits.shape[-1]:
+        raise InputError(
+            f"token id {window.max()} is outside the vocabulary of {logits.shape[-1]}",
+            where="token_ids",
+            fix="use the tokenizer of this model",
+        )
+    total = math.fsum(
+        token_nll(
+            logits[0, begin : begin + _ROWS][: window.size - 1 - begin], window[begin + 1 : begin + 1 + _ROWS]
+        )
+        for begin in range(0, window.size - 1, _ROWS)
+    )
+    if not math.isfinite(total):
+        raise InputError(
+            "the model's logits are not finite", where="logits_fn", fix="verify the model's weights"
+        )
+    return total
+
+
+def token_nll(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Return the summed negative log likelihood of ``targets`` (rows,) under ``logits`` (rows, vocab)."""
+    rows = logits.astype(np.float64)
+    top = rows.max(axis=-1)  # (rows,)
+    log_norm = top + np.log(np.exp(rows - top[:, None]).sum(axis=-1))
+    return float((log_norm - rows[np.arange(len(targets)), targets]).sum())
+
+
+def _as_numpy(logits: Any) -> np.ndarray:
+    """Return NumPy logits; torch's bfloat16 goes through float32, which NumPy knows."""
+    if isinstance(logits, np.ndarray):
+        return logits
+    return np.asarray(logits.detach().float().cpu().numpy())
+
+
+def _summarize(sums: np.ndarray, counts: np.ndarray, context: int) -> PerplexityResult:
+    nll = float(sums.sum() / counts.sum())
+    windows = len(sums)
+    error = math.nan
+    if windows > 1:  # ratio estimator: windows weigh as many tokens as they predict
+        spread = sums - nll * counts
+        error = math.sqrt(float((spread**2).sum()) * windows / (windows - 1)) / float(counts.sum())
+    try:
+        value = math.exp(nll)
+    except OverflowError:
+        value = math.inf
+    return PerplexityResult(value, nll, error, int(counts.sum()), windows, context)
+
+
+def tokens_of(path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[str]) -> np.ndarray:
+    """Tokenize a UTF-8 text file without special tokens.
+
+    Returns:
+        int64 (tokens,).
+
+    Raises:
+        InputError: The file is missing, empty or no text, or the folder holds no ``tokenizer.json``.
+    """
+    text = _read_text(Path(path))
+    vocabulary = Path(tokenizer_folder) / "tokenizer.json"
+    if not vocabulary.is_file():
+        raise InputError(
+            "tokenizer.json is missing", where=str(tokenizer_folder), fix="add the model's fast tokenizer"
+        )
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise InputError("no such file", where=str(path), fix="give a UTF-8 text file")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "not a UTF-8 text file", where=str(path), fix="give plain text, encoded as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise InputError(
+            "holds binary data, not text", where=str(path), fix="give plain text, encoded as UTF-8"
+        )
+    if not text.strip():
+        raise InputError("the text is empty", where=str(path), fix="give a text of at least a few sentences")
+    return text

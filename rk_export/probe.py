@@ -1,0 +1,71 @@
+"""The fixed prompts that parity is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PROMPT_LENGTH = 32
+NEW_TOKENS = 64
+_SEED = 20240216
+
+# Prose, a list, arithmetic, code, a dialogue, another language: short texts that leave different tokens likely.
+TEXTS = (
+    "The harbour was quiet in the early morning, and only the gulls moved between the masts. A woman in a grey coat "
+    "walked along the quay, counted the boats, and wrote their names into a small notebook.",
+    "To bake bread you need four things: flour, water, salt and time. First mix the flour with the water and let it "
+    "rest for half an hour. Then add the salt, fold the dough, and wait until it has doubled.",
+    "If a train leaves at 9:15 and travels 120 kilometres at 80 kilometres per hour, it arrives at 10:45. If it "
+    "travels at 60 kilometres per hour instead, it needs 2 hours and therefore arrives at",
+    "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n    if len(ordered) % 2 == 1:\n"
+    "        return ordered[middle]\n    return (ordered[middle - 1] + ordered[middle]) / 2\n\n\ndef mean(values):\n",
+    "Question: Why is the sky blue during the day and red in the evening?\nAnswer: Sunlight is scattered by the "
+    "molecules of the air, and short waves are scattered more strongly than long ones. In the evening",
+    "The committee met on Tuesday to discuss the budget for the coming year. Three members argued for a new library, "
+    "two for repairs to the bridge, and the chair proposed that both should be",
+    "Le petit village se trouve au bord d'une rivière. Chaque dimanche, les habitants se réunissent sur la place pour "
+    "le marché, où l'on vend du pain, du fromage et des",
+    "Water boils at 100 degrees Celsius at sea level. On a high mountain the pressure of the air is lower, so water "
+    "boils at a lower temperature, and cooking an egg takes longer. For example,",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Prompts as tokens.
+
+    Args:
+        prompts: Token ids of each prompt, `PROMPT_LENGTH` each.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+
+    @property
+    def batch(self) -> np.ndarray:
+        """All prompts, int64 (prompts, length)."""
+        return np.array(self.prompts, dtype=np.int64)
+
+    def unequal(self) -> tuple[tuple[int, ...], ...]:
+        """The prompts cut to different lengths, for the test of left padding."""
+        return tuple(prompt[: max(2, len(prompt) - 3 * index)] for index, prompt in enumerate(self.prompts))
+
+
+def make_probe(tokenizer_folder: Path, vocabulary: int) -> Probe:
+    """Return the probe of a model: the texts, or seeded random tokens where it has no tokenizer.
+
+    Args:
+        tokenizer_folder: Where tokenizer.json may lie.
+        vocabulary: Number of token ids that the model embeds.
+    """
+    path = tokenizer_folder / "tokenizer.json"
+    if not path.is_file():
+        draws = np.random.default_rng(_SEED).integers(0, vocabulary, (len(TEXTS), PROMPT_LENGTH))
+        return Probe(tuple(tuple(int(token) for token in row) for row in draws))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    length = min(PROMPT_LENGTH, *(len(row) for row in rows))
+    return Probe(tuple(tuple(row[:length]) for row in rows))

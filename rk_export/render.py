@@ -1,0 +1,86 @@
+"""A report for people: aligned text for the terminal, Markdown, and one self-contained HTML page.
+
+All three show the same tables; the page adds the plots. A section with nothing in it is left out, unless a
+notice of the report says why it is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rk_export import humanize, tables
+from rk_export.report import Finding, ParityTier, Report, SizeSummary
+from rk_export.sections import headline, outcomes, pairs, sections
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """Return aligned text, one line a matrix group: what was chosen, bytes before and after, error, why."""
+    return tables.matrices_table(findings).text()
+
+
+def text_table(report: Report) -> str:
+    """Return the compact summary for a terminal; everything that was skipped is in it, with its reason."""
+    blocks = [humanize.plain(headline(report)), _summary(report)]
+    if report.parity:
+        blocks.append("Parity\n" + tables.parity_table(report.parity).text())
+    if report.fusions:
+        blocks.append("Fused patterns\n" + tables.fusions_table(report.fusions).text())
+    if (skipped := tables.not_applied_table(report.findings)).rows:
+        blocks.append("Not applied\n" + skipped.text())
+    if report.notices:
+        blocks.append("Notices\n" + "\n".join(f"- {humanize.plain(notice)}" for notice in report.notices))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _summary(report: Report) -> str:
+    """Return the lines of label and value at the head of the terminal summary."""
+    lines = {
+        **(_size_lines(report.size) if report.size else {}),
+        "perplexity": pairs(report.perplexity),
+        "tokens per second": pairs(report.speed),
+        "matrix groups": outcomes(report),
+        "time": humanize.duration(sum(report.timings.values())) if report.timings else "",
+    }
+    filled = {label: value for label, value in lines.items() if value}
+    width = max(map(len, filled), default=0)
+    return "\n".join(f"{label.ljust(width)}  {humanize.plain(value)}" for label, value in filled.items())
+
+
+def _size_lines(size: SizeSummary) -> dict[str, str]:
+    kept = humanize.share(size.kept_parameters, size.dense_parameters)
+    stored = humanize.share(size.compressed_bytes, size.dense_bytes)
+    counts = f"{humanize.count(size.kept_parameters)} of {humanize.count(size.dense_parameters)}"
+    weights = f"{humanize.size(size.dense_bytes)} → {humanize.size(size.compressed_bytes)}"
+    files = "" if size.file_bytes is None else humanize.size(size.file_bytes)
+    return {
+        "kept parameters": f"{kept} ({counts})",
+        "weights": f"{weights} ({stored})",
+        "exported files": files,
+    }
+
+
+def markdown(report: Report) -> str:
+    """Return the report as Markdown, without plots."""
+    lines = [f"# {tables.escape_markdown(headline(report))}"]
+    if report.notices:
+        lines.append("\n".join(f"- {tables.escape_markdown(notice)}" for notice in report.notices))
+    for section in sections(report):
+        lines += [f"## {section.title}", section.intro]
+        lines += [f"Note: {tables.escape_markdown(notice)}" for notice in section.notices]
+        if section.command:
+            lines.append("\n".join(f"    {line}" for line in section.command.splitlines()))
+        if section.table is not None:
+            lines.append(section.table.markdown())
+    return "\n\n".join(lines) + "\n"
+
+
+def html(report: Report) -> str:
+    """Return the report as one HTML page with inline plots; it loads nothing and runs no script."""
+    from rk_export import page  # here, so that a table in a terminal does not wait for matplotlib
+
+    return page.html(report)
+
+
+def parity_text(tiers: Sequence[ParityTier]) -> str:
+    """Return aligned text, one line a tier: error, scale, bound, divergence, agreement, verdict."""
+    return tables.parity_table(tiers).text()

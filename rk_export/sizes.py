@@ -1,0 +1,96 @@
+"""What a model weighs, before work from its plan and afterwards from its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from rk_export.load import ModelSource
+from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.numerics.quantize import quantized_bytes
+from rk_export.plan import Plan, QuantSpec, SitePlan
+from rk_export.report import Finding, Outcome, SizeSummary
+from rk_export.rewrite import Rewritten
+
+FLOAT_BYTES = {"fp32": 4, "fp16": 2}
+
+
+def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
+    """Return what a plan would do to each site and to the embedding, from shapes alone."""
+    model = source.skeleton()
+    findings = []
+    for index in range(source.layer_count):
+        layer = model.get_submodule(f"{source.architecture.layers}.{index}")
+        source.architecture.canonicalize(layer)
+        findings += [_planned(layer, site, source, plan) for site in plan.of_layer(index)]
+    spec = plan.options.embedding_quant
+    if spec is not None and not source.architecture.is_encoder:
+        rows, columns = model.get_submodule(source.architecture.embedding).weight.shape  # type: ignore[union-attr,misc]
+        stored = quantized_bytes(rows, columns, spec, FLOAT_BYTES[plan.options.float_dtype])
+        findings.append(
+            _finding(source.architecture.embedding, rows * columns * 4, stored, {"bits": spec.bits, "block": spec.block_size})
+        )
+    return findings
+
+
+def _planned(layer: nn.Module, site: SitePlan, source: ModelSource, plan: Plan) -> Finding:
+    shapes = [tuple(layer.get_submodule(path).weight.shape) for path in site.paths]  # type: ignore[union-attr,arg-type]
+    before = sum(rows * columns for rows, columns in shapes) * 4
+    float_bytes = FLOAT_BYTES[plan.options.float_dtype]
+    details: dict[str, object] = {}
+    matrices = shapes
+    if site.form != "dense":
+        pairs = source.architecture.heads(source.config).kv_heads if site.form == "per_head" else 1
+        columns, rows = shapes[0][1], sum(shape[0] for shape in shapes)
+        matrices = [(pairs * site.rank, columns), (rows, site.rank)]
+        details = {"rank": site.rank, "pairs": pairs}
+    if site.quant is not None:
+        details |= {"bits": site.quant.bits, "block": site.quant.block_size}
+    after = sum(_stored(rows, columns, site.quant, float_bytes) for rows, columns in matrices)
+    if site.reason:
+        return Finding(site.site, Outcome.SKIPPED, site.reason, before, after, details=details)
+    return _finding(site.site, before, after, details)
+
+
+def _finding(target: str, before: int, after: int, details: dict[str, object]) -> Finding:
+    return Finding(target, Outcome.APPLIED, "", before, after, details=details)
+
+
+def _stored(rows: int, columns: int, quant: QuantSpec | None, float_bytes: int) -> int:
+    return rows * columns * float_bytes if quant is None else quantized_bytes(rows, columns, quant, float_bytes)
+
+
+def size_summary(source: ModelSource, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
+    """Return parameters and bytes of the dense and of the compressed model."""
+    dense = source.parameter_count()
+    tensors = {tensor.data_ptr(): tensor for tensor in rewritten.model.state_dict().values()}
+    float_bytes = FLOAT_BYTES[rewritten.plan.options.float_dtype]
+    return SizeSummary(
+        dense_parameters=dense,
+        kept_parameters=kept_parameters(rewritten.model),
+        dense_bytes=source.stored_bytes(),
+        compressed_bytes=sum(
+            tensor.numel() * (float_bytes if tensor.is_floating_point() else tensor.element_size())
+            for tensor in tensors.values()
+        ),
+        file_bytes=file_bytes,
+    )
+
+
+def kept_parameters(model: nn.Module) -> int:
+    """Return the parameters of a rewritten model: quantized matrices count their entries, tied ones once."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for pointer, count in _own_parameters(module):
+            seen[pointer] = count
+    return sum(seen.values())
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[int, int]]:
+    if isinstance(module, QuantizedLinear):
+        yield module.codes.data_ptr(), module.out_features * module.in_features
+    elif isinstance(module, QuantizedEmbedding):
+        yield module.codes.data_ptr(), module.num_embeddings * module.embedding_dim
+    for parameter in module.parameters(recurse=False):
+        yield parameter.data_ptr(), parameter.numel()

@@ -1,0 +1,77 @@
+"""Spectral analysis of a model: singular values, effective ranks and energy of every group (2402.16319)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from rk_export.folders import AtomicFolder, library_versions
+from rk_export.load import ModelSource, open_source
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.joint_svd import singular_values
+from rk_export.passes.numerics.ranks import spectrum
+from rk_export.passes.weights.joint_rank import stacked_pairs
+from rk_export.planner import layer_sites
+from rk_export.plan import CompressOptions
+from rk_export.plots import save_spectra_plots
+from rk_export.render import html
+from rk_export.report import Report, Spectrum
+from rk_export.rewrite import resolve_device
+
+logger = logging.getLogger(__name__)
+
+
+def spectra(source: ModelSource, options: CompressOptions) -> Iterator[Spectrum]:
+    """Yield the spectrum of every group of every layer; ranks are those that the options would choose."""
+    model, device = source.skeleton(), resolve_device(options.device)
+    kv_groups = source.architecture.heads(source.config).kv_heads
+    for index in range(source.layer_count):
+        logger.info("layer %d of %d", index + 1, source.layer_count)
+        layer = Layer(index, source.load_layer(model, index), kv_groups)
+        for site in layer_sites(layer, source.architecture.projections(source.config, index), options):
+            if site.site.rpartition(".")[2] not in options.groups:
+                continue
+            for target, rows in stacked_pairs(layer, site, whole=site.form != "per_head"):
+                stacked = torch.cat([linear.weight.to(device) for linear in rows.values()])
+                yield spectrum(target, singular_values(stacked).cpu(), site.rank or None)
+        layer.module.to("meta")
+
+
+def analyze(
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    command: str = "",
+    force: bool = False,
+) -> Report:
+    """Write spectra as JSON, plots and one HTML page into a folder; return the report.
+
+    Args:
+        model: HF folder, hub id or GGUF file.
+        out: Folder for report.json, report.html and the plots.
+        options: Groups to stack, and the rank rule whose ranks are marked.
+        command: Command line to note in the report.
+        force: Replace an existing output.
+
+    Raises:
+        InputError: If the folder exists and `force` is not set, or the model is broken.
+    """
+    source = open_source(model)
+    with AtomicFolder(out, force=force) as partial:
+        report = Report(
+            model=source.name,
+            model_type=source.config.model_type,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=command,
+            versions=library_versions(),
+            spectra=tuple(spectra(source, options or CompressOptions())),
+        )
+        report.save(partial / "report.json")
+        (partial / "report.html").write_text(html(report), encoding="utf-8")
+        save_spectra_plots(report.spectra, partial)
+    return report

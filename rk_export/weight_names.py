@@ -1,0 +1,67 @@
+"""Names and values of the exported graph's initializers, from those of the torch model in canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from rk_export.architectures import Architecture
+from rk_export.decoder_spec import OPT_POSITION_OFFSET
+from rk_export.errors import InputError
+
+
+def rename_tensors(
+    architecture: Architecture, tensors: Mapping[str, torch.Tensor], *, tied: bool
+) -> dict[str, torch.Tensor]:
+    """Map canonical torch tensors to initializers; any part of a model, meta tensors too.
+
+    Args:
+        architecture: The family.
+        tensors: Canonical torch name -> tensor.
+        tied: The output projection is the embedding's initializer and is left out.
+
+    Returns:
+        Initializer name -> tensor. Modules that the exported model lacks are left out. Gemma's norm weights
+        come out as 1 + weight, OPT's positions without the rows before position 0.
+
+    Raises:
+        InputError: A name that the family does not have.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        left_out = any(_within(name, module) for module in architecture.unused)
+        if left_out or (tied and architecture.lm_head and _within(name, architecture.lm_head)):
+            continue
+        renamed[_onnx_name(architecture, name)] = _exported_value(architecture, name, tensor)
+    return renamed
+
+
+def _onnx_name(architecture: Architecture, name: str) -> str:
+    if _within(name, architecture.layers):
+        index, _, path = name[len(architecture.layers) + 1 :].partition(".")
+        return f"{architecture.onnx_layers}.{index}.{architecture.onnx_path(path)}"
+    outer = {architecture.embedding: architecture.onnx_embedding, **architecture.outer}
+    if architecture.lm_head and architecture.onnx_lm_head:
+        outer[architecture.lm_head] = architecture.onnx_lm_head
+    for torch_path, onnx_path in outer.items():
+        if _within(name, torch_path):
+            return onnx_path + name[len(torch_path) :]
+    raise InputError(
+        f"{name!r} is not a tensor of the family {architecture.model_type!r}",
+        where="model weights",
+        fix="export a checkpoint of the plain language model, without adapters or extra heads",
+    )
+
+
+def _exported_value(architecture: Architecture, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    module = name.rpartition(".")[0]
+    if architecture.model_type in ("gemma2", "gemma3_text") and module.endswith("norm"):
+        return (1.0 + tensor.float()).to(tensor.dtype)
+    if architecture.model_type == "opt" and module.endswith("embed_positions"):
+        return tensor[OPT_POSITION_OFFSET:]
+    return tensor
+
+
+def _within(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")

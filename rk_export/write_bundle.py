@@ -1,0 +1,278 @@
+"""Everything a bundle holds: the graph, the runtimes' configs, the proof of parity, the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from rk_export.bundle import (
+    ModelCard,
+    genai_config,
+    model_card,
+    triton_repository,
+    write_genai_config,
+    write_manifest,
+    write_side_files,
+)
+from rk_export.export import build_graph, save_graph
+from rk_export.folders import library_versions
+from rk_export.humanize import share, size
+from rk_export.load import ModelSource
+from rk_export.perplexity import LogitsFn, PerplexityResult, perplexity, tokens_of
+from rk_export.plan import CompressOptions
+from rk_export.probe import Probe, make_probe
+from rk_export.render import html
+from rk_export.report import ParityTier, Report, SizeSummary
+from rk_export.rewrite import DENSE, Rewritten
+from rk_export.runtime import Session
+from rk_export.runtime.providers import Provider, cuda_obstacle
+from rk_export.sizes import size_summary
+from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = ("model.onnx", "model.onnx.data")
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """A text whose perplexity a run measures.
+
+    Args:
+        path: A UTF-8 text file.
+        context: Window length in tokens.
+        limit: Only the first tokens; None takes all.
+    """
+
+    path: Path
+    context: int = 512
+    limit: int | None = 5120
+
+
+@dataclass(frozen=True)
+class BundleRequest:
+    """What a bundle should hold beside the model.
+
+    Args:
+        text: Measure perplexity on it.
+        triton: Name of a Triton model repository to add.
+        threads: Threads of ONNX Runtime while verifying.
+        command: Command line to note in the report.
+    """
+
+    text: EvalText | None = None
+    triton: str | None = None
+    threads: int | None = None
+    command: str = ""
+
+
+@dataclass
+class Stages:
+    """Times the stages of a run and logs a line for each."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        """Time what runs inside; a stage that runs twice adds up."""
+        logger.info("%s: %s", name, what)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def write_bundle(
+    folder: Path,
+    rewritten: Rewritten,
+    origin: ModelSource | Path,
+    request: BundleRequest,
+    stages: Stages,
+    *,
+    name: str,
+) -> Report:
+    """Export a rewritten model into a folder, verify it there, and write every other file.
+
+    Args:
+        folder: An empty folder.
+        rewritten: The model with the logits of its probe.
+        origin: The dense source, or the folder of the checkpoint that was loaded.
+        request: What else to measure and write.
+        stages: Receives the times.
+        name: Name of the bundle.
+
+    Raises:
+        FusionError: If a planned graph pattern is missing.
+        ParityError: If a tier is out of its bound.
+        InputError: If the tokenizer or the text cannot be used.
+    """
+    origin_folder = origin.folder if isinstance(origin, ModelSource) else origin
+    options = rewritten.plan.options
+    with stages.stage("export", "tracing the graph and packing weights"):
+        graph, fusions = build_graph(rewritten)
+        save_graph(graph, folder)
+    with stages.stage("bundle", "writing tokenizer and runtime configs"):
+        _write_configs(folder, rewritten, origin_folder)
+    provider, notices = _provider(options)
+    with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
+        probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
+        tiers, golden = _tiers(folder, rewritten, probe, provider, request.threads)
+        require_parity(tiers, str(folder))
+    perplexities = {}
+    if request.text is not None:
+        with stages.stage("perplexity", f"measuring on {request.text.path}"):
+            perplexities = _perplexities(folder, origin, request.text, provider, request.threads)
+    if request.triton is not None:
+        triton_repository(folder, request.triton, ep="cuda" if options.ep == "cuda" else "cpu")
+    report = new_report(
+        origin.name if isinstance(origin, ModelSource) else str(origin),
+        rewritten.plan.model_type,
+        command=request.command,
+        findings=rewritten.findings,
+        fusions=fusions,
+        parity=tiers,
+        layer_errors=rewritten.layer_errors,
+        spectra=rewritten.spectra,
+        size=_size(folder, rewritten, origin),
+        perplexity=perplexities,
+        timings=dict(stages.seconds),
+        notices=(*notices, *_empty_sections(rewritten, origin)),
+    )
+    _write_report(folder, rewritten, report, golden, name)
+    return report
+
+
+def new_report(model: str, model_type: str, **fields: Any) -> Report:
+    """Return a report stamped with the present time and the libraries' versions."""
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
+
+
+def torch_logits(model: PreTrainedModel) -> LogitsFn:
+    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width)."""
+
+    @torch.no_grad()
+    def logits(ids: np.ndarray) -> Tensor:
+        output = model(input_ids=torch.as_tensor(ids), use_cache=False)
+        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return result
+
+    return logits
+
+
+def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:
+    """Return the perplexity of a text under a model."""
+    return perplexity(logits, tokens_of(text.path, tokenizer_folder), context=text.context, limit=text.limit)
+
+
+def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> GenerationConfig:
+    config = rewritten.model.config
+    generation = write_side_files(folder, source=source, config=config)
+    if not rewritten.architecture.is_encoder:
+        ep = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
+        context = int(config.max_position_embeddings)
+        write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
+    return generation
+
+
+def _provider(options: CompressOptions) -> tuple[Provider, tuple[str, ...]]:
+    """Return the execution provider to verify on, and a notice where it is not the one exported for."""
+    if options.ep != "cuda":
+        return "cpu", ()
+    obstacle = cuda_obstacle()
+    if obstacle is None:
+        return "cuda", ()
+    return "cpu", (f"verified on the CPU execution provider, not on CUDA: {obstacle}",)
+
+
+def _tiers(
+    folder: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None
+) -> tuple[tuple[ParityTier, ...], Golden | None]:
+    method = tuple(method_tiers(rewritten, probe)) if DENSE in rewritten.probe_logits else ()
+    runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
+    return (*method, *runtime), golden
+
+
+def _perplexities(
+    folder: Path, origin: ModelSource | Path, text: EvalText, provider: Provider, threads: int | None
+) -> dict[str, float]:
+    session = Session.from_pretrained(folder, provider=provider, threads=threads)
+    compressed = perplexity_of(session.prefill_logits, text, folder).perplexity
+    del session
+    if not isinstance(origin, ModelSource):
+        return {"compressed (ONNX Runtime)": compressed}
+    dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
+    return {"dense": dense, "compressed (ONNX Runtime)": compressed}
+
+
+def _size(folder: Path, rewritten: Rewritten, origin: ModelSource | Path) -> SizeSummary | None:
+    if not isinstance(origin, ModelSource):
+        return None
+    files = sum((folder / file).stat().st_size for file in MODEL_FILES if (folder / file).is_file())
+    return size_summary(origin, rewritten, files)
+
+
+def _empty_sections(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[str, ...]:
+    if not isinstance(origin, ModelSource):
+        reason = "the model came from a compressed checkpoint"
+        return tuple(f"{section}: not computed, {reason}" for section in ("spectra", "layers", "size", "matrices"))
+    return () if rewritten.spectra else ("spectra: nothing was factorized",)
+
+
+def _write_report(folder: Path, rewritten: Rewritten, report: Report, golden: Golden | None, name: str) -> None:
+    """Write plan, report, model card and, last, the manifest that lists every file."""
+    options = rewritten.plan.options
+    rewritten.plan.save(folder / "plan.json")
+    report.save(folder / "report.json")
+    (folder / "report.html").write_text(html(report), encoding="utf-8")
+    card = ModelCard(
+        name=name,
+        base_model=report.model,
+        ep="cuda" if options.ep == "cuda" else "cpu",
+        context_length=int(rewritten.model.config.max_position_embeddings),
+        summary=_summary(options),
+        results=_results(report),
+    )
+    (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+    info = {
+        "source": {"model": report.model, "structure": rewritten.plan.structure},
+        "ep": options.ep,
+        "shared_kv_cache": not rewritten.architecture.is_encoder,
+        "parity": [tier.to_json() for tier in report.parity],
+        "golden": None if golden is None else golden.to_json(),
+    }
+    write_manifest(folder, info)
+
+
+def _summary(options: CompressOptions) -> str:
+    low_rank = f"joint rank-k factorization of {', '.join(options.groups)}" if options.groups else "dense matrices"
+    if options.quant is None:
+        return f"Compressed by rk-export: {low_rank}, floats ({options.float_dtype})."
+    bits, block = options.quant.bits, options.quant.block_size
+    return f"Compressed by rk-export: {low_rank}, INT{bits} weights in blocks of {block}."
+
+
+def _results(report: Report) -> tuple[tuple[str, str], ...]:
+    rows = [(f"Perplexity, {name}", f"{value:.4g}") for name, value in report.perplexity.items()]
+    if report.size is not None:
+        rows.append(("Kept parameters", share(report.size.kept_parameters, report.size.dense_parameters)))
+        rows.append(("Files", size(report.size.file_bytes)))
+    rows += [(f"Parity, tier {tier.tier}: {tier.name}", _verdict(tier)) for tier in report.parity]
+    return tuple(rows)
+
+
+def _verdict(tier: ParityTier) -> str:
+    outcome = {True: "passed", False: "FAILED", None: "measured"}[tier.passed]
+    return f"{outcome}, largest error {tier.max_error:.3g} on a scale of {tier.scale:.3g}"

@@ -1,0 +1,163 @@
+"""Prefill and decode speed of several runtimes and bundles, measured in turns on the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rk_export.errors import InputError
+from rk_export.runtime.contestants import BundleContestant, Contestant, GenAIContestant
+from rk_export.runtime.providers import Provider
+
+_GENAI = "genai:"
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One contestant's speed.
+
+    Args:
+        name: The bundle, with a prefix where another runtime ran it.
+        prefill: Prompt tokens per second, one value per round.
+        decode: New tokens per second, one value per round.
+        prefill_ratio: Median over the rounds of this contestant's speed over the first one's.
+        decode_ratio: The same for decoding.
+    """
+
+    name: str
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    prefill_ratio: float
+    decode_ratio: float
+
+    @property
+    def prefill_median(self) -> float:
+        """Prompt tokens per second."""
+        return median(self.prefill)
+
+    @property
+    def decode_median(self) -> float:
+        """New tokens per second."""
+        return median(self.decode)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a benchmark measured, first contestant first.
+
+    Args:
+        rows: One per contestant.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded after it.
+        threads: Threads within one operator.
+    """
+
+    rows: tuple[BenchRow, ...]
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary, medians included."""
+        rows = [
+            {**asdict(row), "prefill_median": row.prefill_median, "decode_median": row.decode_median}
+            for row in self.rows
+        ]
+        return {**asdict(self), "rows": rows}
+
+    def table(self) -> str:
+        """Return a table in plain text, a line a contestant."""
+        width = max(len(row.name) for row in self.rows)
+        head = f"{'':{width}}  {'prefill tok/s':>14} {'ratio':>6}  {'decode tok/s':>13} {'ratio':>6}"
+        lines = [
+            f"{row.name:{width}}  {row.prefill_median:14.1f} {row.prefill_ratio:6.2f}"
+            f"  {row.decode_median:13.1f} {row.decode_ratio:6.2f}"
+            for row in self.rows
+        ]
+        return "\n".join([head, *lines])
+
+
+def bench(
+    paths: Sequence[str | Path],
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    repeats: int = 5,
+    threads: int = 2,
+    provider: Provider = "cpu",
+    baselines: Sequence[Contestant] = (),
+) -> BenchResult:
+    """Measure contestants in turns, so that what else the machine does meets all of them alike.
+
+    A round is one prefill of each contestant, then one decode of each; the order turns from round to round.
+    One round more is run first and not counted. The prompt is random tokens, the same for all.
+
+    Args:
+        paths: Bundle folders; ``genai:FOLDER`` runs a folder in ONNX Runtime GenAI.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens to decode after it.
+        repeats: Rounds that count.
+        threads: Threads within one operator.
+        provider: Execution provider of all ``paths``.
+        baselines: Further contestants, made by the caller.
+
+    Raises:
+        InputError: There is no contestant, a number is out of range, or a bundle cannot be opened.
+    """
+    if min(prompt_tokens, new_tokens, repeats) < 1:
+        raise InputError("a number is below 1", where="bench", fix="give counts of at least 1")
+    contestants = [*(_open(path, provider, threads) for path in paths), *baselines]
+    if not contestants:
+        raise InputError("nothing to measure", where="bench", fix="give at least one bundle folder")
+    vocabulary = min(contestant.vocab_size for contestant in contestants)
+    prompt = np.random.default_rng(_SEED).integers(vocabulary, size=prompt_tokens)
+    rounds = [_round(contestants, turn, prompt, new_tokens) for turn in range(repeats + 1)][1:]
+    rows = tuple(_row(index, contestant.name, rounds) for index, contestant in enumerate(contestants))
+    return BenchResult(rows, prompt_tokens, new_tokens, threads)
+
+
+def _open(path: str | Path, provider: Provider, threads: int) -> Contestant:
+    if str(path).startswith(_GENAI):
+        return GenAIContestant(str(path)[len(_GENAI) :], provider=provider, threads=threads)
+    return BundleContestant(path, provider=provider, threads=threads)
+
+
+def _round(
+    contestants: list[Contestant], turn: int, prompt: np.ndarray, new_tokens: int
+) -> list[tuple[float, float]]:
+    """Return (prefill, decode) tokens per second of each contestant."""
+    first = turn % len(contestants)
+    order = [*range(first, len(contestants)), *range(first)]
+    if turn // len(contestants) % 2:
+        order.reverse()
+    prefill, decode = {}, {}
+    for index in order:
+        contestants[index].reset(len(prompt) + new_tokens + 1)
+        prefill[index] = len(prompt) / _seconds(contestants[index].prefill, prompt)
+    for index in order:
+        decode[index] = new_tokens / _seconds(contestants[index].decode, new_tokens)
+    return [(prefill[index], decode[index]) for index in range(len(contestants))]
+
+
+def _seconds(call: Callable[[Any], None], argument: Any) -> float:
+    start = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - start
+
+
+def _row(index: int, name: str, rounds: list[list[tuple[float, float]]]) -> BenchRow:
+    prefill, decode = zip(*(speeds[index] for speeds in rounds), strict=True)
+    return BenchRow(
+        name=name,
+        prefill=prefill,
+        decode=decode,
+        prefill_ratio=median(speeds[index][0] / speeds[0][0] for speeds in rounds),
+        decode_ratio=median(speeds[index][1] / speeds[0][1] for speeds in rounds),
+    )

@@ -1,0 +1,110 @@
+"""Reads the JSON files of a bundle: context length, special tokens, cache layout, chat template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rk_export.errors import InputError
+
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """What the runtime needs to know about a bundle beside its graph.
+
+    Args:
+        folder: The bundle.
+        context_length: Most positions the model was made for, or None where no file says so.
+        vocab_size: Rows of the embedding, or None where no file says so.
+        head_size: Elements of one attention head, or None where no file says so.
+        kv_heads: Key/value heads of a layer, or None where no file says so.
+        eos_ids: Tokens that end a generation.
+        shared_cache: Whether past and present may be one buffer, or None where no file says so.
+    """
+
+    folder: Path
+    context_length: int | None
+    vocab_size: int | None
+    head_size: int | None
+    kv_heads: int | None
+    eos_ids: frozenset[int]
+    shared_cache: bool | None
+
+    @property
+    def model_path(self) -> Path:
+        """The graph; its external data lies beside it."""
+        return self.folder / MODEL_FILE
+
+    @classmethod
+    def read(cls, folder: str | Path) -> BundleConfig:
+        """Read ``config.json``, ``generation_config.json``, ``genai_config.json`` and ``rk_manifest.json``.
+
+        Raises:
+            InputError: The folder or its graph is missing, or a file is not valid JSON.
+        """
+        folder = Path(folder)
+        if not (folder / MODEL_FILE).is_file():
+            raise InputError(
+                f"no {MODEL_FILE} here", where=str(folder), fix="give a folder written by rk-export or GenAI"
+            )
+        config = read_json(folder / "config.json")
+        text_config = config.get("text_config") or config
+        genai = read_json(folder / "genai_config.json")
+        model = genai.get("model", {})
+        decoder = model.get("decoder", {})
+        generation = read_json(folder / "generation_config.json")
+        return cls(
+            folder=folder,
+            context_length=_first(model.get("context_length"), text_config.get("max_position_embeddings")),
+            vocab_size=_first(model.get("vocab_size"), text_config.get("vocab_size")),
+            head_size=_first(decoder.get("head_size"), text_config.get("head_dim"), _head_size(text_config)),
+            kv_heads=_first(decoder.get("num_key_value_heads"), text_config.get("num_key_value_heads")),
+            eos_ids=_ids(
+                _first(
+                    generation.get("eos_token_id"), text_config.get("eos_token_id"), model.get("eos_token_id")
+                )
+            ),
+            shared_cache=_first(
+                read_json(folder / "rk_manifest.json").get("shared_kv_cache"),
+                genai.get("search", {}).get("past_present_share_buffer"),
+            ),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or an empty one where there is no such file.
+
+    Raises:
+        InputError: The file holds something else than a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"not valid JSON ({error})", where=str(path), fix="export the bundle again"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", where=str(path), fix="export the bundle again")
+    return value
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _head_size(config: dict[str, Any]) -> int | None:
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return hidden // heads if hidden and heads else None
+
+
+def _ids(value: int | list[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)

@@ -1,0 +1,133 @@
+"""What a benchmark runs: each runtime behind the same three calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rk_export.errors import InputError, ProviderError
+from rk_export.runtime.decoder import Decoder
+from rk_export.runtime.providers import Provider
+from rk_export.runtime.session import Session
+
+
+class Contestant(Protocol):
+    """One runtime with one model, greedy, batch of one."""
+
+    name: str
+    vocab_size: int
+
+    def reset(self, capacity: int) -> None:
+        """Forget everything and make room for ``capacity`` positions; not timed."""
+
+    def prefill(self, input_ids: np.ndarray) -> None:
+        """Run a prompt [length] and choose the first new token."""
+
+    def decode(self, count: int) -> None:
+        """Run the graph ``count`` times, choosing a token each time; end-of-sequence tokens end nothing."""
+
+
+class BundleContestant:
+    """A bundle folder run by this package.
+
+    Args:
+        path: The bundle.
+        provider: As for ``Session.from_pretrained``.
+        threads: Threads within one operator.
+
+    Raises:
+        InputError: The bundle cannot be opened or does not tell its vocabulary size.
+    """
+
+    def __init__(self, path: str | Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
+        self.name = str(path)
+        self._session = Session.from_pretrained(path, provider=provider, threads=threads)
+        if self._session.config.vocab_size is None:
+            raise InputError("no vocab_size is known", where=str(path), fix="put config.json in the bundle")
+        self.vocab_size = self._session.config.vocab_size
+        self._decoder: Decoder | None = None
+        self._token = 0
+
+    def reset(self, capacity: int) -> None:
+        """Start a fresh decoder."""
+        self._decoder = self._session.decoder(batch=1, capacity=capacity)
+
+    def prefill(self, input_ids: np.ndarray) -> None:
+        """Run the prompt."""
+        self._token = int(self._ready().prefill(input_ids[None])[0].argmax())
+
+    def decode(self, count: int) -> None:
+        """Run ``count`` steps."""
+        decoder = self._ready()
+        for _ in range(count):
+            self._token = int(decoder.step(np.array([self._token]))[0].argmax())
+
+    def _ready(self) -> Decoder:
+        if self._decoder is None:
+            raise InputError("it was not reset", where=self.name, fix="call reset first")
+        return self._decoder
+
+
+class GenAIContestant:
+    """ONNX Runtime GenAI on a bundle folder.
+
+    Args:
+        path: A folder with ``genai_config.json``.
+        provider: ``cpu`` or ``cuda``; ``auto`` means what ``genai_config.json`` says.
+        threads: Threads within one operator.
+
+    Raises:
+        InputError: The folder is no GenAI bundle.
+        ProviderError: onnxruntime-genai is not installed.
+    """
+
+    def __init__(self, path: str | Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
+        self.name = f"genai:{path}"
+        self._og = _import_genai()
+        config_file = Path(path) / "genai_config.json"
+        if not config_file.is_file():
+            raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
+        self.vocab_size = int(json.loads(config_file.read_text(encoding="utf-8"))["model"]["vocab_size"])
+        self._model = self._og.Model(self._config(str(path), provider, threads))
+        self._generator: Any = None
+
+    def reset(self, capacity: int) -> None:
+        """Start a fresh generator."""
+        params = self._og.GeneratorParams(self._model)
+        # A minimum as long as the maximum keeps the end-of-sequence token from ending the run.
+        params.set_search_options(do_sample=False, max_length=capacity, min_length=capacity)
+        self._generator = self._og.Generator(self._model, params)
+
+    def prefill(self, input_ids: np.ndarray) -> None:
+        """Run the prompt; GenAI chooses its token from logits that are already there."""
+        self._generator.append_tokens(input_ids[None].astype(np.int32))
+        self._generator.generate_next_token()
+
+    def decode(self, count: int) -> None:
+        """Run ``count`` steps."""
+        for _ in range(count):
+            self._generator.generate_next_token()
+
+    def _config(self, path: str, provider: Provider, threads: int | None) -> Any:
+        config = self._og.Config(path)
+        if provider != "auto":
+            config.clear_providers()
+        if provider == "cuda":
+            config.append_provider("cuda")
+        if threads is not None:
+            overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+            config.overlay(json.dumps(overlay))
+        return config
+
+
+def _import_genai() -> Any:
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise ProviderError(
+            "onnxruntime-genai cannot be imported", where="genai:", fix="pip install 'rk-export[genai]'"
+        ) from error
+    return onnxruntime_genai

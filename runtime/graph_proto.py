@@ -1,0 +1,77 @@
+"""Reads and edits the graph file itself, without its external data: facts that a session does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from rk_export.errors import InputError
+
+_ATTENTION_BIAS = 10  # index of the input of GroupQueryAttention
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the attention nodes of a graph allow.
+
+    Args:
+        shared_cache: Past and present may be one buffer (every layer is a ``GroupQueryAttention``).
+        left_padding: Rows may be padded on the left: the mask reaches the attention scores. A
+            ``GroupQueryAttention`` without ``attention_bias`` takes padding for text.
+    """
+
+    shared_cache: bool
+    left_padding: bool
+
+
+def read_facts(model: Path) -> GraphFacts:
+    """Look at the attention nodes of a graph file.
+
+    Raises:
+        InputError: The file is not an ONNX graph.
+    """
+    grouped = [node for node in _nodes(load_proto(model).graph) if node.op_type == "GroupQueryAttention"]
+    biased = [len(node.input) > _ATTENTION_BIAS and bool(node.input[_ATTENTION_BIAS]) for node in grouped]
+    return GraphFacts(shared_cache=bool(grouped), left_padding=all(biased))
+
+
+def with_accuracy_level(model: Path, level: int) -> bytes:
+    """Return the graph with ``accuracy_level`` of every ``MatMulNBits`` set; external data stays on disk.
+
+    Raises:
+        InputError: The file is not an ONNX graph.
+    """
+    proto = load_proto(model)
+    for node in _nodes(proto.graph):
+        if node.op_type == "MatMulNBits":
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
+    return bytes(proto.SerializeToString())
+
+
+def load_proto(model: Path) -> Any:
+    """Return the ``onnx.ModelProto`` of a file, external data left on disk.
+
+    Raises:
+        InputError: The file is not an ONNX graph.
+    """
+    try:
+        return onnx.load(str(model), load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise InputError(
+            f"not a readable ONNX graph ({error})", where=str(model), fix="export it again"
+        ) from error
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)

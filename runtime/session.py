@@ -1,0 +1,253 @@
+"""A decoder bundle, opened and ready: plain forward passes, generation, streaming and chat."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rk_export.errors import InputError, ProviderError
+from rk_export.runtime.bundle_config import TOKENIZER_FILE, BundleConfig
+from rk_export.runtime.cache import Cache, GrowingCache, SharedCache
+from rk_export.runtime.chat import ChatTemplate, Message
+from rk_export.runtime.decoder import Decoder, position_ids
+from rk_export.runtime.generate import Row, run_rows
+from rk_export.runtime.graph_proto import GraphFacts, read_facts
+from rk_export.runtime.layout import DecoderLayout
+from rk_export.runtime.options import Generation, GenerationOptions
+from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
+from rk_export.runtime.text import TextCodec
+
+Prompt = str | Sequence[int]
+Past = tuple[np.ndarray, ...]
+
+logger = logging.getLogger(__name__)
+
+_GREEDY = GenerationOptions()
+
+
+class Session:
+    """One open bundle. Threads may share it: every generation has buffers of its own.
+
+    Args:
+        session: An open ``onnxruntime.InferenceSession``.
+        config: The bundle's configuration.
+        max_length: Most positions of prompt and new tokens together; None takes the model's context length.
+
+    Raises:
+        InputError: The graph is no decoder, or no context length is known.
+    """
+
+    def __init__(self, session: Any, config: BundleConfig, *, max_length: int | None = None) -> None:
+        self.config = config
+        self.layout = DecoderLayout.of(session, config)
+        self.device = device_of(session)
+        self.max_length = _length_limit(config, max_length)
+        self._session = session
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        provider: Provider = "auto",
+        threads: int | None = None,
+        accuracy_level: int | None = None,
+        max_length: int | None = None,
+    ) -> Session:
+        """Open a bundle folder.
+
+        Args:
+            path: A folder with ``model.onnx`` and its configuration.
+            provider: ``auto`` takes CUDA where it works and the CPU, with a notice, elsewhere.
+            threads: Threads within one operator; None lets ONNX Runtime decide.
+            accuracy_level: 0 or 4 overrides the attribute of every ``MatMulNBits``.
+            max_length: Most positions of prompt and new tokens together.
+
+        Raises:
+            InputError: A file is missing or broken, or an option out of range.
+            ProviderError: CUDA was asked for and cannot run this bundle here.
+        """
+        config = BundleConfig.read(path)
+        settings = SessionSettings(provider, threads, accuracy_level)
+        session = cls(open_session(config.model_path, settings), config, max_length=max_length)
+        if session.device == "cpu" or not session._needs_cpu:
+            return session
+        obstacle = "GroupQueryAttention has no float32 kernel on CUDA"
+        if provider == "cuda":
+            fix = "export the bundle in fp16, or give provider='cpu'"
+            raise ProviderError(obstacle, where=str(config.model_path), fix=fix)
+        logger.warning("running on the CPU execution provider: %s", obstacle)
+        on_cpu = replace(settings, provider="cpu")
+        return cls(open_session(config.model_path, on_cpu), config, max_length=max_length)
+
+    def forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, past: Past | None = None
+    ) -> tuple[np.ndarray, Past]:
+        """Run the graph once, without shared buffers; meant for parity checks.
+
+        Args:
+            input_ids: [batch, length].
+            attention_mask: [batch, past length + length]; None masks nothing.
+            past: Present of an earlier call: key and value of each layer in turn; None for the first call.
+
+        Returns:
+            Logits [batch, length, vocabulary] and the present, in the types of the graph.
+        """
+        outputs = ["logits", *(slot.present for slot in self.layout.slots)]
+        logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
+        return logits, tuple(present)
+
+    def prefill_logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Return the logits of all positions, [batch, length, vocabulary], in the type of the graph."""
+        logits: np.ndarray = self._session.run(["logits"], self._feeds(input_ids, attention_mask, None))[0]
+        return logits
+
+    def decoder(self, *, batch: int, capacity: int) -> Decoder:
+        """Return fresh decoding state for ``batch`` rows of at most ``capacity`` positions."""
+        cache: Cache
+        if self._shares_cache:
+            cache = SharedCache(self.layout, batch=batch, capacity=capacity, device=self.device)
+        else:
+            cache = GrowingCache(self.layout, batch=batch, device=self.device)
+        return Decoder(self._session, self.layout, cache, capacity=capacity)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, options: GenerationOptions = _GREEDY
+    ) -> list[Generation]:
+        """Continue one prompt or a batch of prompts.
+
+        Args:
+            prompts: A text, a list of texts, token ids, or a list of token id lists.
+            options: How to choose tokens and when to end.
+
+        Returns:
+            One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
+            graph does not allow for padding, prompts of equal length run together instead.
+
+        Raises:
+            InputError: A prompt is empty or leaves no room for a new token.
+        """
+        rows = [self._row(prompt, options, index) for index, prompt in enumerate(_as_batch(prompts))]
+        for batch in self._batches(rows):
+            for _ in self._run(batch, options):
+                pass
+        return [row.result() for row in rows]
+
+    def stream(self, prompt: Prompt, options: GenerationOptions = _GREEDY) -> Iterator[str]:
+        """Continue one prompt and yield the pieces of the text that ``generate`` returns.
+
+        Raises:
+            InputError: The prompt is empty or leaves no room for a new token.
+        """
+        row = self._row(prompt, options, 0)
+        for _ in self._run([row], options):
+            if piece := row.new_text():
+                yield piece
+
+    def chat(self, messages: Sequence[Message], options: GenerationOptions = _GREEDY) -> Generation:
+        """Answer a conversation.
+
+        Args:
+            messages: Dictionaries with ``role`` and ``content``, as the bundle's chat template takes them.
+            options: How to choose tokens and when to end.
+
+        Raises:
+            InputError: The bundle has no chat template, or the template refuses the messages.
+        """
+        return self.generate([self.chat_tokens(messages)], options=options)[0]
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt tokens of a conversation, ready for ``generate`` or ``stream``."""
+        # The template writes the special tokens itself.
+        return self.text_codec.encode(self.chat_template.render(messages), special_tokens=False)
+
+    @cached_property
+    def text_codec(self) -> TextCodec:
+        """The bundle's tokenizer."""
+        return TextCodec(self.config.folder / TOKENIZER_FILE)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template."""
+        return ChatTemplate.read(self.config.folder)
+
+    @cached_property
+    def _facts(self) -> GraphFacts:
+        return read_facts(self.config.model_path)
+
+    @cached_property
+    def _shares_cache(self) -> bool:
+        declared = self.config.shared_cache
+        return self._facts.shared_cache if declared is None else declared
+
+    @property
+    def _needs_cpu(self) -> bool:
+        # Off its device, the attention would copy the whole cache to the CPU and back in every step.
+        return self._shares_cache and self.layout.cache_dtype == np.float32
+
+    def _feeds(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None, past: Past | None
+    ) -> dict[str, np.ndarray]:
+        batch, length = input_ids.shape
+        past = self.layout.empty_past(batch) if past is None else past
+        if attention_mask is None:
+            attention_mask = np.ones((batch, past[0].shape[2] + length), np.int64)
+        feeds = {
+            "input_ids": input_ids.astype(np.int64, copy=False),
+            "attention_mask": attention_mask.astype(np.int64, copy=False),
+            **{slot.past: value for slot, value in zip(self.layout.slots, past, strict=True)},
+        }
+        if self.layout.position_ids:
+            feeds["position_ids"] = position_ids(feeds["attention_mask"])[:, -length:]
+        return feeds
+
+    def _row(self, prompt: Prompt, options: GenerationOptions, index: int) -> Row:
+        tokens = self.text_codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise InputError("it has no tokens", where=f"prompt {index}", fix="give at least one token")
+        if len(tokens) >= self.max_length:
+            raise InputError(
+                f"{len(tokens)} tokens leave no room in a context of {self.max_length}",
+                where=f"prompt {index}",
+                fix="shorten the prompt, or open the session with a larger max_length",
+            )
+        needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
+        codec = self.text_codec if needs_text else None
+        return Row(tokens, options, codec, self.config.eos_ids, index)
+
+    def _batches(self, rows: list[Row]) -> list[list[Row]]:
+        by_length = sorted(rows, key=lambda row: len(row.prompt))
+        groups = [list(group) for _, group in groupby(by_length, key=lambda row: len(row.prompt))]
+        return [rows] if len(groups) > 1 and self._facts.left_padding else groups
+
+    def _run(self, rows: list[Row], options: GenerationOptions) -> Iterator[None]:
+        longest = max(len(row.prompt) for row in rows)
+        budget = min(options.max_new_tokens, self.max_length - longest)
+        decoder = self.decoder(batch=len(rows), capacity=longest + budget)
+        yield from run_rows(decoder, rows, budget)
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _length_limit(config: BundleConfig, max_length: int | None) -> int:
+    context = config.context_length
+    if max_length is None and context is None:
+        raise InputError("no context length is known", where=str(config.folder), fix="give max_length")
+    if max_length is not None and (max_length < 2 or (context is not None and max_length > context)):
+        raise InputError(
+            f"{max_length} is out of range", where="max_length", fix=f"give 2 to {context or 'any'}"
+        )
+    return max_length or context or 0

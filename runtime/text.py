@@ -1,0 +1,113 @@
+"""Tokens to text and back: prompt encoding, incremental decoding, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from rk_export.errors import InputError
+
+_INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
+
+
+class TextCodec:
+    """The tokenizer of a bundle.
+
+    Args:
+        path: ``tokenizer.json``.
+
+    Raises:
+        InputError: The file is missing or is no tokenizer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise InputError(
+                "no such file", where=str(path), fix="put tokenizer.json in the bundle, or give token ids"
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"not a tokenizer ({error})", where=str(path), fix="export the bundle again"
+            ) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a text, with the special tokens that the post-processor adds."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special tokens left out."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+class TextStream:
+    """Decodes one token at a time; a piece is given out when its last character is whole.
+
+    The joined pieces are the decoded sequence: each piece is the difference between two decodings that start
+    at the same token, so characters of several tokens and spaces that depend on a neighbour come out right.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._tokens: list[int] = []
+        self._start = 0  # decodings start here
+        self._shown = 0  # tokens before this one are already given out
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that became certain, often empty."""
+        self._tokens.append(token)
+        piece = self._pending()
+        if not piece or piece.endswith(_INCOMPLETE):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return piece
+
+    def flush(self) -> str:
+        """Return what is left, incomplete characters included."""
+        piece = self._pending()
+        self._start = self._shown = len(self._tokens)
+        return piece
+
+    def _pending(self) -> str:
+        shown = self._codec.decode(self._tokens[self._start : self._shown])
+        return self._codec.decode(self._tokens[self._start :])[len(shown) :]
+
+
+class StopMatcher:
+    """Holds text back as long as it may be the beginning of a stop string.
+
+    Args:
+        stops: The stop strings, none empty.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """Add text and return what can be shown; sets ``stopped`` once a stop string is complete."""
+        text = self._held + piece
+        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        if found:
+            self._held, self.stopped = "", True
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """Return the text held back; nothing more will come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of the text that begins the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

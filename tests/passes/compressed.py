@@ -1,0 +1,116 @@
+"""Shared by the tests of compressed models: compress a tiny source, run it in PyTorch and in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rk_export.export import build_graph, save_graph
+from rk_export.load import ModelSource
+from rk_export.plan import CompressOptions, Plan, QuantSpec, RankRule
+from rk_export.planner import make_plan
+from rk_export.report import Fusion
+from rk_export.rewrite import Rewritten, rewrite
+
+INT4 = QuantSpec(4, 16)
+Cache = dict[str, np.ndarray]
+
+
+def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
+    """Return options that quantize nothing and compute in floats."""
+    fields = {"quant": None, "embedding_quant": None, "accuracy_level": 0, "device": "cpu", **options}
+    return CompressOptions(groups=groups, **fields)
+
+
+def compress(source: ModelSource, options: CompressOptions, probe: Tensor | None = None) -> Rewritten:
+    """Plan and rewrite."""
+    return rewrite(source, make_plan(source, options), probe=probe)
+
+
+def full_rank_plan(source: ModelSource, group: str, qk: Any = "whole") -> Plan:
+    """Return a plan that factorizes one group at the rank at which nothing is lost."""
+    plan = make_plan(source, floats((group,), qk=qk, rank=RankRule("rank", 1)))
+    model = source.skeleton()
+    sites = []
+    for site in plan.sites:
+        if site.form != "dense":
+            layer = model.get_submodule(f"{source.architecture.layers}.{site.layer}")
+            source.architecture.canonicalize(layer)
+            linears: list[Any] = [layer.get_submodule(path) for path in site.paths]
+            pairs = source.architecture.heads(source.config).kv_heads if site.form == "per_head" else 1
+            rows = sum(linear.out_features for linear in linears) // pairs
+            site = replace(site, rank=min(rows, linears[0].in_features))
+        sites.append(site)
+    return replace(plan, sites=tuple(sites))
+
+
+def tokens(source: ModelSource, batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    """Return random token ids; none is the padding token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, source.config.vocab_size, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """Return logits, or the last hidden state of an encoder."""
+    output = model(input_ids=input_ids, **inputs)
+    result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return result
+
+
+class OnnxModel:
+    """The exported graph of a rewritten model in ONNX Runtime, CPU provider.
+
+    Args:
+        rewritten: The model.
+        folder: Where the graph is written.
+    """
+
+    def __init__(self, rewritten: Rewritten, folder: Path) -> None:
+        self.graph, self.fusions = build_graph(rewritten)
+        self.folder = folder
+        save_graph(self.graph, folder)
+
+    @cached_property
+    def session(self) -> ort.InferenceSession:
+        """The session; MatMulNBits computes at the level that the plan asks for."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        return ort.InferenceSession(
+            self.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+
+    def fusion(self, pattern: str) -> Fusion:
+        """Return one line of the fusion report."""
+        return next(fusion for fusion in self.fusions if fusion.pattern == pattern)
+
+    def run(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        past: Cache | None = None,
+        **extra: np.ndarray,
+    ) -> tuple[Tensor, Cache]:
+        """Run the graph; returns logits (or hidden states) and the present cache by the names of the past."""
+        ids = input_ids.numpy()
+        mask_array = np.ones_like(ids) if mask is None else mask.numpy()
+        feed: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask_array, **extra}
+        for value in self.session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                empty = np.zeros((ids.shape[0], value.shape[1], 0, value.shape[3]), np.float32)
+                feed[value.name] = empty if past is None else past[value.name]
+            elif value.name not in feed:
+                feed[value.name] = np.zeros_like(ids)
+        names = [value.name for value in self.session.get_outputs()]
+        outputs = dict(zip(names, self.session.run(names, feed), strict=True))
+        first = torch.from_numpy(outputs.pop(names[0]))
+        return first, {name.replace("present", "past_key_values"): array for name, array in outputs.items()}

@@ -1,0 +1,271 @@
+"""Parity of the exported graph with the rewritten PyTorch model, for every family, grouping and format.
+
+Bounds are those of parity tier c: the largest difference of a logit over the largest logit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from compressed import INT4, OnnxModel, compress, floats, logits, tokens
+from conftest import SourceOf
+from tiny_models import DECODERS, FAMILIES
+from torch import Tensor
+
+from rk_export.decoder_spec import decoder_spec
+from rk_export.export import build_graph
+from rk_export.passes.modules import JointMember
+from rk_export.plan import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.rewrite import Rewritten, rewrite
+from rk_export.planner import make_plan
+
+BOUND = 1e-4
+NO_GATE = ("starcoder2", "gpt2", "opt", "mixtral", "qwen3_moe", "bert")
+FORMS = ("dense", "joint", "per-head")
+FORMATS = {"float": None, "int4": INT4}
+CASES = [(family, form, bits) for family in FAMILIES for form in FORMS for bits in FORMATS]
+
+
+def options_of(family: str, form: str, bits: str) -> CompressOptions:
+    groups = {"dense": (), "per-head": ("qk",), "joint": ("qk",) if family in NO_GATE else ("qk", "gate_up")}
+    return floats(
+        groups[form],
+        qk="per-head" if form == "per-head" else "whole",
+        rank=RankRule("keep", 0.9),
+        quant=FORMATS[bits],
+        embedding_quant=None if bits == "float" else QuantSpec(8, 16),
+    )
+
+
+class Exported:
+    """A rewritten model with its graph."""
+
+    def __init__(self, rewritten: Rewritten, folder: Path) -> None:
+        self.rewritten, self.onnx = rewritten, OnnxModel(rewritten, folder)
+
+    def expected(self, ids: Tensor, **inputs: Tensor) -> Tensor:
+        return logits(self.rewritten.model, ids, **inputs)
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def exported(
+    request: pytest.FixtureRequest, source_of: SourceOf, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    family, form, bits = request.param
+    rewritten = compress(source_of(family), options_of(family, form, bits))
+    assert any(isinstance(module, JointMember) for module in rewritten.model.modules()) is (form != "dense")
+    return Exported(rewritten, tmp_path_factory.mktemp("onnx"))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
+
+
+def test_one_pass_equals_pytorch(exported: Exported) -> None:
+    ids = tokens_for(exported, 2, 12)
+    expected = exported.expected(ids)
+    assert_close(exported.onnx.run(ids)[0], expected)
+    assert float(expected.abs().max()) > 0.1
+
+
+def test_cached_decode_equals_one_pass(exported: Exported) -> None:
+    if exported.rewritten.architecture.is_encoder:
+        pytest.skip("an encoder has no cache")
+    ids = tokens_for(exported, 2, 12)
+    parts, past = [], None
+    for start, end in ((0, 6), (6, 9), (9, 10), (10, 11), (11, 12)):
+        mask = torch.ones(2, end, dtype=torch.int64)
+        part, past = exported.onnx.run(ids[:, start:end], mask, past)
+        parts.append(part)
+    assert_close(torch.cat(parts, dim=1), exported.expected(ids))
+
+
+def test_padded_rows_equal_single_rows(exported: Exported) -> None:
+    """Padding stands in front in a decoder, prefill and decode, and behind in an encoder."""
+    ids, short = tokens_for(exported, 2, 12), 7
+    if exported.rewritten.architecture.is_encoder:
+        mask = torch.ones_like(ids)
+        mask[1, short:] = 0
+        expected = [exported.expected(ids[:1])[0], exported.expected(ids[1:, :short])[0]]
+        output, _ = exported.onnx.run(ids, mask)
+        assert_close(output[0], expected[0])
+        assert_close(output[1, :short], expected[1])
+        return
+    expected = [exported.expected(ids[:1])[0], exported.expected(ids[1:, -short:])[0]]
+    ids[1, :-short], mask = 0, torch.ones_like(ids)
+    mask[1, :-short] = 0
+    whole, _ = exported.onnx.run(ids, mask)
+    first, past = exported.onnx.run(ids[:, :9], mask[:, :9])
+    rest = []
+    for position in range(9, 12):
+        step, past = exported.onnx.run(ids[:, position : position + 1], mask[:, : position + 1], past)
+        rest.append(step)
+    for output in (whole, torch.cat([first, *rest], dim=1)):
+        assert_close(output[0], expected[0])
+        assert_close(output[1, -short:], expected[1])
+
+
+def tokens_for(exported: Exported, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = exported.rewritten.model.config.vocab_size
+    return torch.randint(3, vocabulary, (batch, length), generator=generator)
+
+
+def test_the_fusions_found_are_those_planned(exported: Exported) -> None:
+    fusions = exported.onnx.fusions
+    assert all(fusion.found == fusion.planned for fusion in fusions)
+    rewritten = exported.rewritten
+    if rewritten.architecture.is_encoder:
+        return
+    layers = rewritten.model.config.num_hidden_layers
+    assert exported.onnx.fusion("GroupQueryAttention").found == layers
+    assert exported.onnx.fusion("left-padding mask").found == layers
+    assert exported.onnx.fusion("logits of the last positions").found == 1
+    assert exported.onnx.fusion("residual sum with norm").found >= 1
+    normed = decoder_spec(rewritten.model.config).query_key_norm is not None
+    dense = not any(isinstance(module, JointMember) for module in rewritten.model.modules())
+    packed = exported.onnx.fusion("packed query, key and value").found
+    assert packed == (layers if dense and not normed else 0)
+
+
+def test_the_interface_is_that_of_genai(exported: Exported) -> None:
+    inputs = {value.name: value for value in exported.onnx.session.get_inputs()}
+    outputs = {value.name: value for value in exported.onnx.session.get_outputs()}
+    rewritten = exported.rewritten
+    if rewritten.architecture.is_encoder:
+        assert inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+        assert outputs.keys() == {"last_hidden_state"}
+        return
+    heads = rewritten.architecture.heads(rewritten.model.config)
+    cache = {
+        f"{index}.{part}" for index in range(rewritten.model.config.num_hidden_layers) for part in ("key", "value")
+    }
+    assert inputs.keys() == {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in cache)}
+    assert outputs.keys() == {"logits", *(f"present.{name}" for name in cache)}
+    for name in cache:
+        for shape in (inputs[f"past_key_values.{name}"].shape, outputs[f"present.{name}"].shape):
+            assert (shape[1], shape[3]) == (heads.kv_heads, heads.head_dim)
+    assert [value.name for value in exported.onnx.session.get_overridable_initializers()] == ["logits_start"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", FORMATS)
+def test_every_group_exports(source_of: SourceOf, tmp_path: Path, group: str, bits: str) -> None:
+    source = source_of("llama")
+    rewritten = compress(source, floats((group,), rank=RankRule("rank", 16), quant=FORMATS[bits]))
+    ids = tokens(source)
+    model = OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+    assert model.fusion("shared down-projection").found == source.layer_count
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_all_matrices_factorized_separately(source_of: SourceOf, tmp_path: Path, family: str) -> None:
+    source = source_of(family)
+    roles = ("q", "k", "v", "o", "up", "down") if family == "gpt2" else ("q", "k", "v", "o", "gate", "up", "down")
+    rewritten = compress(source, floats(roles, rank=RankRule("rank", 16), quant=INT4))
+    ids = tokens(source)
+    model = OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+    assert model.fusion("shared down-projection").found == len(roles) * source.layer_count
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_multi_query_and_multi_head_attention_per_head(
+    source_of: SourceOf, tmp_path: Path, kv_heads: int
+) -> None:
+    source = source_of("llama", num_key_value_heads=kv_heads)
+    rewritten = compress(source, floats(("qk",), qk="per-head", rank=RankRule("rank", 8)))
+    ids = tokens(source)
+    model = OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+    assert model.fusion("shared down-projection").found == kv_heads * source.layer_count
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spec", [QuantSpec(8, 128), QuantSpec(4, 16, False), QuantSpec(4, 256), QuantSpec(2, 32)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_quantized_tables(source_of: SourceOf, tmp_path: Path, spec: QuantSpec, tied: bool, family: str) -> None:
+    """Blocks wider than the hidden size too; a tied table stands once in the file."""
+    source = source_of(family, tie_word_embeddings=tied)
+    rewritten = compress(source, floats(quant=spec, embedding_quant=spec))
+    ids = tokens(source)
+    model = OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+    tables = [value for value in model.graph.graph.initializers.values() if is_table(value, 160)]
+    assert len(tables) == (1 if tied else 2)
+
+
+def is_table(value: ir.Value, rows: int) -> bool:
+    return value.dtype == ir.DataType.UINT8 and value.shape is not None and value.shape[0] == rows and len(value.name or "") > 0
+
+
+def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
+    """A plan edited by hand: other bits for one matrix, one layer left in floats."""
+    from dataclasses import replace
+
+    source = source_of("llama")
+    plan = make_plan(source, floats(("qk",), rank=RankRule("rank", 16), quant=INT4))
+    sites = []
+    for site in plan.sites:
+        quant = None if site.layer == 1 else QuantSpec(8, 32, symmetric=False) if site.members == ("gate",) else INT4
+        sites.append(replace(site, quant=quant))
+    rewritten = rewrite(source, replace(plan, sites=tuple(sites)))
+    ids = tokens(source)
+    model = OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) -> None:
+    source = source_of(family)
+    rewritten = compress(source, floats(quant=INT4, embedding_quant=QuantSpec(8, 16)))
+    model, ids = OnnxModel(rewritten, tmp_path), tokens(source)
+    everything, _ = model.run(ids)
+    last, _ = model.run(ids, logits_start=np.array([-1]))
+    assert_close(last, everything[:, -1:])
+    assert_close(model.run(ids, logits_start=np.array([9]))[0], everything[:, 9:])
+
+
+def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, tmp_path: Path) -> None:
+    source = source_of("llama")
+    for level in (0, 4):
+        rewritten = compress(source, floats(quant=INT4, embedding_quant=QuantSpec(8, 16), accuracy_level=level))
+        graph, _ = build_graph(rewritten)
+        nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
+        assert nodes
+        assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("ep", ["cuda", "portable"])
+def test_half_precision_graphs_load_and_run_on_cpu(
+    source_of: SourceOf, tmp_path: Path, family: str, ep: str
+) -> None:
+    source = source_of(family)
+    options = floats(("qk",), rank=RankRule("rank", 16), quant=INT4, embedding_quant=QuantSpec(8, 16), ep=ep)
+    rewritten = compress(source, options)
+    model = OnnxModel(rewritten, tmp_path)
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=False)
+    floating = {value.dtype for value in model.graph.graph.initializers.values() if value.dtype.is_floating_point()}
+    assert floating == {ir.DataType.FLOAT16}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_no_weight_is_stored_twice(source_of: SourceOf, tmp_path: Path, family: str) -> None:
+    """The file is as large as the PyTorch state, but for the rotary tables and small constants."""
+    rewritten = compress(source_of(family), options_of(family, "joint", "int4"))
+    model = OnnxModel(rewritten, tmp_path)
+    state = {tensor.data_ptr(): tensor for tensor in rewritten.model.state_dict().values()}
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    rotary = [value for name, value in model.graph.graph.initializers.items() if "rotary" in name]
+    tables = sum(value.const_value.nbytes for value in rotary if value.const_value is not None)
+    data = (tmp_path / "model.onnx.data").stat().st_size
+    assert data - tables <= 1.02 * stored + 4096 * len(model.graph.graph.initializers)
+    assert model.graph.graph.initializers
