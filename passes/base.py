@@ -36,7 +36,9 @@ class Layer:
         """Return the dense linear module at a path."""
         module = self.module.get_submodule(path)
         if not isinstance(module, nn.Linear):
-            raise TypeError(f"layers.{self.index}.{path} is {type(module).__name__}, not a dense linear module")
+            raise TypeError(
+                f"layers.{self.index}.{path} is {type(module).__name__}, not a dense linear module"
+            )
         return module
 
     def replace(self, path: str, module: nn.Module) -> None:

@@ -33,7 +33,22 @@ _HOME = {
     "verify": "rk_export.pipeline",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "CompressOptions",
+    "EvalText",
+    "Plan",
+    "QuantSpec",
+    "RankRule",
+    "RkExportError",
+    "analyze",
+    "assert_parity",
+    "compress",
+    "dry_run",
+    "evaluate",
+    "export",
+    "make_plan",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

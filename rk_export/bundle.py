@@ -119,4 +119,6 @@ def _name_known_class(path: Path) -> None:
         values.pop(private, None)
     if values.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # This class makes token_type_ids unless told otherwise, and no decoder graph takes them.
+        values.setdefault("model_input_names", ["input_ids", "attention_mask"])
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from rk_export.errors import InputError
 from rk_export.load import canonical_skeleton, read_config, weight_map
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
-from rk_export.passes.weights.embedding import embedding_multiplier, tied_head
+from rk_export.passes.weights.embedding import embedding_multiplier
 from rk_export.passes.weights.joint_rank import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import Plan, QuantSpec
@@ -79,7 +79,9 @@ def _read_plan(folder: Path) -> Plan:
     section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(SECTION)
     if not isinstance(section, dict) or section.get("version") != CHECKPOINT_VERSION:
         raise InputError(
-            f"no {SECTION} section of version {CHECKPOINT_VERSION}", where=where, fix="name a folder that rk-export saved"
+            f"no {SECTION} section of version {CHECKPOINT_VERSION}",
+            where=where,
+            fix="name a folder that rk-export saved",
         )
     return Plan.from_json(section["plan"], where=where)
 
@@ -89,18 +91,22 @@ def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec) -> None:
         linear = layer.linear(path)
         layer.replace(
             path,
-            QuantizedLinear.empty(linear.out_features, linear.in_features, spec, bias=linear.bias is not None),
+            QuantizedLinear.empty(
+                linear.out_features, linear.in_features, spec, bias=linear.bias is not None
+            ),
         )
 
 
 def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | None, spec: QuantSpec) -> None:
     embedding: Any = model.get_submodule(embedding_path)
-    table = QuantizedEmbedding.empty(*embedding.weight.shape, spec, embedding_multiplier(embedding))
+    table = QuantizedEmbedding.empty(
+        embedding.num_embeddings, embedding.embedding_dim, spec, embedding_multiplier(embedding)
+    )
     model.set_submodule(embedding_path, table)
     if head_path is None:
         return
     head: Any = model.get_submodule(head_path)
-    empty = QuantizedLinear.empty(*head.weight.shape, spec, bias=head.bias is not None)
+    empty = QuantizedLinear.empty(head.out_features, head.in_features, spec, bias=head.bias is not None)
     model.set_submodule(head_path, empty)
 
 
@@ -116,7 +122,9 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
         for name in twins:
             tensors[architecture.lm_head + name.removeprefix(architecture.embedding)] = tensors[name]
     if missing := [name for name in model.state_dict() if name not in tensors]:
-        raise InputError(f"tensor {missing[0]!r} is missing", where=str(folder), fix="save the checkpoint again")
+        raise InputError(
+            f"tensor {missing[0]!r} is missing", where=str(folder), fix="save the checkpoint again"
+        )
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
 
@@ -126,7 +134,9 @@ def _stored_tensors(rewritten: Rewritten) -> dict[str, Tensor]:
     head = rewritten.architecture.lm_head
     drop = f"{head}." if head and _is_tied(rewritten.model.config) else None
     state: dict[str, Tensor] = rewritten.model.state_dict()
-    return {name: tensor.contiguous() for name, tensor in state.items() if not (drop and name.startswith(drop))}
+    return {
+        name: tensor.contiguous() for name, tensor in state.items() if not (drop and name.startswith(drop))
+    }
 
 
 def _is_tied(config: PretrainedConfig) -> bool:

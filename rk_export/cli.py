@@ -24,10 +24,14 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 (parity or check failed) or 2 (bad input)."""
     args = build_parser().parse_args(argv)
+    return run_command(args.run, args)
+
+
+def run_command(command: Command, args: argparse.Namespace) -> int:
+    """Run a command with logs on stderr and our errors as messages; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     quiet_libraries()
     try:
-        command: Command = args.run
         return command(args)
     except RkExportError as error:
         print(f"rk-export: error: {error}", file=sys.stderr)
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Leave the terminal to our own lines."""
-    for name in ("httpx", "mobius", "onnxscript", "onnx_ir", "onnx_shape_inference", "matplotlib"):
+    for name in ("httpx", "mobius", "onnxscript", "onnx_ir", "onnx_shape_inference", "matplotlib", "fontTools"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -75,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
     _add_model(export, "checkpoint folder, HF folder, hub id or .gguf file")
     _add_output(export, "bundle folder")
-    export.add_argument("--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only")
+    export.add_argument(
+        "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
+    )
     _add_bundle_arguments(export)
 
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
@@ -101,7 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
     bench.add_argument("bundle")
-    bench.add_argument("--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI")
+    bench.add_argument(
+        "--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI"
+    )
     bench.add_argument("--prompt-tokens", type=int, default=512)
     bench.add_argument("--new-tokens", type=int, default=64)
     bench.add_argument("--repeats", type=int, default=5)
@@ -112,22 +120,36 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("bundle", type=Path)
     _add_json(explain)
 
-    doctor = add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")
+    doctor = add(
+        "doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it"
+    )
     _add_json(doctor)
     return parser
 
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `compress`; optimum's command takes the same."""
+    """Add the arguments of `compress`."""
     _add_model(parser)
-    _add_output(parser, "bundle folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="bundle folder")
+    add_compress_options(parser)
+
+
+def add_compress_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `compress` takes beside model and output; optimum's command takes the same."""
+    _add_force(parser)
     _add_rank_arguments(parser)
     _add_format_arguments(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of options")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done and its size; write nothing")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text"
+    )
     _add_text_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
+    )
     _add_bundle_arguments(parser)
 
 
@@ -137,17 +159,25 @@ def _add_model(parser: argparse.ArgumentParser, text: str = "HF folder, hub id o
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help=text)
+    _add_force(parser)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output")
 
 
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--groups", help="matrices to factorize together: qk, qkv, gate_up, q ... (default qk,gate_up)")
+    parser.add_argument(
+        "--groups", help="matrices to factorize together: qk, qkv, gate_up, q ... or none (default qk,gate_up)"
+    )
     parser.add_argument("--qk", help="factorize qk whole or per-head (default whole)")
     rank = parser.add_mutually_exclusive_group()
     rank.add_argument("--keep", type=float, help="share of a group's parameters to keep (default 0.95)")
     rank.add_argument("--rank", type=int, help="the rank itself")
     rank.add_argument("--energy", type=float, help="share of the squared singular values to keep")
-    parser.add_argument("--rank-multiple", type=int, help="round ranks down to a multiple (default by size and bits)")
+    parser.add_argument(
+        "--rank-multiple", type=int, help="round ranks down to a multiple (default by size and bits)"
+    )
     parser.add_argument("--device", help="where to factorize: auto, cpu, cuda, cuda:N (default auto)")
 
 
@@ -156,9 +186,13 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, help="2, 4, 8, or 16 for floats (default 4)")
     parser.add_argument("--block", type=int, help="quantization block: 16, 32, 64, 128, 256 (default 32)")
     parser.add_argument("--asymmetric", action="store_true", default=None, help="store zero points")
-    parser.add_argument("--embedding-bits", type=int, help="bits of embedding and lm_head (default 8; 16 with --bits 16)")
+    parser.add_argument(
+        "--embedding-bits", type=int, help="bits of embedding and lm_head (default 8; 16 with --bits 16)"
+    )
     parser.add_argument("--ep", help="cpu (fp32), cuda (fp16) or portable (fp16) (default cpu)")
-    parser.add_argument("--accuracy-level", type=int, help="MatMulNBits: 4 computes in int8 on CPU, 0 in floats")
+    parser.add_argument(
+        "--accuracy-level", type=int, help="MatMulNBits: 4 computes in int8 on CPU, 0 in floats"
+    )
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,10 +237,14 @@ def compress_options(args: argparse.Namespace) -> CompressOptions | None:
         "ep": getattr(args, "ep", None),
         "accuracy_level": getattr(args, "accuracy_level", None),
         "rank": _rank_rule(args),
-        "groups": None if args.groups is None else tuple(filter(None, args.groups.split(","))),
+        "groups": None if args.groups is None else _groups(args.groups),
     }
     changes = {name: value for name, value in given.items() if value is not None} | _quantization(args)
     return replace(CompressOptions(), **changes) if changes else None
+
+
+def _groups(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _rank_rule(args: argparse.Namespace) -> RankRule | None:
@@ -237,7 +275,7 @@ def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
 
 
 def _command_line() -> str:
-    return shlex.join(["rk-export", *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _print_json(data: object) -> None:
@@ -278,7 +316,9 @@ def run_analyze(args: argparse.Namespace) -> int:
     """`analyze`."""
     from rk_export.spectra import analyze
 
-    report = analyze(args.model, args.output, compress_options(args), command=_command_line(), force=args.force)
+    report = analyze(
+        args.model, args.output, compress_options(args), command=_command_line(), force=args.force
+    )
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
 
@@ -335,7 +375,9 @@ def run_eval(args: argparse.Namespace) -> int:
         _print_json(asdict(result))
     else:
         error = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
-        print(f"perplexity {result.perplexity:.3f}  ({error}, {result.tokens} tokens, context {result.context})")
+        print(
+            f"perplexity {result.perplexity:.3f}  ({error}, {result.tokens} tokens, context {result.context})"
+        )
     return 0
 
 

@@ -25,6 +25,7 @@ Probe = Literal["cpu", "cuda", "torch", "export"]
 
 _SECONDS = 180  # a cold import of PyTorch from a network drive takes a minute
 _LIBRARY_ERROR = re.compile(r"with error: (.+)")
+_ANSWER = "rk-export probe: "  # marks our line: libraries print to standard output too
 _START = "import sys; from rk_export.environment_probes import main; main(sys.argv[1])"
 
 
@@ -61,10 +62,11 @@ def try_out(probe: Probe) -> Trial:
 
 def _trial(status: int, output: list[str], noise: list[str]) -> Trial:
     last_words = next((line.strip() for line in reversed(noise) if line.strip()), "no message")
-    if status != 0 or not output:
+    answers = [line.removeprefix(_ANSWER) for line in output if line.startswith(_ANSWER)]
+    if status != 0 or not answers:
         how = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
         return Trial(failure=f"{how}: {last_words}")
-    answer = json.loads(output[-1])  # libraries print above it
+    answer = json.loads(answers[-1])
     failure = answer["failure"]
     if failure and (cause := _LIBRARY_ERROR.search("\n".join(noise))):
         failure += f" ({cause.group(1).strip()})"
@@ -72,7 +74,7 @@ def _trial(status: int, output: list[str], noise: list[str]) -> Trial:
 
 
 def main(probe: str) -> None:
-    """Run one probe in this process and write its answer as the last line of standard output."""
+    """Run one probe in this process and write its answer as a line of standard output."""
     facts: dict[str, Any] = {}
     failure = ""
     try:
@@ -81,7 +83,8 @@ def main(probe: str) -> None:
         failure = error.what
     except Exception as error:  # whatever a broken installation raises is the answer
         failure = f"{type(error).__name__}: {error}"
-    sys.stdout.write("\n" + json.dumps({"facts": facts, "failure": " ".join(failure.split())}) + "\n")
+    answer = json.dumps({"facts": facts, "failure": " ".join(failure.split())})
+    sys.stdout.write(f"\n{_ANSWER}{answer}\n")
 
 
 def _probe_cpu(facts: dict[str, Any]) -> None:

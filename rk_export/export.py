@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as common_passes
 from onnxscript import nn as onn
 from torch import nn
 
@@ -30,7 +31,7 @@ from rk_export.onnx_modules import (
 from rk_export.passes.base import require, run_graph_passes
 from rk_export.passes.graph.attention_mask import AttentionMask
 from rk_export.passes.graph.logits_start import LogitsStart
-from rk_export.passes.graph.nodes import MICROSOFT, PART_KEY, Mark
+from rk_export.passes.graph.nodes import DOWN, MICROSOFT, PART_KEY, UP, Mark
 from rk_export.passes.graph.packed_projections import PackedAttention, PackedProjections
 from rk_export.passes.graph.positions import PositionsFromMask
 from rk_export.passes.modules import JointMember, QuantizedEmbedding, QuantizedLinear
@@ -92,7 +93,7 @@ def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[
             if isinstance(torch_module, JointMember):
                 key = id(torch_module.factors)
                 if key not in factors:
-                    factors[key] = _factors(torch_module, site, level)
+                    factors[key] = Factors(torch_module.factors, site, level)
                     setattr(onnx_layer, f"{site.rpartition('.')[2]}_factors", factors[key])
                 replacement: onn.Module = Member(factors[key], torch_module.role)
             else:
@@ -101,10 +102,6 @@ def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[
             _replace(onnx_layer, item.onnx_path, replacement)
             swapped.add(f"{rewritten.architecture.layers}.{index}.{item.path}")
     return swapped
-
-
-def _factors(member: JointMember, site: str, level: int) -> Factors:
-    return Factors(member.factors, lambda linear, part: projection(linear, Mark(site, part), level))
 
 
 def _swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
@@ -168,15 +165,11 @@ def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
     layers = len(_torch_layers(rewritten))
     counts = Counter((node.domain, node.op_type) for node in model.graph)
     quantized = sum(isinstance(module, QuantizedLinear) for module in rewritten.model.modules())
-    pairs = sum(
-        len(list(module.factors.pairs()))
-        for module in _first_members(rewritten)
-    )
-    downs = [node for node in model.graph if node.metadata_props.get(PART_KEY) == "down"]
+    pairs = sum(len(list(module.factors.pairs())) for module in _first_members(rewritten))
+    downs = [node for node in model.graph if node.metadata_props.get(PART_KEY) == DOWN]
     down_found = sum(
-        all(use.node.metadata_props.get(PART_KEY, "").startswith("up_") for use in node.outputs[0].uses())
+        all(use.node.metadata_props.get(PART_KEY, "").startswith(UP) for use in node.outputs[0].uses())
         for node in downs
-        if node.metadata_props.get("rk_export.site", "").rpartition(".")[2] != "down"
     )
     checks = [
         Fusion("shared down-projection", pairs, down_found),
@@ -222,7 +215,12 @@ def _graph_passes(rewritten: Rewritten) -> list[Any]:
     if not architecture.is_encoder:
         layers = len(_torch_layers(rewritten))
         learned = int(bool(decoder_spec(config).learned_positions))
-        passes += [PackedAttention(attention), AttentionMask(layers), PositionsFromMask(learned), LogitsStart(1)]
+        passes += [
+            PackedAttention(attention),
+            AttentionMask(layers),
+            PositionsFromMask(learned),
+            LogitsStart(1),
+        ]
     return passes
 
 
@@ -263,6 +261,7 @@ def _format(module: nn.Module) -> tuple[object, ...]:
 def _finish(model: ir.Model) -> None:
     """Drop what only the tracing needed: function bodies of operators that every runtime has, orphans."""
     model.functions.clear()
+    common_passes.RemoveUnusedNodesPass()(model)
     used = {value.name for node in model.graph for value in node.inputs if value is not None}
     kept = used | {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
     for name in [name for name in model.graph.initializers if name not in kept]:

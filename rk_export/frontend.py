@@ -225,7 +225,7 @@ class _Shared(NamedTuple):
     tables: Mapping[str, tuple[ir.Value, ir.Value]]
 
 
-class _Decoder(nn.Module):  # type: ignore[misc]
+class _Decoder(nn.Module):
     """Decoder with output projection: input ids and cache to logits and the longer cache."""
 
     def __init__(
@@ -254,7 +254,7 @@ class _Decoder(nn.Module):  # type: ignore[misc]
         return logits, present
 
 
-class _DecoderBody(nn.Module):  # type: ignore[misc]
+class _DecoderBody(nn.Module):
     def __init__(
         self, spec: DecoderSpec, config: ArchitectureConfig, tables: Mapping[str, RotaryTable]
     ) -> None:
@@ -298,7 +298,7 @@ class _DecoderBody(nn.Module):  # type: ignore[misc]
         )
 
 
-class _Layer(nn.Module):  # type: ignore[misc]
+class _Layer(nn.Module):
     """Attention and MLP on a residual stream, with the norms that the family has around each."""
 
     def __init__(self, spec: DecoderSpec, config: ArchitectureConfig, index: int) -> None:
@@ -326,7 +326,7 @@ class _Layer(nn.Module):  # type: ignore[misc]
         return hidden if name is None else getattr(self, name)(op, hidden)
 
 
-class _Attention(nn.Module):  # type: ignore[misc]
+class _Attention(nn.Module):
     """Projections around one GroupQueryAttention node.
 
     The node rotates queries and keys, appends to the cache and masks: a query sees the keys up to its own
@@ -386,7 +386,7 @@ class _Attention(nn.Module):  # type: ignore[misc]
         return normed if self._norm_width is None else op.Reshape(normed, [0, 0, -1])
 
 
-class _Rotary(nn.Module):  # type: ignore[misc]
+class _Rotary(nn.Module):
     """Rotary tables as initializers."""
 
     def __init__(self, table: RotaryTable, name: str) -> None:
@@ -407,7 +407,7 @@ class _Rotary(nn.Module):  # type: ignore[misc]
         return op.Slice(self.cos_cache, start, end, [0]), op.Slice(self.sin_cache, start, end, [0])
 
 
-class _Encoder(BertModel):  # type: ignore[misc]
+class _Encoder(BertModel):
     """mobius' BERT with layers that honour the padding mask."""
 
     def __init__(self, config: ArchitectureConfig) -> None:
@@ -415,7 +415,7 @@ class _Encoder(BertModel):  # type: ignore[misc]
         self.encoder.layer = nn.ModuleList([_EncoderLayer(layer) for layer in self.encoder.layer])
 
 
-class _EncoderLayer(nn.Module):  # type: ignore[misc]
+class _EncoderLayer(nn.Module):
     """A BERT layer from the parts of mobius'; its paths are the names of its initializers."""
 
     def __init__(self, layer: Any) -> None:
@@ -431,7 +431,7 @@ class _EncoderLayer(nn.Module):  # type: ignore[misc]
         return normed
 
 
-class _EncoderAttention(nn.Module):  # type: ignore[misc]
+class _EncoderAttention(nn.Module):
     """Bidirectional attention on the keys that ``attention_mask`` (batch, keys) marks with 1."""
 
     def __init__(self, attention: Any) -> None:

@@ -82,7 +82,7 @@ class ModelSource:
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
         """Fill one layer of a skeleton in float32, bring it into canonical form and return it."""
         path = f"{self.architecture.layers}.{index}"
-        layer = model.get_submodule(path)
+        layer: nn.Module = model.get_submodule(path)
         self._fill(model, layer, path + ".")
         self.architecture.canonicalize(layer)
         return layer
@@ -141,13 +141,17 @@ class ModelSource:
             if key in self._files:
                 return key
         raise InputError(
-            f"tensor {name!r} is missing", where=str(self.folder), fix="the checkpoint is incomplete: download it again"
+            f"tensor {name!r} is missing",
+            where=str(self.folder),
+            fix="the checkpoint is incomplete: download it again",
         )
 
     def _load_whole(self) -> PreTrainedModel:
         for key in self._files:
             self.tensor(key)
-        model, info = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, output_loading_info=True
+        )
         if info["missing_keys"]:
             raise InputError(
                 f"tensor {min(info['missing_keys'])!r} is missing",
@@ -183,7 +187,11 @@ def open_source(model: str | Path) -> ModelSource:
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError("is a file but not a GGUF file", where=str(path), fix="name an HF folder, a .gguf file or a hub id")
+            raise InputError(
+                "is a file but not a GGUF file",
+                where=str(path),
+                fix="name an HF folder, a .gguf file or a hub id",
+            )
         return ModelSource(gguf_to_folder(path), str(model))
     if path.is_dir():
         return ModelSource(path, str(model))
@@ -192,7 +200,11 @@ def open_source(model: str | Path) -> ModelSource:
 
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError("no such file or folder", where=name, fix="name an HF folder, a .gguf file or a hub id like org/name")
+        raise InputError(
+            "no such file or folder",
+            where=name,
+            fix="name an HF folder, a .gguf file or a hub id like org/name",
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -215,7 +227,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"cannot be read: {str(error).splitlines()[0]}", where=str(folder / "config.json"), fix="check the file"
+            f"cannot be read: {str(error).splitlines()[0]}",
+            where=str(folder / "config.json"),
+            fix="check the file",
         ) from error
 
 
@@ -236,7 +250,9 @@ def weight_map(folder: Path) -> dict[str, Path]:
     path = folder / "model.safetensors"
     if path.is_file():
         return {name: path for name, _ in _shapes(path)}
-    pickles = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
+    pickles = sorted(file.name for file in folder.glob("*.bin")) + sorted(
+        file.name for file in folder.glob("*.pt")
+    )
     if pickles:
         raise InputError(
             f"only pickle weights ({pickles[0]}), which can run code when loaded and are never read",
@@ -258,7 +274,9 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError as error:
-        raise InputError("is missing", where=str(path), fix="the checkpoint is incomplete: download it again") from error
+        raise InputError(
+            "is missing", where=str(path), fix="the checkpoint is incomplete: download it again"
+        ) from error
     except SafetensorError as error:
         raise InputError(
             f"is truncated or not safetensors ({error})", where=str(path), fix="download it again"
@@ -275,7 +293,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -17,11 +17,10 @@ from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import Tensor, nn
 
-from rk_export.passes.graph.nodes import MICROSOFT, Mark, mark
+from rk_export.passes.graph.nodes import DOWN, MICROSOFT, UP, Mark, mark
 from rk_export.passes.modules import (
     GroupedFactors,
     JointFactors,
-    JointMember,
     QuantizedEmbedding,
     QuantizedLinear,
 )
@@ -36,7 +35,9 @@ class Bound(onn.Module):
         super().__init__()
         self.sources: list[tuple[onn.Parameter, Callable[[], Tensor]]] = []
 
-    def bind(self, shape: tuple[int, ...], tensor: Callable[[], Tensor], *, packed: bool = False) -> onn.Parameter:
+    def bind(
+        self, shape: tuple[int, ...], tensor: Callable[[], Tensor], *, packed: bool = False
+    ) -> onn.Parameter:
         """Return a parameter of a shape whose values `tensor` returns when they are written."""
         parameter = onn.Parameter(shape, dtype=ir.DataType.UINT8 if packed else ir.DataType.FLOAT)
         self.sources.append((parameter, tensor))
@@ -60,7 +61,7 @@ class DenseProjection(Bound):
             self.bias = self.bind((linear.out_features,), lambda: linear.bias)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        y = mark(op.MatMul(x, self.weight), self._site)
+        y: ir.Value = mark(op.MatMul(x, self.weight), self._site)
         return y if self.bias is None else op.Add(y, self.bias)
 
 
@@ -87,8 +88,8 @@ class QuantizedProjection(Bound):
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         zero_points = () if self.zero_points is None else (self.zero_points,)
-        y = op.MatMulNBits(x, self.codes, self.scales, *zero_points, _domain=MICROSOFT, **self._attributes)
-        mark(y, self._site)
+        product = op.MatMulNBits(x, self.codes, self.scales, *zero_points, _domain=MICROSOFT, **self._attributes)
+        y: ir.Value = mark(product, self._site)
         return y if self.bias is None else op.Add(y, self.bias)
 
 
@@ -122,19 +123,21 @@ class Factors(onn.Module):
 
     Args:
         factors: The PyTorch factors.
-        project: Makes the onnxscript module of one linear module, given its name within the site.
+        site: Name of the site; the pairs of a grouped site are numbered.
+        accuracy_level: As in `QuantizedProjection`.
     """
 
-    def __init__(
-        self, factors: JointFactors | GroupedFactors, project: Callable[[nn.Module, str], onn.Module]
-    ) -> None:
+    def __init__(self, factors: JointFactors | GroupedFactors, site: str, accuracy_level: int) -> None:
         super().__init__()
         self._pairs: list[_Pair] = []
         for number, pair in enumerate(factors.pairs()):
-            down = project(pair.down, "down")
-            ups = {role: project(up, f"up_{role}") for role, up in pair.ups.items()}
-            for name, module in {"down": down, **{f"up_{role}": up for role, up in ups.items()}}.items():
-                setattr(self, f"{name}_{number}", module)
+            name = site if isinstance(factors, JointFactors) else f"{site}.{number}"
+            down = projection(pair.down, Mark(name, DOWN), accuracy_level)
+            ups = {
+                role: projection(up, Mark(name, UP + role), accuracy_level) for role, up in pair.ups.items()
+            }
+            for part, module in {DOWN: down, **{UP + role: up for role, up in ups.items()}}.items():
+                setattr(self, f"{part}_{number}", module)
             self._pairs.append(_Pair(down, ups, {}))
 
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
@@ -176,7 +179,7 @@ class EmbeddingTable(Bound):
 
     def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
         zero_points = () if self.zero_points is None else (self.zero_points,)
-        rows = op.GatherBlockQuantized(
+        rows: ir.Value = op.GatherBlockQuantized(
             self.codes,
             input_ids,
             self.scales,
@@ -187,7 +190,12 @@ class EmbeddingTable(Bound):
             **self._attributes,
         )
         # The operator knows no column count: a last block that the columns do not fill comes out whole.
-        return op.Slice(rows, [0], [self._columns], [-1]) if self._padded else rows
+        if self._padded:
+            rows = op.Slice(rows, [0], [self._columns], [-1])
+        # Shape inference knows no rule for the operator; every later shape follows from this one.
+        rows.type = ir.TensorType(self.scales.dtype)
+        rows.shape = ir.Shape([*(input_ids.shape or ()), self._columns])
+        return rows
 
 
 class TiedQuantizedHead(onn.Module):
@@ -257,7 +265,13 @@ def lazy_tensor(parameter: ir.Value, tensor: Callable[[], Tensor]) -> ir.LazyTen
         array: Any = tensor().detach().cpu().to(_TORCH_DTYPE[numpy_dtype]).contiguous().numpy()
         return ir.Tensor(array, dtype=dtype, name=parameter.name)
 
-    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(parameter.shape), name=parameter.name, cache=False)
+    return ir.LazyTensor(
+        evaluate, dtype=dtype, shape=ir.Shape(parameter.shape), name=parameter.name, cache=False
+    )
 
 
-_TORCH_DTYPE: dict[Any, torch.dtype] = {np.float32: torch.float32, np.float16: torch.float16, np.uint8: torch.uint8}
+_TORCH_DTYPE: dict[Any, torch.dtype] = {
+    np.float32: torch.float32,
+    np.float16: torch.float16,
+    np.uint8: torch.uint8,
+}

@@ -99,7 +99,12 @@ def method_tiers(rewritten: Rewritten, probe: Probe) -> Iterator[ParityTier]:
 
 
 def runtime_tiers(
-    bundle: Path, rewritten: Rewritten, probe: Probe, *, provider: Provider = "auto", threads: int | None = None
+    bundle: Path,
+    rewritten: Rewritten,
+    probe: Probe,
+    *,
+    provider: Provider = "auto",
+    threads: int | None = None,
 ) -> tuple[tuple[ParityTier, ...], Golden | None]:
     """Compare a bundle with the PyTorch model it was exported from: tiers c to g.
 
@@ -112,7 +117,10 @@ def runtime_tiers(
     if rewritten.architecture.is_encoder:
         encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
         states = encoder.forward(probe.batch)
-        return (compare("c", name, reference, states, bound=bound), encoder_padding_tier(encoder, probe, bound)), None
+        return (
+            compare("c", name, reference, states, bound=bound),
+            encoder_padding_tier(encoder, probe, bound),
+        ), None
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
     tiers = [compare("c", name, reference, logits, bound=bound)]
@@ -179,7 +187,9 @@ def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float) ->
     """Return tier f of an encoder: the first token's state, alone and in a batch padded on the right."""
     prompts = probe.unequal()
     longest = max(len(prompt) for prompt in prompts)
-    mask = np.array([[position < len(prompt) for position in range(longest)] for prompt in prompts], dtype=np.int64)
+    mask = np.array(
+        [[position < len(prompt) for position in range(longest)] for prompt in prompts], dtype=np.int64
+    )
     ids = np.array([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], dtype=np.int64)
     batch = encoder.forward(ids, mask)[:, :1]
     rows = np.concatenate([encoder.forward(np.array([prompt], dtype=np.int64))[:, :1] for prompt in prompts])

@@ -13,15 +13,15 @@ from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.frontend import check_supported
 from rk_export.load import ModelSource, open_source
+from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import CompressOptions, Plan
 from rk_export.probe import make_probe
 from rk_export.report import ParityTier, Report
-from rk_export.rewrite import QUANTIZED, check_plan, resolve_device, rewrite
+from rk_export.rewrite import QUANTIZED, resolve_device, rewrite
 from rk_export.runtime import Session
 from rk_export.runtime.providers import Provider
 from rk_export.sizes import planned_findings
-from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.write_bundle import (
     MODEL_FILES,
     BundleRequest,
@@ -61,8 +61,10 @@ def _checked_plan(source: ModelSource, options: CompressOptions | None, plan: Pl
     if plan is None:
         return _plan(source, options or CompressOptions())
     if options is not None:
-        raise InputError("a plan already holds the options", where="--plan", fix="drop the other compression options")
-    check_plan(source, plan)
+        raise InputError(
+            "a plan already holds the options", where="--plan", fix="drop the other compression options"
+        )
+    planner.check_plan(source, plan)
     check_supported(source.config, ep=plan.options.ep, dtype=plan.options.float_dtype)
     return plan
 
@@ -147,7 +149,9 @@ def export(
         dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
         return compress(model, out, dense, triton=triton, threads=threads, force=force, command=command)
     if options is not None:
-        raise InputError("a checkpoint carries its own options", where=str(model), fix="drop the other options")
+        raise InputError(
+            "a checkpoint carries its own options", where=str(model), fix="drop the other options"
+        )
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
     with AtomicFolder(out, force=force) as partial:
@@ -160,7 +164,11 @@ def export(
 
 
 def verify(
-    bundle: str | Path, against: str | Path | None = None, *, provider: Provider = "auto", threads: int | None = None
+    bundle: str | Path,
+    against: str | Path | None = None,
+    *,
+    provider: Provider = "auto",
+    threads: int | None = None,
 ) -> tuple[ParityTier, ...]:
     """Check a bundle's files and its parity.
 
@@ -183,7 +191,9 @@ def verify(
     if against is None:
         if manifest["golden"] is None:
             raise InputError(
-                "an encoder bundle can only be verified against its model", where=str(folder), fix="give --against MODEL"
+                "an encoder bundle can only be verified against its model",
+                where=str(folder),
+                fix="give --against MODEL",
             )
         golden = Golden.from_json(manifest["golden"])
         return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)

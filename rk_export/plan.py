@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate", "up"),
     **{role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down")},
 }
+
+DEFAULT_GROUPS = ("qk", "gate_up")
 
 Provider = Literal["cpu", "cuda", "portable"]
 Gauge = Literal["orthogonal", "balanced"]
@@ -42,11 +45,15 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
             raise InputError(
-                f"{self.bits} bits cannot be packed", where="--bits", fix="choose 2, 4 or 8 (16 keeps the matrix in floats)"
+                f"{self.bits} bits cannot be packed",
+                where="--bits",
+                fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
             )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise InputError(
-                f"a block of {self.block_size} columns is not supported", where="--block", fix="choose 16, 32, 64, 128 or 256"
+                f"a block of {self.block_size} columns is not supported",
+                where="--block",
+                fix="choose 16, 32, 64, 128 or 256",
             )
 
 
@@ -59,9 +66,15 @@ class RankRule:
 
     def __post_init__(self) -> None:
         where = f"--{self.kind}"
+        if self.kind not in ("keep", "rank", "energy"):
+            raise InputError(
+                f"unknown rank rule {self.kind!r}", where="rank", fix="choose keep, rank or energy"
+            )
         if self.kind == "rank":
-            if self.value < 1 or self.value != int(self.value):
-                raise InputError(f"{self.value} is not a rank", where=where, fix="give a whole number of at least 1")
+            if not math.isfinite(self.value) or self.value < 1 or self.value != int(self.value):
+                raise InputError(
+                    f"{self.value} is not a rank", where=where, fix="give a whole number of at least 1"
+                )
         elif not 0 < self.value < 1:
             raise InputError(
                 f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
@@ -73,7 +86,8 @@ class CompressOptions:
     """Everything a user may choose about compression; validated on construction.
 
     Args:
-        groups: Names from `GROUPS`; no role may stand in two of them. Empty factorizes nothing.
+        groups: Names from `GROUPS`; no role may stand in two of them. Empty factorizes nothing; None takes
+            `DEFAULT_GROUPS` as far as the family has them.
         qk: Factorize the group qk `whole` or `per-head` (one factor pair per KV group).
         rank: The rank rule of every factorized group.
         rank_multiple: Ranks are rounded down to a multiple of it; None chooses by model size and bits.
@@ -85,7 +99,7 @@ class CompressOptions:
         device: Where factorization and quantization run: auto, cpu, cuda or cuda:N.
     """
 
-    groups: tuple[str, ...] = ("qk", "gate_up")
+    groups: tuple[str, ...] | None = None
     qk: Literal["whole", "per-head"] = "whole"
     rank: RankRule = RankRule("keep", 0.95)
     rank_multiple: int | None = None
@@ -98,9 +112,11 @@ class CompressOptions:
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
-        for group in self.groups:
+        for group in self.groups or ():
             if group not in GROUPS:
-                raise InputError(f"unknown group {group!r}", where="--groups", fix=f"choose from {', '.join(GROUPS)}")
+                raise InputError(
+                    f"unknown group {group!r}", where="--groups", fix=f"choose from {', '.join(GROUPS)}"
+                )
             for role in GROUPS[group]:
                 if role in seen:
                     raise InputError(
@@ -111,16 +127,24 @@ class CompressOptions:
                 seen[role] = group
         if self.qk not in ("whole", "per-head"):
             raise InputError(f"unknown choice {self.qk!r}", where="--qk", fix="choose whole or per-head")
-        if self.qk == "per-head" and "qk" not in self.groups:
+        if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
             raise InputError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
         if self.gauge not in ("orthogonal", "balanced"):
-            raise InputError(f"unknown gauge {self.gauge!r}", where="--gauge", fix="choose orthogonal or balanced")
+            raise InputError(
+                f"unknown gauge {self.gauge!r}", where="--gauge", fix="choose orthogonal or balanced"
+            )
         if self.ep not in ("cpu", "cuda", "portable"):
-            raise InputError(f"unknown execution provider {self.ep!r}", where="--ep", fix="choose cpu, cuda or portable")
+            raise InputError(
+                f"unknown execution provider {self.ep!r}", where="--ep", fix="choose cpu, cuda or portable"
+            )
         if self.accuracy_level not in (0, 1, 4):
-            raise InputError(f"unknown level {self.accuracy_level}", where="--accuracy-level", fix="choose 0, 1 or 4")
+            raise InputError(
+                f"unknown level {self.accuracy_level}", where="--accuracy-level", fix="choose 0, 1 or 4"
+            )
         if self.rank_multiple is not None and self.rank_multiple < 1:
-            raise InputError(f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding")
+            raise InputError(
+                f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
+            )
 
     @property
     def float_dtype(self) -> Literal["fp32", "fp16"]:
@@ -151,6 +175,24 @@ class SitePlan:
     rank: int
     quant: QuantSpec | None
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("dense", "joint", "per_head"):
+            raise InputError(
+                f"unknown form {self.form!r}", where=self.site, fix="choose dense, joint or per_head"
+            )
+        if len(self.members) != len(self.paths):
+            raise InputError(
+                f"{len(self.members)} members but {len(self.paths)} paths",
+                where=self.site,
+                fix="name one path for each member",
+            )
+        if not isinstance(self.rank, int) or (self.form == "dense") != (self.rank == 0) or self.rank < 0:
+            raise InputError(
+                f"rank {self.rank} does not fit the form {self.form!r}",
+                where=self.site,
+                fix="dense sites have rank 0, factorized ones at least 1",
+            )
 
 
 @dataclass(frozen=True)
@@ -186,14 +228,18 @@ class Plan:
         """
         if data.get("rk_export_plan") != PLAN_VERSION:
             raise InputError(
-                f"not a version {PLAN_VERSION} plan", where=where, fix="write one with `rk-export plan MODEL -o plan.json`"
+                f"not a version {PLAN_VERSION} plan",
+                where=where,
+                fix="write one with `rk-export plan MODEL -o plan.json`",
             )
         try:
             options = options_from_json(data["options"])
             sites = tuple(_site_from_json(site) for site in data["sites"])
             return cls(str(data["model_type"]), str(data["structure"]), options, sites)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"malformed plan: {error!r}", where=where, fix="write it anew with `rk-export plan`") from error
+            raise InputError(
+                f"malformed plan: {error!r}", where=where, fix="write it anew with `rk-export plan`"
+            ) from error
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
@@ -209,7 +255,9 @@ class Plan:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"cannot be read as JSON: {error}", where=str(path), fix="name a plan file") from error
+            raise InputError(
+                f"cannot be read as JSON: {error}", where=str(path), fix="name a plan file"
+            ) from error
         if not isinstance(data, dict):
             raise InputError("is not a plan", where=str(path), fix="write one with `rk-export plan`")
         return cls.from_json(data, where=str(path))
@@ -227,7 +275,7 @@ def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
     return CompressOptions(
         **{
             **data,
-            "groups": tuple(data["groups"]),
+            "groups": None if data["groups"] is None else tuple(data["groups"]),
             "rank": RankRule(**data["rank"]),
             "quant": _quant_from_json(data["quant"]),
             "embedding_quant": _quant_from_json(data["embedding_quant"]),

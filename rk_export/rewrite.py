@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from rk_export.passes.weights.embedding import quantize_embedding
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.plan import Plan, SitePlan
+from rk_export.planner import check_plan
 from rk_export.report import Finding, LayerError, Outcome, Spectrum
 from rk_export.streams import Streams
 
@@ -58,25 +60,16 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}", where="--device", fix="choose auto, cpu, cuda or cuda:N") from error
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise InputError(f"unknown device {name!r}", where="--device", fix="choose auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ProviderError(
-            "PyTorch sees no CUDA device", where="--device", fix="use --device auto, or run `rk-export doctor`"
+            "PyTorch sees no CUDA device",
+            where="--device",
+            fix="use --device auto, or run `rk-export doctor`",
         )
     return device
-
-
-def check_plan(source: ModelSource, plan: Plan) -> None:
-    """Raise InputError unless the plan was made for this model's structure."""
-    if plan.structure != source.structure():
-        raise InputError(
-            f"the plan was made for another model ({plan.model_type}, structure {plan.structure})",
-            where=source.name,
-            fix="make one for this model with `rk-export plan`",
-        )
 
 
 def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> Rewritten:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from rk_export.load import ModelSource
+from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.numerics.quantize import quantized_bytes
 from rk_export.plan import Plan, QuantSpec, SitePlan
+from rk_export.planner import canonical_layers
 from rk_export.report import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten
 
@@ -18,30 +20,33 @@ FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 
 def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
     """Return what a plan would do to each site and to the embedding, from shapes alone."""
-    model = source.skeleton()
     findings = []
-    for index in range(source.layer_count):
-        layer = model.get_submodule(f"{source.architecture.layers}.{index}")
-        source.architecture.canonicalize(layer)
-        findings += [_planned(layer, site, source, plan) for site in plan.of_layer(index)]
+    for layer in canonical_layers(source):
+        findings += [_planned(layer, site, plan.options.float_dtype) for site in plan.of_layer(layer.index)]
     spec = plan.options.embedding_quant
     if spec is not None and not source.architecture.is_encoder:
-        rows, columns = model.get_submodule(source.architecture.embedding).weight.shape  # type: ignore[union-attr,misc]
+        rows, columns = source.config.vocab_size, source.config.hidden_size
         stored = quantized_bytes(rows, columns, spec, FLOAT_BYTES[plan.options.float_dtype])
         findings.append(
-            _finding(source.architecture.embedding, rows * columns * 4, stored, {"bits": spec.bits, "block": spec.block_size})
+            _finding(
+                source.architecture.embedding,
+                rows * columns * 4,
+                stored,
+                {"bits": spec.bits, "block": spec.block_size},
+            )
         )
     return findings
 
 
-def _planned(layer: nn.Module, site: SitePlan, source: ModelSource, plan: Plan) -> Finding:
-    shapes = [tuple(layer.get_submodule(path).weight.shape) for path in site.paths]  # type: ignore[union-attr,arg-type]
+def _planned(layer: Layer, site: SitePlan, float_dtype: str) -> Finding:
+    linears = [layer.linear(path) for path in site.paths]
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
     before = sum(rows * columns for rows, columns in shapes) * 4
-    float_bytes = FLOAT_BYTES[plan.options.float_dtype]
+    float_bytes = FLOAT_BYTES[float_dtype]
     details: dict[str, object] = {}
     matrices = shapes
     if site.form != "dense":
-        pairs = source.architecture.heads(source.config).kv_heads if site.form == "per_head" else 1
+        pairs = layer.kv_groups if site.form == "per_head" else 1
         columns, rows = shapes[0][1], sum(shape[0] for shape in shapes)
         matrices = [(pairs * site.rank, columns), (rows, site.rank)]
         details = {"rank": site.rank, "pairs": pairs}
@@ -58,7 +63,9 @@ def _finding(target: str, before: int, after: int, details: dict[str, object]) -
 
 
 def _stored(rows: int, columns: int, quant: QuantSpec | None, float_bytes: int) -> int:
-    return rows * columns * float_bytes if quant is None else quantized_bytes(rows, columns, quant, float_bytes)
+    return (
+        rows * columns * float_bytes if quant is None else quantized_bytes(rows, columns, quant, float_bytes)
+    )
 
 
 def size_summary(source: ModelSource, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
@@ -80,10 +87,7 @@ def size_summary(source: ModelSource, rewritten: Rewritten, file_bytes: int | No
 
 def kept_parameters(model: nn.Module) -> int:
     """Return the parameters of a rewritten model: quantized matrices count their entries, tied ones once."""
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        for pointer, count in _own_parameters(module):
-            seen[pointer] = count
+    seen = {pointer: count for module in model.modules() for pointer, count in _own_parameters(module)}
     return sum(seen.values())
 
 

@@ -11,12 +11,11 @@ import torch
 
 from rk_export.folders import AtomicFolder, library_versions
 from rk_export.load import ModelSource, open_source
-from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
 from rk_export.passes.weights.joint_rank import stacked_pairs
-from rk_export.planner import layer_sites
 from rk_export.plan import CompressOptions
+from rk_export.planner import layer_sites, loaded_layers, with_default_groups
 from rk_export.plots import save_spectra_plots
 from rk_export.render import html
 from rk_export.report import Report, Spectrum
@@ -27,18 +26,15 @@ logger = logging.getLogger(__name__)
 
 def spectra(source: ModelSource, options: CompressOptions) -> Iterator[Spectrum]:
     """Yield the spectrum of every group of every layer; ranks are those that the options would choose."""
-    model, device = source.skeleton(), resolve_device(options.device)
-    kv_groups = source.architecture.heads(source.config).kv_heads
-    for index in range(source.layer_count):
-        logger.info("layer %d of %d", index + 1, source.layer_count)
-        layer = Layer(index, source.load_layer(model, index), kv_groups)
-        for site in layer_sites(layer, source.architecture.projections(source.config, index), options):
-            if site.site.rpartition(".")[2] not in options.groups:
+    device, options = resolve_device(options.device), with_default_groups(source, options)
+    for layer in loaded_layers(source):
+        logger.info("layer %d of %d", layer.index + 1, source.layer_count)
+        for site in layer_sites(layer, source.architecture.projections(source.config, layer.index), options):
+            if site.site.rpartition(".")[2] not in (options.groups or ()):
                 continue
-            for target, rows in stacked_pairs(layer, site, whole=site.form != "per_head"):
+            for target, rows in stacked_pairs(layer, site):
                 stacked = torch.cat([linear.weight.to(device) for linear in rows.values()])
                 yield spectrum(target, singular_values(stacked).cpu(), site.rank or None)
-        layer.module.to("meta")
 
 
 def analyze(

@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from rk_export.export import build_graph, save_graph
 from rk_export.folders import library_versions
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
+from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
 from rk_export.perplexity import LogitsFn, PerplexityResult, perplexity, tokens_of
 from rk_export.plan import CompressOptions
 from rk_export.probe import Probe, make_probe
@@ -38,7 +39,6 @@ from rk_export.rewrite import DENSE, Rewritten
 from rk_export.runtime import Session
 from rk_export.runtime.providers import Provider, cuda_obstacle
 from rk_export.sizes import size_summary
-from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> Generati
     config = rewritten.model.config
     generation = write_side_files(folder, source=source, config=config)
     if not rewritten.architecture.is_encoder:
-        ep = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
+        ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
         context = int(config.max_position_embeddings)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
@@ -227,11 +227,15 @@ def _size(folder: Path, rewritten: Rewritten, origin: ModelSource | Path) -> Siz
 def _empty_sections(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[str, ...]:
     if not isinstance(origin, ModelSource):
         reason = "the model came from a compressed checkpoint"
-        return tuple(f"{section}: not computed, {reason}" for section in ("spectra", "layers", "size", "matrices"))
+        return tuple(
+            f"{section}: not computed, {reason}" for section in ("spectra", "layers", "size", "matrices")
+        )
     return () if rewritten.spectra else ("spectra: nothing was factorized",)
 
 
-def _write_report(folder: Path, rewritten: Rewritten, report: Report, golden: Golden | None, name: str) -> None:
+def _write_report(
+    folder: Path, rewritten: Rewritten, report: Report, golden: Golden | None, name: str
+) -> None:
     """Write plan, report, model card and, last, the manifest that lists every file."""
     options = rewritten.plan.options
     rewritten.plan.save(folder / "plan.json")
@@ -257,7 +261,11 @@ def _write_report(folder: Path, rewritten: Rewritten, report: Report, golden: Go
 
 
 def _summary(options: CompressOptions) -> str:
-    low_rank = f"joint rank-k factorization of {', '.join(options.groups)}" if options.groups else "dense matrices"
+    low_rank = (
+        f"joint rank-k factorization of {', '.join(options.groups or ())}"
+        if options.groups
+        else "dense matrices"
+    )
     if options.quant is None:
         return f"Compressed by rk-export: {low_rank}, floats ({options.float_dtype})."
     bits, block = options.quant.bits, options.quant.block_size

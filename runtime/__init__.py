@@ -6,14 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rk_export.runtime.bench import BenchResult, bench
+    from rk_export.runtime.benchmark import BenchResult, bench
     from rk_export.runtime.contestants import BundleContestant, Contestant, GenAIContestant
     from rk_export.runtime.encoder import EncoderSession
     from rk_export.runtime.options import FinishReason, Generation, GenerationOptions
     from rk_export.runtime.session import Session
 
+# No file may have the name of a public object: importing it would put the module in the object's place.
 _HOME = {
-    "BenchResult": "bench",
+    "BenchResult": "benchmark",
     "BundleContestant": "contestants",
     "Contestant": "contestants",
     "EncoderSession": "encoder",
@@ -22,7 +23,7 @@ _HOME = {
     "Generation": "options",
     "GenerationOptions": "options",
     "Session": "session",
-    "bench": "bench",
+    "bench": "benchmark",
 }
 
 __all__ = [

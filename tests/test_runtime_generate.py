@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_prompts_may_be_token_ids(tmp_path: Path) -> None:
     assert session.generate(tokens) == text
     assert session.generate([tokens, tokens]) == text * 2
     assert text[0].prompt_tokens == 5
+
+
+def test_threads_may_share_a_session(tmp_path: Path) -> None:
+    session = opened(tmp_path)
+    prompts = [f"prompt {index}" * (index + 1) for index in range(6)]
+    alone = [session.generate(prompt, options=SAMPLED)[0] for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda prompt: session.generate(prompt, options=SAMPLED)[0], prompts * 4))
+    assert together == alone * 4
 
 
 def test_seed_decides_the_text(tmp_path: Path) -> None:

@@ -37,8 +37,11 @@ class LogitsStart:
         graph.inputs.append(start)
         end = constant(graph, "rk.end", np.array([np.iinfo(np.int64).max], dtype=np.int64))
         axis = constant(graph, "rk.one", np.array([1], dtype=np.int64))
-        cut = ir.Node("", "Slice", [head.inputs[0], start, end, axis], num_outputs=1, name="lm_head.slice")
-        cut.outputs[0].type = head.inputs[0].type
+        hidden = head.inputs[0]
+        if hidden is None:
+            return Fusion(self.name, self.planned, 0, "the output projection has no input")
+        cut = ir.Node("", "Slice", [hidden, start, end, axis], num_outputs=1, name="lm_head.slice")
+        cut.outputs[0].type = hidden.type
         graph.insert_before(head, cut)
         head.replace_input_with(0, cut.outputs[0])
         return Fusion(self.name, self.planned, 1)

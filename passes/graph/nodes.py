@@ -10,11 +10,13 @@ import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
 SITE_KEY, PART_KEY = "rk_export.site", "rk_export.part"
+# Parts of a factor pair; a role named "down" is another thing.
+DOWN, UP = "factor_down", "factor_up_"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Says which site a node belongs to, and which part of it: a role, `down` or `up_<role>`."""
+    """Says which site a node belongs to, and which part of it: a role, `DOWN` or `UP` and a role."""
 
     site: str
     part: str
@@ -47,7 +49,9 @@ def concatenated(values: Sequence[ir.Value], axis: int, name: str) -> ir.Value:
     dtype = tensors[0].dtype
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis=axis), dtype=dtype, name=name)
+        return ir.Tensor(
+            np.concatenate([tensor.numpy() for tensor in tensors], axis=axis), dtype=dtype, name=name
+        )
 
     lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy)
@@ -75,7 +79,9 @@ class Emitter:
 
     def __call__(self, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
         attrs = [ir.AttrInt64(name, value) for name, value in attributes.items()]
-        node = ir.Node("", op_type, inputs, attrs, num_outputs=1, name=f"{self.prefix}.{self.count}.{op_type}")
+        node = ir.Node(
+            "", op_type, inputs, attrs, num_outputs=1, name=f"{self.prefix}.{self.count}.{op_type}"
+        )
         self.count += 1
         self.graph.insert_before(self.anchor, node)
         return node.outputs[0]

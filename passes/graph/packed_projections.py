@@ -105,7 +105,12 @@ def _pack(graph: ir.Graph, group: list[Projection]) -> None:
         weights.append(concatenated(values, axis, f"{name}.{slot}"))
         graph.register_initializer(weights[-1])
     packed = ir.Node(
-        first.domain, first.op_type, [first.inputs[0], *weights], attributes.values(), num_outputs=1, name=name
+        first.domain,
+        first.op_type,
+        [first.inputs[0], *weights],
+        attributes.values(),
+        num_outputs=1,
+        name=name,
     )
     packed.metadata_props.update(first.metadata_props)
     packed.metadata_props[PART_KEY] = parts
@@ -115,7 +120,9 @@ def _pack(graph: ir.Graph, group: list[Projection]) -> None:
         bias = concatenated(biases, 0, f"{name}.bias")
         graph.register_initializer(bias)
         new.append(ir.Node("", "Add", [packed.outputs[0], bias], name=f"{name}.add"))
-    sizes = constant(graph, f"{name}.sizes", np.array([projection.width for projection in group], dtype=np.int64))
+    sizes = constant(
+        graph, f"{name}.sizes", np.array([projection.width for projection in group], dtype=np.int64)
+    )
     split = ir.Node(
         "",
         "Split",
@@ -159,5 +166,7 @@ class PackedAttention:
             node.replace_input_with(2, None)
             model.graph.remove(split, safe=True)
             found += 1
-        reason = "" if found == self.planned else "a Split of one packed projection must yield exactly q, k, v"
+        reason = (
+            "" if found == self.planned else "a Split of one packed projection must yield exactly q, k, v"
+        )
         return Fusion(self.name, self.planned, found, reason)

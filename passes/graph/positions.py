@@ -27,13 +27,17 @@ class PositionsFromMask:
         if position_ids is None or not position_ids.uses():
             if position_ids is not None:
                 graph.inputs.remove(position_ids)
-            return Fusion(self.name, self.planned, 0, "the graph uses no position_ids" if self.planned else "")
+            return Fusion(
+                self.name, self.planned, 0, "the graph uses no position_ids" if self.planned else ""
+            )
         inputs = {value.name: value for value in graph.inputs}
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         emit = Emitter(graph, "positions")
         one = constant(graph, "rk.one", np.array([1], dtype=np.int64))
         counts = emit("CumSum", [mask, constant(graph, "rk.axis_one", np.array(1, dtype=np.int64))])
-        positions = emit("Max", [emit("Sub", [counts, one]), constant(graph, "rk.zero", np.array([0], dtype=np.int64))])
+        positions = emit(
+            "Max", [emit("Sub", [counts, one]), constant(graph, "rk.zero", np.array([0], dtype=np.int64))]
+        )
         total, length = emit("Shape", [mask], start=1, end=2), emit("Shape", [ids], start=1, end=2)
         last = emit("Slice", [positions, emit("Sub", [total, length]), total, one])
         ir.convenience.replace_all_uses_with(position_ids, last)

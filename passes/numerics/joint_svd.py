@@ -67,7 +67,9 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     if gram.device.type != "cpu":
         values, vectors = torch.linalg.eigh(gram, UPLO="U")
         return values, vectors
-    numpy_values, numpy_vectors = scipy.linalg.eigh(gram.numpy(), lower=False, driver="evd", check_finite=False)
+    numpy_values, numpy_vectors = scipy.linalg.eigh(
+        gram.numpy(), lower=False, driver="evd", check_finite=False
+    )
     return torch.from_numpy(numpy_values), torch.from_numpy(numpy_vectors)
 
 
@@ -131,10 +133,14 @@ def joint_factors(W: Tensor, rank: int, *, gauge: Gauge = "orthogonal") -> Facto
     if gauge == "balanced":
         root = energy.sqrt().clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(V.dtype)
         up, down = up / root, down * root[:, None]
-    return Factors(down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous(), squared_error, subspace.singular_values)
+    return Factors(
+        down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous(), squared_error, subspace.singular_values
+    )
 
 
 def orthogonality_defect(A: Tensor) -> float:
     """Return the Frobenius norm of AAᵀ - I, zero when the rows of A (k, in) are orthonormal."""
     wide = A.to(torch.float64)
-    return float(torch.linalg.norm(wide @ wide.T - torch.eye(A.shape[0], dtype=torch.float64, device=A.device)))
+    return float(
+        torch.linalg.norm(wide @ wide.T - torch.eye(A.shape[0], dtype=torch.float64, device=A.device))
+    )

@@ -44,7 +44,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Pack integers below 2**bits (..., n) into bytes (..., ceil(n * bits / 8)), low bits first."""
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[-1] % per_byte))
-    lanes = padded.unflatten(-1, (-1, per_byte))
+    lanes = padded.view(*padded.shape[:-1], -1, per_byte)
     packed = torch.zeros_like(lanes[..., 0])
     for lane in range(per_byte):
         packed |= lanes[..., lane] << (bits * lane)

@@ -40,12 +40,12 @@ class JointRank:
     def rewrite(self, layer: Layer, plan: SitePlan) -> Finding:
         members = [layer.linear(path) for path in plan.paths]
         pairs, squared_error, defect = [], 0.0, 0.0
-        for target, rows in stacked_pairs(layer, plan, whole=plan.form == "joint"):
+        for target, rows in stacked_pairs(layer, plan):
             pair, decomposed = self._factorize(rows, plan.rank)
             pairs.append(pair)
             squared_error += decomposed.squared_error
             self.spectra.append(spectrum(target, decomposed.singular_values.cpu(), plan.rank))
-            defect = max(defect, orthogonality_defect(pair.down.weight))
+            defect = max(defect, orthogonality_defect(decomposed.down))
         install(layer, plan, pairs[0] if plan.form == "joint" else GroupedFactors(pairs))
         return self._finding(plan, members, len(pairs), squared_error, defect)
 
@@ -53,7 +53,7 @@ class JointRank:
         stacked = torch.cat([linear.weight.to(self.device) for linear in rows.values()])
         factors = joint_factors(stacked, rank, gauge=self.gauge)
         home = next(iter(rows.values())).weight.device
-        ups = factors.up.to(home).split([linear.out_features for linear in rows.values()])
+        ups = torch.split(factors.up.to(home), [linear.out_features for linear in rows.values()])
         return JointFactors(
             linear_of(factors.down.to(home)),
             {role: linear_of(up, linear.bias) for (role, linear), up in zip(rows.items(), ups, strict=True)},
@@ -84,13 +84,14 @@ class JointRank:
         )
 
 
-def stacked_pairs(layer: Layer, plan: SitePlan, *, whole: bool) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
-    """Yield name and members of each factor pair of a site: one when `whole`, else one per KV group."""
+def stacked_pairs(layer: Layer, plan: SitePlan) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
+    """Yield name and members of each factor pair of a site: one per KV group when per head, else one."""
     members = {role: layer.linear(path) for role, path in zip(plan.members, plan.paths, strict=True)}
-    groups = 1 if whole else layer.kv_groups
+    per_head = plan.form == "per_head"
+    groups = layer.kv_groups if per_head else 1
     for group in range(groups):
         rows = {role: _rows(linear, group, groups) for role, linear in members.items()}
-        yield plan.site if whole else f"{plan.site}.{group}", rows
+        yield f"{plan.site}.{group}" if per_head else plan.site, rows
 
 
 def _rows(linear: nn.Linear, group: int, groups: int) -> nn.Linear:
@@ -130,7 +131,9 @@ def empty_factors(layer: Layer, plan: SitePlan) -> JointFactors | GroupedFactors
         JointFactors(
             nn.Linear(columns, plan.rank, bias=False, device="meta"),
             {
-                role: nn.Linear(plan.rank, linear.out_features // groups, linear.bias is not None, device="meta")
+                role: nn.Linear(
+                    plan.rank, linear.out_features // groups, linear.bias is not None, device="meta"
+                )
                 for role, linear in members.items()
             },
         )

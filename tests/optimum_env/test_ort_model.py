@@ -26,8 +26,8 @@ PROMPT = "The capital of France is"
 PROMPTS = [PROMPT, "Once upon a time, in a small village far away from the sea, there lived"]
 NEW_TOKENS = 12
 
-# Padding shifts the rotary positions, which changes the rounding and nothing else. Largest logit difference over
-# the largest logit; 2.7e-5 was measured on SmolLM2-135M in 4 bits at accuracy level 0.
+# Padding shifts the rotary positions, which changes the rounding and nothing else. Largest logit difference
+# over the largest logit; 2.7e-5 was measured on SmolLM2-135M in 4 bits at accuracy level 0.
 PADDING_TOLERANCE = 2e-4
 
 

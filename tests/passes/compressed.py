@@ -85,9 +85,7 @@ class OnnxModel:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
-        return ort.InferenceSession(
-            self.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(self.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
     def fusion(self, pattern: str) -> Fusion:
         """Return one line of the fusion report."""

@@ -17,7 +17,10 @@ from rk_export.rewrite import rewrite
 
 PER_HEAD = ("qk", "per-head")
 FULL_RANK = [
-    *(("llama", group, "whole") for group in ("qk", "qkv", "gate_up", "q", "k", "v", "o", "gate", "up", "down")),
+    *(
+        ("llama", group, "whole")
+        for group in ("qk", "qkv", "gate_up", "q", "k", "v", "o", "gate", "up", "down")
+    ),
     *(("llama", *PER_HEAD), ("qwen2", *PER_HEAD), ("qwen2", "qkv", "whole")),
     *(("qwen3", *PER_HEAD), ("qwen3", "qk", "whole"), ("gemma3", *PER_HEAD), ("olmo2", *PER_HEAD)),
     *(("phi3", *PER_HEAD), ("phi3", "qkv", "whole"), ("phi3", "gate_up", "whole")),

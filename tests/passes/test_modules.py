@@ -17,7 +17,12 @@ from rk_export.passes.modules import (
 from rk_export.passes.numerics.quantize import quantize_rtn
 from rk_export.plan import QuantSpec
 
-SPECS = [QuantSpec(4, 16), QuantSpec(4, 16, symmetric=False), QuantSpec(8, 64), QuantSpec(2, 32, symmetric=False)]
+SPECS = [
+    QuantSpec(4, 16),
+    QuantSpec(4, 16, symmetric=False),
+    QuantSpec(8, 64),
+    QuantSpec(2, 32, symmetric=False),
+]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -39,7 +44,9 @@ def test_quantized_linear_multiplies_by_its_dequantized_weight(spec: QuantSpec, 
     linear = QuantizedLinear(matrix, bias)
     torch.testing.assert_close(linear(x), nn.functional.linear(x, matrix.dequantize(), bias))
     assert (linear.in_features, linear.out_features) == (70, 5)
-    assert linear(x.to(torch.bfloat16) if bias is None else x).dtype == (torch.bfloat16 if bias is None else x.dtype)
+    assert linear(x.to(torch.bfloat16) if bias is None else x).dtype == (
+        torch.bfloat16 if bias is None else x.dtype
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

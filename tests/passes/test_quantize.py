@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
@@ -181,7 +181,9 @@ def test_the_error_is_at_most_half_a_step(
 
 
 @given(
-    bits=st.sampled_from(BITS), values=st.lists(st.integers(0, 255), min_size=1, max_size=40), rows=st.integers(1, 3)
+    bits=st.sampled_from(BITS),
+    values=st.lists(st.integers(0, 255), min_size=1, max_size=40),
+    rows=st.integers(1, 3),
 )
 def test_packing_round_trips_low_bits_first(bits: int, values: list[int], rows: int) -> None:
     codes = (torch.tensor([values] * rows) % 2**bits).to(torch.uint8)
@@ -195,7 +197,9 @@ def test_packing_round_trips_low_bits_first(bits: int, values: list[int], rows: 
 def test_the_counted_bytes_are_the_stored_bytes(spec: QuantSpec) -> None:
     for scale_dtype in (torch.float32, torch.float16):
         matrix = quantize_rtn(random_matrix(7, 300), spec, scale_dtype=scale_dtype)
-        tensors = [tensor for tensor in (matrix.codes, matrix.scales, matrix.zero_points) if tensor is not None]
+        tensors = [
+            tensor for tensor in (matrix.codes, matrix.scales, matrix.zero_points) if tensor is not None
+        ]
         stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         assert stored == quantized_bytes(7, 300, spec, scale_dtype.itemsize)
 

@@ -74,14 +74,20 @@ def test_every_planned_matrix_of_a_family_is_quantized(source_of: SourceOf, fami
     """What stays a float linear is a router, or belongs to an encoder, where only queries and keys are rewritten."""
     source = source_of(family)
     rewritten = compress(source, floats(("qk",), rank=RANK_8, quant=INT4, embedding_quant=INT8))
-    left = {name for name, module in rewritten.model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    left = {
+        name
+        for name, module in rewritten.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
     if source.architecture.is_encoder:
         assert not any("query" in name or "key" in name for name in left)
         return
     allowed = {"transformer.wpe", "model.decoder.embed_positions"}
     assert {name for name in left if not name.endswith("mlp.gate")} <= allowed
     assert [module.spec for module in (embedding_of(rewritten), head_of(rewritten))] == [INT8, INT8]
-    sites = {finding.target for finding in rewritten.findings if (finding.details or {}).get("pass") == "quantize"}
+    sites = {
+        finding.target for finding in rewritten.findings if (finding.details or {}).get("pass") == "quantize"
+    }
     assert sites >= {site.site for site in rewritten.plan.sites}
 
 
@@ -130,9 +136,13 @@ def test_eight_bits_lose_about_a_sixteenth_of_what_four_lose(source_of: SourceOf
 
 
 def test_members_of_a_joint_site_read_quantized_factors(source_of: SourceOf) -> None:
-    options = CompressOptions(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None, device="cpu")
+    options = CompressOptions(
+        groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None, device="cpu"
+    )
     model = compress(source_of("llama"), options).model
     members = [module for module in model.modules() if isinstance(module, JointMember)]
     assert len(members) == 2 * 4
     pairs = itertools.chain.from_iterable(member.factors.pairs() for member in members)
-    assert all(isinstance(module, QuantizedLinear) for pair in pairs for module in (pair.down, *pair.ups.values()))
+    assert all(
+        isinstance(module, QuantizedLinear) for pair in pairs for module in (pair.down, *pair.ups.values())
+    )

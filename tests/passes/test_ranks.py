@@ -52,7 +52,14 @@ def test_energy_of_a_low_rank_spectrum_ignores_the_zeros() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "multiple", "largest", "expected"),
-    [(100, 64, 512, 64), (128, 64, 512, 128), (127, 1, 512, 127), (10, 64, 512, 64), (10, 64, 40, 40), (60, 8, 57, 56)],
+    [
+        (100, 64, 512, 64),
+        (128, 64, 512, 128),
+        (127, 1, 512, 127),
+        (10, 64, 512, 64),
+        (10, 64, 40, 40),
+        (60, 8, 57, 56),
+    ],
 )
 def test_ranks_round_down_but_never_to_nothing(rank: int, multiple: int, largest: int, expected: int) -> None:
     assert round_rank(rank, multiple, largest) == expected

@@ -99,6 +99,10 @@ def bench(
     A round is one prefill of each contestant, then one decode of each; the order turns from round to round.
     One round more is run first and not counted. The prompt is random tokens, the same for all.
 
+    Rounds of one process do not average out differences between instances: a bundle opened twice decoded at
+    1.06 of its own speed over 24 rounds. Repeat in fresh processes before trusting a few percent,
+    and give a bundle twice to see the difference that means nothing.
+
     Args:
         paths: Bundle folders; ``genai:FOLDER`` runs a folder in ONNX Runtime GenAI.
         prompt_tokens: Length of the prompt.

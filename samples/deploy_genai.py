@@ -1,0 +1,53 @@
+"""A bundle in ONNX Runtime GenAI, streaming; nothing of rk-export is imported.
+
+    python samples/deploy_genai.py BUNDLE -p "Where is the Eiffel Tower?" --chat
+
+Needs onnxruntime-genai (``pip install 'rk-export[genai]'`` takes the build that fits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import onnxruntime_genai as og
+
+
+def stream(model: Any, tokens: Any, limit: int) -> Iterator[str]:
+    """Yield the text of a greedy continuation, piece by piece."""
+    params = og.GeneratorParams(model)
+    params.set_search_options(do_sample=False, max_length=len(tokens) + limit)
+    generator = og.Generator(model, params)
+    generator.append_tokens(tokens)
+    pieces = og.Tokenizer(model).create_stream()
+    while not generator.is_done():
+        generator.generate_next_token()
+        yield pieces.decode(generator.get_next_tokens()[0])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Answer a prompt."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle")
+    parser.add_argument("-p", "--prompt", default="The harbour was quiet")
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    args = parser.parse_args(arguments)
+
+    model = og.Model(args.bundle)
+    tokenizer = og.Tokenizer(model)
+    prompt = args.prompt
+    if args.chat:
+        messages = json.dumps([{"role": "user", "content": prompt}])
+        prompt = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
+    for piece in stream(model, tokenizer.encode(prompt), args.max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

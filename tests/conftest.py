@@ -1,0 +1,149 @@
+"""Shared by the tests of the whole pipeline: a tiny model with a tokenizer, its bundle, devices, tolerances.
+
+Nothing of ours is imported at the head: the tests of `optimum_env` run where rk-export is not installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from rk_export.plan import CompressOptions
+
+SENTENCES = [
+    "The harbour was quiet in the early morning, and only the gulls moved between the masts.",
+    "Add the salt, fold the dough, and wait until it has doubled.",
+    "The train leaves at 9:15 and arrives at 10:45.",
+    "The committee met on Tuesday to discuss the budget for the coming year.",
+]
+VOCABULARY = 320
+TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }} {% endfor %}"
+
+# Largest difference over the largest logit, by the float type of the graph.
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> dict[str, float]:
+    """Largest difference over the largest logit, by the float type of the graph."""
+    return TOLERANCE
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """`cpu`, and `cuda` where PyTorch has it."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama model with tokenizer, end-of-text token and chat template; do not change it."""
+    from tiny_models import tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    tiny_model("llama", vocab_size=VOCABULARY).save_pretrained(folder)
+    tokenizer = trained_tokenizer()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained_tokenizer() -> Any:
+    """Return a byte-level BPE tokenizer of at most `VOCABULARY` tokens; ids 0 to 2 are pad, bos and eos."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_options(**changes: Any) -> CompressOptions:
+    """Return options that factorize and quantize every matrix of the tiny model."""
+    from rk_export.plan import CompressOptions, QuantSpec, RankRule
+
+    fields = {
+        "groups": ("qk", "gate_up"),
+        "rank": RankRule("keep", 0.8),
+        "quant": QuantSpec(4, 32),
+        "embedding_quant": QuantSpec(8, 32),
+        "device": "cpu",
+    }
+    return CompressOptions(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle of the tiny Llama model, factorized and in INT4; do not change it."""
+    from rk_export import compress
+
+    folder = tmp_path_factory.mktemp("bundles") / "llama-int4"
+    compress(llama, folder, tiny_options(), threads=1)
+    return folder
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `bundle` that a test may damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "own-bundle"))
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some hundred tokens."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text("\n".join(SENTENCES * 2), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Ended]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Run `rk-export` in this process; return exit code and output."""
+    from rk_export.cli import main
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse ends this way
+            code = int(stop.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield run
+    root.handlers[:] = handlers  # main() sends the log to a stream that is gone after the test
+    root.setLevel(level)

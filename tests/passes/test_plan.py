@@ -1,0 +1,166 @@
+"""Options and plans: validation that names the flag, and the JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rk_export.errors import InputError
+from rk_export.plan import GROUPS, CompressOptions, Plan, QuantSpec, RankRule, SitePlan
+
+SITE = SitePlan("layers.0.qk", 0, ("q", "k"), ("a.q", "a.k"), "joint", 24, QuantSpec(4, 32), reason="")
+PLAN = Plan(
+    "llama",
+    "0123456789abcdef",
+    CompressOptions(groups=("qk",), rank=RankRule("energy", 0.93), embedding_quant=None),
+    (
+        SITE,
+        dataclasses.replace(SITE, site="layers.1.qk", layer=1, form="per_head", quant=None),
+        SitePlan("layers.0.v", 0, ("v",), ("a.v",), "dense", 0, QuantSpec(2, 256, symmetric=False), "why"),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "flag"),
+    [
+        (lambda: QuantSpec(3, 32), "--bits"),
+        (lambda: QuantSpec(16, 32), "--bits"),
+        (lambda: QuantSpec(4, 24), "--block"),
+        (lambda: QuantSpec(4, 512), "--block"),
+        (lambda: RankRule("keep", 0.0), "--keep"),
+        (lambda: RankRule("keep", 1.0), "--keep"),
+        (lambda: RankRule("keep", float("nan")), "--keep"),
+        (lambda: RankRule("energy", 1.5), "--energy"),
+        (lambda: RankRule("rank", 0), "--rank"),
+        (lambda: RankRule("rank", 2.5), "--rank"),
+        (lambda: RankRule("rank", float("nan")), "--rank"),
+        (lambda: RankRule("rank", float("inf")), "--rank"),
+        (lambda: RankRule("half", 0.5), "rank"),  # type: ignore[arg-type]
+        (lambda: CompressOptions(groups=("qk", "moe")), "--groups"),
+        (lambda: CompressOptions(groups=("qk", "qkv")), "--groups"),
+        (lambda: CompressOptions(groups=("qk", "qk")), "--groups"),
+        (lambda: CompressOptions(qk="both"), "--qk"),  # type: ignore[arg-type]
+        (lambda: CompressOptions(groups=("gate_up",), qk="per-head"), "--qk"),
+        (lambda: CompressOptions(gauge="left"), "--gauge"),  # type: ignore[arg-type]
+        (lambda: CompressOptions(ep="tpu"), "--ep"),  # type: ignore[arg-type]
+        (lambda: CompressOptions(accuracy_level=3), "--accuracy-level"),
+        (lambda: CompressOptions(rank_multiple=0), "--rank-multiple"),
+    ],
+)
+def test_a_refused_option_names_its_flag_and_the_fix(build: Callable[[], Any], flag: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build()
+    assert caught.value.where == flag
+    assert caught.value.fix
+    assert str(caught.value).startswith(f"{flag}: ")
+
+
+def test_two_groups_that_share_a_matrix_are_named() -> None:
+    with pytest.raises(InputError, match="'q' stands in both 'qk' and 'qkv'"):
+        CompressOptions(groups=("qk", "qkv"))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_is_an_option(group: str) -> None:
+    assert CompressOptions(groups=(group,)).groups == (group,)
+
+
+@pytest.mark.parametrize(("ep", "dtype"), [("cpu", "fp32"), ("cuda", "fp16"), ("portable", "fp16")])
+def test_the_float_type_follows_the_provider(ep: Any, dtype: str) -> None:
+    assert CompressOptions(ep=ep).float_dtype == dtype
+
+
+def test_the_json_round_trip_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    assert Plan.load(path) == PLAN
+    assert Plan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
+
+
+@given(
+    groups=st.none() | st.lists(st.sampled_from(["qk", "v", "gate_up", "down"]), unique=True).map(tuple),
+    rank=st.builds(RankRule, st.sampled_from(["keep", "energy"]), st.floats(0.01, 0.99))
+    | st.builds(RankRule, st.just("rank"), st.integers(1, 9999)),
+    quant=st.none()
+    | st.builds(QuantSpec, st.sampled_from([2, 4, 8]), st.sampled_from([16, 64]), st.booleans()),
+    multiple=st.none() | st.integers(1, 256),
+)
+def test_options_survive_json(
+    groups: tuple[str, ...] | None, rank: RankRule, quant: QuantSpec | None, multiple: int | None
+) -> None:
+    options = CompressOptions(
+        groups=groups, rank=rank, quant=quant, embedding_quant=quant, rank_multiple=multiple
+    )
+    plan = dataclasses.replace(PLAN, options=options)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_sites_of_a_layer() -> None:
+    assert [site.site for site in PLAN.of_layer(0)] == ["layers.0.qk", "layers.0.v"]
+    assert PLAN.of_layer(5) == ()
+
+
+def test_an_edited_rank_is_read(tmp_path: Path) -> None:
+    data = json.loads(json.dumps(PLAN.to_json()))
+    data["sites"][0] |= {"rank": 8, "quant": {"bits": 8, "block_size": 64, "symmetric": False}}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert Plan.load(tmp_path / "plan.json").sites[0] == dataclasses.replace(
+        SITE, rank=8, quant=QuantSpec(8, 64, symmetric=False)
+    )
+
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda data: data.pop("rk_export_plan"),
+        lambda data: data.update(rk_export_plan=2),
+        lambda data: data.pop("options"),
+        lambda data: data.pop("structure"),
+        lambda data: data["options"].update(speed=9),
+        lambda data: data["options"].pop("groups"),
+        lambda data: data["options"]["rank"].update(kind="half"),
+        lambda data: data["options"].update(rank=0.5),
+        lambda data: data["sites"][0].pop("paths"),
+        lambda data: data["sites"][0].update(colour="red"),
+        lambda data: data["sites"][0].update(form="sparse"),
+        lambda data: data["sites"][0].update(rank=0),
+        lambda data: data["sites"][0].update(rank=-4),
+        lambda data: data["sites"][0].update(rank="many"),
+        lambda data: data["sites"][0].update(quant={"bits": 5, "block_size": 32}),
+        lambda data: data["sites"][0].update(quant=4),
+        lambda data: data.update(sites=3),
+        lambda data: data["sites"][0].update(rank=7.5),
+        lambda data: data["sites"][0].update(paths=["a.q"]),
+    ],
+)
+def test_a_malformed_plan_is_an_input_error(edit: Edit) -> None:
+    data = json.loads(json.dumps(PLAN.to_json()))
+    edit(data)
+    with pytest.raises(InputError) as caught:
+        Plan.from_json(data, where="my.json")
+    assert caught.value.where
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "\ufeff{}"])
+def test_a_file_that_is_no_plan(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"plan\.json"):
+        Plan.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        Plan.load(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Plan.load(tmp_path / "absent.json")

@@ -1,0 +1,158 @@
+"""The layout that the build and the readers rely on: packages, import directions, no machine's paths."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAPPED = {
+    "rk_export": ROOT / "rk_export",
+    "rk_export.passes": ROOT / "passes",
+    "rk_export.runtime": ROOT / "runtime",
+}
+REGISTER = "optimum.commands.register"
+
+LEAVES = {f"rk_export.{name}" for name in ("errors", "humanize", "plan", "report")}
+FRONT_DOORS = {"rk_export", "rk_export.cli", "rk_export.testing"}  # may use the whole pipeline
+TEXT = {".cfg", ".html", ".ini", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
+
+
+def _sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _module_name(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = [part for part in relative.parts if part != "__init__"]
+    return ".".join(parts if parts[0] == "rk_export" else ["rk_export", *parts])
+
+
+@cache
+def _modules() -> dict[str, ast.Module]:
+    """Return the syntax tree of every module of ours, by the name it is imported under."""
+    paths = [*(ROOT / "rk_export").glob("*.py"), *_sources("passes", "runtime")]
+    return {_module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree without what only type checkers run."""
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child)
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Return the dotted names that a module imports, those inside functions included."""
+    names: set[str] = set()
+    for node in _walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & _modules().keys()
+            names |= submodules or {str(node.module)}
+    return names
+
+
+def _own_imports(name: str) -> set[str]:
+    return _imported(_modules()[name]) & _modules().keys()
+
+
+def _pyproject() -> Any:
+    return pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_packages_are_those_on_disk() -> None:
+    found = {
+        _module_name(path)
+        for path in _sources("rk_export", "passes", "runtime")
+        if path.name == "__init__.py"
+    }
+    declared = _pyproject()["tool"]["setuptools"]["packages"]
+    assert sorted(declared) == sorted({*found, REGISTER})
+
+
+def test_mapped_folders_exist_and_leave_optimums_namespace_open() -> None:
+    folders = _pyproject()["tool"]["setuptools"]["package-dir"]
+    expected = {name: path.name for name, path in MAPPED.items() if name != "rk_export"}
+    assert folders == {**expected, REGISTER: "optimum_commands"}
+    assert not list((ROOT / "optimum_commands").rglob("__init__.py"))
+
+
+def test_imports_are_absolute_and_through_rk_export() -> None:
+    for path in _sources("rk_export", "passes", "runtime", "optimum_commands", "tests", "samples"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.split(".")[0] for name in names}
+            assert not tops & {"passes", "runtime"}, f"{path}:{node.lineno}: a second copy of every class"
+
+
+def test_leaves_import_leaves_only() -> None:
+    assert {name: _own_imports(name) - LEAVES for name in LEAVES} == {name: set() for name in LEAVES}
+
+
+@pytest.mark.parametrize(
+    ("package", "others"),
+    [
+        ("rk_export.passes", LEAVES),
+        ("rk_export.runtime", {"rk_export.errors", "rk_export.report"}),
+    ],
+)
+def test_lower_packages_import_themselves_and_leaves(package: str, others: set[str]) -> None:
+    inside = {name for name in _modules() if name == package or name.startswith(f"{package}.")}
+    assert inside
+    assert {name: _own_imports(name) - inside - others for name in inside} == {name: set() for name in inside}
+
+
+def test_only_the_frontend_imports_mobius() -> None:
+    users = {
+        name for name, tree in _modules().items() if any("mobius" in n.split(".") for n in _imported(tree))
+    }
+    assert users == {"rk_export.frontend"}
+
+
+def test_only_front_doors_import_the_pipeline() -> None:
+    entry = {"rk_export.pipeline", "rk_export.cli"}
+    assert {name for name in _modules() if _own_imports(name) & entry} <= FRONT_DOORS
+
+
+def test_imports_form_no_cycle() -> None:
+    assert list(TopologicalSorter({name: _own_imports(name) for name in _modules()}).static_order())
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        (
+            "import rk_export, rk_export.runtime, rk_export.cli",
+            {"torch", "transformers", "onnx", "onnxruntime"},
+        ),
+        ("from rk_export.runtime import Session, bench", {"torch", "transformers", "rk_export.passes"}),
+    ],
+)
+def test_import_stays_light(statement: str, forbidden: set[str]) -> None:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & forbidden
+
+
+def test_no_file_names_a_path_of_some_machine() -> None:
+    folders = ("rk_export", "passes", "runtime", "optimum_commands", "tests", "samples", "docs")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    texts = (path for path in paths if path.is_file() and (path.suffix in TEXT or path.name == "Makefile"))
+    assert not [str(path) for path in texts if MACHINE_PATH.search(path.read_text(encoding="utf-8"))]
