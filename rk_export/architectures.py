@@ -6,13 +6,15 @@ All decoders are exported with the module names of Llama; an ``Architecture`` ho
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from rk_export.canonical import Experts, linear_from_conv1d, split_experts, split_linear
@@ -144,21 +146,42 @@ def has_experts(config: PretrainedConfig, layer_index: int) -> bool:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the torch model in canonical form on the meta device: names and shapes, no memory.
+    """Build the torch model without memory for weights: parameters on the meta device, buffers real.
 
-    Decoders are built by ``AutoModelForCausalLM``, encoders by ``AutoModel``.
+    Decoders are built by ``AutoModelForCausalLM``, encoders by ``AutoModel``; layers keep Hugging Face's form.
 
     Raises:
         UnsupportedModelError: The family is unknown.
     """
-    architecture = architecture_of(config)
-    auto = AutoModel if architecture.is_encoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(copy.deepcopy(config))
-    for layer in cast(nn.ModuleList, model.get_submodule(architecture.layers)):
+    auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
+    with _parameters_on_meta(), no_init_weights():
+        model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return model.eval()
+
+
+def empty_canonical_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build ``empty_model`` with every layer in canonical form."""
+    model, architecture = empty_model(config), architecture_of(config)
+    for layer in model.get_submodule(architecture.layers).children():
         architecture.canonicalize(layer)
-    model.eval()
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create parameters on the meta device, but buffers for real: rotary tables are computed, not stored."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _expert_paths(config: PretrainedConfig) -> RolePaths:

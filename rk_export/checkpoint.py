@@ -11,10 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import architecture_of
+from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.bundle import AtomicFolder, copy_tokenizer
 from rk_export.errors import InputError
-from rk_export.load import canonical_skeleton, read_config, weight_map
+from rk_export.load import read_config, weight_map
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.weights.embedding import embedding_multiplier
@@ -58,7 +58,7 @@ def load_pretrained(folder: Path) -> Rewritten:
     config = read_config(folder)
     plan = _read_plan(folder)
     architecture = architecture_of(config)
-    model = canonical_skeleton(config)
+    model = empty_canonical_model(config)
     kv_groups = architecture.heads(config).kv_heads
     for index in range(config.num_hidden_layers):
         layer = Layer(index, model.get_submodule(f"{architecture.layers}.{index}"), kv_groups)

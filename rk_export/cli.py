@@ -45,7 +45,15 @@ def run_command(command: Command, args: argparse.Namespace) -> int:
 
 def quiet_libraries() -> None:
     """Leave the terminal to our own lines."""
-    for name in ("httpx", "mobius", "onnxscript", "onnx_ir", "onnx_shape_inference", "matplotlib", "fontTools"):
+    for name in (
+        "httpx",
+        "mobius",
+        "onnxscript",
+        "onnx_ir",
+        "onnx_shape_inference",
+        "matplotlib",
+        "fontTools",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -168,7 +176,8 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--groups", help="matrices to factorize together: qk, qkv, gate_up, q ... or none (default qk,gate_up)"
+        "--groups",
+        help="matrices to factorize together: qk, qkv, gate_up, q ... or none (default qk,gate_up)",
     )
     parser.add_argument("--qk", help="factorize qk whole or per-head (default whole)")
     rank = parser.add_mutually_exclusive_group()

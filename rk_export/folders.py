@@ -63,7 +63,11 @@ class AtomicFolder:
         try:
             self._partial.mkdir(parents=True)
         except OSError as error:
-            raise InputError(f"cannot write here: {error.strerror}", where=str(self.target.parent)) from error
+            raise InputError(
+                f"cannot write here: {error.strerror}",
+                where=str(self.target.parent),
+                fix="give another output folder, or the right to write there",
+            ) from error
         return self._partial
 
     def __exit__(

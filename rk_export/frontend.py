@@ -22,7 +22,7 @@ from mobius.models.bert import BertModel
 from onnxscript import OpBuilder, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import Architecture, architecture_of, empty_model
+from rk_export.architectures import Architecture, architecture_of, empty_canonical_model
 from rk_export.decoder_spec import DecoderSpec, activation_of, check_options, decoder_spec
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.rotary import RotaryTable, rotary_tables
@@ -74,7 +74,7 @@ def build_module(config: PretrainedConfig, *, ep: ExecutionProvider, dtype: Dtyp
     architecture = architecture_of(config)
     _check_dtype(ep, dtype)
     check_options(config)
-    skeleton = empty_model(config)
+    skeleton = empty_canonical_model(config)
     shapes = _weight_shapes(architecture, skeleton)
     if architecture.is_encoder:
         onnx_config, task = _encoder_config(config), "feature-extraction"

@@ -76,7 +76,9 @@ def check_magic(path: Path) -> None:
         raise InputError("no such file", where=str(path), fix="give the path of a .gguf file")
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
-            raise InputError("not a GGUF file: it does not begin with 'GGUF'", where=str(path))
+            raise InputError(
+                "not a GGUF file: it does not begin with 'GGUF'", where=str(path), fix="download it again"
+            )
 
 
 def open_gguf(path: Path) -> GgufFile:

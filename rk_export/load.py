@@ -17,10 +17,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import Architecture, architecture_of
+from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
 
@@ -77,7 +76,7 @@ class ModelSource:
         if self._whole:
             logger.info("%s is converted while loading: the model is read whole", self.config.model_type)
             return self._load_whole()
-        return skeleton(self.config)
+        return empty_model(self.config)
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
         """Fill one layer of a skeleton in float32, bring it into canonical form and return it."""
@@ -133,7 +132,7 @@ class ModelSource:
     def _fill(self, model: PreTrainedModel, module: nn.Module, prefix: str) -> None:
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                _assign(module, name, self.tensor(self._key(model, prefix + name)))
+                _assign(model, prefix + name, self.tensor(self._key(model, prefix + name)))
 
     def _key(self, model: PreTrainedModel, name: str) -> str:
         base = model.base_model_prefix + "."
@@ -160,22 +159,6 @@ class ModelSource:
             )
         result: PreTrainedModel = model.eval().requires_grad_(False)
         return result
-
-
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of a config in Hugging Face's own form: parameters on meta, buffers real."""
-    auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
-    with _parameters_on_meta(), no_init_weights():
-        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    return model.eval()
-
-
-def canonical_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """Return `skeleton` with every layer in canonical form."""
-    model, architecture = skeleton(config), architecture_of(config)
-    for index in range(config.num_hidden_layers):
-        architecture.canonicalize(model.get_submodule(f"{architecture.layers}.{index}"))
-    return model
 
 
 def open_source(model: str | Path) -> ModelSource:
@@ -283,30 +266,14 @@ def _open(path: Path) -> Iterator[Any]:
         ) from error
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Create parameters on the meta device, but buffers for real: rotary tables are computed, not stored."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     target = module.get_submodule(owner)
     expected = getattr(target, leaf).shape
     if tensor.shape != expected:
         raise InputError(
-            f"tensor {name!r} has shape {list(tensor.shape)}, the config asks for {list(expected)}",
+            f"it has shape {list(tensor.shape)}, the config asks for {list(expected)}",
+            where=name,
             fix="config.json and the weights do not belong together",
         )
     setattr(target, leaf, nn.Parameter(tensor, requires_grad=False))

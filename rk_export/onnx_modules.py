@@ -88,7 +88,9 @@ class QuantizedProjection(Bound):
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         zero_points = () if self.zero_points is None else (self.zero_points,)
-        product = op.MatMulNBits(x, self.codes, self.scales, *zero_points, _domain=MICROSOFT, **self._attributes)
+        product = op.MatMulNBits(
+            x, self.codes, self.scales, *zero_points, _domain=MICROSOFT, **self._attributes
+        )
         y: ir.Value = mark(product, self._site)
         return y if self.bias is None else op.Add(y, self.bias)
 
@@ -115,7 +117,8 @@ class _Pair:
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
         if id(x) not in self.emitted:
             self.emitted[id(x)] = (x, self.down(op, x))
-        return self.ups[role](op, self.emitted[id(x)][1])
+        y: ir.Value = self.ups[role](op, self.emitted[id(x)][1])
+        return y
 
 
 class Factors(onn.Module):

@@ -27,6 +27,8 @@ from rk_export.write_bundle import (
     BundleRequest,
     EvalText,
     Stages,
+    check_text,
+    context_length,
     new_report,
     perplexity_of,
     torch_logits,
@@ -110,6 +112,8 @@ def compress(
     with stages.stage("plan", "choosing ranks and bits"):
         plan = _checked_plan(source, options, plan)
         resolve_device(plan.options.device)
+        if text is not None:
+            check_text(text, source.folder, context_length(source.config))
         needed = sum(finding.bytes_after for finding in planned_findings(source, plan))
     with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = make_probe(source.folder, source.config.vocab_size)
@@ -215,8 +219,12 @@ def evaluate(
     folder = Path(model).expanduser()
     if (folder / MODEL_FILES[0]).is_file():
         session = Session.from_pretrained(folder, provider=provider, threads=threads)
+        check_text(text, folder, session.max_length)
         return perplexity_of(session.prefill_logits, text, folder)
     if folder.is_dir() and is_checkpoint(folder):
-        return perplexity_of(torch_logits(load_pretrained(folder).model), text, folder)
+        compressed = load_pretrained(folder).model
+        check_text(text, folder, context_length(compressed.config))
+        return perplexity_of(torch_logits(compressed), text, folder)
     source = open_source(model)
+    check_text(text, source.folder, context_length(source.config))
     return perplexity_of(torch_logits(source.load()), text, source.folder)

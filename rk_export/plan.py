@@ -46,7 +46,7 @@ class QuantSpec:
         if self.bits not in (2, 4, 8):
             raise InputError(
                 f"{self.bits} bits cannot be packed",
-                where="--bits",
+                where="--bits or --embedding-bits",
                 fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
             )
         if self.block_size not in (16, 32, 64, 128, 256):

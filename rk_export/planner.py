@@ -131,7 +131,7 @@ def layer_sites(
     layer: Layer, projections: tuple[Projection, ...], options: CompressOptions
 ) -> Iterator[SitePlan]:
     """Yield the sites of one layer: the groups asked for first, then every other matrix."""
-    paths: dict[str, str] = {projection.role: projection.path for projection in projections if projection.role != "expert"}
+    paths: dict[str, str] = {item.role: item.path for item in projections if item.role != "expert"}
     left = dict(paths)
     for group in options.groups or ():
         if all(role in paths for role in GROUPS[group]):
@@ -141,7 +141,7 @@ def layer_sites(
         yield SitePlan(
             f"layers.{layer.index}.{role}", layer.index, (role,), (path,), "dense", 0, options.quant
         )
-    experts = tuple(projection.path for projection in projections if projection.role == "expert")
+    experts = tuple(item.path for item in projections if item.role == "expert")
     if experts:
         roles = ("expert",) * len(experts)
         yield SitePlan(

@@ -21,7 +21,7 @@ def assert_parity(
     bundle: str | Path,
     model: str | Path | None = None,
     *,
-    tier: str | Sequence[str] | None = None,
+    tier: Sequence[str] | None = None,
     bound: float | None = None,
     provider: Provider = "cpu",
     threads: int | None = None,
@@ -31,7 +31,7 @@ def assert_parity(
     Args:
         bundle: The bundle folder.
         model: The dense model it was made from: HF folder, hub id or GGUF file. Tiers a to c need it.
-        tier: A letter or several; None takes every tier that has a bound.
+        tier: Letters, as `"c"`, `"cg"` or `["c", "g"]`; None takes every tier that has a bound.
         bound: Largest error relative to the largest logit (for tier g: the share of greedy tokens that may
             differ), instead of each tier's own. Tiers a and b have none, so they need it.
         provider: Execution provider.
@@ -54,10 +54,10 @@ def assert_parity(
     return tiers
 
 
-def _wanted_tiers(tier: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def _wanted_tiers(tier: Sequence[str] | None) -> tuple[str, ...] | None:
     if tier is None:
         return None
-    wanted = (tier,) if isinstance(tier, str) else tuple(tier)
+    wanted = tuple(tier)
     if unknown := [letter for letter in wanted if letter not in tuple(TIERS)]:
         raise InputError(f"unknown tier {unknown[0]!r}", where="tier", fix=f"choose from {', '.join(TIERS)}")
     if not wanted:

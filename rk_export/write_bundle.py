@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from rk_export.architectures import architecture_of
 from rk_export.bundle import (
     ModelCard,
     genai_config,
@@ -25,6 +27,7 @@ from rk_export.bundle import (
     write_manifest,
     write_side_files,
 )
+from rk_export.errors import InputError
 from rk_export.export import build_graph, save_graph
 from rk_export.folders import library_versions
 from rk_export.humanize import share, size
@@ -37,7 +40,7 @@ from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
 from rk_export.rewrite import DENSE, Rewritten
 from rk_export.runtime import Session
-from rk_export.runtime.providers import Provider, cuda_obstacle
+from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.sizes import size_summary
 
 logger = logging.getLogger(__name__)
@@ -75,6 +78,15 @@ class BundleRequest:
     triton: str | None = None
     threads: int | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        SessionSettings(threads=self.threads)  # refuses a wrong number now, not after the work
+        if self.triton is not None and not re.fullmatch(r"\w[\w.-]*", self.triton):
+            raise InputError(
+                f"{self.triton!r} cannot name a Triton model",
+                where="--triton",
+                fix="use letters, digits, '_', '-' and '.'",
+            )
 
 
 @dataclass
@@ -170,6 +182,41 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
         return result
 
     return logits
+
+
+def check_text(text: EvalText, tokenizer_folder: Path, longest: int) -> None:
+    """Refuse, before any work, what perplexity cannot be measured on.
+
+    Args:
+        text: The text and its window.
+        tokenizer_folder: Holds tokenizer.json.
+        longest: Context length of the model.
+
+    Raises:
+        InputError: If the text cannot be read, or the window is longer than the model's context.
+    """
+    if text.context > longest:
+        raise InputError(
+            f"a window of {text.context} tokens is longer than the model's context of {longest}",
+            where="--context",
+            fix=f"give at most {longest}",
+        )
+    tokens_of(text.path, tokenizer_folder)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return the most positions that a decoder takes.
+
+    Raises:
+        InputError: If the model is an encoder, which predicts no next token.
+    """
+    if architecture_of(config).is_encoder:
+        raise InputError(
+            f"{config.model_type} is an encoder: it predicts no next token, so it has no perplexity",
+            where="--text",
+            fix="leave the text out",
+        )
+    return int(config.max_position_embeddings)
 
 
 def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:

@@ -12,7 +12,7 @@ from tiny_models import DECODERS, FAMILIES, tiny_config, tiny_model
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import HeadLayout, architecture_of, empty_model
+from rk_export.architectures import HeadLayout, architecture_of, empty_canonical_model
 from rk_export.errors import UnsupportedModelError
 
 
@@ -92,7 +92,7 @@ def test_a_second_call_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_model_has_the_names_and_shapes_of_the_canonical_one(family: str) -> None:
-    empty = empty_model(tiny_config(family)).state_dict()
+    empty = empty_canonical_model(tiny_config(family)).state_dict()
     filled = canonical(tiny_model(family)).state_dict()
     assert {name: tensor.shape for name, tensor in empty.items()} == {n: t.shape for n, t in filled.items()}
     assert all(tensor.is_meta for tensor in empty.values())

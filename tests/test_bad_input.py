@@ -16,7 +16,7 @@ from conftest import Cli
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 
-from rk_export import folders, write_bundle
+from rk_export import folders, pipeline, write_bundle
 from rk_export.errors import FusionError
 
 Refused = Callable[..., str]
@@ -134,7 +134,7 @@ def test_missing_tensor(refused: Refused, model: Path, out: Path) -> None:
 def test_weights_of_another_shape(refused: Refused, model: Path, out: Path) -> None:
     change_tensor(model, "model.layers.0.mlp.down_proj.weight", lambda tensor: tensor[:, :96].contiguous())
     message = refused("compress", model, "-o", out, *SMALL)
-    assert "'model.layers.0.mlp.down_proj.weight' has shape [64, 96]" in message
+    assert message.startswith("model.layers.0.mlp.down_proj.weight: it has shape [64, 96]")
 
 
 def test_pickle_weights_are_never_read(refused: Refused, model: Path, out: Path) -> None:
@@ -164,8 +164,8 @@ def test_unknown_architecture(refused: Refused, model: Path, out: Path, model_ty
         (("--rank", 1000), "--rank: rank 1000 exceeds 64"),
         (("--rank-multiple", 0), "--rank-multiple: 0 is below 1"),
         (("--block", 48), "--block: a block of 48 columns"),
-        (("--bits", 3), "--bits: 3 bits"),
-        (("--embedding-bits", 5), "5 bits"),
+        (("--bits", 3), "--bits or --embedding-bits: 3 bits"),
+        (("--embedding-bits", 5), "--bits or --embedding-bits: 5 bits"),
         (("--groups", "qk,magic"), "--groups: unknown group 'magic'"),
         (("--groups", "qk,gate_up,qk"), "--groups: 'q' stands in both"),
         (("--groups", "qkv,k"), "--groups: 'k' stands in both 'qkv' and 'k'"),
@@ -401,7 +401,7 @@ def test_text_that_is_none(refused: Refused, bundle: Path, tmp_path: Path) -> No
     ("arguments", "what"),
     [
         (("--context", 1), "context: "),
-        (("--context", 1000), "context: "),
+        (("--context", 129), "--context: a window of 129 tokens is longer than the model's context of 128"),
         (("--tokens", 1), "limit: "),
         (("--provider", "tpu"), "provider: 'tpu' is unknown"),
         (("--threads", 0), "threads: 0 is out of range"),
@@ -414,12 +414,31 @@ def test_impossible_evaluation(
     assert refused("eval", bundle, "--text", prose, *arguments).startswith(what)
 
 
-def test_compression_looks_at_the_text_first(
-    refused: Refused, llama: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--text", "none"), "none: no such file"),
+        (("--threads", 0), "threads: 0 is out of range"),
+        (("--triton", "../../elsewhere"), "--triton: '../../elsewhere' cannot name a Triton model"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_refusal_comes_before_the_work(
+    refused: Refused,
+    llama: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    what: str,
 ) -> None:
-    monkeypatch.setattr(write_bundle, "build_graph", fail_with(AssertionError("the text came too late")))
-    message = refused("compress", llama, "-o", out, *SMALL, "--text", tmp_path / "none")
-    assert message.startswith(f"{tmp_path / 'none'}: no such file")
+    monkeypatch.setattr(pipeline, "rewrite", fail_with(AssertionError("the refusal came too late")))
+    assert refused("compress", llama, "-o", out, *SMALL, *arguments).startswith(what)
+
+
+def test_encoder_has_no_perplexity(refused: Refused, tmp_path: Path, out: Path, prose: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    for command in (("eval", tmp_path / "bert"), ("compress", tmp_path / "bert", "-o", out)):
+        assert refused(*command, "--text", prose).startswith("--text: bert is an encoder")
 
 
 def test_prompt_longer_than_the_context(refused: Refused, bundle: Path) -> None:

@@ -1,0 +1,140 @@
+"""The documentation is true to the code: commands parse, Python runs its imports, links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PretrainedConfig
+
+from rk_export.architectures import architecture_of
+from rk_export.cli import build_parser, compress_options
+from rk_export.errors import UnsupportedModelError
+from rk_export.report import TIERS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CHANGELOG.md", *DOCS, *sorted((ROOT / "docs" / "results").glob("*.md"))]
+GUIDES = [README, *DOCS]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_INLINE_COMMAND = re.compile(r"`rk-export ([a-z]+)\b")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+
+
+def _page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _blocks(path: Path, *languages: str) -> list[str]:
+    found = _FENCE.findall(path.read_text(encoding="utf-8"))
+    return [text for language, text in found if language in languages]
+
+
+def _commands(path: Path) -> Iterator[list[str]]:
+    """Yield the words after ``rk-export`` of every command line in the shell blocks of a page."""
+    for block in _blocks(path, "bash", "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[:1] == ["rk-export"]:
+                yield words[1:]
+
+
+def _subparsers() -> dict[str, argparse.ArgumentParser]:
+    actions = build_parser()._actions
+    choices = next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction))
+    return dict(choices)
+
+
+def _prose(path: Path) -> str:
+    return _FENCE.sub("", path.read_text(encoding="utf-8"))
+
+
+def test_pages_are_there() -> None:
+    names = {path.name for path in DOCS}
+    assert names >= {"architecture.md", "bundle.md", "cli.md", "methods.md", "parity.md"}
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_page_id)
+def test_commands_parse(path: Path) -> None:
+    parser = build_parser()
+    for words in _commands(path):
+        try:
+            args = parser.parse_args(words)
+        except SystemExit:
+            pytest.fail(f"does not parse: rk-export {shlex.join(words)}")
+        if words[0] in ("compress", "plan", "analyze"):
+            compress_options(args)  # raises InputError where a value is impossible
+
+
+def test_readme_shows_every_command() -> None:
+    assert {words[0] for words in _commands(README)} == set(_subparsers())
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_page_id)
+def test_commands_named_in_prose_exist(path: Path) -> None:
+    assert set(_INLINE_COMMAND.findall(_prose(path))) <= set(_subparsers())
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_page_id)
+def test_python_compiles_and_its_imports_exist(path: Path) -> None:
+    for block in _blocks(path, "python"):
+        tree = ast.parse(block)
+        compile(tree, str(path), "exec")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rk_export"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=_page_id)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    for target in _LINK.findall(_prose(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists(), f"{target} is not there"
+        if anchor:
+            headings = _HEADING.findall(_prose(page))
+            assert anchor in {_slug(heading) for heading in headings}, f"{target}: no such heading"
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_option_list_is_complete() -> None:
+    """Each section of cli.md lists exactly the options of its command."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    by_command = {section.partition("\n")[0].strip(): section for section in sections}
+    for name, parser in _subparsers().items():
+        rows = [line for line in by_command[name].splitlines() if line.startswith("| `-")]
+        documented = {option for row in rows for option in _OPTION.findall(row.split("|")[1])}
+        options = {option for action in parser._actions for option in action.option_strings}
+        assert documented == options - {"-h", "--help"}, name
+
+
+def test_family_list_equals_the_codes() -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        architecture_of(PretrainedConfig())
+    known = set(re.findall(r"\w+", refused.value.fix.removeprefix("use one of ")))
+    section = README.read_text(encoding="utf-8").partition("## Supported families")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", "".join(rows))) == known
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "parity.md"], ids=_page_id)
+def test_tier_table_lists_every_tier(path: Path) -> None:
+    rows = re.findall(r"^\| ([a-z]) \|", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == list(TIERS)

@@ -1,0 +1,243 @@
+"""Every tier of the parity contract can fail, and fails for the fault that it is there for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import tiny_options
+from onnx import helper, numpy_helper
+
+from rk_export import assert_parity, parity, pipeline, write_bundle
+from rk_export.errors import InputError, ParityError
+from rk_export.export import save_graph
+from rk_export.folders import check_manifest
+from rk_export.load import open_source
+from rk_export.parity import compare, method_tiers, require_parity, runtime_tiers
+from rk_export.plan import Plan
+from rk_export.planner import make_plan
+from rk_export.probe import Probe, make_probe
+from rk_export.report import ParityTier
+from rk_export.rewrite import Rewritten, rewrite
+
+Damage = Callable[[onnx.ModelProto], None]
+
+
+# --- comparing
+
+
+def test_compare_by_hand() -> None:
+    reference = np.log(np.array([[[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]]))  # (1, 2, 3)
+    candidate = (
+        np.log(np.array([[[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]])) + 3.0
+    )  # a shift changes no probability
+    tier = compare("c", "by hand", reference, candidate, bound=10.0, note="two positions")
+    assert tier.max_error == pytest.approx(3.0 + math.log(2))
+    assert tier.scale == pytest.approx(-math.log(0.1))
+    assert tier.kl == pytest.approx((0.5 * math.log(2) - 0.25 * math.log(2)) / 2)
+    assert tier.top1_agreement == 0.5
+    assert (tier.tier, tier.name, tier.bound, tier.note) == ("c", "by hand", 10.0, "two positions")
+
+
+@pytest.mark.parametrize(
+    ("error", "bound", "passed"),
+    [(0.25, 0.125, True), (0.25, 0.12, False), (9.0, None, None), (math.nan, 10.0, False)]
+    + [(math.inf, 10.0, False), (0.0, 0.0, True)],
+)
+def test_verdict(error: float, bound: float | None, passed: bool | None) -> None:
+    reference = np.array([[[-2.0, 1.0]]])
+    with np.errstate(invalid="ignore"):
+        tier = compare("c", "", reference, reference + np.array([0.0, error]), bound=bound)
+    assert tier.passed is passed
+
+
+def test_half_floats_are_compared_in_full_precision() -> None:
+    reference = np.full((1, 1, 2), 60000.0, np.float16)
+    tier = compare("c", "", reference, -reference, bound=1.0)
+    assert tier.max_error == 120000.0
+
+
+# --- the method's own error
+
+
+def test_method_tiers_tell_factorization_and_quantization_apart(llama: Path) -> None:
+    source = open_source(llama)
+    probe = make_probe(llama, source.config.vocab_size)
+
+    def errors(**changes: object) -> list[float]:
+        plan = make_plan(source, tiny_options(**changes))
+        tiers = list(method_tiers(rewrite(source, plan, probe=torch.from_numpy(probe.batch)), probe))
+        assert [(tier.tier, tier.passed) for tier in tiers] == [("a", None), ("b", None)]
+        return [tier.max_error for tier in tiers]
+
+    factorized, quantized = errors(quant=None, embedding_quant=None)
+    assert factorized > 0
+    assert quantized == 0
+    factorized, quantized = errors(groups=())
+    assert factorized == 0
+    assert quantized > 0
+
+
+# --- faults in a bundle
+
+
+@pytest.fixture(scope="module")
+def probe(llama: Path) -> Probe:
+    return make_probe(llama, open_source(llama).config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def rewritten(llama: Path, bundle: Path, probe: Probe) -> Rewritten:
+    """The PyTorch model that the tiny bundle was exported from."""
+    plan = Plan.load(bundle / "plan.json")
+    return rewrite(open_source(llama), plan, probe=torch.from_numpy(probe.batch))
+
+
+def failed_tiers(bundle: Path, rewritten: Rewritten, probe: Probe) -> str:
+    tiers, _ = runtime_tiers(bundle, rewritten, probe, provider="cpu", threads=1)
+    assert [tier.tier for tier in tiers] == list("cdefg")
+    return "".join(tier.tier for tier in tiers if not tier.passed)
+
+
+def damage(bundle: Path, change: Damage) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    change(model)
+    (bundle / "model.onnx.data").unlink()
+    onnx.save(
+        model,
+        bundle / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=1024,
+    )
+
+
+def wrong_scale(model: onnx.ModelProto) -> None:
+    """Halve the scales of one quantized matrix."""
+    node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[2])
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / 2, tensor.name))
+
+
+def outlier_channel(model: onnx.ModelProto) -> None:
+    """Let one channel of the last norm drown the others, which int8 activations then round to nothing."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    norm = [node for node in model.graph.node if "SimplifiedLayerNormalization" in node.op_type][-1]
+    name = next(name for name in norm.input if shapes.get(name) == (64,))
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    gains = numpy_helper.to_array(tensor).copy()
+    gains[::32] *= 300
+    tensor.CopyFrom(numpy_helper.from_array(gains, name))
+
+
+def wrong_cache(model: onnx.ModelProto) -> None:
+    """Hand out keys that are half as long as those that were computed."""
+    node = next(node for node in model.graph.node if "present.0.key" in node.output)
+    node.output[list(node.output).index("present.0.key")] = "whole_key"
+    half = numpy_helper.from_array(np.array(0.5, np.float32), "half")
+    model.graph.initializer.append(half)
+    model.graph.node.append(helper.make_node("Mul", ["whole_key", "half"], ["present.0.key"]))
+
+
+def no_mask(model: onnx.ModelProto) -> None:
+    """Take the attention bias, which carries the mask, away from every attention."""
+    nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert all(len(node.input) > 10 and node.input[10] for node in nodes)
+    for node in nodes:
+        node.input[10] = ""
+
+
+def test_the_undamaged_bundle_passes(own_bundle: Path, rewritten: Rewritten, probe: Probe) -> None:
+    damage(own_bundle, lambda model: None)
+    assert failed_tiers(own_bundle, rewritten, probe) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [(wrong_scale, "cg"), (outlier_channel, "cdg"), (wrong_cache, "eg"), (no_mask, "f")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_fault_shows_in_its_tier(
+    own_bundle: Path, rewritten: Rewritten, probe: Probe, change: Damage, failed: str
+) -> None:
+    damage(own_bundle, change)
+    assert failed_tiers(own_bundle, rewritten, probe) == failed
+
+
+def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
+    golden = parity.Golden.from_json(check_manifest(own_bundle)["golden"])
+    damage(own_bundle, wrong_scale)
+    tiers = parity.bundle_tiers(own_bundle, golden, "fp32", provider="cpu", threads=1)
+    assert [tier.tier for tier in tiers] == list("defg")
+    assert [tier.tier for tier in tiers if not tier.passed] == ["g"]
+    assert tiers[-1].top1_agreement == 1 - tiers[-1].max_error / tiers[-1].scale
+
+
+def test_no_bundle_is_left_when_parity_fails(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_wrong(graph: object, folder: Path) -> None:
+        save_graph(graph, folder)
+        damage(folder, wrong_scale)
+
+    monkeypatch.setattr(write_bundle, "save_graph", save_wrong)
+    with pytest.raises(ParityError, match=r"tier c .*tier g") as caught:
+        pipeline.compress(llama, tmp_path / "out", tiny_options(), threads=1)
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_require_parity_names_what_failed() -> None:
+    good = ParityTier("c", "good", 0.1, 10.0, 0.1, passed=True)
+    info = ParityTier("a", "info", 9.0, 10.0)
+    require_parity((good, info), "here")
+    with pytest.raises(ParityError, match=r"here: .*tier c \(good\): 0\.1 on a scale of 10") as caught:
+        require_parity((replace(good, passed=False), info), "here")
+    assert "info" not in str(caught.value)
+
+
+# --- the assertion for users' tests
+
+
+def test_assert_parity_returns_what_it_judged(llama: Path, bundle: Path) -> None:
+    assert "".join(tier.tier for tier in assert_parity(bundle)) == "defg"
+    assert "".join(tier.tier for tier in assert_parity(bundle, llama)) == "cdefg"
+    (tier,) = assert_parity(bundle, llama, tier="c")
+    assert tier.tier == "c"
+    assert "".join(tier.tier for tier in assert_parity(bundle, llama, tier=["g", "c"])) == "cg"
+
+
+def test_assert_parity_with_a_bound_of_ones_own(llama: Path, bundle: Path) -> None:
+    (tier,) = assert_parity(bundle, llama, tier="a", bound=1e6)
+    assert (tier.bound, tier.passed) == (1e6, True)
+    with pytest.raises(AssertionError, match=r"out of bound on tier a, c\n") as caught:
+        assert_parity(bundle, llama, tier="ac", bound=1e-12)
+    assert "PyTorch dense vs factorized" in str(caught.value)
+    assert "fail" in str(caught.value).lower()
+    assert "left-padded" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"tier": "z"}, "tier: unknown tier 'z'"),
+        ({"tier": ""}, "tier: no tier"),
+        ({"tier": "c"}, "model: tier c compares with PyTorch"),
+        ({"tier": "a", "model": "somewhere"}, "tier: tier a is the error of the compression"),
+        ({"tier": ["c", "b"], "model": "somewhere"}, "tier: tier b is the error of the compression"),
+        ({"tier": "d", "bound": -1.0}, "bound: -1.0 is no bound"),
+        ({"bound": math.nan}, "bound: nan is no bound"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_assert_parity_refuses_before_it_measures(options: dict[str, object], where: str) -> None:
+    with pytest.raises(InputError) as caught:
+        assert_parity("no-bundle-here", **options)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(where)
+    assert caught.value.fix
