@@ -32,7 +32,7 @@ class RkOnnxExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
     def run(self) -> None:
         """Run the command and end with the exit status of ``rk-export``."""
-        sys.exit(run_command(run_compress, self.args))
+        sys.exit(run_command(run_compress, self.args, ["optimum-cli", *sys.argv[1:]]))
 
 
 REGISTER_COMMANDS = [(RkOnnxExportCommand, ExportCommand)]

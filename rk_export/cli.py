@@ -23,12 +23,20 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 (parity or check failed) or 2 (bad input)."""
-    args = build_parser().parse_args(argv)
-    return run_command(args.run, args)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    return run_command(args.run, args, ["rk-export", *words])
 
 
-def run_command(command: Command, args: argparse.Namespace) -> int:
-    """Run a command with logs on stderr and our errors as messages; return the exit status."""
+def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run a command with logs on stderr and our errors as messages; return the exit status.
+
+    Args:
+        command: One of the `run_...` functions.
+        args: Its parsed arguments.
+        words: The command line, which reports repeat.
+    """
+    args.command_line = shlex.join(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     quiet_libraries()
     try:
@@ -283,10 +291,6 @@ def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
     return {"quant": spec(bits), "embedding_quant": spec(embedding_bits)}
 
 
-def _command_line() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
 def _print_json(data: object) -> None:
     print(json.dumps(data, indent=1, ensure_ascii=False))
 
@@ -314,7 +318,7 @@ def run_compress(args: argparse.Namespace) -> int:
         triton=args.triton,
         threads=args.threads,
         force=args.force,
-        command=_command_line(),
+        command=args.command_line,
     )
     _print_json(report.to_json()) if args.json else print(text_table(report))
     print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
@@ -326,7 +330,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     from rk_export.spectra import analyze
 
     report = analyze(
-        args.model, args.output, compress_options(args), command=_command_line(), force=args.force
+        args.model, args.output, compress_options(args), command=args.command_line, force=args.force
     )
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
@@ -357,7 +361,7 @@ def run_export(args: argparse.Namespace) -> int:
         triton=args.triton,
         threads=args.threads,
         force=args.force,
-        command=_command_line(),
+        command=args.command_line,
     )
     _print_json(report.to_json()) if args.json else print(text_table(report))
     return 0

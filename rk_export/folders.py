@@ -57,7 +57,7 @@ class AtomicFolder:
         self._partial = self._sibling("partial")
 
     def __enter__(self) -> Path:
-        _check_replaceable(self.target, self.force)
+        check_replaceable(self.target, self.force)
         if self.needed is not None:
             check_free_space(self.target, self.needed)
         try:
@@ -105,7 +105,7 @@ class AtomicFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, force: bool) -> None:
+def check_replaceable(target: Path, force: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -149,8 +154,14 @@ class ModelSource:
         for key in self._files:
             self.tensor(key)
         model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, output_loading_info=True
+            self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        for name, stored, expected in info["mismatched_keys"]:
+            raise InputError(
+                f"it has shape {list(stored)}, the config asks for {list(expected)}",
+                where=name,
+                fix="config.json and the weights do not belong together",
+            )
         if info["missing_keys"]:
             raise InputError(
                 f"tensor {min(info['missing_keys'])!r} is missing",
@@ -208,7 +219,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(
             f"cannot be read: {str(error).splitlines()[0]}",
             where=str(folder / "config.json"),
@@ -222,9 +233,9 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            files = {key: folder / name for key, name in names.items()}
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise InputError("is not a weight index", where=str(index), fix="download it again") from error
-        files = {key: folder / name for key, name in names.items()}
         for path in set(files.values()):
             present = {name for name, _ in _shapes(path)}
             if lost := sorted(key for key, file in files.items() if file == path and key not in present):

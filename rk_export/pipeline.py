@@ -11,6 +11,7 @@ from rk_export import planner
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.errors import InputError
+from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.load import ModelSource, open_source
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
@@ -112,6 +113,8 @@ def compress(
     with stages.stage("plan", "choosing ranks and bits"):
         plan = _checked_plan(source, options, plan)
         resolve_device(plan.options.device)
+        if checkpoint is not None:
+            check_replaceable(Path(checkpoint), force)
         if text is not None:
             check_text(text, source.folder, context_length(source.config))
         needed = sum(finding.bytes_after for finding in planned_findings(source, plan))

@@ -85,65 +85,92 @@ def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> 
         InputError: If the plan belongs to another model, or a tensor is missing or not finite.
     """
     check_plan(source, plan)
-    options = plan.options
+    options, architecture = plan.options, source.architecture
     device = resolve_device(options.device)
     joint = JointRank(options.gauge, device)
     quantize = Quantize(SCALE_DTYPE[options.float_dtype], device)
+    kv_groups = architecture.heads(source.config).kv_heads
 
     model = source.skeleton()
     source.load_rest(model)
-    architecture, layers = source.architecture, model.get_submodule(source.architecture.layers)
-    if not isinstance(layers, nn.ModuleList):
-        raise TypeError(f"{architecture.layers} is no list of layers")
-    kv_groups = architecture.heads(source.config).kv_heads
-
-    streams = None if probe is None else Streams(model, layers, probe)
-    dense_outer = _outer(model, architecture)
-    if streams is not None:
-        streams.start(DENSE)
-        streams.hidden[FACTORIZED] = streams.hidden[DENSE]
+    carried = _Carried(model, architecture, probe)
+    carried.start(DENSE)
     findings: list[Finding] = []
     if options.embedding_quant is not None and not architecture.is_encoder:
         findings += quantize_embedding(
             model, architecture.embedding, architecture.lm_head, options.embedding_quant, quantize
         )
-    if streams is not None:
-        streams.start(QUANTIZED)
-
-    errors: list[LayerError] = []
+    carried.start(QUANTIZED)
     for index in range(source.layer_count):
         logger.info("layer %d of %d", index + 1, source.layer_count)
         layer = Layer(index, source.load_layer(model, index), kv_groups)
         sites = plan.of_layer(index)
         findings += _stayed_dense(sites)
-        if streams is not None:
-            streams.advance(DENSE, index)
+        carried.advance(DENSE, index)
         findings += run_weight_pass(joint, layer, sites)
-        if streams is not None:
-            streams.advance(FACTORIZED, index)
+        carried.advance(FACTORIZED, index)
         findings += run_weight_pass(quantize, layer, sites)
-        if streams is not None:
-            streams.advance(QUANTIZED, index)
-            errors.append(_layer_error(index, streams))
-
-    logits = {}
-    if streams is not None:
-        logits[QUANTIZED] = streams.finish(QUANTIZED)
-        quantized_outer = _outer(model, architecture)
-        _put_outer(model, architecture, dense_outer)
-        logits |= {version: streams.finish(version) for version in (DENSE, FACTORIZED)}
-        _put_outer(model, architecture, quantized_outer)
-    return Rewritten(model, architecture, plan, tuple(findings), tuple(joint.spectra), tuple(errors), logits)
+        carried.advance(QUANTIZED, index)
+    return Rewritten(
+        model,
+        architecture,
+        plan,
+        tuple(findings),
+        tuple(joint.spectra),
+        tuple(carried.errors),
+        carried.logits(),
+    )
 
 
-def _outer(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Module]:
-    paths = [architecture.embedding] + ([architecture.lm_head] if architecture.lm_head else [])
-    return {path: model.get_submodule(path) for path in paths}
+class _Carried:
+    """Probe tokens carried through three versions of the model while it is rewritten; nothing without a probe.
 
+    The factorized version shares the dense one's embedding and head, so those are kept until its logits are read.
+    """
 
-def _put_outer(model: PreTrainedModel, architecture: Architecture, modules: dict[str, nn.Module]) -> None:
-    for path, module in modules.items():
-        model.set_submodule(path, module)
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, probe: Tensor | None) -> None:
+        self.errors: list[LayerError] = []
+        self._model = model
+        self._outer = [path for path in (architecture.embedding, architecture.lm_head) if path]
+        self._dense_outer = self._modules()
+        layers = model.get_submodule(architecture.layers)
+        if not isinstance(layers, nn.ModuleList):
+            raise TypeError(f"{architecture.layers} is no list of layers")
+        self._streams = None if probe is None else Streams(model, layers, probe)
+
+    def start(self, version: str) -> None:
+        """Begin a version with the embedding as it is now; the dense one begins the factorized one too."""
+        if self._streams is None:
+            return
+        self._streams.start(version)
+        if version == DENSE:
+            self._streams.hidden[FACTORIZED] = self._streams.hidden[DENSE]
+
+    def advance(self, version: str, index: int) -> None:
+        """Run a version through a layer as it is now; the last version notes the layer's errors."""
+        if self._streams is None:
+            return
+        self._streams.advance(version, index)
+        if version == QUANTIZED:
+            self.errors.append(_layer_error(index, self._streams))
+
+    def logits(self) -> dict[str, Tensor]:
+        """Return the logits of every version."""
+        if self._streams is None:
+            return {}
+        quantized = self._modules()
+        logits = {QUANTIZED: self._streams.finish(QUANTIZED)}
+        self._put(self._dense_outer)
+        logits |= {version: self._streams.finish(version) for version in (DENSE, FACTORIZED)}
+        self._put(quantized)
+        return logits
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {path: self._model.get_submodule(path) for path in self._outer}
+
+    def _put(self, modules: dict[str, nn.Module]) -> None:
+        for path, module in modules.items():
+            self._model.set_submodule(path, module)
 
 
 def _stayed_dense(sites: tuple[SitePlan, ...]) -> list[Finding]:

@@ -28,7 +28,7 @@ from rk_export.bundle import (
     write_side_files,
 )
 from rk_export.errors import InputError
-from rk_export.export import build_graph, save_graph
+from rk_export.graph_export import build_graph, save_graph
 from rk_export.folders import library_versions
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource

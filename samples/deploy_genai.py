@@ -15,16 +15,15 @@ from typing import Any
 import onnxruntime_genai as og
 
 
-def stream(model: Any, tokens: Any, limit: int) -> Iterator[str]:
-    """Yield the text of a greedy continuation, piece by piece."""
+def greedy(model: Any, prompt: Any, count: int) -> Iterator[int]:
+    """Yield at most ``count`` greedy tokens after the tokens of a prompt."""
     params = og.GeneratorParams(model)
-    params.set_search_options(do_sample=False, max_length=len(tokens) + limit)
+    params.set_search_options(do_sample=False, max_length=len(prompt) + count)
     generator = og.Generator(model, params)
-    generator.append_tokens(tokens)
-    pieces = og.Tokenizer(model).create_stream()
+    generator.append_tokens(prompt)
     while not generator.is_done():
         generator.generate_next_token()
-        yield pieces.decode(generator.get_next_tokens()[0])
+        yield int(generator.get_next_tokens()[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,8 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.chat:
         messages = json.dumps([{"role": "user", "content": prompt}])
         prompt = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
-    for piece in stream(model, tokenizer.encode(prompt), args.max_new_tokens):
-        print(piece, end="", flush=True)
+    pieces = tokenizer.create_stream()
+    for token in greedy(model, tokenizer.encode(prompt), args.max_new_tokens):
+        print(pieces.decode(token), end="", flush=True)
     print()
 
 

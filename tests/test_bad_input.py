@@ -389,12 +389,11 @@ def test_text_that_is_none(refused: Refused, bundle: Path, tmp_path: Path) -> No
     empty.write_text(" \n", encoding="utf-8")
     binary.write_bytes(bytes(range(256)))
     lone.write_text("a", encoding="utf-8")
-    assert refused("eval", bundle, "--text", empty) == (
-        f"{empty}: the text is empty\nFix: give a text of at least a few sentences\n"
-    )
-    assert refused("eval", bundle, "--text", binary).startswith(f"{binary}: not a UTF-8 text file")
-    assert refused("eval", bundle, "--text", tmp_path / "none").startswith(f"{tmp_path / 'none'}: no such")
-    assert "at least 2" in refused("eval", bundle, "--text", lone)
+    evaluate = ("eval", bundle, "--context", 64, "--text")
+    assert refused(*evaluate, empty).startswith(f"{empty}: the text is empty")
+    assert refused(*evaluate, binary).startswith(f"{binary}: not a UTF-8 text file")
+    assert refused(*evaluate, tmp_path / "none").startswith(f"{tmp_path / 'none'}: no such file")
+    assert "at least 2" in refused(*evaluate, lone)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +401,7 @@ def test_text_that_is_none(refused: Refused, bundle: Path, tmp_path: Path) -> No
     [
         (("--context", 1), "context: "),
         (("--context", 129), "--context: a window of 129 tokens is longer than the model's context of 128"),
-        (("--tokens", 1), "limit: "),
+        (("--context", 64, "--tokens", 1), "limit: "),
         (("--provider", "tpu"), "provider: 'tpu' is unknown"),
         (("--threads", 0), "threads: 0 is out of range"),
     ],
@@ -417,7 +416,7 @@ def test_impossible_evaluation(
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("--text", "none"), "none: no such file"),
+        (("--context", 64, "--text", "none"), "none: no such file"),
         (("--threads", 0), "threads: 0 is out of range"),
         (("--triton", "../../elsewhere"), "--triton: '../../elsewhere' cannot name a Triton model"),
     ],

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from rk_export import assert_parity, parity, pipeline, write_bundle
 from rk_export.errors import InputError, ParityError
-from rk_export.export import save_graph
+from rk_export.graph_export import save_graph
 from rk_export.folders import check_manifest
 from rk_export.load import open_source
 from rk_export.parity import compare, method_tiers, require_parity, runtime_tiers
@@ -47,8 +47,14 @@ def test_compare_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("error", "bound", "passed"),
-    [(0.25, 0.125, True), (0.25, 0.12, False), (9.0, None, None), (math.nan, 10.0, False)]
-    + [(math.inf, 10.0, False), (0.0, 0.0, True)],
+    [
+        (0.25, 0.125, True),
+        (0.25, 0.12, False),
+        (0.0, 0.0, True),
+        (9.0, None, None),
+        (math.nan, 10.0, False),
+        (math.inf, 10.0, False),
+    ],
 )
 def test_verdict(error: float, bound: float | None, passed: bool | None) -> None:
     reference = np.array([[[-2.0, 1.0]]])
@@ -118,22 +124,29 @@ def damage(bundle: Path, change: Damage) -> None:
     )
 
 
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
 def wrong_scale(model: onnx.ModelProto) -> None:
     """Halve the scales of one quantized matrix."""
     node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[2])
+    tensor = initializer(model, node.input[2])
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / 2, tensor.name))
 
 
 def outlier_channel(model: onnx.ModelProto) -> None:
-    """Let one channel of the last norm drown the others, which int8 activations then round to nothing."""
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    norm = [node for node in model.graph.node if "SimplifiedLayerNormalization" in node.op_type][-1]
-    name = next(name for name in norm.input if shapes.get(name) == (64,))
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    gains = numpy_helper.to_array(tensor).copy()
-    gains[::32] *= 300
-    tensor.CopyFrom(numpy_helper.from_array(gains, name))
+    """Let an input channel that the head ignores drown the others, which int8 then rounds to nothing."""
+    head = [node for node in model.graph.node if node.op_type == "MatMulNBits"][-1]
+    codes = initializer(model, head.input[1])  # 8 bits: (rows, blocks, columns of a block)
+    zeroed = numpy_helper.to_array(codes).copy()
+    zeroed[:, :, 0] = 128
+    codes.CopyFrom(numpy_helper.from_array(zeroed, codes.name))
+    norm = next(node for node in model.graph.node if head.input[0] in node.output)
+    gains = initializer(model, next(name for name in norm.input if name.endswith("norm.weight")))
+    loud = numpy_helper.to_array(gains).copy()
+    loud[::32] = 1e4
+    gains.CopyFrom(numpy_helper.from_array(loud, gains.name))
 
 
 def wrong_cache(model: onnx.ModelProto) -> None:

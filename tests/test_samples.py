@@ -14,7 +14,7 @@ import pytest
 
 from rk_export.bundle import check_manifest
 from rk_export.report import Report
-from rk_export.runtime import GenerationOptions, Session
+from rk_export.runtime import Generation, GenerationOptions, Session
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 PROMPT = "The harbour was"
@@ -40,10 +40,10 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 @pytest.fixture
-def expected(bundle: Path) -> str:
+def expected(bundle: Path) -> Generation:
     """The greedy continuation that the package's own runtime gives."""
     session = Session.from_pretrained(bundle, provider="cpu", threads=1)
-    return session.generate(PROMPT, options=GenerationOptions(max_new_tokens=8))[0].text
+    return session.generate(PROMPT, options=GenerationOptions(max_new_tokens=8))[0]
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -90,18 +90,22 @@ def test_quickstart(load: Load, llama: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_deploy_onnxruntime_gives_the_runtimes_tokens(
-    load: Load, bundle: Path, expected: str, capsys: pytest.CaptureFixture[str]
+    load: Load, bundle: Path, expected: Generation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load("deploy_onnxruntime").main([str(bundle), "-p", PROMPT, "--max-new-tokens", "8"])
-    assert capsys.readouterr().out.rstrip("\n") == (PROMPT + expected).rstrip("\n")
+    assert capsys.readouterr().out.rstrip("\n") == (PROMPT + expected.text).rstrip("\n")
 
 
 def test_deploy_genai_gives_the_runtimes_tokens(
-    load: Load, bundle: Path, expected: str, capsys: pytest.CaptureFixture[str]
+    load: Load, bundle: Path, expected: Generation, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("onnxruntime_genai")
-    load("deploy_genai").main([str(bundle), "-p", PROMPT, "--max-new-tokens", "8"])
-    assert capsys.readouterr().out.rstrip("\n") == expected.rstrip("\n")
+    og = pytest.importorskip("onnxruntime_genai")
+    sample = load("deploy_genai")
+    model = og.Model(str(bundle))
+    prompt = og.Tokenizer(model).encode(PROMPT)
+    assert tuple(sample.greedy(model, prompt, 8)) == expected.token_ids
+    sample.main([str(bundle), "-p", PROMPT, "--chat", "--max-new-tokens", "8"])
+    assert capsys.readouterr().out.strip()
 
 
 def test_parity_in_your_tests(load: Load, bundle: Path, llama: Path) -> None:

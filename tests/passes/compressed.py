@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rk_export.export import build_graph, save_graph
+from rk_export.graph_export import build_graph, save_graph
 from rk_export.load import ModelSource
 from rk_export.plan import CompressOptions, Plan, QuantSpec, RankRule
 from rk_export.planner import make_plan
@@ -21,6 +22,7 @@ from rk_export.report import Fusion
 from rk_export.rewrite import Rewritten, rewrite
 
 INT4 = QuantSpec(4, 16)
+SourceOf = Callable[..., ModelSource]
 Cache = dict[str, np.ndarray]
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compressed import SourceOf
 from tiny_models import tiny_model
 
 from rk_export.load import ModelSource, open_source
-
-SourceOf = Callable[..., ModelSource]
 
 
 @pytest.fixture(scope="session")

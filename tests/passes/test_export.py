@@ -13,13 +13,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from compressed import INT4, OnnxModel, compress, floats, logits, tokens
-from conftest import SourceOf
+from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, tokens
 from tiny_models import DECODERS, FAMILIES
 from torch import Tensor
 
 from rk_export.decoder_spec import decoder_spec
-from rk_export.export import build_graph
+from rk_export.graph_export import build_graph
 from rk_export.passes.modules import JointMember
 from rk_export.plan import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.planner import make_plan

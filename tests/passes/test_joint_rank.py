@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressed import compress, floats, full_rank_plan, logits, tokens
-from conftest import SourceOf
+from compressed import SourceOf, compress, floats, full_rank_plan, logits, tokens
 from torch import nn
 
 from rk_export.passes.base import Layer

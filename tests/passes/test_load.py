@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from compressed import logits, tokens
-from conftest import SourceOf
+from compressed import SourceOf, logits, tokens
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rk_export.architectures import empty_model
+from rk_export.architectures import empty_canonical_model
 from rk_export.errors import InputError, RkExportError, UnsupportedModelError
 from rk_export.load import open_source
 
@@ -30,7 +29,7 @@ def test_streaming_equals_from_pretrained(source_of: SourceOf, family: str) -> N
     auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
     expected = auto.from_pretrained(source.folder, attn_implementation="eager").eval()
     ids = tokens(source)
-    torch.testing.assert_close(logits(source.load(), ids), logits(expected, ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(source.load(), ids), logits(expected, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CONVERTED])
@@ -51,14 +50,16 @@ def test_a_skeleton_holds_no_weights_and_one_layer_at_a_time(source_of: SourceOf
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_projection_is_a_linear_in_canonical_form(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    loaded, empty = source.load(), empty_model(source.config)
-    assert {name: p.shape for name, p in loaded.named_parameters()} == {
-        n: p.shape for n, p in empty.named_parameters()
-    }
+    loaded, empty = source.load(), empty_canonical_model(source.config)
+    assert shapes_of(loaded) == shapes_of(empty)
     for index in range(source.layer_count):
         layer = loaded.get_submodule(f"{source.architecture.layers}.{index}")
         for projection in source.architecture.projections(source.config, index):
             assert isinstance(layer.get_submodule(projection.path), nn.Linear)
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "gemma3"])
@@ -67,8 +68,10 @@ def test_shards_and_half_precision(source_of: SourceOf, tmp_path: Path, family: 
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     source, ids = open_source(tmp_path), tokens(source_of(family))
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(logits(source.load(), ids), logits(expected.eval(), ids), rtol=1e-5, atol=1e-5)
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    torch.testing.assert_close(logits(source.load(), ids), logits(expected.eval(), ids), rtol=1e-4, atol=1e-4)
     assert source.stored_bytes() < source_of(family).stored_bytes()
     assert source.parameter_count() == source_of(family).parameter_count()
     assert source.structure() == source_of(family).structure()

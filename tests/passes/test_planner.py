@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed import INT4, floats
-from conftest import SourceOf
+from compressed import INT4, SourceOf, floats
 from tiny_models import FAMILIES
 
 from rk_export.errors import InputError

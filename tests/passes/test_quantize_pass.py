@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 import torch
-from compressed import INT4, compress, floats, tokens
-from conftest import SourceOf
+from compressed import INT4, SourceOf, compress, floats, tokens
 from tiny_models import FAMILIES
 from torch import nn
 

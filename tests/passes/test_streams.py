@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed import INT4, compress, floats, logits, tokens
-from conftest import SourceOf
+from compressed import INT4, SourceOf, compress, floats, logits, tokens
 from tiny_models import FAMILIES
 from torch import nn
 

@@ -1,0 +1,75 @@
+# Every target sets itself up: a virtual environment in .venv, made once and re-used while pyproject.toml is the same.
+#
+#   make demo     compress, export, verify and run a small model; everything it makes is in out/demo
+#   make test     ruff, mypy and all tests
+#   make PYTHON=python3.12 ...    another interpreter (3.10 or newer)
+#   make TORCH=torch ...          another PyTorch, e.g. the newest one with CUDA; any pip requirement or options
+
+PYTHON ?= python3
+# An exact version, so that an index or folder with CPU wheels serves those: they are ten times smaller.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+OPTIMUM_VENV := .venv-optimum
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+OPTIMUM_READY := $(OPTIMUM_VENV)/ready
+SOURCES := rk_export passes runtime samples tests optimum_commands
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types format unit test-optimum results clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "other targets: setup lint types format unit test-optimum results clean"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@echo "== 1/3 virtual environment in $(VENV)"
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	@echo "== 2/3 $(TORCH)"
+	$(BIN)/python -m pip install $(TORCH)
+	@echo "== 3/3 rk-export and what it needs"
+	$(BIN)/python -m pip install -e '.[test]'
+	@touch $@
+	@echo "== ready"
+
+demo: $(READY)
+	$(BIN)/python samples/demo.py
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(READY)
+	$(BIN)/python -m mypy
+
+unit: $(READY)
+	$(BIN)/python -m pytest
+
+format: $(READY)
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+# Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
+test-optimum: $(READY) $(OPTIMUM_READY)
+	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python -m rk_export.assets smollm2)" \
+		-o out/optimum --groups none --asymmetric
+	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
+
+$(OPTIMUM_READY): tests/optimum_env/requirements.txt
+	$(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install -r $<
+	@touch $@
+
+# Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
+results: $(READY)
+	$(BIN)/python samples/factorize_groupings.py
+
+clean:
+	rm -rf $(VENV) $(OPTIMUM_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
