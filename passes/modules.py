@@ -120,6 +120,11 @@ class JointFactors(nn.Module):
         output: Tensor = self.ups[role](self.down(x))
         return output
 
+    @property
+    def rank(self) -> int:
+        """The inner dimension k."""
+        return int(self.down.out_features)  # type: ignore[arg-type]
+
     def pairs(self) -> Iterator[JointFactors]:
         """Yield the factor pairs: this one."""
         yield self

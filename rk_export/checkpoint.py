@@ -21,6 +21,7 @@ from rk_export.passes.weights.embedding import embedding_multiplier
 from rk_export.passes.weights.joint_rank import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import Plan, QuantSpec
+from rk_export.planner import check_sites
 from rk_export.rewrite import Rewritten
 
 SECTION = "rk_export"
@@ -57,6 +58,7 @@ def load_pretrained(folder: Path) -> Rewritten:
     """
     config = read_config(folder)
     plan = _read_plan(folder)
+    check_sites(config, plan)
     architecture = architecture_of(config)
     model = empty_canonical_model(config)
     kv_groups = architecture.heads(config).kv_heads
@@ -83,7 +85,7 @@ def _read_plan(folder: Path) -> Plan:
             where=where,
             fix="name a folder that rk-export saved",
         )
-    return Plan.from_json(section["plan"], where=where)
+    return Plan.from_json(section.get("plan"), where=where)
 
 
 def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec) -> None:
@@ -125,7 +127,20 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
         raise InputError(
             f"tensor {missing[0]!r} is missing", where=str(folder), fix="save the checkpoint again"
         )
+    for name, empty in model.state_dict().items():
+        if tensors[name].shape != empty.shape:
+            raise InputError(
+                f"tensor {name!r} has shape {list(tensors[name].shape)}, the plan asks for {list(empty.shape)}",
+                where=str(folder),
+                fix="config.json and the weights do not belong together",
+            )
     model.load_state_dict(tensors, assign=True)
+    if _is_tied(model.config) and architecture.lm_head:
+        head, embedding = (
+            model.get_submodule(path) for path in (architecture.lm_head, architecture.embedding)
+        )
+        if isinstance(head, nn.Linear):
+            head.weight = embedding.weight  # one parameter again: exporting stores it once
     model.requires_grad_(False)
 
 

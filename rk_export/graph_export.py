@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,11 @@ def _format(module: nn.Module) -> tuple[object, ...]:
 def _finish(model: ir.Model) -> None:
     """Drop what only the tracing needed: function bodies of operators that every runtime has, orphans."""
     model.functions.clear()
+    model.producer_name, model.producer_version = "rk-export", metadata.version("rk-export")
+    for node in model.graph:
+        ours = {key: value for key, value in node.metadata_props.items() if key.startswith("rk_export.")}
+        node.metadata_props.clear()
+        node.metadata_props.update(ours)
     common_passes.RemoveUnusedNodesPass()(model)
     used = {value.name for node in model.graph for value in node.inputs if value is not None}
     kept = used | {value.name for value in (*model.graph.inputs, *model.graph.outputs)}

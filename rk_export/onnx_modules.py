@@ -135,9 +135,10 @@ class Factors(onn.Module):
         self._pairs: list[_Pair] = []
         for number, pair in enumerate(factors.pairs()):
             name = site if isinstance(factors, JointFactors) else f"{site}.{number}"
-            down = projection(pair.down, Mark(name, DOWN), accuracy_level)
+            down = projection(pair.down, Mark(name, DOWN, pair.rank), accuracy_level)
             ups = {
-                role: projection(up, Mark(name, UP + role), accuracy_level) for role, up in pair.ups.items()
+                role: projection(up, Mark(name, UP + role, pair.rank), accuracy_level)
+                for role, up in pair.ups.items()
             }
             for part, module in {DOWN: down, **{UP + role: up for role, up in ups.items()}}.items():
                 setattr(self, f"{part}_{number}", module)

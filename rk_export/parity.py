@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from rk_export.runtime.providers import Provider
 
 # Largest |difference| over the largest |logit| that passes, by the float type of the graph.
 RUNTIME_BOUND = {"fp32": 1e-4, "fp16": 5e-3}
+# Some models lose more than that in half precision whoever computes (SmolLM2-135M in PyTorch: 1.4e-2, for its
+# activations reach the thousands). An fp16 graph may then lose as much as twice PyTorch's own fp16.
+HALF_PRECISION_FACTOR = 2.0
 # int8 activations round every input of every quantized matrix, and single large activations make that coarse:
 # SmolLM2-135M shows 0.13. Beyond twice that something else is wrong.
 LEVEL4_BOUND = 0.25
@@ -44,19 +48,24 @@ class Golden:
     Args:
         prompts: Token ids.
         tokens: Generated ids, one row a prompt.
+        bound: Largest relative error that two exact computations of this model may differ by.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     tokens: tuple[tuple[int, ...], ...]
+    bound: float
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
-        return {"prompts": [list(row) for row in self.prompts], "tokens": [list(row) for row in self.tokens]}
+        rows = {"prompts": list(map(list, self.prompts)), "tokens": list(map(list, self.tokens))}
+        return {**rows, "bound": self.bound}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Golden:
         """Undo `to_json`."""
-        return cls(tuple(map(tuple, data["prompts"])), tuple(map(tuple, data["tokens"])))
+        return cls(
+            tuple(map(tuple, data["prompts"])), tuple(map(tuple, data["tokens"])), float(data["bound"])
+        )
 
 
 def compare(
@@ -111,26 +120,41 @@ def runtime_tiers(
     Returns:
         The tiers, and the greedy tokens of tier g (None for an encoder).
     """
-    bound = RUNTIME_BOUND[rewritten.plan.options.float_dtype]
+    bound, note = runtime_bound(rewritten, probe)
     reference = rewritten.probe_logits[QUANTIZED].float().numpy()
     name = "PyTorch quantized vs ONNX Runtime, level 0"
     if rewritten.architecture.is_encoder:
         encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
         states = encoder.forward(probe.batch)
         return (
-            compare("c", name, reference, states, bound=bound),
+            compare("c", name, reference, states, bound=bound, note=note),
             encoder_padding_tier(encoder, probe, bound),
         ), None
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
-    tiers = [compare("c", name, reference, logits, bound=bound)]
+    tiers = [compare("c", name, reference, logits, bound=bound, note=note)]
     tiers += session_tiers(exact, probe, logits, bound)
-    golden = greedy(exact, probe)
+    golden = greedy(exact, probe, bound)
     tiers.append(greedy_tier(rewritten, golden))
     del exact
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     tiers.insert(1, level_tier(shipped, probe, logits))
     return tuple(tiers), golden
+
+
+@torch.no_grad()
+def runtime_bound(rewritten: Rewritten, probe: Probe) -> tuple[float, str]:
+    """Return the bound of tiers c, e and f as a relative error, and a note where it is not the common one."""
+    float_dtype = rewritten.plan.options.float_dtype
+    common = RUNTIME_BOUND[float_dtype]
+    if float_dtype == "fp32":
+        return common, ""
+    reference = rewritten.probe_logits[QUANTIZED].float()
+    half = copy.deepcopy(rewritten.model).half()
+    output = half(input_ids=torch.from_numpy(probe.batch), use_cache=False)[0].float()
+    lost = float((output - reference).abs().max() / reference.abs().max())
+    note = f"PyTorch's own fp16 differs from fp32 by {lost:.2g}"
+    return max(common, HALF_PRECISION_FACTOR * lost), note
 
 
 def level_tier(shipped: Session, probe: Probe, exact_logits: np.ndarray) -> ParityTier:
@@ -196,11 +220,11 @@ def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float) ->
     return compare("f", "single rows vs padded batch", rows, batch, bound=bound)
 
 
-def greedy(session: Session, probe: Probe) -> Golden:
+def greedy(session: Session, probe: Probe, bound: float) -> Golden:
     """Return 64 greedy tokens (fewer where a text ends) of each prompt, generated in one batch."""
     room = min(NEW_TOKENS, session.max_length - len(probe.prompts[0]))
     rows = session.generate(probe.prompts, options=GenerationOptions(max_new_tokens=room))
-    return Golden(probe.prompts, tuple(tuple(row.token_ids) for row in rows))
+    return Golden(probe.prompts, tuple(tuple(row.token_ids) for row in rows), bound)
 
 
 @torch.no_grad()
@@ -208,28 +232,29 @@ def greedy_tier(rewritten: Rewritten, golden: Golden) -> ParityTier:
     """Return tier g: whether PyTorch's greedy decoding gives the same tokens.
 
     If at every position the likeliest next token is the one that was generated, then by induction PyTorch's
-    own greedy decoding generates the same text; so one forward pass over prompt and text decides.
+    own greedy decoding generates the same text; so one forward pass over prompt and text decides. In fp16 a
+    token also passes where PyTorch prefers another by no more than two computations may differ.
     """
-    same, total, margin = 0, 0, ""
+    exact = rewritten.plan.options.float_dtype == "fp32"
+    same, within, total, widest = 0, 0, 0, 0.0
     for prompt, tokens in zip(golden.prompts, golden.tokens, strict=True):
         ids = torch.tensor([[*prompt, *tokens]])
         logits: Tensor = rewritten.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        likeliest = logits.argmax(-1)
-        wrong = (likeliest != torch.tensor(tokens)).nonzero().flatten()
-        same += len(tokens) if len(wrong) == 0 else int(wrong[0])
+        gaps = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        allowed = 0.0 if exact else 2 * golden.bound * float(logits.abs().max())
+        same += int((gaps == 0).sum())
+        within += int((gaps <= allowed).sum())
         total += len(tokens)
-        if len(wrong) and not margin:
-            step = int(wrong[0])
-            gap = float(logits[step].max() - logits[step, tokens[step]])
-            margin = f"; first difference at step {step}, where PyTorch's own margin is {gap:.2g}"
+        widest = max(widest, float(gaps.max()))
+    margin = f"; where they differ, PyTorch's own margin is at most {widest:.2g}" if same < total else ""
     return ParityTier(
         tier="g",
         name="greedy tokens, PyTorch vs ONNX Runtime",
-        max_error=float(total - same),
+        max_error=float(total - within),
         scale=float(total),
         bound=0.0,
         top1_agreement=same / total,
-        passed=same == total,
+        passed=within == total,
         note=f"{len(golden.prompts)} prompts, {total} tokens{margin}",
     )
 
@@ -241,8 +266,8 @@ def bundle_tiers(
     probe = Probe(golden.prompts)
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
-    tiers = list(session_tiers(exact, probe, logits, RUNTIME_BOUND[float_dtype]))
-    again = greedy(exact, probe)
+    tiers = list(session_tiers(exact, probe, logits, golden.bound))
+    again = greedy(exact, probe, golden.bound)
     del exact
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     same = sum(_common_prefix(a, b) for a, b in zip(golden.tokens, again.tokens, strict=True))
@@ -253,9 +278,9 @@ def bundle_tiers(
             name="greedy tokens, stored at export vs now",
             max_error=float(total - same),
             scale=float(total),
-            bound=0.0,
+            bound=0.0 if float_dtype == "fp32" else None,
             top1_agreement=same / total,
-            passed=same == total,
+            passed=same == total if float_dtype == "fp32" else None,
             note=f"{len(golden.prompts)} prompts, {total} tokens",
         )
     )

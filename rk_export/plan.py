@@ -220,13 +220,13 @@ class Plan:
         return {"rk_export_plan": PLAN_VERSION, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], *, where: str = "plan") -> Plan:
+    def from_json(cls, data: Any, *, where: str = "plan") -> Plan:
         """Build a plan from `to_json`'s dictionary.
 
         Raises:
             InputError: If the version is unknown or a field is missing, unknown or out of range.
         """
-        if data.get("rk_export_plan") != PLAN_VERSION:
+        if not isinstance(data, Mapping) or data.get("rk_export_plan") != PLAN_VERSION:
             raise InputError(
                 f"not a version {PLAN_VERSION} plan",
                 where=where,

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from transformers import PretrainedConfig
 
-from rk_export.architectures import Projection
+from rk_export.architectures import Projection, architecture_of, empty_canonical_model
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
 from rk_export.passes.base import Layer
@@ -34,7 +35,7 @@ def make_plan(source: ModelSource, options: CompressOptions) -> Plan:
     groups = options.groups or ()
     sites: list[SitePlan] = []
     for layer in (
-        loaded_layers(source) if options.rank.kind == "energy" and groups else canonical_layers(source)
+        loaded_layers(source) if options.rank.kind == "energy" and groups else canonical_layers(source.config)
     ):
         sites += layer_sites(layer, source.architecture.projections(source.config, layer.index), options)
     unmatched = [group for group in groups if not any(site.site.endswith(f".{group}") for site in sites)]
@@ -71,11 +72,21 @@ def check_plan(source: ModelSource, plan: Plan) -> None:
             where=source.name,
             fix="make one for this model with `rk-export plan`",
         )
-    for layer in canonical_layers(source):
+    check_sites(source.config, plan)
+
+
+def check_sites(config: PretrainedConfig, plan: Plan) -> None:
+    """Refuse a plan whose sites do not fit the shapes of a model.
+
+    Raises:
+        InputError: If an edit names a missing matrix, leaves one out, or sets too large a rank.
+    """
+    architecture = architecture_of(config)
+    for layer in canonical_layers(config):
         sites = plan.of_layer(layer.index)
         for site in sites:
             _check_site(layer, site)
-        _check_complete(layer, sites, source.architecture.projections(source.config, layer.index))
+        _check_complete(layer, sites, architecture.projections(config, layer.index))
 
 
 def _check_site(layer: Layer, site: SitePlan) -> None:
@@ -107,13 +118,12 @@ def _check_complete(layer: Layer, sites: tuple[SitePlan, ...], projections: tupl
         )
 
 
-def canonical_layers(source: ModelSource) -> Iterator[Layer]:
-    """Yield the layers of a model in canonical form, shapes only unless the family is loaded whole."""
-    model = source.skeleton()
-    kv_groups = source.architecture.heads(source.config).kv_heads
-    for index in range(source.layer_count):
-        module = model.get_submodule(f"{source.architecture.layers}.{index}")
-        source.architecture.canonicalize(module)
+def canonical_layers(config: PretrainedConfig) -> Iterator[Layer]:
+    """Yield the layers of a model in canonical form, shapes only."""
+    architecture = architecture_of(config)
+    kv_groups = architecture.heads(config).kv_heads
+    model = empty_canonical_model(config)
+    for index, module in enumerate(model.get_submodule(architecture.layers).children()):
         yield Layer(index, module, kv_groups)
 
 

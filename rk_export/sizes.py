@@ -19,23 +19,24 @@ FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 
 
 def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
-    """Return what a plan would do to each site and to the embedding, from shapes alone."""
+    """Return what a plan would do to each site, to the embedding and to the head, from shapes alone."""
     findings = []
-    for layer in canonical_layers(source):
+    for layer in canonical_layers(source.config):
         findings += [_planned(layer, site, plan.options.float_dtype) for site in plan.of_layer(layer.index)]
     spec = plan.options.embedding_quant
     if spec is not None and not source.architecture.is_encoder:
         rows, columns = source.config.vocab_size, source.config.hidden_size
         stored = quantized_bytes(rows, columns, spec, FLOAT_BYTES[plan.options.float_dtype])
-        findings.append(
-            _finding(
-                source.architecture.embedding,
-                rows * columns * 4,
-                stored,
-                {"bits": spec.bits, "block": spec.block_size},
-            )
-        )
+        details: dict[str, object] = {"bits": spec.bits, "block": spec.block_size}
+        findings += [_finding(path, rows * columns * 4, stored, details) for path in _tables(source)]
     return findings
+
+
+def _tables(source: ModelSource) -> list[str]:
+    """Return the embedding and, where it has weights of its own, the output projection."""
+    tied = bool(getattr(source.config, "tie_word_embeddings", False))
+    head = source.architecture.lm_head
+    return [source.architecture.embedding, *([head] if head and not tied else [])]
 
 
 def _planned(layer: Layer, site: SitePlan, float_dtype: str) -> Finding:

@@ -195,13 +195,13 @@ def check_text(text: EvalText, tokenizer_folder: Path, longest: int) -> None:
     Raises:
         InputError: If the text cannot be read, or the window is longer than the model's context.
     """
+    tokens_of(text.path, tokenizer_folder)
     if text.context > longest:
         raise InputError(
             f"a window of {text.context} tokens is longer than the model's context of {longest}",
             where="--context",
             fix=f"give at most {longest}",
         )
-    tokens_of(text.path, tokenizer_folder)
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -43,5 +43,8 @@ class LogitsStart:
         cut = ir.Node("", "Slice", [hidden, start, end, axis], num_outputs=1, name="lm_head.slice")
         cut.outputs[0].type = hidden.type
         graph.insert_before(head, cut)
+        logits = graph.outputs[0]
+        if logits.shape is not None:
+            logits.shape = ir.Shape([logits.shape[0], "logits_length", logits.shape[2]])
         head.replace_input_with(0, cut.outputs[0])
         return Fusion(self.name, self.planned, 1)

@@ -9,17 +9,24 @@ import numpy as np
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
-SITE_KEY, PART_KEY = "rk_export.site", "rk_export.part"
+SITE_KEY, PART_KEY, RANK_KEY = "rk_export.site", "rk_export.part", "rk_export.rank"
 # Parts of a factor pair; a role named "down" is another thing.
 DOWN, UP = "factor_down", "factor_up_"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Says which site a node belongs to, and which part of it: a role, `DOWN` or `UP` and a role."""
+    """Says what a node was made for.
+
+    Args:
+        site: The site it belongs to.
+        part: A role, `DOWN`, or `UP` and a role.
+        rank: Inner dimension of the factor pair; 0 for a dense matrix.
+    """
 
     site: str
     part: str
+    rank: int = 0
 
 
 def mark(value: ir.Value, site: Mark) -> ir.Value:
@@ -29,6 +36,8 @@ def mark(value: ir.Value, site: Mark) -> ir.Value:
         raise TypeError(f"{value.name} is produced by no node")
     node.metadata_props[SITE_KEY] = site.site
     node.metadata_props[PART_KEY] = site.part
+    if site.rank:
+        node.metadata_props[RANK_KEY] = str(site.rank)
     return value
 
 

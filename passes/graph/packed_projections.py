@@ -45,6 +45,11 @@ class Projection:
         return tuple(value for value in self.node.inputs[1:] if value is not None)
 
     @property
+    def site(self) -> str:
+        """Name of the site that the matrix belongs to."""
+        return self.node.metadata_props[SITE_KEY]
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """Projections pack when their kinds are equal: operator, input, format, and bias or none."""
         attributes = sorted((name, attr.value) for name, attr in self.node.attributes.items() if name != "N")
@@ -93,51 +98,53 @@ def _groups(graph: ir.Graph) -> Iterator[list[Projection]]:
 
 
 def _pack(graph: ir.Graph, group: list[Projection]) -> None:
-    first = group[0].node
+    """Replace projections by one, the Add of their joined biases, and a Split into their outputs."""
     parts = "_".join(projection.node.metadata_props[PART_KEY] for projection in group)
-    name = f"{first.metadata_props[SITE_KEY]}.{parts}"
+    name = f"{group[0].site}.{parts}"
+    packed = _packed_node(graph, group, name)
+    packed.metadata_props.update(group[0].node.metadata_props)
+    packed.metadata_props[SITE_KEY] = "+".join(dict.fromkeys(projection.site for projection in group))
+    packed.metadata_props[PART_KEY] = parts
+    new = [packed]
+    if biases := [projection.bias for projection in group if projection.bias is not None]:
+        bias = concatenated(biases, 0, f"{name}.bias")
+        graph.register_initializer(bias)
+        new.append(ir.Node("", "Add", [packed.outputs[0], bias], name=f"{name}.add"))
+    split = _split_node(graph, group, new[-1].outputs[0], name)
+    graph.insert_before(group[0].node, [*new, split])
+    for projection, output in zip(group, split.outputs, strict=True):
+        _replace(graph, projection, output)
+
+
+def _packed_node(graph: ir.Graph, group: list[Projection], name: str) -> ir.Node:
+    """Return the projection by the stacked matrices."""
+    first = group[0].node
     attributes = dict(first.attributes)
+    axis = 1
     if first.op_type == "MatMulNBits":
         attributes["N"] = ir.AttrInt64("N", sum(projection.width for projection in group))
-    axis = 0 if first.op_type == "MatMulNBits" else 1
+        axis = 0
     weights = []
     for slot, values in enumerate(zip(*(projection.weights for projection in group), strict=True)):
         weights.append(concatenated(values, axis, f"{name}.{slot}"))
         graph.register_initializer(weights[-1])
-    packed = ir.Node(
-        first.domain,
-        first.op_type,
-        [first.inputs[0], *weights],
-        attributes.values(),
-        num_outputs=1,
-        name=name,
-    )
-    packed.metadata_props.update(first.metadata_props)
-    packed.metadata_props[PART_KEY] = parts
-    new = [packed]
-    biases = [projection.bias for projection in group if projection.bias is not None]
-    if biases:
-        bias = concatenated(biases, 0, f"{name}.bias")
-        graph.register_initializer(bias)
-        new.append(ir.Node("", "Add", [packed.outputs[0], bias], name=f"{name}.add"))
-    sizes = constant(
-        graph, f"{name}.sizes", np.array([projection.width for projection in group], dtype=np.int64)
-    )
-    split = ir.Node(
-        "",
-        "Split",
-        [new[-1].outputs[0], sizes],
-        [ir.AttrInt64("axis", -1)],
-        num_outputs=len(group),
-        name=f"{name}.split",
-    )
-    graph.insert_before(first, [*new, split])
-    for projection, output in zip(group, split.outputs, strict=True):
-        old = projection.output
-        output.type, output.shape = old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, output)
-        dead = [projection.node] if projection.add is None else [projection.add, projection.node]
-        for node in dead:
+    inputs = [first.inputs[0], *weights]
+    return ir.Node(first.domain, first.op_type, inputs, attributes.values(), num_outputs=1, name=name)
+
+
+def _split_node(graph: ir.Graph, group: list[Projection], value: ir.Value, name: str) -> ir.Node:
+    widths = np.array([projection.width for projection in group], dtype=np.int64)
+    inputs = [value, constant(graph, f"{name}.sizes", widths)]
+    axis = [ir.AttrInt64("axis", -1)]
+    return ir.Node("", "Split", inputs, axis, num_outputs=len(group), name=f"{name}.split")
+
+
+def _replace(graph: ir.Graph, projection: Projection, output: ir.Value) -> None:
+    old = projection.output
+    output.type, output.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, output)
+    for node in (projection.add, projection.node):
+        if node is not None:
             graph.remove(node, safe=True)
 
 

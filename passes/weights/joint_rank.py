@@ -56,7 +56,11 @@ class JointRank:
         ups = torch.split(factors.up.to(home), [linear.out_features for linear in rows.values()])
         return JointFactors(
             linear_of(factors.down.to(home)),
-            {role: linear_of(up, linear.bias) for (role, linear), up in zip(rows.items(), ups, strict=True)},
+            # Own copies: views of one storage could not be saved apart.
+            {
+                role: linear_of(up.clone(), None if linear.bias is None else linear.bias.clone())
+                for (role, linear), up in zip(rows.items(), ups, strict=True)
+            },
         ), factors
 
     def _finding(

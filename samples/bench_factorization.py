@@ -1,0 +1,234 @@
+"""How fast the joint factorization is, and how exact, against ``torch.linalg.svd`` of the same stacked matrix.
+
+Two matrices with the shapes of LLaMA-7B's groups: query and key stacked (8192, 4096), gate and up stacked
+(22016, 4096); random, with singular values that fall as those of trained weights do. Both methods run in turn,
+medians are compared. ``python samples/bench_factorization.py --out DIR`` on the CPU, ``--device cuda`` on a GPU;
+``--scale 8`` divides the shapes to try it in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rk_export.passes.numerics.joint_svd import joint_factors
+from rk_export.passes.numerics.ranks import rank_of_ratio
+
+SHAPES = {"q, k": (8192, 4096), "gate, up": (22016, 4096)}
+DECAY = 0.35  # the j-th singular value falls as (1 + 100 j / n)^-DECAY: a factor of 5 from first to last
+ROWS_AT_ONCE = 4096  # of the residual, which is summed in float64
+
+Approximation = tuple[Tensor, Tensor]  # up (out, k), down (k, in)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape.
+
+    Args:
+        matrices: What is stacked.
+        shape: (out, in).
+        rank: k of the approximation.
+        joint_seconds: Each run of ``joint_factors``.
+        svd_seconds: Each run of ``torch.linalg.svd(W, full_matrices=False)``, cut to k.
+        full_svd: Seconds of one ``torch.linalg.svd(W)``, PyTorch's default, or why it was not run.
+        joint_error, svd_error: ||W - B A|| / ||W||, Frobenius, summed in float64.
+    """
+
+    matrices: str
+    shape: tuple[int, int]
+    rank: int
+    joint_seconds: list[float]
+    svd_seconds: list[float]
+    full_svd: float | str
+    joint_error: float
+    svd_error: float
+
+    @property
+    def speedup(self) -> float:
+        """Median SVD time over median time of the joint factorization."""
+        return statistics.median(self.svd_seconds) / statistics.median(self.joint_seconds)
+
+    @property
+    def error_difference(self) -> float:
+        """Relative difference of the two errors; positive where the joint factorization is worse."""
+        return self.joint_error / self.svd_error - 1
+
+
+def stacked_matrix(rows: int, columns: int, device: torch.device, seed: int = 0) -> Tensor:
+    """Return a random float32 matrix (rows, columns) with a falling spectrum in a random basis."""
+    generator = torch.Generator(device).manual_seed(seed)
+    position = torch.arange(columns, device=device) / columns
+    scales = (1 + 100 * position) ** -DECAY
+    basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator, device=device)).Q
+    return (torch.randn(rows, columns, generator=generator, device=device) * scales) @ basis.T
+
+
+def joint(W: Tensor, rank: int) -> Approximation:
+    """Return the package's factors."""
+    factors = joint_factors(W, rank)
+    return factors.up, factors.down
+
+
+def reduced_svd(W: Tensor, rank: int) -> Approximation:
+    """Return the factors of the thin SVD."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank] * S[:rank], Vh[:rank]
+
+
+def timed(
+    factorize: Callable[[Tensor, int], Approximation], W: Tensor, rank: int
+) -> tuple[float, Approximation]:
+    """Return seconds, device work included, and the result."""
+    synchronize(W.device)
+    start = time.perf_counter()
+    result = factorize(W, rank)
+    synchronize(W.device)
+    return time.perf_counter() - start, result
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def relative_error(W: Tensor, approximation: Approximation) -> float:
+    """Return ||W - B A|| / ||W||, products and sums in float64."""
+    up, down = approximation[0], approximation[1].double()
+    squared = norm = 0.0
+    for start in range(0, W.shape[0], ROWS_AT_ONCE):
+        rows = W[start : start + ROWS_AT_ONCE].double()
+        squared += float((rows - up[start : start + ROWS_AT_ONCE].double() @ down).square().sum())
+        norm += float(rows.square().sum())
+    return float((squared / norm) ** 0.5)
+
+
+def full_svd(W: Tensor, expected_seconds: float, budget: float) -> float | str:
+    """Return seconds of one SVD with PyTorch's default ``full_matrices=True``, or why it was skipped."""
+    if expected_seconds > budget:
+        return f"skipped: about {expected_seconds:.0f} s expected, --full-budget is {budget:.0f} s"
+    try:
+        seconds, _ = timed(lambda matrix, _: torch.linalg.svd(matrix)[::2], W, 0)
+    except torch.OutOfMemoryError:
+        return "skipped: out of memory"
+    return seconds
+
+
+def measure(matrices: str, shape: tuple[int, int], args: argparse.Namespace) -> Row:
+    """Run both methods in turn on one matrix."""
+    device = torch.device(args.device)
+    W = stacked_matrix(*shape, device)
+    rank = rank_of_ratio(args.keep, shape[1], shape[0])
+    times: dict[str, list[float]] = {"joint": [], "svd": []}
+    errors: dict[str, float] = {}
+    for _ in range(args.repeats):
+        for name, factorize in (("joint", joint), ("svd", reduced_svd)):
+            seconds, result = timed(factorize, W, rank)
+            times[name].append(seconds)
+            if name not in errors:
+                errors[name] = relative_error(W, result)
+            del result
+    expected = statistics.median(times["svd"]) * shape[0] / shape[1]
+    default = full_svd(W, expected, args.full_budget)
+    return Row(matrices, shape, rank, times["joint"], times["svd"], default, errors["joint"], errors["svd"])
+
+
+def table(rows: list[Row]) -> str:
+    """Return the results as a Markdown table."""
+    lines = [
+        "| matrices | shape | rank | joint, s | thin SVD, s | ratio | default SVD, s | error | relative difference |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        medians = (statistics.median(seconds) for seconds in (row.joint_seconds, row.svd_seconds))
+        default = row.full_svd if isinstance(row.full_svd, str) else f"{row.full_svd:.2f}"
+        cells = [
+            row.matrices,
+            "{} × {}".format(*row.shape),
+            str(row.rank),
+            *(f"{seconds:.3f}" for seconds in medians),
+            f"{row.speedup:.1f}",
+            default,
+            f"{row.joint_error:.6f}",
+            f"{row.error_difference:.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Return what the times depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def processor() -> str:
+    """Return the processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="divide the shapes by this (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep", type=float, default=0.9, help="kept ratio, which sets the rank (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each method (default: %(default)s)")
+    parser.add_argument(
+        "--full-budget",
+        type=float,
+        default=300,
+        help="seconds that the default SVD, which also builds the square U, may take (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, help="folder for factorization.json and factorization.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the table, write the results."""
+    args = parse(argv)
+    device = torch.device(args.device)
+    for warm_up in (joint, reduced_svd):
+        warm_up(stacked_matrix(256, 128, device), 16)
+    rows = []
+    for matrices, (out_features, in_features) in SHAPES.items():
+        rows.append(measure(matrices, (out_features // args.scale, in_features // args.scale), args))
+        print(f"{matrices}: {rows[-1].speedup:.1f} times as fast", file=sys.stderr)
+    print(table(rows))
+    if args.out is not None:
+        results = {
+            "machine": machine(device),
+            "keep": args.keep,
+            "rows": [
+                {**asdict(row), "speedup": row.speedup, "error_difference": row.error_difference}
+                for row in rows
+            ],
+        }
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "factorization.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (args.out / "factorization.md").write_text(table(rows) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
