@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from importlib import metadata
@@ -84,7 +85,7 @@ class AtomicFolder:
         self._raise_if_full(error)
 
     def _raise_if_full(self, error: BaseException | None) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and _is_full(error):
             raise _no_space(self.target, self.needed) from error
 
     def _sibling(self, kind: str) -> Path:
@@ -142,6 +143,12 @@ def check_free_space(path: str | os.PathLike[str], needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise _no_space(Path(path), needed, free)
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether a write failed for want of space; NumPy's `tofile` says so in words only, without a number."""
+    short_write = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or short_write is not None
 
 
 def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputError:

@@ -10,7 +10,7 @@ from rk_export.load import ModelSource
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.numerics.quantize import quantized_bytes
-from rk_export.plan import Plan, QuantSpec, SitePlan
+from rk_export.plan import CompressOptions, Plan, QuantSpec, SitePlan
 from rk_export.planner import canonical_layers
 from rk_export.report import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten
@@ -23,13 +23,17 @@ def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
     findings = []
     for layer in canonical_layers(source.config):
         findings += [_planned(layer, site, plan.options.float_dtype) for site in plan.of_layer(layer.index)]
-    spec = plan.options.embedding_quant
-    if spec is not None and not source.architecture.is_encoder:
-        rows, columns = source.config.vocab_size, source.config.hidden_size
-        stored = quantized_bytes(rows, columns, spec, FLOAT_BYTES[plan.options.float_dtype])
-        details: dict[str, object] = {"bits": spec.bits, "block": spec.block_size}
-        findings += [_finding(path, rows * columns * 4, stored, details) for path in _tables(source)]
+    if not source.architecture.is_encoder:
+        findings += [_planned_table(path, source, plan.options) for path in _tables(source)]
     return findings
+
+
+def _planned_table(path: str, source: ModelSource, options: CompressOptions) -> Finding:
+    rows, columns, spec = source.config.vocab_size, source.config.hidden_size, options.embedding_quant
+    before, after = rows * columns * 4, _stored(rows, columns, spec, FLOAT_BYTES[options.float_dtype])
+    if spec is None:
+        return Finding(path, Outcome.SKIPPED, "stays in floats", before, after)
+    return _finding(path, before, after, {"bits": spec.bits, "block": spec.block_size})
 
 
 def _tables(source: ModelSource) -> list[str]:

@@ -71,7 +71,8 @@ def stacked_matrix(rows: int, columns: int, device: torch.device, seed: int = 0)
     position = torch.arange(columns, device=device) / columns
     scales = (1 + 100 * position) ** -DECAY
     basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator, device=device)).Q
-    return (torch.randn(rows, columns, generator=generator, device=device) * scales) @ basis.T
+    W: Tensor = (torch.randn(rows, columns, generator=generator, device=device) * scales) @ basis.T
+    return W
 
 
 def joint(W: Tensor, rank: int) -> Approximation:

@@ -246,8 +246,8 @@ def reading(rows: list[Row]) -> Iterator[str]:
     fallen = [row.key for row in rows if dense is not None and row.perplexity > COLLAPSE * dense]
     if fallen:
         yield (
-            f"Perplexity above {COLLAPSE} times the dense model's: {', '.join(fallen)}. These need a metric: "
-            "plain truncation spends the rank on directions that the activations hardly use."
+            f"Perplexity above {COLLAPSE} times the dense model's: {', '.join(fallen)}. Truncation without a metric is "
+            "of no use there."
         )
 
 
@@ -275,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = args.model or "SmolLM2-135M-Instruct"
     text = EvalText(args.text or wiki_text("eval"), args.context, args.tokens)
     rows = load_rows(args.out / "groupings.json")
+    short_name = Path(name).name
     for key, grouping, kept_ratio in wanted(args.rows):
         if key in rows:
             continue
@@ -283,7 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
             "%-24s perplexity %.4g, error %.4f, %.0f s", key, row.perplexity, row.relative_error, row.seconds
         )
         rows[key] = row
-        save(args.out, Path(name).name, text, rows)
+        save(args.out, short_name, text, rows)
+    save(args.out, short_name, text, rows)
 
 
 if __name__ == "__main__":

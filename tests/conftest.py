@@ -27,7 +27,7 @@ VOCABULARY = 320
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }} {% endfor %}"
 
 # Largest difference over the largest logit, by the float type of the graph.
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +100,17 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("bundles") / "llama-int4"
     compress(llama, folder, tiny_options(), threads=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle of SmolLM2-135M-Instruct in INT4, nothing factorized; for tests marked `real_model`."""
+    from rk_export import CompressOptions, compress
+    from rk_export.assets import smollm2
+
+    folder = tmp_path_factory.mktemp("bundles") / "smollm2-int4"
+    compress(smollm2(), folder, CompressOptions(groups=(), device="cpu"), threads=2)
     return folder
 
 

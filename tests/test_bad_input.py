@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Cli
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 
 from rk_export import folders, pipeline, write_bundle
-from rk_export.errors import FusionError
+from rk_export.errors import FusionError, InputError
 
 Refused = Callable[..., str]
 SMALL = ("--groups", "qk", "--bits", 16, "--device", "cpu", "--threads", 1)
@@ -318,13 +319,28 @@ def test_interruption_in_the_middle(
     assert contents(own_bundle.parent) == before
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota"), OSError("64 requested and 0 written")],
+    ids=["full", "quota", "short write"],
+)
 def test_full_disk(
-    refused: Refused, llama: Path, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    refused: Refused, llama: Path, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    monkeypatch.setattr(write_bundle, "save_graph", fail_with(OSError(code, "full")))
+    monkeypatch.setattr(write_bundle, "save_graph", fail_with(error))
     message = refused("compress", llama, "-o", own_bundle, *SMALL, "--force")
     assert message.startswith(f"{own_bundle}: no space left on the disk")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk_as_numpy_meets_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="no space left on the disk"),
+        folders.AtomicFolder(tmp_path / "out"),
+        open("/dev/full", "wb") as file,
+    ):
+        np.zeros(10**6, np.uint8).tofile(file)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_known_to_be_too_small(

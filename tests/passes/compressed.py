@@ -106,7 +106,8 @@ class OnnxModel:
         feed: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask_array, **extra}
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values."):
-                empty = np.zeros((ids.shape[0], value.shape[1], 0, value.shape[3]), np.float32)
+                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                empty = np.zeros((ids.shape[0], value.shape[1], 0, value.shape[3]), dtype)
                 feed[value.name] = empty if past is None else past[value.name]
             elif value.name not in feed:
                 feed[value.name] = np.zeros_like(ids)

@@ -68,7 +68,7 @@ def test_the_finding_reports_the_measured_error_and_size(form: str, gauge: Gauge
     factors = layer.module.get_submodule("qk_factors")
     assert isinstance(factors, JointFactors if form == "joint" else GroupedFactors)
     differences = [(linear.weight - product(factors, role)).detach() for role, linear in dense.items()]
-    norm = torch.cat([linear.weight for linear in dense.values()]).norm()
+    norm = torch.cat([linear.weight.detach() for linear in dense.values()]).norm()
     assert finding.error == pytest.approx(float(torch.cat(differences).norm() / norm), rel=1e-5)
     assert finding.target == "layers.7.qk"
     parameters = sum(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,7 +60,7 @@ def test_the_error_is_that_of_the_svd(shape: tuple[int, int], share: float) -> N
         assert factors.squared_error**0.5 == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(2304, 1088), (1088, 1600)])
+@pytest.mark.parametrize("shape", [(1400, 1056), (1056, 1200)])
 def test_the_float32_path_reaches_the_error_of_the_svd(shape: tuple[int, int]) -> None:
     W = random_matrix(*shape, dtype=torch.float32)
     rank = 320
@@ -139,6 +141,6 @@ def test_the_error_falls_with_the_rank_and_full_rank_is_exact(rows: int, columns
     full = min(rows, columns)
     errors = [residual(W, joint_factors(W, rank)) for rank in range(1, full + 1)]
     norm = float(W.norm())
-    assert all(later <= earlier + 1e-12 * norm for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-12 * norm for earlier, later in itertools.pairwise(errors))
     assert errors[-1] <= 1e-7 * norm
     assert joint_factors(W, full).squared_error <= 1e-12 * norm**2

@@ -128,9 +128,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def refusal(folder: Path, *, load: bool = True) -> RkExportError:
     """Return the error of opening, and loading, a folder; it says what, where and how to fix it."""
     with pytest.raises(InputError) as caught:
-        source = open_source(folder)
-        if load:
-            source.load()
+        open_source(folder).load() if load else open_source(folder)
     error = caught.value
     assert error.what
     assert error.where

@@ -31,8 +31,8 @@ PLAN = Plan(
 @pytest.mark.parametrize(
     ("build", "flag"),
     [
-        (lambda: QuantSpec(3, 32), "--bits"),
-        (lambda: QuantSpec(16, 32), "--bits"),
+        (lambda: QuantSpec(3, 32), "--bits or --embedding-bits"),
+        (lambda: QuantSpec(16, 32), "--bits or --embedding-bits"),
         (lambda: QuantSpec(4, 24), "--block"),
         (lambda: QuantSpec(4, 512), "--block"),
         (lambda: RankRule("keep", 0.0), "--keep"),

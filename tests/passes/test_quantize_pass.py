@@ -35,7 +35,9 @@ def test_every_matrix_of_a_site_is_rounded_and_counted(form: str, spec: QuantSpe
     module = nn.Module()
     module.q_proj, module.k_proj = nn.Linear(48, 32), nn.Linear(48, 16)
     layer = Layer(0, module, kv_groups=2)
-    plan = SitePlan("layers.0.qk", 0, ("q", "k"), ("q_proj", "k_proj"), form, 8, spec)  # type: ignore[arg-type]
+    plan = SitePlan(
+        "layers.0.qk", 0, ("q", "k"), ("q_proj", "k_proj"), form, 0 if form == "dense" else 8, spec
+    )  # type: ignore[arg-type]
     run_weight_pass(JointRank("balanced", CPU), layer, [plan])
     before = {name: weight.detach().clone() for name, weight in weights(module).items()}
     (finding,) = run_weight_pass(Quantize(torch.float32, CPU), layer, [plan])

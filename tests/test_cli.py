@@ -1,0 +1,228 @@
+"""Every command on a tiny model: exit codes, JSON, files, and the same weights by every road."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli, Ended
+
+import rk_export
+from rk_export import cli as command_line
+from rk_export import parity
+from rk_export.folders import sha256_of
+from rk_export.report import Report
+
+COMMANDS = ("compress", "analyze", "plan", "export", "verify", "eval", "run", "bench", "explain", "doctor")
+# What conftest.tiny_options() says, as a command line.
+OPTIONS = ("--groups", "qk,gate_up", "--keep", 0.8, "--bits", 4, "--block", 32, "--device", "cpu")
+PUBLIC = {
+    *("compress", "export", "analyze", "make_plan", "dry_run", "verify", "evaluate", "assert_parity"),
+    *("CompressOptions", "QuantSpec", "RankRule", "Plan", "EvalText", "RkExportError"),
+}
+
+
+def ok(ended: Ended) -> Ended:
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def weights(bundle: Path) -> str:
+    return sha256_of(bundle / "model.onnx.data")
+
+
+# --- names and help
+
+
+def test_public_names() -> None:
+    assert set(rk_export.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(rk_export, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        rk_export.magic  # noqa: B018
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(cli: Cli, command: str) -> None:
+    text = ok(cli(command, "--help")).out
+    assert text.startswith(f"usage: rk-export {command}")
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    text = ok(cli("--help")).out
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert listed == list(COMMANDS)
+    assert cli().code == 2
+
+
+# --- compress and its other forms
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def compressed(llama: Path, prose: Path, work: Path) -> Path:
+    """A bundle from a process of its own (another hash seed, too), with checkpoint, text and Triton model."""
+    arguments = ("compress", llama, "-o", work / "bundle", "--checkpoint", work / "checkpoint", *OPTIONS)
+    extra = ("--text", prose, "--context", 64, "--triton", "tiny", "--threads", 1, "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "rk_export.cli", *map(str, (*arguments, *extra))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    (work / "printed.json").write_text(done.stdout, encoding="utf-8")
+    return work / "bundle"
+
+
+def test_printed_report_is_the_stored_one(compressed: Path, work: Path) -> None:
+    printed = Report.from_json(json.loads((work / "printed.json").read_text(encoding="utf-8")))
+    assert printed == Report.load(compressed / "report.json")
+    assert set(printed.perplexity) == {"dense", "compressed (ONNX Runtime)"}
+    assert "--triton tiny" in printed.command
+
+
+def test_bundle_is_complete(compressed: Path) -> None:
+    files = {str(path.relative_to(compressed)) for path in compressed.rglob("*") if path.is_file()}
+    assert files == {
+        *("README.md", "report.html", "report.json", "plan.json", "rk_manifest.json"),
+        *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        "triton/tiny/config.pbtxt",
+        *("triton/tiny/1/model.onnx/model.onnx", "triton/tiny/1/model.onnx/model.onnx.data"),
+    }
+
+
+def test_same_input_gives_the_same_bytes(bundle: Path, compressed: Path) -> None:
+    assert weights(compressed) == weights(bundle)
+    assert sha256_of(compressed / "model.onnx") == sha256_of(bundle / "model.onnx")
+
+
+def test_a_plan_gives_the_same_weights(cli: Cli, llama: Path, compressed: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    ok(cli("plan", llama, "-o", plan, *OPTIONS))
+    assert plan.read_bytes() == (compressed / "plan.json").read_bytes()
+    printed = ok(cli("compress", llama, "-o", out, "--plan", plan, "--threads", 1)).out
+    assert "Parity" in printed
+    assert weights(out) == weights(compressed)
+
+
+def test_a_checkpoint_gives_the_same_weights(cli: Cli, compressed: Path, work: Path, tmp_path: Path) -> None:
+    ok(cli("export", work / "checkpoint", "-o", tmp_path / "out", "--threads", 1))
+    assert weights(tmp_path / "out") == weights(compressed)
+    assert sha256_of(tmp_path / "out" / "model.onnx") == sha256_of(compressed / "model.onnx")
+    ended = cli("export", work / "checkpoint", "-o", tmp_path / "other", "--ep", "portable")
+    assert (ended.code, (tmp_path / "other").exists()) == (2, False)
+    assert "carries its own options" in ended.err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_dry_run_writes_nothing(cli: Cli, llama: Path, tmp_path: Path, as_json: bool) -> None:
+    command = ("compress", llama, "-o", tmp_path / "out", *OPTIONS, "--dry-run")
+    printed = ok(cli(*command, *(["--json"] if as_json else []))).out
+    assert list(tmp_path.iterdir()) == []
+    if as_json:
+        findings = Report.from_json(json.loads(printed)).findings
+        assert {finding.target for finding in findings} > {"layers.0.qk", "layers.1.gate_up", "layers.1.v"}
+    else:
+        assert "layers.1.gate_up" in printed
+
+
+def test_export_of_a_dense_model(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    printed = ok(cli("export", llama, "-o", tmp_path / "out", "--threads", 1, "--json")).out
+    tiers = {tier.tier: tier for tier in Report.from_json(json.loads(printed)).parity}
+    assert tiers["a"].max_error == tiers["b"].max_error == tiers["d"].max_error == 0
+
+
+def test_analyze(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    ok(cli("analyze", llama, "-o", tmp_path / "out", "--groups", "qk,gate_up"))
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert [spectrum.target for spectrum in report.spectra] == [
+        *("layers.0.qk", "layers.0.gate_up", "layers.1.qk", "layers.1.gate_up")
+    ]
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert list((tmp_path / "out").glob("*.svg")) or list((tmp_path / "out").glob("*.png"))
+
+
+# --- bundles
+
+
+def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
+    assert "pass" in ok(cli("verify", bundle, "--threads", 1)).out
+    tiers = json.loads(ok(cli("verify", bundle, "--against", llama, "--threads", 1, "--json")).out)
+    assert "".join(tier["tier"] for tier in tiers) == "abcdefg"
+
+
+def test_verify_ends_with_one_when_parity_fails(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "LEVEL4_BOUND", 1e-9)
+    ended = cli("verify", bundle, "--provider", "cpu", "--threads", 1, "--json")
+    assert ended.code == 1
+    assert [tier["tier"] for tier in json.loads(ended.out) if tier["passed"] is False] == ["d"]
+
+
+def test_eval_of_model_checkpoint_and_bundle(
+    cli: Cli, llama: Path, compressed: Path, work: Path, prose: Path
+) -> None:
+    options = ("--text", prose, "--context", 64, "--tokens", 128, "--provider", "cpu")
+
+    def perplexity(model: Path) -> float:
+        result = json.loads(ok(cli("eval", model, *options, "--json")).out)
+        assert (result["tokens"], result["windows"], result["context"]) == (126, 2, 64)
+        return float(result["perplexity"])
+
+    assert perplexity(compressed) == pytest.approx(perplexity(work / "checkpoint"), rel=0.1)
+    assert perplexity(llama) != pytest.approx(perplexity(compressed), rel=0.01)
+    assert "perplexity " in ok(cli("eval", compressed, *options)).out
+
+
+def test_run(cli: Cli, bundle: Path) -> None:
+    options = (bundle, "-p", "The harbour", "--provider", "cpu", "--max-new-tokens", 8)
+    greedy = ok(cli("run", *options)).out
+    assert greedy == ok(cli("run", *options)).out
+    assert greedy.strip()
+    assert greedy != ok(cli("run", *options, "--chat", "--system", "Be brief.")).out
+    sampled = ("run", *options, "--temperature", 2.0, "--top-p", 0.95, "--seed")
+    assert ok(cli(*sampled, 1)).out == ok(cli(*sampled, 1)).out != ok(cli(*sampled, 2)).out
+
+
+def test_bench(cli: Cli, bundle: Path, compressed: Path) -> None:
+    counts = ("--prompt-tokens", 16, "--new-tokens", 2, "--repeats", 2, "--threads", 1, "--provider", "cpu")
+    result = json.loads(ok(cli("bench", bundle, "--against", compressed, *counts, "--json")).out)
+    assert [row["name"] for row in result["rows"]] == [str(bundle), str(compressed)]
+    assert "decode tok/s" in ok(cli("bench", bundle, *counts)).out
+
+
+def test_explain(cli: Cli, bundle: Path) -> None:
+    text = ok(cli("explain", bundle)).out
+    assert {"layers.0.qk", "layers.1.gate_up", "layers.1.down"} <= set(text.split())
+    findings: list[dict[str, Any]] = json.loads(ok(cli("explain", bundle, "--json")).out)
+    assert {finding["outcome"] for finding in findings} == {"applied"}
+
+
+def test_doctor(cli: Cli) -> None:
+    diagnosis = json.loads(ok(cli("doctor", "--json")).out)
+    assert diagnosis["ok"] is True
+
+
+@pytest.mark.parametrize(("raised", "code"), [(BrokenPipeError, 0), (KeyboardInterrupt, 130)])
+def test_ends_from_outside(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException], code: int
+) -> None:
+    def end(_: object) -> int:
+        raise raised
+
+    monkeypatch.setattr(command_line, "run_explain", end)
+    ended = cli("explain", bundle)
+    assert ended.code == code
+    assert "Traceback" not in ended.err

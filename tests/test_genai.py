@@ -1,0 +1,47 @@
+"""A bundle in ONNX Runtime GenAI, unchanged: the same greedy tokens as in our own runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import tiny_options
+from genai_tokens import genai_tokens, our_tokens
+from tiny_models import tiny_model
+
+from rk_export import compress
+from rk_export.probe import make_probe
+
+pytest.importorskip("onnxruntime_genai", reason="needs the extra: pip install 'rk-export[genai]'")
+
+NEW_TOKENS = 24
+FAMILIES = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "granite", "smollm3", "starcoder2", "opt", "gpt2")
+
+
+def prompts_of(bundle: Path, vocabulary: int) -> list[list[int]]:
+    return [list(prompt) for prompt in make_probe(bundle, vocabulary).prompts[:4]]
+
+
+def test_tiny_bundle(bundle: Path) -> None:
+    prompts = prompts_of(bundle, 320)
+    ours = our_tokens(bundle, prompts, NEW_TOKENS)
+    assert len({tuple(row) for row in ours}) > 1, "one text for every prompt would prove nothing"
+    assert genai_tokens(bundle, prompts, NEW_TOKENS) == ours
+
+
+@pytest.mark.real_model
+def test_smollm2_in_int4(smollm2_int4: Path) -> None:
+    prompts = [list(prompt) for prompt in make_probe(smollm2_int4, 49152).prompts]
+    ours = our_tokens(smollm2_int4, prompts, 64)
+    assert genai_tokens(smollm2_int4, prompts, 64) == ours
+    assert sum(map(len, ours)) > 256, "most prompts go on for long"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), threads=1)
+    prompts = prompts_of(tmp_path / "out", 160)
+    assert genai_tokens(tmp_path / "out", prompts, NEW_TOKENS) == our_tokens(
+        tmp_path / "out", prompts, NEW_TOKENS
+    )

@@ -1,0 +1,46 @@
+"""SmolLM2-135M-Instruct end to end: the numbers that a change of the method or of the export would move."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from rk_export.report import Report
+
+pytestmark = pytest.mark.real_model
+
+MEGABYTE = 10**6
+
+
+def test_joint_factorization_of_q_and_k(cli: Cli, tmp_path: Path) -> None:
+    from rk_export.assets import smollm2, wiki_text
+
+    options = ("--groups", "qk", "--keep", 0.9, "--bits", 16, "--device", "cpu", "--threads", 2)
+    text = ("--text", wiki_text("eval"), "--tokens", 5120, "--context", 512)
+    ended = cli("compress", smollm2(), "-o", tmp_path / "out", *options, *text, "--json")
+    assert ended.code == 0, ended.err
+    report = Report.from_json(json.loads(ended.out))
+
+    assert report.perplexity["dense"] == pytest.approx(22.477, abs=0.01)
+    assert 22.5 < report.perplexity["compressed (ONNX Runtime)"] <= 27.2
+    assert [tier.tier for tier in report.parity if tier.passed] == list("cdefg")
+    fusions = {fusion.pattern: fusion.found for fusion in report.fusions}
+    assert fusions["shared down-projection"] == 30
+    assert fusions["GroupQueryAttention"] == 30
+
+
+def test_int4(cli: Cli, smollm2_int4: Path) -> None:
+    # 4.5 to 5 bits for each of 106 million weights in layers, 9 for each of 28 million of the tied table.
+    assert 96 * MEGABYTE < (smollm2_int4 / "model.onnx.data").stat().st_size < 106 * MEGABYTE
+    report = Report.load(smollm2_int4 / "report.json")
+    assert report.size is not None
+    assert report.size.dense_parameters == 134_515_008
+    tiers = {tier.tier: tier for tier in report.parity}
+    assert tiers["a"].max_error == 0
+    assert all(tiers[letter].passed for letter in "cdefg")
+
+    asked = cli("run", smollm2_int4, "-p", "What is the capital of France?", "--chat", "--threads", 2)
+    assert "Paris" in asked.out
