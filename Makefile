@@ -2,7 +2,7 @@
 #
 #   make demo     compress, export, verify and run a small model; everything it makes is in out/demo
 #   make test     ruff, mypy and all tests
-#   make PYTHON=python3.12 ...    another interpreter (3.10 or newer)
+#   make PYTHON=python3.12 ...    another interpreter (3.11 or newer)
 #   make TORCH=torch ...          another PyTorch, e.g. the newest one with CUDA; any pip requirement or options
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: ONNX Runtime 1.31 comes for no older one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "== 1/3 virtual environment in $(VENV)"
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)

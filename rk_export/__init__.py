@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rk_export.plan import CompressOptions, Plan, QuantSpec, RankRule
     from rk_export.spectra import analyze
     from rk_export.testing import assert_parity
-    from rk_export.write_bundle import EvalText
+    from rk_export.write_bundle import EvalText, SpeedTest
 
 _HOME = {
     "analyze": "rk_export.spectra",
@@ -23,6 +23,7 @@ _HOME = {
     "Plan": "rk_export.plan",
     "QuantSpec": "rk_export.plan",
     "RankRule": "rk_export.plan",
+    "SpeedTest": "rk_export.write_bundle",
     "RkExportError": "rk_export.errors",
     "assert_parity": "rk_export.testing",
     "compress": "rk_export.pipeline",
@@ -40,6 +41,7 @@ __all__ = [
     "QuantSpec",
     "RankRule",
     "RkExportError",
+    "SpeedTest",
     "analyze",
     "assert_parity",
     "compress",

@@ -163,6 +163,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text"
     )
     _add_text_arguments(parser)
+    parser.add_argument("--speed", action="store_true", help="measure the bundle's tokens per second")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
@@ -300,7 +301,7 @@ def run_compress(args: argparse.Namespace) -> int:
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
     from rk_export.render import findings_table, text_table
-    from rk_export.write_bundle import EvalText
+    from rk_export.write_bundle import EvalText, SpeedTest
 
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
@@ -314,6 +315,7 @@ def run_compress(args: argparse.Namespace) -> int:
         options,
         plan=plan,
         text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
+        speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
         triton=args.triton,
         threads=args.threads,

@@ -32,7 +32,7 @@ _GENAI = ("onnxruntime-genai-cuda", "onnxruntime-genai", "onnxruntime-genai-dire
 _PROBES = ("cpu", "cuda", "torch", "export")
 
 
-class Status(str, enum.Enum):
+class Status(enum.StrEnum):
     """Whether a check is fine, limits what can be done, or keeps the CPU from working."""
 
     OK = "ok"

@@ -40,7 +40,7 @@ class ModelSource:
 
     Args:
         folder: An HF folder with config.json and safetensors.
-        name: What the user called the model.
+        name: What the user called the model; `title`, for reports, leaves out where it lies on this machine.
 
     Raises:
         InputError: If the folder, its config or its weights are missing or broken.
@@ -49,6 +49,7 @@ class ModelSource:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
+        self.title = Path(name).name if Path(name).expanduser().exists() else name
         self.config = read_config(folder)
         self.architecture: Architecture = architecture_of(self.config)
         self._whole = self.config.model_type in CONVERTED_ON_LOAD

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rk_export.errors import ParityError
+from rk_export.errors import InputError, ParityError
 from rk_export.probe import NEW_TOKENS, Probe
 from rk_export.report import ParityTier
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
@@ -63,9 +63,15 @@ class Golden:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Golden:
         """Undo `to_json`."""
-        return cls(
-            tuple(map(tuple, data["prompts"])), tuple(map(tuple, data["tokens"])), float(data["bound"])
-        )
+        try:
+            rows = tuple(map(tuple, data["prompts"])), tuple(map(tuple, data["tokens"]))
+            return cls(*rows, float(data["bound"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "its greedy tokens are malformed",
+                where="rk_manifest.json: golden",
+                fix="export the bundle again",
+            ) from error
 
 
 def compare(

@@ -27,6 +27,7 @@ from rk_export.write_bundle import (
     MODEL_FILES,
     BundleRequest,
     EvalText,
+    SpeedTest,
     Stages,
     check_text,
     context_length,
@@ -57,7 +58,7 @@ def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: 
     """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
     source = open_source(model)
     plan = _checked_plan(source, options, plan)
-    return new_report(source.name, source.config.model_type, findings=tuple(planned_findings(source, plan)))
+    return new_report(source.title, source.config.model_type, findings=tuple(planned_findings(source, plan)))
 
 
 def _checked_plan(source: ModelSource, options: CompressOptions | None, plan: Plan | None) -> Plan:
@@ -79,6 +80,7 @@ def compress(
     *,
     plan: Plan | None = None,
     text: EvalText | None = None,
+    speed: SpeedTest | None = None,
     checkpoint: str | Path | None = None,
     triton: str | None = None,
     threads: int | None = None,
@@ -93,6 +95,7 @@ def compress(
         options: What to do; the defaults factorize q/k and gate/up and quantize to INT4.
         plan: A plan made earlier, instead of options.
         text: Also measure the perplexity of the dense and of the compressed model on it.
+        speed: Also measure the bundle's tokens per second.
         checkpoint: Also save the compressed PyTorch model there.
         triton: Also add a Triton model repository of this name.
         threads: Threads of ONNX Runtime while verifying; None lets it decide.
@@ -106,7 +109,7 @@ def compress(
         FusionError: If a planned graph pattern is missing.
         ParityError: If ONNX Runtime does not compute what PyTorch computes; no bundle is left.
     """
-    request = BundleRequest(text=text, triton=triton, threads=threads, command=command)
+    request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
         source = open_source(model)

@@ -111,7 +111,7 @@ def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
     raise InputError(f"expected {expected}, found {value!r}", where=where)
 
 
-class Outcome(str, enum.Enum):
+class Outcome(enum.StrEnum):
     """What became of a target."""
 
     APPLIED = "applied"

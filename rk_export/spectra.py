@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -60,9 +60,9 @@ def analyze(
     source = open_source(model)
     with AtomicFolder(out, force=force) as partial:
         report = Report(
-            model=source.name,
+            model=source.title,
             model_type=source.config.model_type,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
             versions=library_versions(),
             spectra=tuple(spectra(source, options or CompressOptions())),

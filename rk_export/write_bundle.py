@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ from rk_export.bundle import (
     write_side_files,
 )
 from rk_export.errors import InputError
-from rk_export.graph_export import build_graph, save_graph
 from rk_export.folders import library_versions
+from rk_export.graph_export import build_graph, save_graph
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
 from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
@@ -39,7 +40,7 @@ from rk_export.probe import Probe, make_probe
 from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
 from rk_export.rewrite import DENSE, Rewritten
-from rk_export.runtime import Session
+from rk_export.runtime import Session, bench
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.sizes import size_summary
 
@@ -64,17 +65,34 @@ class EvalText:
 
 
 @dataclass(frozen=True)
+class SpeedTest:
+    """A measurement of tokens per second, batch of one.
+
+    Args:
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded after it.
+        repeats: Rounds; the median counts.
+    """
+
+    prompt_tokens: int = 256
+    new_tokens: int = 64
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
 class BundleRequest:
     """What a bundle should hold beside the model.
 
     Args:
         text: Measure perplexity on it.
+        speed: Measure tokens per second; decoders only.
         triton: Name of a Triton model repository to add.
         threads: Threads of ONNX Runtime while verifying.
         command: Command line to note in the report.
     """
 
     text: EvalText | None = None
+    speed: SpeedTest | None = None
     triton: str | None = None
     threads: int | None = None
     command: str = ""
@@ -146,10 +164,14 @@ def write_bundle(
     if request.text is not None:
         with stages.stage("perplexity", f"measuring on {request.text.path}"):
             perplexities = _perplexities(folder, origin, request.text, provider, request.threads)
+    speed = {}
+    if request.speed is not None:
+        with stages.stage("speed", "measuring prefill and decode"):
+            speed = _speed(folder, request.speed, provider, request.threads)
     if request.triton is not None:
         triton_repository(folder, request.triton, ep="cuda" if options.ep == "cuda" else "cpu")
     report = new_report(
-        origin.name if isinstance(origin, ModelSource) else str(origin),
+        origin.title if isinstance(origin, ModelSource) else origin.name,
         rewritten.plan.model_type,
         command=request.command,
         findings=rewritten.findings,
@@ -159,6 +181,7 @@ def write_bundle(
         spectra=rewritten.spectra,
         size=_size(folder, rewritten, origin),
         perplexity=perplexities,
+        speed=speed,
         timings=dict(stages.seconds),
         notices=(*notices, *_empty_sections(rewritten, origin)),
     )
@@ -168,7 +191,7 @@ def write_bundle(
 
 def new_report(model: str, model_type: str, **fields: Any) -> Report:
     """Return a report stamped with the present time and the libraries' versions."""
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
 
 
@@ -262,6 +285,19 @@ def _perplexities(
         return {"compressed (ONNX Runtime)": compressed}
     dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
+
+
+def _speed(folder: Path, test: SpeedTest, provider: Provider, threads: int | None) -> dict[str, float]:
+    result = bench(
+        [folder],
+        prompt_tokens=test.prompt_tokens,
+        new_tokens=test.new_tokens,
+        repeats=test.repeats,
+        threads=threads or os.cpu_count() or 1,
+        provider=provider,
+    )
+    row = result.rows[0]
+    return {"prefill": row.prefill_median, "decode": row.decode_median}
 
 
 def _size(folder: Path, rewritten: Rewritten, origin: ModelSource | Path) -> SizeSummary | None:

@@ -57,7 +57,7 @@ class GenerationOptions:
         return self.temperature == 0
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a generation ended."""
 
     EOS = "eos"

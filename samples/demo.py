@@ -10,21 +10,16 @@ import argparse
 import logging
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from rk_export import CompressOptions, EvalText, QuantSpec, RankRule, RkExportError, compress
-from rk_export.bundle import check_manifest, write_manifest
+from rk_export import CompressOptions, EvalText, QuantSpec, RankRule, RkExportError, SpeedTest, compress
 from rk_export.cli import quiet_libraries
-from rk_export.render import html, text_table
-from rk_export.report import Report
-from rk_export.runtime import GenerationOptions, Session, bench
+from rk_export.render import text_table
+from rk_export.runtime import GenerationOptions, Session
 
 logger = logging.getLogger("demo")
 
 QUESTION = "Where is the Eiffel Tower?"
-# The manifest's own keys; the rest is what the export noted there.
-MANIFEST_KEYS = ("format", "versions", "files")
 
 
 class Elapsed(logging.Formatter):
@@ -79,30 +74,6 @@ def answer(bundle: Path, question: str, threads: int) -> str:
     ).text
 
 
-def measure_speed(bundle: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Return median tokens per second of prefill and decode, for a batch of one."""
-    logger.info("bench: %d prompt tokens, %d new tokens", args.prompt_tokens, args.new_tokens)
-    result = bench(
-        [bundle],
-        prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        repeats=args.repeats,
-        threads=args.threads,
-    )
-    row = result.rows[0]
-    return {"prefill": row.prefill_median, "decode": row.decode_median}
-
-
-def add_speed(bundle: Path, report: Report, speed: dict[str, float]) -> Report:
-    """Write the speeds into the bundle's report; the manifest lists the new checksums."""
-    info = {key: value for key, value in check_manifest(bundle).items() if key not in MANIFEST_KEYS}
-    report = replace(report, speed=speed)
-    report.save(bundle / "report.json")
-    (bundle / "report.html").write_text(html(report), encoding="utf-8")
-    write_manifest(bundle, info)
-    return report
-
-
 def run(args: argparse.Namespace) -> None:
     """Run the demo and print what came out."""
     start = time.perf_counter()
@@ -113,12 +84,12 @@ def run(args: argparse.Namespace) -> None:
         bundle,
         options(),
         text=text,
+        speed=SpeedTest(args.prompt_tokens, args.new_tokens, args.repeats),
         threads=args.threads,
         force=True,
         command="python samples/demo.py",
     )
     reply = answer(bundle, args.question, args.threads)
-    report = add_speed(bundle, report, measure_speed(bundle, args))
     print(f"\n{text_table(report)}\n")
     print(f"Question  {args.question}\nAnswer    {reply}\n")
     print(f"bundle    {bundle}\nreport    {bundle / 'report.html'}")

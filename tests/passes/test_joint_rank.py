@@ -85,7 +85,7 @@ def test_the_finding_reports_the_measured_error_and_size(form: str, gauge: Gauge
 
 def test_the_error_is_the_energy_beyond_the_rank() -> None:
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=1)
-    stacked = torch.cat([layer.linear(path).weight for path in plan.paths]).double()
+    stacked = torch.cat([layer.linear(path).weight.detach() for path in plan.paths]).double()
     values = torch.linalg.svdvals(stacked)
     finding = JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan)
     assert finding.error == pytest.approx(float(values[5:].norm() / values.norm()), rel=1e-6)
@@ -138,7 +138,7 @@ def test_empty_factors_have_the_names_and_shapes_of_filled_ones(form: str, kv_gr
 def test_spectra_are_collected_once_per_pair() -> None:
     joint = JointRank("orthogonal", torch.device("cpu"))
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=2)
-    stacked = torch.cat([layer.linear(path).weight for path in plan.paths]).double()
+    stacked = torch.cat([layer.linear(path).weight.detach() for path in plan.paths]).double()
     joint.rewrite(layer, plan)
     (spectrum,) = joint.spectra
     torch.testing.assert_close(torch.tensor(spectrum.singular_values), torch.linalg.svdvals(stacked).float())

@@ -60,15 +60,23 @@ def test_the_error_is_that_of_the_svd(shape: tuple[int, int], share: float) -> N
         assert factors.squared_error**0.5 == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(1400, 1056), (1056, 1200)])
-def test_the_float32_path_reaches_the_error_of_the_svd(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(900, 400), (400, 700)])
+def test_the_float32_path_reaches_the_error_of_the_svd(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(joint_svd, "FLOAT64_UP_TO", 256)
     W = random_matrix(*shape, dtype=torch.float32)
-    rank = 320
+    rank = 120
     assert right_subspace(W, rank).basis.dtype == torch.float32
     expected = best_error(W, rank)
     factors = joint_factors(W, rank)
     assert residual(W, factors) == pytest.approx(expected, rel=1e-6)
     assert factors.squared_error**0.5 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1024, torch.float64), (1025, torch.float32)])
+def test_the_precision_follows_the_size(size: int, dtype: torch.dtype) -> None:
+    assert right_subspace(random_matrix(size, size + 8, dtype=torch.float32), 64).basis.dtype == dtype
 
 
 def test_a_tiny_energy_beyond_the_rank_is_factorized_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
