@@ -23,7 +23,7 @@ COMMANDS = ("compress", "analyze", "plan", "export", "verify", "eval", "run", "b
 OPTIONS = ("--groups", "qk,gate_up", "--keep", 0.8, "--bits", 4, "--block", 32, "--device", "cpu")
 PUBLIC = {
     *("compress", "export", "analyze", "make_plan", "dry_run", "verify", "evaluate", "assert_parity"),
-    *("CompressOptions", "QuantSpec", "RankRule", "Plan", "EvalText", "RkExportError"),
+    *("CompressOptions", "QuantSpec", "RankRule", "Plan", "EvalText", "RkExportError", "SpeedTest"),
 }
 
 
