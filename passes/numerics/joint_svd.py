@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
-from scipy.linalg import blas
 from torch import Tensor
 
+from rk_export.passes.numerics.eigen import eigenvalues, gram_matrix, leading_eigenvectors, product
 from rk_export.plan import Gauge
 
 # Up to this size float64 costs little. Beyond, float32 misplaces the subspace by an energy of order
@@ -46,37 +45,10 @@ class Factors:
         return self.down.shape[0]
 
 
-def gram_matrix(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return WᵀW (in, in) in `dtype`; on CPU by a symmetric rank-k update, half the work of a product.
-
-    Only the upper triangle is meaningful on CPU: `eigh` below reads no more.
-    """
-    wide = W.to(dtype)
-    if wide.device.type != "cpu":
-        return wide.T @ wide
-    syrk = blas.dsyrk if dtype is torch.float64 else blas.ssyrk
-    return torch.from_numpy(syrk(1.0, wide.contiguous().numpy().T))
-
-
-def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (ascending) and eigenvectors of a symmetric matrix given by its upper triangle.
-
-    On CPU this is SciPy's divide and conquer: the LAPACK inside PyTorch is several times slower on some
-    processors (`samples/bench_factorization.py`).
-    """
-    if gram.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(gram, UPLO="U")
-        return values, vectors
-    numpy_values, numpy_vectors = scipy.linalg.eigh(
-        gram.numpy(), lower=False, driver="evd", check_finite=False
-    )
-    return torch.from_numpy(numpy_values), torch.from_numpy(numpy_vectors)
-
-
 def singular_values(W: Tensor) -> Tensor:
     """Return the singular values of W (out, in), descending, in float64, from the smaller Gram matrix."""
     tall = W if W.shape[0] >= W.shape[1] else W.T
-    return eigh(gram_matrix(tall))[0].flip(0).clamp_min(0).sqrt()
+    return eigenvalues(gram_matrix(tall)).flip(0).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -104,10 +76,10 @@ def right_subspace(W: Tensor, rank: int) -> Subspace:
 
 def _gram_subspace(W: Tensor, rank: int, dtype: torch.dtype) -> Subspace:
     tall = W.shape[0] >= W.shape[1]
-    values, vectors = eigh(gram_matrix(W if tall else W.T, dtype))
-    leading = vectors[:, -rank:].flip(1)
+    values, vectors = leading_eigenvectors(gram_matrix(W if tall else W.T, dtype), rank)
+    leading = vectors.flip(1)
     if not tall:
-        leading = torch.linalg.qr(W.T.to(dtype) @ leading).Q
+        leading = torch.linalg.qr(product(W.T.to(dtype), leading)).Q
     return Subspace(leading, values.to(torch.float64).flip(0).clamp_min(0).sqrt())
 
 
@@ -125,7 +97,7 @@ def joint_factors(W: Tensor, rank: int, *, gauge: Gauge = "orthogonal") -> Facto
         raise ValueError(f"rank {rank} is not between 1 and {min(W.shape)}")
     subspace = right_subspace(W, rank)
     V = subspace.basis
-    up = W.to(V.dtype) @ V
+    up = product(W.to(V.dtype), V)
     energy = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square()
     total = torch.linalg.vector_norm(W, dtype=torch.float64).square()
     squared_error = max(0.0, float(total - energy.sum()))

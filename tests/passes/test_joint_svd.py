@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rk_export.passes.numerics import joint_svd
+from rk_export.passes.numerics.eigen import gram_matrix, leading_eigenvectors
 from rk_export.passes.numerics.joint_svd import (
-    gram_matrix,
     joint_factors,
     orthogonality_defect,
     right_subspace,
@@ -139,7 +139,20 @@ def test_an_impossible_rank_is_refused(rank: int) -> None:
 def test_singular_values_and_gram_matrix(shape: tuple[int, int]) -> None:
     W = random_matrix(*shape)
     torch.testing.assert_close(singular_values(W), torch.linalg.svdvals(W))
-    torch.testing.assert_close(gram_matrix(W).triu(), (W.T @ W).triu())
+    torch.testing.assert_close(gram_matrix(W).tril(), (W.T @ W).tril())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 17, 40])
+def test_leading_eigenvectors_are_those_of_the_whole_matrix(size: int, dtype: torch.dtype) -> None:
+    gram = (lambda W: W.T @ W)(random_matrix(size + 5, size)).to(dtype)
+    reference = torch.linalg.eigh(gram)
+    for count in {1, (size + 1) // 2, size}:
+        values, vectors = leading_eigenvectors(gram.tril(), count)
+        torch.testing.assert_close(values, reference.eigenvalues, rtol=1e-4, atol=1e-4)
+        assert vectors.shape == (size, count)
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=dtype), rtol=0, atol=1e-5)
+        torch.testing.assert_close(gram @ vectors, vectors * values[size - count :], rtol=1e-4, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
