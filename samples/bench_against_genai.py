@@ -143,7 +143,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"{result['prompt_tokens']} tokens, {result['new_tokens']} new tokens, {len(result['rounds'])} processes, "
             "order turned. "
             "Ratios are ours over the peer's within a process: median [lower, upper quartile]. "
-            "In the prefill our runtime asks for the logits of the last position only; GenAI computes them for all positions.",
+            "In the prefill our runtime asks for the logits of the last position only; GenAI computes "
+            "them for all.",
             "",
             "| | prefill tok/s | decode tok/s | ours / it, prefill | ours / it, decode |",
             "| --- | --- | --- | --- | --- |",
