@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from rk_export.load import ModelSource
     from rk_export.plan import CompressOptions
 
 SENTENCES = [
@@ -44,6 +45,26 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSource]:
+    """Return a function from family and config fields to the saved tiny model; equal arguments share one."""
+    from tiny_models import tiny_model
+
+    from rk_export.load import open_source
+
+    sources: dict[str, ModelSource] = {}
+
+    def source(family: str, **overrides: Any) -> ModelSource:
+        key = repr((family, sorted(overrides.items())))
+        if key not in sources:
+            folder = tmp_path_factory.mktemp(family)
+            tiny_model(family, **overrides).save_pretrained(folder)
+            sources[key] = open_source(folder)
+        return sources[key]
+
+    return source
 
 
 @pytest.fixture(scope="session")
