@@ -173,7 +173,8 @@ def page(rows: list[Row], where: dict[str, str | int]) -> str:
     head = [
         "# Joint factorization against torch.linalg.svd",
         "",
-        f"`python samples/bench_factorization.py`, {where['device']}, {where['threads']} threads, PyTorch {where['torch']}.",
+        f"`python samples/bench_factorization.py`, {where['device']}, {where['threads']} threads, "
+        f"PyTorch {where['torch']}.",
         "Medians of runs in turn. *error* is the relative error of the approximation; *relative difference* is how far",
         "the joint factorization's error lies from that of the SVD. The default SVD also builds the square U.",
         "",
