@@ -147,8 +147,9 @@ def check_free_space(path: str | os.PathLike[str], needed: int) -> None:
 
 def _is_full(error: OSError) -> bool:
     """Whether a write failed for want of space; NumPy's `tofile` says so in words only, without a number."""
-    short_write = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or short_write is not None
+    if error.errno is None:
+        return re.search(r"\d+ requested and \d+ written", str(error)) is not None
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputError:

@@ -66,12 +66,12 @@ def test_bundle_computes_what_the_checkpoint_computes(
 
 def test_report_and_manifest_tell_the_run(llama: Path, bundle: Path) -> None:
     report = Report.load(bundle / "report.json")
-    assert (report.model, report.model_type) == (str(llama), "llama")
+    assert (report.model, report.model_type) == (llama.name, "llama")
     assert list(report.timings) == ["load", "plan", "rewrite", "export", "bundle", "verify"]
     assert len(report.layer_errors) == 2
     assert [spectrum.target for spectrum in report.spectra][:2] == ["layers.0.qk", "layers.0.gate_up"]
     manifest = check_manifest(bundle)
-    assert manifest["source"] == {"model": str(llama), "structure": open_source(llama).structure()}
+    assert manifest["source"] == {"model": llama.name, "structure": open_source(llama).structure()}
     assert manifest["parity"] == [tier.to_json() for tier in report.parity]
     assert [len(prompt) for prompt in manifest["golden"]["prompts"]] == [32] * 8
 
