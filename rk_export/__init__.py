@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rk_export.errors import RkExportError
+    from rk_export.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run, evaluate, export, make_plan, verify
     from rk_export.plan import CompressOptions, Plan, QuantSpec, RankRule
     from rk_export.spectra import analyze
     from rk_export.testing import assert_parity
-    from rk_export.write_bundle import EvalText, SpeedTest
 
 _HOME = {
     "analyze": "rk_export.spectra",
     "CompressOptions": "rk_export.plan",
-    "EvalText": "rk_export.write_bundle",
+    "EvalText": "rk_export.measure",
     "Plan": "rk_export.plan",
     "QuantSpec": "rk_export.plan",
     "RankRule": "rk_export.plan",
-    "SpeedTest": "rk_export.write_bundle",
+    "SpeedTest": "rk_export.measure",
     "RkExportError": "rk_export.errors",
     "assert_parity": "rk_export.testing",
     "compress": "rk_export.pipeline",

@@ -298,10 +298,10 @@ def _print_json(data: object) -> None:
 
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
+    from rk_export.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
     from rk_export.render import findings_table, text_table
-    from rk_export.write_bundle import EvalText, SpeedTest
 
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
@@ -381,8 +381,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`eval`."""
+    from rk_export.measure import EvalText
     from rk_export.pipeline import evaluate
-    from rk_export.write_bundle import EvalText
 
     text = EvalText(args.text, args.context, args.tokens)
     result = evaluate(args.model, text, provider=args.provider, threads=args.threads)

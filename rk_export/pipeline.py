@@ -14,6 +14,7 @@ from rk_export.errors import InputError
 from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.load import ModelSource, open_source
+from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import CompressOptions, Plan
@@ -23,19 +24,7 @@ from rk_export.rewrite import QUANTIZED, resolve_device, rewrite
 from rk_export.runtime import Session
 from rk_export.runtime.providers import Provider
 from rk_export.sizes import planned_findings
-from rk_export.write_bundle import (
-    MODEL_FILES,
-    BundleRequest,
-    EvalText,
-    SpeedTest,
-    Stages,
-    check_text,
-    context_length,
-    new_report,
-    perplexity_of,
-    torch_logits,
-    write_bundle,
-)
+from rk_export.write_bundle import MODEL_FILES, BundleRequest, Stages, new_report, write_bundle
 
 
 def make_plan(model: str | Path, options: CompressOptions | None = None) -> Plan:
@@ -118,8 +107,10 @@ def compress(
         resolve_device(plan.options.device)
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
+        if speed is not None:
+            context_length(source.config, "--speed")
         if text is not None:
-            check_text(text, source.folder, context_length(source.config))
+            check_text(text, source.folder, context_length(source.config, "--text"))
         needed = sum(finding.bytes_after for finding in planned_findings(source, plan))
     with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = make_probe(source.folder, source.config.vocab_size)
@@ -229,8 +220,8 @@ def evaluate(
         return perplexity_of(session.prefill_logits, text, folder)
     if folder.is_dir() and is_checkpoint(folder):
         compressed = load_pretrained(folder).model
-        check_text(text, folder, context_length(compressed.config))
+        check_text(text, folder, context_length(compressed.config, "--text"))
         return perplexity_of(torch_logits(compressed), text, folder)
     source = open_source(model)
-    check_text(text, source.folder, context_length(source.config))
+    check_text(text, source.folder, context_length(source.config, "--text"))
     return perplexity_of(torch_logits(source.load()), text, source.folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,12 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from rk_export.architectures import architecture_of
 from rk_export.bundle import (
     ModelCard,
     genai_config,
@@ -33,50 +28,20 @@ from rk_export.folders import library_versions
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
+from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of, torch_logits
 from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
-from rk_export.perplexity import LogitsFn, PerplexityResult, perplexity, tokens_of
 from rk_export.plan import CompressOptions
 from rk_export.probe import Probe, make_probe
 from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
 from rk_export.rewrite import DENSE, Rewritten
-from rk_export.runtime import Session, bench
+from rk_export.runtime import Session
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.sizes import size_summary
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("model.onnx", "model.onnx.data")
-
-
-@dataclass(frozen=True)
-class EvalText:
-    """A text whose perplexity a run measures.
-
-    Args:
-        path: A UTF-8 text file.
-        context: Window length in tokens.
-        limit: Only the first tokens; None takes all.
-    """
-
-    path: Path
-    context: int = 512
-    limit: int | None = 5120
-
-
-@dataclass(frozen=True)
-class SpeedTest:
-    """A measurement of tokens per second, batch of one.
-
-    Args:
-        prompt_tokens: Length of the prompt.
-        new_tokens: Tokens decoded after it.
-        repeats: Rounds; the median counts.
-    """
-
-    prompt_tokens: int = 256
-    new_tokens: int = 64
-    repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -167,7 +132,7 @@ def write_bundle(
     speed = {}
     if request.speed is not None:
         with stages.stage("speed", "measuring prefill and decode"):
-            speed = _speed(folder, request.speed, provider, request.threads)
+            speed = speed_of(folder, request.speed, provider=provider, threads=request.threads)
     if request.triton is not None:
         triton_repository(folder, request.triton, ep="cuda" if options.ep == "cuda" else "cpu")
     report = new_report(
@@ -193,58 +158,6 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
     """Return a report stamped with the present time and the libraries' versions."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
-
-
-def torch_logits(model: PreTrainedModel) -> LogitsFn:
-    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width)."""
-
-    @torch.no_grad()
-    def logits(ids: np.ndarray) -> Tensor:
-        output = model(input_ids=torch.as_tensor(ids), use_cache=False)
-        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-        return result
-
-    return logits
-
-
-def check_text(text: EvalText, tokenizer_folder: Path, longest: int) -> None:
-    """Refuse, before any work, what perplexity cannot be measured on.
-
-    Args:
-        text: The text and its window.
-        tokenizer_folder: Holds tokenizer.json.
-        longest: Context length of the model.
-
-    Raises:
-        InputError: If the text cannot be read, or the window is longer than the model's context.
-    """
-    tokens_of(text.path, tokenizer_folder)
-    if text.context > longest:
-        raise InputError(
-            f"a window of {text.context} tokens is longer than the model's context of {longest}",
-            where="--context",
-            fix=f"give at most {longest}",
-        )
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """Return the most positions that a decoder takes.
-
-    Raises:
-        InputError: If the model is an encoder, which predicts no next token.
-    """
-    if architecture_of(config).is_encoder:
-        raise InputError(
-            f"{config.model_type} is an encoder: it predicts no next token, so it has no perplexity",
-            where="--text",
-            fix="leave the text out",
-        )
-    return int(config.max_position_embeddings)
-
-
-def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:
-    """Return the perplexity of a text under a model."""
-    return perplexity(logits, tokens_of(text.path, tokenizer_folder), context=text.context, limit=text.limit)
 
 
 def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> GenerationConfig:
@@ -285,19 +198,6 @@ def _perplexities(
         return {"compressed (ONNX Runtime)": compressed}
     dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
-
-
-def _speed(folder: Path, test: SpeedTest, provider: Provider, threads: int | None) -> dict[str, float]:
-    result = bench(
-        [folder],
-        prompt_tokens=test.prompt_tokens,
-        new_tokens=test.new_tokens,
-        repeats=test.repeats,
-        threads=threads or os.cpu_count() or 1,
-        provider=provider,
-    )
-    row = result.rows[0]
-    return {"prefill": row.prefill_median, "decode": row.decode_median}
 
 
 def _size(folder: Path, rewritten: Rewritten, origin: ModelSource | Path) -> SizeSummary | None:

@@ -136,7 +136,7 @@ def test_groupings_relative_error_is_that_of_the_matrices(load: Load, llama: Pat
     import torch
 
     from rk_export.load import open_source
-    from rk_export.write_bundle import EvalText
+    from rk_export.measure import EvalText
 
     module = load("factorize_groupings")
     grouping = next(item for item in module.GROUPINGS if item.name == "q+k-separate")

@@ -1,0 +1,118 @@
+"""What a run measures beside parity: perplexity on a text and tokens per second."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rk_export.architectures import architecture_of
+from rk_export.errors import InputError
+from rk_export.perplexity import LogitsFn, PerplexityResult, perplexity, tokens_of
+from rk_export.runtime import bench
+from rk_export.runtime.providers import Provider
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """A text whose perplexity a run measures.
+
+    Args:
+        path: A UTF-8 text file.
+        context: Window length in tokens.
+        limit: Only the first tokens; None takes all.
+    """
+
+    path: Path
+    context: int = 512
+    limit: int | None = 5120
+
+
+@dataclass(frozen=True)
+class SpeedTest:
+    """A measurement of tokens per second, batch of one.
+
+    Args:
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded after it.
+        repeats: Rounds; the median counts.
+    """
+
+    prompt_tokens: int = 256
+    new_tokens: int = 64
+    repeats: int = 3
+
+
+def torch_logits(model: PreTrainedModel) -> LogitsFn:
+    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width)."""
+
+    @torch.no_grad()
+    def logits(ids: np.ndarray) -> Tensor:
+        output = model(input_ids=torch.as_tensor(ids), use_cache=False)
+        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return result
+
+    return logits
+
+
+def check_text(text: EvalText, tokenizer_folder: Path, longest: int) -> None:
+    """Refuse, before any work, what perplexity cannot be measured on.
+
+    Args:
+        text: The text and its window.
+        tokenizer_folder: Holds tokenizer.json.
+        longest: Context length of the model.
+
+    Raises:
+        InputError: If the text cannot be read, or the window is longer than the model's context.
+    """
+    tokens_of(text.path, tokenizer_folder)
+    if text.context > longest:
+        raise InputError(
+            f"a window of {text.context} tokens is longer than the model's context of {longest}",
+            where="--context",
+            fix=f"give at most {longest}",
+        )
+
+
+def context_length(config: PretrainedConfig, option: str) -> int:
+    """Return the most positions that a decoder takes.
+
+    Args:
+        config: The model's configuration.
+        option: The option that asks for a decoder, for the message.
+
+    Raises:
+        InputError: If the model is an encoder, which predicts no next token.
+    """
+    if architecture_of(config).is_encoder:
+        raise InputError(
+            f"{config.model_type} is an encoder: it predicts no next token, so this cannot be measured",
+            where=option,
+            fix="leave the option out",
+        )
+    return int(config.max_position_embeddings)
+
+
+def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:
+    """Return the perplexity of a text under a model."""
+    return perplexity(logits, tokens_of(text.path, tokenizer_folder), context=text.context, limit=text.limit)
+
+
+def speed_of(bundle: Path, test: SpeedTest, *, provider: Provider, threads: int | None) -> dict[str, float]:
+    """Return tokens per second of a bundle's prefill and decode; threads None takes all cores."""
+    result = bench(
+        [bundle],
+        prompt_tokens=test.prompt_tokens,
+        new_tokens=test.new_tokens,
+        repeats=test.repeats,
+        threads=threads or os.cpu_count() or 1,
+        provider=provider,
+    )
+    row = result.rows[0]
+    return {"prefill": row.prefill_median, "decode": row.decode_median}
