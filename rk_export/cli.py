@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rk_export.runtime import GenerationOptions
 
 Command = Callable[[argparse.Namespace], int]
+AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    _add_model_commands(add)
+    _add_bundle_commands(add)
+    return parser
+
+
+def _add_model_commands(add: AddCommand) -> None:
+    """Add the commands that read a model."""
     compress = add("compress", run_compress, "compress a model and write a verified ONNX bundle")
     add_compress_arguments(compress)
 
@@ -100,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_bundle_arguments(export)
 
+
+def _add_bundle_commands(add: AddCommand) -> None:
+    """Add the commands that work on what was made, and `doctor`."""
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
@@ -140,7 +151,6 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it"
     )
     _add_json(doctor)
-    return parser
 
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -443,14 +453,11 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """`explain`."""
+    from rk_export.pipeline import explain
     from rk_export.render import findings_table
-    from rk_export.report import Report
 
-    report = Report.load(args.bundle / "report.json")
-    if args.json:
-        _print_json([finding.to_json() for finding in report.findings])
-    else:
-        print(findings_table(report.findings))
+    findings = explain(args.bundle)
+    _print_json([finding.to_json() for finding in findings]) if args.json else print(findings_table(findings))
     return 0
 
 

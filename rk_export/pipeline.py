@@ -17,9 +17,9 @@ from rk_export.load import ModelSource, open_source
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
-from rk_export.plan import CompressOptions, Plan
+from rk_export.plan import CompressOptions, Plan, SitePlan
 from rk_export.probe import make_probe
-from rk_export.report import ParityTier, Report
+from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, resolve_device, rewrite
 from rk_export.runtime import Session
 from rk_export.runtime.providers import Provider
@@ -203,6 +203,29 @@ def verify(
     rewritten = rewrite(source, plan, probe=torch.from_numpy(probe.batch))
     tiers, _ = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, probe), *tiers)
+
+
+def explain(bundle: str | Path) -> tuple[Finding, ...]:
+    """Return what happened to each matrix of a bundle: the report's findings, and the plan where they say nothing.
+
+    Raises:
+        InputError: If the bundle's report or plan is missing or broken.
+    """
+    folder = Path(bundle)
+    findings = Report.load(folder / "report.json").findings
+    told = {finding.target for finding in findings}
+    sites = Plan.load(folder / "plan.json").sites
+    return (*findings, *(_planned_only(site) for site in sites if site.site not in told))
+
+
+def _planned_only(site: SitePlan) -> Finding:
+    """Return the finding of a site that no pass touched in this run: it stayed as it was in the model."""
+    if site.form == "dense" and site.quant is None:
+        return Finding(site.site, Outcome.SKIPPED, site.reason or "not asked for: stays dense, in floats")
+    details: dict[str, object] = {"rank": site.rank} if site.rank else {}
+    if site.quant is not None:
+        details |= {"bits": site.quant.bits, "block": site.quant.block_size}
+    return Finding(site.site, Outcome.SKIPPED, "came so from the checkpoint", details=details)
 
 
 def evaluate(

@@ -125,14 +125,7 @@ def write_bundle(
         probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
         tiers, golden = _tiers(folder, rewritten, probe, provider, request.threads)
         require_parity(tiers, str(folder))
-    perplexities = {}
-    if request.text is not None:
-        with stages.stage("perplexity", f"measuring on {request.text.path}"):
-            perplexities = _perplexities(folder, origin, request.text, provider, request.threads)
-    speed = {}
-    if request.speed is not None:
-        with stages.stage("speed", "measuring prefill and decode"):
-            speed = speed_of(folder, request.speed, provider=provider, threads=request.threads)
+    measured = _measure(folder, origin, request, stages, provider)
     if request.triton is not None:
         triton_repository(folder, request.triton, ep="cuda" if options.ep == "cuda" else "cpu")
     report = new_report(
@@ -145,8 +138,7 @@ def write_bundle(
         layer_errors=rewritten.layer_errors,
         spectra=rewritten.spectra,
         size=_size(folder, rewritten, origin),
-        perplexity=perplexities,
-        speed=speed,
+        **measured,
         timings=dict(stages.seconds),
         notices=(*notices, *_empty_sections(rewritten, origin)),
     )
@@ -186,6 +178,20 @@ def _tiers(
     method = tuple(method_tiers(rewritten, probe)) if DENSE in rewritten.probe_logits else ()
     runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
     return (*method, *runtime), golden
+
+
+def _measure(
+    folder: Path, origin: ModelSource | Path, request: BundleRequest, stages: Stages, provider: Provider
+) -> dict[str, dict[str, float]]:
+    """Return the report's fields of what was asked to be measured."""
+    measured = {}
+    if request.text is not None:
+        with stages.stage("perplexity", f"measuring on {request.text.path}"):
+            measured["perplexity"] = _perplexities(folder, origin, request.text, provider, request.threads)
+    if request.speed is not None:
+        with stages.stage("speed", "measuring prefill and decode"):
+            measured["speed"] = speed_of(folder, request.speed, provider=provider, threads=request.threads)
+    return measured
 
 
 def _perplexities(

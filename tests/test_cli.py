@@ -210,6 +210,18 @@ def test_explain(cli: Cli, bundle: Path) -> None:
     assert {finding["outcome"] for finding in findings} == {"applied"}
 
 
+def test_explain_leaves_no_matrix_out(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    options = ("--groups", "qk", "--keep", 0.8, "--bits", 16, "--device", "cpu")
+    ok(cli("compress", llama, "-o", tmp_path / "out", *options, "--checkpoint", tmp_path / "checkpoint"))
+    told = {item["target"]: item for item in json.loads(ok(cli("explain", tmp_path / "out", "--json")).out)}
+    assert told["layers.0.qk"]["outcome"] == "applied"
+    assert told["layers.0.down"]["reason"] == "not asked for: stays dense, in floats"
+    ok(cli("export", tmp_path / "checkpoint", "-o", tmp_path / "again"))
+    told = {item["target"]: item for item in json.loads(ok(cli("explain", tmp_path / "again", "--json")).out)}
+    assert told["layers.0.qk"]["reason"] == "came so from the checkpoint"
+    assert set(told) >= {f"layers.1.{role}" for role in ("qk", "v", "o", "gate", "up", "down")}
+
+
 def test_doctor(cli: Cli) -> None:
     diagnosis = json.loads(ok(cli("doctor", "--json")).out)
     assert diagnosis["ok"] is True

@@ -37,7 +37,7 @@ def test_results_are_written_and_the_errors_agree(
         assert 0.1 < row["joint_error"] < 0.5
         assert row["full_svd"] > 0
     printed = capsys.readouterr().out
-    assert printed in (tmp_path / "factorization.md").read_text()
+    assert (tmp_path / "factorization.md").read_text().endswith(f"\n\n{printed}")
     assert "128 × 64" in printed
 
 
