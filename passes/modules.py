@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from rk_export.options import QuantSpec
 from rk_export.passes.numerics.quantize import QuantizedMatrix, dequantize
-from rk_export.plan import QuantSpec
 
 
 class QuantizedLinear(nn.Module):

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rk_export.errors import RkExportError
     from rk_export.measure import EvalText, SpeedTest
+    from rk_export.options import CompressOptions, QuantSpec, RankRule
     from rk_export.pipeline import compress, dry_run, evaluate, export, make_plan, verify
-    from rk_export.plan import CompressOptions, Plan, QuantSpec, RankRule
+    from rk_export.plan import Plan
     from rk_export.spectra import analyze
     from rk_export.testing import assert_parity
 
 _HOME = {
     "analyze": "rk_export.spectra",
-    "CompressOptions": "rk_export.plan",
+    "CompressOptions": "rk_export.options",
     "EvalText": "rk_export.measure",
     "Plan": "rk_export.plan",
-    "QuantSpec": "rk_export.plan",
-    "RankRule": "rk_export.plan",
+    "QuantSpec": "rk_export.options",
+    "RankRule": "rk_export.options",
     "SpeedTest": "rk_export.measure",
     "RkExportError": "rk_export.errors",
     "assert_parity": "rk_export.testing",

@@ -15,12 +15,13 @@ from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.bundle import AtomicFolder, copy_tokenizer
 from rk_export.errors import InputError
 from rk_export.load import read_config, weight_map
+from rk_export.options import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.weights.embedding import embedding_multiplier
 from rk_export.passes.weights.joint_rank import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
-from rk_export.plan import Plan, QuantSpec
+from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.rewrite import Rewritten
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:
-    from rk_export.plan import CompressOptions, QuantSpec, RankRule
+    from rk_export.options import CompressOptions, QuantSpec, RankRule
     from rk_export.runtime import GenerationOptions
 
 Command = Callable[[argparse.Namespace], int]
@@ -255,7 +255,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def compress_options(args: argparse.Namespace) -> CompressOptions | None:
     """Return the options that were given, or None if not one was."""
-    from rk_export.plan import CompressOptions
+    from rk_export.options import CompressOptions
 
     given = {
         "qk": args.qk,
@@ -276,7 +276,7 @@ def _groups(text: str) -> tuple[str, ...]:
 
 
 def _rank_rule(args: argparse.Namespace) -> RankRule | None:
-    from rk_export.plan import RankRule
+    from rk_export.options import RankRule
 
     for kind in ("keep", "rank", "energy"):
         if (value := getattr(args, kind)) is not None:
@@ -285,7 +285,7 @@ def _rank_rule(args: argparse.Namespace) -> RankRule | None:
 
 
 def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
-    from rk_export.plan import QuantSpec
+    from rk_export.options import QuantSpec
 
     names = ("bits", "block", "asymmetric", "embedding_bits")
     bits, block, asymmetric, embedding_bits = (getattr(args, name, None) for name in names)
@@ -362,8 +362,8 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
+    from rk_export.options import CompressOptions
     from rk_export.pipeline import export
-    from rk_export.plan import CompressOptions
     from rk_export.render import text_table
 
     report = export(

@@ -15,9 +15,10 @@ from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
+from rk_export.options import CompressOptions
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
-from rk_export.plan import CompressOptions, Plan, SitePlan
+from rk_export.plan import Plan, SitePlan
 from rk_export.probe import make_probe
 from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, resolve_device, rewrite

@@ -13,11 +13,12 @@ from transformers import PretrainedConfig
 from rk_export.architectures import Projection, architecture_of, empty_canonical_model
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
+from rk_export.options import DEFAULT_GROUPS, GROUPS, CompressOptions, QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, rank_of_ratio, round_rank
 from rk_export.passes.weights.joint_rank import stacked_pairs
-from rk_export.plan import DEFAULT_GROUPS, GROUPS, CompressOptions, Plan, QuantSpec, SitePlan
+from rk_export.plan import Plan, SitePlan
 
 # Hidden sizes below this count as small models, whose ranks are rounded in finer steps.
 SMALL_HIDDEN_SIZE = 2048

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from rk_export.load import ModelSource
+from rk_export.options import CompressOptions, QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.numerics.quantize import quantized_bytes
-from rk_export.plan import CompressOptions, Plan, QuantSpec, SitePlan
+from rk_export.plan import Plan, SitePlan
 from rk_export.planner import canonical_layers
 from rk_export.report import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten

@@ -11,10 +11,10 @@ import torch
 
 from rk_export.folders import AtomicFolder, library_versions
 from rk_export.load import ModelSource, open_source
+from rk_export.options import CompressOptions
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
 from rk_export.passes.weights.joint_rank import stacked_pairs
-from rk_export.plan import CompressOptions
 from rk_export.planner import layer_sites, loaded_layers, with_default_groups
 from rk_export.plots import save_spectra_plots
 from rk_export.render import html

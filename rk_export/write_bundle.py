@@ -29,8 +29,8 @@ from rk_export.graph_export import build_graph, save_graph
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
 from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of, torch_logits
+from rk_export.options import CompressOptions
 from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
-from rk_export.plan import CompressOptions
 from rk_export.probe import Probe, make_probe
 from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary

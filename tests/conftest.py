@@ -16,7 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from rk_export.load import ModelSource
-    from rk_export.plan import CompressOptions
+    from rk_export.options import CompressOptions
 
 SENTENCES = [
     "The harbour was quiet in the early morning, and only the gulls moved between the masts.",
@@ -102,7 +102,7 @@ def trained_tokenizer() -> Any:
 
 def tiny_options(**changes: Any) -> CompressOptions:
     """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.plan import CompressOptions, QuantSpec, RankRule
+    from rk_export.options import CompressOptions, QuantSpec, RankRule
 
     fields = {
         "groups": ("qk", "gate_up"),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rk_export.options import Gauge
 from rk_export.passes.numerics.eigen import eigenvalues, gram_matrix, leading_eigenvectors, product
-from rk_export.plan import Gauge
 
 # Up to this size float64 costs little. Beyond, float32 misplaces the subspace by an energy of order
 # (1e-7)² n log n times the largest eigenvalue, so it serves unless the energy beyond the rank is tiny.

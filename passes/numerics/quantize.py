@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rk_export.plan import QuantSpec
+from rk_export.options import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rk_export.options import QuantSpec
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn, quantized_bytes
 from rk_export.passes.weights.quantize import Quantize
-from rk_export.plan import QuantSpec
 from rk_export.report import Finding, Outcome
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rk_export.options import Gauge
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.numerics.joint_svd import Factors, joint_factors, orthogonality_defect
 from rk_export.passes.numerics.ranks import kept_ratio, spectrum
-from rk_export.plan import Gauge, SitePlan
+from rk_export.plan import SitePlan
 from rk_export.report import Finding, Outcome, Spectrum
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from rk_export.options import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import JointMember, QuantizedLinear
 from rk_export.passes.numerics.quantize import quantize_rtn, quantized_bytes
 from rk_export.passes.weights.joint_rank import factors_path
-from rk_export.plan import QuantSpec, SitePlan
+from rk_export.plan import SitePlan
 from rk_export.report import Finding, Outcome
 
 

@@ -7,10 +7,11 @@ import torch
 from compressed import SourceOf, compress, floats, full_rank_plan, logits, tokens
 from torch import nn
 
+from rk_export.options import Gauge, RankRule
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.weights.joint_rank import JointRank, empty_factors
-from rk_export.plan import Gauge, RankRule, SitePlan
+from rk_export.plan import SitePlan
 from rk_export.report import Outcome
 from rk_export.rewrite import rewrite
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rk_export.options import Gauge
 from rk_export.passes.numerics import joint_svd
 from rk_export.passes.numerics.eigen import gram_matrix, leading_eigenvectors
 from rk_export.passes.numerics.joint_svd import (
@@ -18,7 +19,6 @@ from rk_export.passes.numerics.joint_svd import (
     right_subspace,
     singular_values,
 )
-from rk_export.plan import Gauge
 
 SHAPES = [(96, 40), (40, 96), (64, 64), (1, 30), (30, 1)]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rk_export.options import QuantSpec
 from rk_export.passes.modules import (
     GroupedFactors,
     JointFactors,
@@ -15,7 +16,6 @@ from rk_export.passes.modules import (
     empty_matrix,
 )
 from rk_export.passes.numerics.quantize import quantize_rtn
-from rk_export.plan import QuantSpec
 
 SPECS = [
     QuantSpec(4, 16),

@@ -11,8 +11,9 @@ from compressed import INT4, SourceOf, floats
 from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
+from rk_export.options import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
-from rk_export.plan import CompressOptions, QuantSpec, RankRule, SitePlan
+from rk_export.plan import SitePlan
 from rk_export.planner import check_plan, default_multiple, make_plan
 
 # Shapes of the tiny llama: hidden 64, q 64, k and v 32, gate and up 128.

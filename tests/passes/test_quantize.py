@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
+from rk_export.options import QuantSpec
 from rk_export.passes.numerics.quantize import (
     QuantizedMatrix,
     dequantize,
@@ -22,7 +23,6 @@ from rk_export.passes.numerics.quantize import (
     quantized_bytes,
     unpack_bits,
 )
-from rk_export.plan import QuantSpec
 
 BITS, BLOCKS, SYMMETRIES = (2, 4, 8), (16, 32, 64, 128, 256), (True, False)
 SPECS = [QuantSpec(*choice) for choice in itertools.product(BITS, BLOCKS, SYMMETRIES)]

@@ -10,11 +10,12 @@ from compressed import INT4, SourceOf, compress, floats, tokens
 from tiny_models import FAMILIES
 from torch import nn
 
+from rk_export.options import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules import JointMember, QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
-from rk_export.plan import CompressOptions, QuantSpec, RankRule, SitePlan
+from rk_export.plan import SitePlan
 from rk_export.rewrite import Rewritten
 
 CPU = torch.device("cpu")

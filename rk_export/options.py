@@ -1,0 +1,168 @@
+"""What a user may ask for: frozen values, validated on construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from rk_export.errors import InputError
+
+# Matrices that may be factorized together: they read the same input. A group of one is the paper's
+# "separate" baseline.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qk": ("q", "k"),
+    "qkv": ("q", "k", "v"),
+    "gate_up": ("gate", "up"),
+    **{role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down")},
+}
+
+DEFAULT_GROUPS = ("qk", "gate_up")
+
+Provider = Literal["cpu", "cuda", "portable"]
+Gauge = Literal["orthogonal", "balanced"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Weight-only blockwise quantization.
+
+    Args:
+        bits: 2, 4 or 8.
+        block_size: Columns that share a scale: a power of two from 16 to 256.
+        symmetric: No stored zero points.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8):
+            raise InputError(
+                f"{self.bits} bits cannot be packed",
+                where="--bits or --embedding-bits",
+                fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
+            )
+        if self.block_size not in (16, 32, 64, 128, 256):
+            raise InputError(
+                f"a block of {self.block_size} columns is not supported",
+                where="--block",
+                fix="choose 16, 32, 64, 128 or 256",
+            )
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How a rank is chosen: a kept ratio of the parameters, an explicit rank, or a share of the energy."""
+
+    kind: Literal["keep", "rank", "energy"]
+    value: float
+
+    def __post_init__(self) -> None:
+        where = f"--{self.kind}"
+        if self.kind not in ("keep", "rank", "energy"):
+            raise InputError(
+                f"unknown rank rule {self.kind!r}", where="rank", fix="choose keep, rank or energy"
+            )
+        if self.kind == "rank":
+            if not math.isfinite(self.value) or self.value < 1 or self.value != int(self.value):
+                raise InputError(
+                    f"{self.value} is not a rank", where=where, fix="give a whole number of at least 1"
+                )
+        elif not 0 < self.value < 1:
+            raise InputError(
+                f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
+            )
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Everything a user may choose about compression; validated on construction.
+
+    Args:
+        groups: Names from `GROUPS`; no role may stand in two of them. Empty factorizes nothing; None takes
+            `DEFAULT_GROUPS` as far as the family has them.
+        qk: Factorize the group qk `whole` or `per-head` (one factor pair per KV group).
+        rank: The rank rule of every factorized group.
+        rank_multiple: Ranks are rounded down to a multiple of it; None chooses by model size and bits.
+        gauge: Which factor carries the singular values.
+        quant: Quantization of linear layers, or None to keep floats.
+        embedding_quant: Quantization of the embedding and lm_head, or None to keep floats.
+        ep: The execution provider the graph is made for: cpu (fp32), cuda (fp16), portable (fp16).
+        accuracy_level: MatMulNBits' accuracy level: 4 computes in int8 on CPU, 0 in floats.
+        device: Where factorization and quantization run: auto, cpu, cuda or cuda:N.
+    """
+
+    groups: tuple[str, ...] | None = None
+    qk: Literal["whole", "per-head"] = "whole"
+    rank: RankRule = RankRule("keep", 0.95)
+    rank_multiple: int | None = None
+    gauge: Gauge = "orthogonal"
+    quant: QuantSpec | None = QuantSpec(4, 32)
+    embedding_quant: QuantSpec | None = QuantSpec(8, 32)
+    ep: Provider = "cpu"
+    accuracy_level: int = 4
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for group in self.groups or ():
+            if group not in GROUPS:
+                raise InputError(
+                    f"unknown group {group!r}", where="--groups", fix=f"choose from {', '.join(GROUPS)}"
+                )
+            for role in GROUPS[group]:
+                if role in seen:
+                    raise InputError(
+                        f"{role!r} stands in both {seen[role]!r} and {group!r}",
+                        where="--groups",
+                        fix="name each matrix once",
+                    )
+                seen[role] = group
+        if self.qk not in ("whole", "per-head"):
+            raise InputError(f"unknown choice {self.qk!r}", where="--qk", fix="choose whole or per-head")
+        if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
+            raise InputError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
+        if self.gauge not in ("orthogonal", "balanced"):
+            raise InputError(
+                f"unknown gauge {self.gauge!r}", where="--gauge", fix="choose orthogonal or balanced"
+            )
+        if self.ep not in ("cpu", "cuda", "portable"):
+            raise InputError(
+                f"unknown execution provider {self.ep!r}", where="--ep", fix="choose cpu, cuda or portable"
+            )
+        if self.accuracy_level not in (0, 1, 4):
+            raise InputError(
+                f"unknown level {self.accuracy_level}", where="--accuracy-level", fix="choose 0, 1 or 4"
+            )
+        if self.rank_multiple is not None and self.rank_multiple < 1:
+            raise InputError(
+                f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
+            )
+
+    @property
+    def float_dtype(self) -> Literal["fp32", "fp16"]:
+        """The float type of the exported graph."""
+        return "fp32" if self.ep == "cpu" else "fp16"
+
+
+def quant_from_json(data: Mapping[str, Any] | None) -> QuantSpec | None:
+    return None if data is None else QuantSpec(**data)
+
+
+def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
+    """Build options from their `asdict` form."""
+    known = {field.name for field in fields(CompressOptions)}
+    if unknown := set(data) - known:
+        raise ValueError(f"unknown options {sorted(unknown)}")
+    return CompressOptions(
+        **{
+            **data,
+            "groups": None if data["groups"] is None else tuple(data["groups"]),
+            "rank": RankRule(**data["rank"]),
+            "quant": quant_from_json(data["quant"]),
+            "embedding_quant": quant_from_json(data["embedding_quant"]),
+        }
+    )
