@@ -6,12 +6,12 @@ it is done. A pass looks at one site, rewrites it in place, and returns a findin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
-from torch import nn
+from torch import Tensor, nn
 
 from rk_export.errors import FusionError
 from rk_export.plan import SitePlan
@@ -47,6 +47,35 @@ class Layer:
         setattr(self.module.get_submodule(parent), name, module)
 
 
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moments of what a site's matrices read, taken through the part that is compressed already.
+
+    Args:
+        second: Mean over tokens of x xᵀ, float32 (in, in), x an input in the compressed model.
+        cross: Mean of x₀ xᵀ, (in, in), x₀ the same token's input in the dense model; None where the two agree.
+        tokens: How many tokens were averaged; 0 where the moments were derived from weights alone.
+    """
+
+    second: Tensor
+    cross: Tensor | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What is known about a site beside its weights.
+
+    Args:
+        inputs: Moments of the common input.
+        outputs: Role -> mean over tokens of g gᵀ, (out, out), g the loss' gradient by the member's output in the
+            dense model; empty where no gradients were taken.
+    """
+
+    inputs: InputMoments
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class WeightPass(Protocol):
     """A rewrite of the PyTorch model, one site at a time, without gradients."""
 
@@ -56,14 +85,23 @@ class WeightPass(Protocol):
         """Whether the plan asks this pass to touch the site; pure."""
         ...
 
-    def rewrite(self, layer: Layer, plan: SitePlan) -> Finding:
-        """Rewrite one site in place."""
+    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
+        """Rewrite one site in place; without statistics all inputs and outputs weigh alike."""
         ...
 
 
-def run_weight_pass(weight_pass: WeightPass, layer: Layer, sites: Iterable[SitePlan]) -> list[Finding]:
-    """Run one pass over the sites of one layer."""
-    return [weight_pass.rewrite(layer, site) for site in sites if weight_pass.applies(site)]
+def run_weight_pass(
+    weight_pass: WeightPass,
+    layer: Layer,
+    sites: Iterable[SitePlan],
+    statistics: Mapping[str, SiteStatistics],
+) -> list[Finding]:
+    """Run one pass over the sites of one layer; `statistics` by site name."""
+    return [
+        weight_pass.rewrite(layer, site, statistics.get(site.site))
+        for site in sites
+        if weight_pass.applies(site)
+    ]
 
 
 class GraphPass(Protocol):

@@ -18,6 +18,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **{role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down")},
 }
 
+# Exact reparameterizations, in the order in which they are applied.
+PREPARATIONS = ("fold", "rotate", "rotate-heads", "scale")
+
 DEFAULT_GROUPS = ("qk", "gate_up")
 
 Provider = Literal["cpu", "cuda", "portable"]
@@ -26,19 +29,30 @@ Gauge = Literal["orthogonal", "balanced"]
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Weight-only blockwise quantization.
+    """How a matrix is quantized: blockwise and weight-only, or to int8 together with its input.
 
     Args:
         bits: 2, 4 or 8.
-        block_size: Columns that share a scale: a power of two from 16 to 256.
+        block_size: Columns that share a scale: a power of two from 16 to 256; 0 is one scale a row of the matrix.
         symmetric: No stored zero points.
+        activations: 16 leaves the input in floats; 8 quantizes it to int8 as it arrives (W8A8), which takes
+            8 bits, block size 0 and symmetric weights.
     """
 
     bits: int
     block_size: int
     symmetric: bool = True
+    activations: int = 16
 
     def __post_init__(self) -> None:
+        if self.activations == 8 and (self.bits, self.block_size, self.symmetric) == (8, 0, True):
+            return
+        if self.activations != 16:
+            raise InputError(
+                f"{self.activations}-bit activations do not go with {self.bits} bits in blocks of {self.block_size}",
+                where="quant",
+                fix="8-bit activations take bits 8, block_size 0 and symmetric weights; 16 leaves them in floats",
+            )
         if self.bits not in (2, 4, 8):
             raise InputError(
                 f"{self.bits} bits cannot be packed",
@@ -77,6 +91,79 @@ class RankRule:
             )
 
 
+# Weight-only INT8 and INT4 as the command line's defaults have them, and int8 weights with int8 inputs.
+W8A8 = QuantSpec(8, 0, activations=8)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the whole model may cost; the planner spends it on rank, bits, blocks and correction together.
+
+    Args:
+        kind: `keep` is a share of the parameters of the matrices in `groups`, `size` the bytes of the model's
+            files, `bits` the mean bits of a linear layer's parameter, scales included, `speed_up` the time of
+            the dense float graph over that of the compressed one.
+        value: The amount.
+        phase: What `speed_up` counts: `prefill` or `decode`.
+    """
+
+    kind: Literal["keep", "size", "bits", "speed_up"]
+    value: float
+    phase: Literal["prefill", "decode"] = "decode"
+
+    def __post_init__(self) -> None:
+        where = f"--{self.kind.replace('_', '-')}"
+        if not math.isfinite(self.value) or self.value <= 0:
+            raise InputError(f"{self.value} is no budget", where=where, fix="give a number above 0")
+        if self.kind == "keep" and self.value >= 1:
+            raise InputError(f"{self.value} keeps all", where=where, fix="give a share between 0 and 1")
+        if self.kind == "bits" and not 2 <= self.value <= 16:
+            raise InputError(f"{self.value} bits", where=where, fix="give a mean between 2 and 16")
+        if self.kind == "speed_up" and self.value <= 1:
+            raise InputError(f"{self.value} is no speed-up", where=where, fix="give a factor above 1")
+        if self.phase not in ("prefill", "decode"):
+            raise InputError(f"unknown phase {self.phase!r}", where="--phase", fix="choose prefill or decode")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Where the second moments of the matrices' inputs come from.
+
+    Args:
+        metric: `none` weighs all inputs alike (2402.16319), `gain` by the norm's gain in front, `self` by text
+            that the model samples itself (data-free), `corpus` by a text file.
+        corpus: The text file of `corpus`, else None.
+        tokens: Tokens to sample or to read.
+        seed: Of the sampling.
+    """
+
+    metric: Literal["none", "gain", "self", "corpus"] = "none"
+    corpus: str | None = None
+    tokens: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("none", "gain", "self", "corpus"):
+            raise InputError(
+                f"unknown metric {self.metric!r}",
+                where="--metric",
+                fix="choose none, gain, self or corpus:FILE",
+            )
+        if (self.metric == "corpus") != (self.corpus is not None):
+            raise InputError("the metric corpus reads a text file", where="--metric", fix="write corpus:FILE")
+        if self.tokens < 512:
+            raise InputError(
+                f"{self.tokens} tokens are too few for second moments",
+                where="--calibration-tokens",
+                fix="give at least 512",
+            )
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether tokens run through the model."""
+        return self.metric in ("self", "corpus")
+
+
 @dataclass(frozen=True)
 class CompressOptions:
     """Everything a user may choose about compression; validated on construction.
@@ -93,6 +180,13 @@ class CompressOptions:
         ep: The execution provider the graph is made for: cpu (fp32), cuda (fp16), portable (fp16).
         accuracy_level: MatMulNBits' accuracy level: 4 computes in int8 on CPU, 0 in floats.
         device: Where factorization and quantization run: auto, cpu, cuda or cuda:N.
+        form: `plain` factor pairs, or `identity`: rows of the matrix itself and coefficients for the others.
+        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS`.
+        quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also spreads each column's
+            error over the columns to come, which needs the metric self or corpus.
+        calibration: The metric and its text.
+        budget: What the whole model may cost; None applies `rank` and `quant` to every matrix alike.
+        heal: Steps of recovery after compression; 0 skips it.
     """
 
     groups: tuple[str, ...] | None = None
@@ -105,6 +199,12 @@ class CompressOptions:
     ep: Provider = "cpu"
     accuracy_level: int = 4
     device: str = "auto"
+    form: Literal["plain", "identity"] = "plain"
+    prepare: tuple[str, ...] = ()
+    quantizer: Literal["rtn", "search", "gptq"] = "rtn"
+    calibration: CalibrationOptions = CalibrationOptions()
+    budget: Budget | None = None
+    heal: int = 0
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
@@ -137,6 +237,22 @@ class CompressOptions:
             raise InputError(
                 f"unknown level {self.accuracy_level}", where="--accuracy-level", fix="choose 0, 1 or 4"
             )
+        if self.form not in ("plain", "identity"):
+            raise InputError(f"unknown form {self.form!r}", where="--form", fix="choose plain or identity")
+        if unknown := set(self.prepare) - set(PREPARATIONS):
+            raise InputError(
+                f"unknown preparation {min(unknown)!r}",
+                where="--prepare",
+                fix=f"choose from {', '.join(PREPARATIONS)}",
+            )
+        if self.quantizer not in ("rtn", "search", "gptq"):
+            raise InputError(
+                f"unknown quantizer {self.quantizer!r}",
+                where="--quantizer",
+                fix="choose rtn, search or gptq",
+            )
+        if self.heal < 0:
+            raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise InputError(
                 f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
@@ -162,6 +278,9 @@ def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
             **data,
             "groups": None if data["groups"] is None else tuple(data["groups"]),
             "rank": RankRule(**data["rank"]),
+            "prepare": tuple(data["prepare"]),
+            "calibration": CalibrationOptions(**data["calibration"]),
+            "budget": None if data["budget"] is None else Budget(**data["budget"]),
             "quant": quant_from_json(data["quant"]),
             "embedding_quant": quant_from_json(data["embedding_quant"]),
         }

@@ -23,25 +23,38 @@ class SitePlan:
         layer: Decoder layer index.
         members: Roles in stacking order.
         paths: Module path of each member, relative to the layer.
-        form: `dense` keeps the matrices, `joint` is one factor pair, `per_head` one per KV group.
+        form: `dense` keeps the matrices, `joint` is one factor pair, `per_head` one per KV group, `identity` is
+            k rows of the stacked matrix itself and coefficients for the others.
         rank: Inner dimension of each factor pair; 0 when dense.
         quant: Quantization of the matrix or of both factors; None keeps floats.
         reason: Why a site that was asked to be factorized stays dense; empty otherwise.
+        correction: Rank of a float branch that corrects the quantization error of a dense matrix; 0 for none.
+        runner_up: What the planner would have chosen next and what it would have cost; empty without a budget.
     """
 
     site: str
     layer: int
     members: tuple[str, ...]
     paths: tuple[str, ...]
-    form: Literal["dense", "joint", "per_head"]
+    form: Literal["dense", "joint", "per_head", "identity"]
     rank: int
     quant: QuantSpec | None
     reason: str = ""
+    correction: int = 0
+    runner_up: str = ""
 
     def __post_init__(self) -> None:
-        if self.form not in ("dense", "joint", "per_head"):
+        if self.form not in ("dense", "joint", "per_head", "identity"):
             raise InputError(
-                f"unknown form {self.form!r}", where=self.site, fix="choose dense, joint or per_head"
+                f"unknown form {self.form!r}",
+                where=self.site,
+                fix="choose dense, joint, per_head or identity",
+            )
+        if self.correction < 0 or (self.correction and (self.form != "dense" or self.quant is None)):
+            raise InputError(
+                f"a correction of rank {self.correction} does not fit",
+                where=self.site,
+                fix="only dense quantized matrices are corrected",
             )
         if len(self.members) != len(self.paths):
             raise InputError(

@@ -107,9 +107,9 @@ def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> 
         sites = plan.of_layer(index)
         findings += _stayed_dense(sites)
         carried.advance(DENSE, index)
-        findings += run_weight_pass(joint, layer, sites)
+        findings += run_weight_pass(joint, layer, sites, {})
         carried.advance(FACTORIZED, index)
-        findings += run_weight_pass(quantize, layer, sites)
+        findings += run_weight_pass(quantize, layer, sites, {})
         carried.advance(QUANTIZED, index)
     return Rewritten(
         model,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.options import Gauge
-from rk_export.passes.base import Layer
+from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.numerics.joint_svd import Factors, joint_factors, orthogonality_defect
 from rk_export.passes.numerics.ranks import kept_ratio, spectrum
@@ -38,7 +38,7 @@ class JointRank:
         return plan.form != "dense"
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
         members = [layer.linear(path) for path in plan.paths]
         pairs, squared_error, defect = [], 0.0, 0.0
         for target, rows in stacked_pairs(layer, plan):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rk_export.options import QuantSpec
-from rk_export.passes.base import Layer
+from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules import JointMember, QuantizedLinear
 from rk_export.passes.numerics.quantize import quantize_rtn, quantized_bytes
 from rk_export.passes.weights.joint_rank import factors_path
@@ -34,7 +34,7 @@ class Quantize:
         return plan.quant is not None
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
         if plan.quant is None:
             raise ValueError(f"{plan.site} has no quantization planned")
         squared_error = squared_norm = 0.0

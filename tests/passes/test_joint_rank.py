@@ -65,7 +65,7 @@ def test_the_finding_reports_the_measured_error_and_size(form: str, gauge: Gauge
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=2)
     plan = SitePlan(plan.site, 7, plan.members, plan.paths, form, 5, quant=None)  # type: ignore[arg-type]
     dense = {role: layer.linear(f"{role}_proj") for role in ("q", "k")}
-    finding = JointRank(gauge, torch.device("cpu")).rewrite(layer, plan)
+    finding = JointRank(gauge, torch.device("cpu")).rewrite(layer, plan, None)
     factors = layer.module.get_submodule("qk_factors")
     assert isinstance(factors, JointFactors if form == "joint" else GroupedFactors)
     differences = [(linear.weight - product(factors, role)).detach() for role, linear in dense.items()]
@@ -88,7 +88,7 @@ def test_the_error_is_the_energy_beyond_the_rank() -> None:
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=1)
     stacked = torch.cat([layer.linear(path).weight.detach() for path in plan.paths]).double()
     values = torch.linalg.svdvals(stacked)
-    finding = JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan)
+    finding = JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
     assert finding.error == pytest.approx(float(values[5:].norm() / values.norm()), rel=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_per_head_pairs_hold_the_query_heads_of_their_own_key_head(form: str) ->
     dense = {role: layer.linear(f"{role}_proj") for role in ("q", "k")}
     x = torch.randn(3, 12)
     expected = {role: linear(x) for role, linear in dense.items()}
-    JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan)
+    JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
     for role in ("q", "k"):
         torch.testing.assert_close(layer.module.get_submodule(f"{role}_proj")(x), expected[role])
 
@@ -130,7 +130,7 @@ def test_empty_factors_have_the_names_and_shapes_of_filled_ones(form: str, kv_gr
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=kv_groups)
     plan = SitePlan(plan.site, 7, plan.members, plan.paths, form, 4, quant=None)  # type: ignore[arg-type]
     empty = empty_factors(layer, plan).state_dict()
-    JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan)
+    JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
     filled = layer.module.get_submodule("qk_factors").state_dict()
     assert {name: tensor.shape for name, tensor in empty.items()} == {n: t.shape for n, t in filled.items()}
     assert all(tensor.is_meta for tensor in empty.values())
@@ -140,7 +140,7 @@ def test_spectra_are_collected_once_per_pair() -> None:
     joint = JointRank("orthogonal", torch.device("cpu"))
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=2)
     stacked = torch.cat([layer.linear(path).weight.detach() for path in plan.paths]).double()
-    joint.rewrite(layer, plan)
+    joint.rewrite(layer, plan, None)
     (spectrum,) = joint.spectra
     torch.testing.assert_close(torch.tensor(spectrum.singular_values), torch.linalg.svdvals(stacked).float())
     assert (spectrum.target, spectrum.chosen_rank, spectrum.full_rank) == ("layers.7.qk", 5, 12)

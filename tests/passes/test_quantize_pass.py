@@ -39,9 +39,9 @@ def test_every_matrix_of_a_site_is_rounded_and_counted(form: str, spec: QuantSpe
     plan = SitePlan(
         "layers.0.qk", 0, ("q", "k"), ("q_proj", "k_proj"), form, 0 if form == "dense" else 8, spec
     )  # type: ignore[arg-type]
-    run_weight_pass(JointRank("balanced", CPU), layer, [plan])
+    run_weight_pass(JointRank("balanced", CPU), layer, [plan], {})
     before = {name: weight.detach().clone() for name, weight in weights(module).items()}
-    (finding,) = run_weight_pass(Quantize(torch.float32, CPU), layer, [plan])
+    (finding,) = run_weight_pass(Quantize(torch.float32, CPU), layer, [plan], {})
 
     after = weights(module)
     assert after.keys() == before.keys()
@@ -68,7 +68,7 @@ def test_a_site_without_quantization_is_left_alone() -> None:
     plan = SitePlan("layers.0.q", 0, ("q",), ("q_proj",), "dense", 0, quant=None)
     assert not Quantize(torch.float32, CPU).applies(plan)
     with pytest.raises(ValueError, match="no quantization planned"):
-        Quantize(torch.float32, CPU).rewrite(Layer(0, nn.Module(), 1), plan)
+        Quantize(torch.float32, CPU).rewrite(Layer(0, nn.Module(), 1), plan, None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
