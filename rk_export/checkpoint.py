@@ -17,12 +17,15 @@ from rk_export.errors import InputError
 from rk_export.load import read_config, weight_map
 from rk_export.options import QuantSpec
 from rk_export.passes.base import Layer
-from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
-from rk_export.passes.weights.embedding import embedding_multiplier
+from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
+from rk_export.passes.weights.correction import empty_corrected
+from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
 from rk_export.passes.weights.joint_rank import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
+from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan
 from rk_export.planner import check_sites
+from rk_export.preparable import has_rotated_head
 from rk_export.rewrite import Rewritten
 
 SECTION = "rk_export"
@@ -65,11 +68,16 @@ def load_pretrained(folder: Path) -> Rewritten:
     kv_groups = architecture.heads(config).kv_heads
     for index in range(config.num_hidden_layers):
         layer = Layer(index, model.get_submodule(f"{architecture.layers}.{index}"), kv_groups)
+        layer = empty_shape(layer, plan.shape_of(index), plan.of_layer(index))
         for site in plan.of_layer(index):
             if site.form != "dense":
                 install(layer, site, empty_factors(layer, site))
             if site.quant is not None:
-                _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant)
+                _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant, site.correction)
+    if architecture.lm_head and has_rotated_head(config, plan.options.preparations):
+        size, head = config.hidden_size, model.get_submodule(architecture.lm_head)
+        rotation = nn.Linear(size, size, bias=False, device="meta")
+        model.set_submodule(architecture.lm_head, RotatedHead(rotation, head))
     spec = plan.options.embedding_quant
     if spec is not None and not architecture.is_encoder:
         _empty_embedding(model, architecture.embedding, architecture.lm_head, spec)
@@ -89,14 +97,18 @@ def _read_plan(folder: Path) -> Plan:
     return Plan.from_json(section.get("plan"), where=where)
 
 
-def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec) -> None:
+def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec, correction: int) -> None:
     for path in paths:
         linear = layer.linear(path)
+        if correction:
+            layer.replace(path, empty_corrected(linear, spec, correction))
+            continue
+        rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
         layer.replace(
             path,
-            QuantizedLinear.empty(
-                linear.out_features, linear.in_features, spec, bias=linear.bias is not None
-            ),
+            Int8Linear.empty(rows, columns, bias=bias)
+            if spec.activations == 8
+            else QuantizedLinear.empty(rows, columns, spec, bias=bias),
         )
 
 
@@ -109,6 +121,10 @@ def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | Non
     if head_path is None:
         return
     head: Any = model.get_submodule(head_path)
+    if isinstance(head, RotatedHead):
+        size = embedding.embedding_dim
+        head.rotation = QuantizedLinear.empty(size, size, rotation_spec(spec), bias=False)
+        head_path, head = f"{head_path}.head", head.head
     empty = QuantizedLinear.empty(head.out_features, head.in_features, spec, bias=head.bias is not None)
     model.set_submodule(head_path, empty)
 
@@ -123,7 +139,7 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
     if _is_tied(model.config) and architecture.lm_head:
         twins = {name for name in tensors if name.startswith(architecture.embedding + ".")}
         for name in twins:
-            tensors[architecture.lm_head + name.removeprefix(architecture.embedding)] = tensors[name]
+            tensors[_tied_path(model) + name.removeprefix(architecture.embedding)] = tensors[name]
     if missing := [name for name in model.state_dict() if name not in tensors]:
         raise InputError(
             f"tensor {missing[0]!r} is missing", where=str(folder), fix="save the checkpoint again"
@@ -137,9 +153,7 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
             )
     model.load_state_dict(tensors, assign=True)
     if _is_tied(model.config) and architecture.lm_head:
-        head, embedding = (
-            model.get_submodule(path) for path in (architecture.lm_head, architecture.embedding)
-        )
+        head, embedding = (model.get_submodule(path) for path in (_tied_path(model), architecture.embedding))
         if isinstance(head, nn.Linear):
             head.weight = embedding.weight  # one parameter again: exporting stores it once
     model.requires_grad_(False)
@@ -147,12 +161,18 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
 
 def _stored_tensors(rewritten: Rewritten) -> dict[str, Tensor]:
     """Return the state dict without the tied copy of the embedding."""
-    head = rewritten.architecture.lm_head
-    drop = f"{head}." if head and _is_tied(rewritten.model.config) else None
-    state: dict[str, Tensor] = rewritten.model.state_dict()
+    model = rewritten.model
+    drop = f"{_tied_path(model)}." if rewritten.architecture.lm_head and _is_tied(model.config) else None
+    state: dict[str, Tensor] = model.state_dict()
     return {
         name: tensor.contiguous() for name, tensor in state.items() if not (drop and name.startswith(drop))
     }
+
+
+def _tied_path(model: PreTrainedModel) -> str:
+    """Return the path of the output projection that shares the embedding's table."""
+    path = str(architecture_of(model.config).lm_head)
+    return f"{path}.head" if isinstance(model.get_submodule(path), RotatedHead) else path
 
 
 def _is_tied(config: PretrainedConfig) -> bool:

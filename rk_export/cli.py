@@ -8,14 +8,15 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:
-    from rk_export.options import CompressOptions, QuantSpec, RankRule
+    from rk_export.measure import EvalText
     from rk_export.runtime import GenerationOptions
 
 Command = Callable[[argparse.Namespace], int]
@@ -92,13 +93,13 @@ def _add_model_commands(add: AddCommand) -> None:
     analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
     _add_model(analyze)
     _add_output(analyze, "folder for report.json, report.html and plots")
-    _add_rank_arguments(analyze)
+    add_rank_arguments(analyze)
 
     plan = add("plan", run_plan, "write the plan that compress would apply, to read and edit")
     _add_model(plan)
     _add_output(plan, "plan file (JSON)")
-    _add_rank_arguments(plan)
-    _add_format_arguments(plan)
+    add_rank_arguments(plan)
+    add_format_arguments(plan)
 
     export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
     _add_model(export, "checkpoint folder, HF folder, hub id or .gguf file")
@@ -117,10 +118,12 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_runtime_arguments(verify)
     _add_json(verify)
 
-    evaluate = add("eval", run_eval, "perplexity of a model, checkpoint or bundle on a text")
-    evaluate.add_argument("model", help="dense model, checkpoint or bundle")
-    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE")
+    evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
+    evaluate.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts")
     _add_text_arguments(evaluate)
+    evaluate.add_argument("--tasks", help="comma separated: names such as openbookqa, or files NAME.jsonl")
+    evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
     _add_runtime_arguments(evaluate)
     _add_json(evaluate)
 
@@ -163,8 +166,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
 def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
     _add_force(parser)
-    _add_rank_arguments(parser)
-    _add_format_arguments(parser)
+    add_rank_arguments(parser)
+    add_format_arguments(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of options")
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
@@ -191,36 +194,6 @@ def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-
-
-def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--groups",
-        help="matrices to factorize together: qk, qkv, gate_up, q ... or none (default qk,gate_up)",
-    )
-    parser.add_argument("--qk", help="factorize qk whole or per-head (default whole)")
-    rank = parser.add_mutually_exclusive_group()
-    rank.add_argument("--keep", type=float, help="share of a group's parameters to keep (default 0.95)")
-    rank.add_argument("--rank", type=int, help="the rank itself")
-    rank.add_argument("--energy", type=float, help="share of the squared singular values to keep")
-    parser.add_argument(
-        "--rank-multiple", type=int, help="round ranks down to a multiple (default by size and bits)"
-    )
-    parser.add_argument("--device", help="where to factorize: auto, cpu, cuda, cuda:N (default auto)")
-
-
-def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gauge", help="orthogonal or balanced factors (default orthogonal)")
-    parser.add_argument("--bits", type=int, help="2, 4, 8, or 16 for floats (default 4)")
-    parser.add_argument("--block", type=int, help="quantization block: 16, 32, 64, 128, 256 (default 32)")
-    parser.add_argument("--asymmetric", action="store_true", default=None, help="store zero points")
-    parser.add_argument(
-        "--embedding-bits", type=int, help="bits of embedding and lm_head (default 8; 16 with --bits 16)"
-    )
-    parser.add_argument("--ep", help="cpu (fp32), cuda (fp16) or portable (fp16) (default cpu)")
-    parser.add_argument(
-        "--accuracy-level", type=int, help="MatMulNBits: 4 computes in int8 on CPU, 0 in floats"
-    )
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,55 +224,6 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def compress_options(args: argparse.Namespace) -> CompressOptions | None:
-    """Return the options that were given, or None if not one was."""
-    from rk_export.options import CompressOptions
-
-    given = {
-        "qk": args.qk,
-        "rank_multiple": args.rank_multiple,
-        "device": args.device,
-        "gauge": getattr(args, "gauge", None),
-        "ep": getattr(args, "ep", None),
-        "accuracy_level": getattr(args, "accuracy_level", None),
-        "rank": _rank_rule(args),
-        "groups": None if args.groups is None else _groups(args.groups),
-    }
-    changes = {name: value for name, value in given.items() if value is not None} | _quantization(args)
-    return replace(CompressOptions(), **changes) if changes else None
-
-
-def _groups(text: str) -> tuple[str, ...]:
-    return () if text == "none" else tuple(text.split(","))
-
-
-def _rank_rule(args: argparse.Namespace) -> RankRule | None:
-    from rk_export.options import RankRule
-
-    for kind in ("keep", "rank", "energy"):
-        if (value := getattr(args, kind)) is not None:
-            return RankRule(kind, value)
-    return None
-
-
-def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
-    from rk_export.options import QuantSpec
-
-    names = ("bits", "block", "asymmetric", "embedding_bits")
-    bits, block, asymmetric, embedding_bits = (getattr(args, name, None) for name in names)
-    if all(value is None for value in (bits, block, asymmetric, embedding_bits)):
-        return {}
-
-    def spec(bits: int) -> QuantSpec | None:
-        if bits == 16:
-            return None
-        return QuantSpec(bits, 32 if block is None else block, symmetric=not asymmetric)
-
-    bits = 4 if bits is None else bits
-    embedding_bits = (16 if bits == 16 else 8) if embedding_bits is None else embedding_bits
-    return {"quant": spec(bits), "embedding_quant": spec(embedding_bits)}
 
 
 def _print_json(data: object) -> None:
@@ -390,19 +314,32 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """`eval`."""
+    """`eval`: one perplexity, or a table of all models, texts and tasks."""
+    from rk_export.evaluation import evaluate_models
     from rk_export.measure import EvalText
+    from rk_export.score_table import score_table, scores_json
+    from rk_export.task_data import load_tasks
+
+    texts = [EvalText(path, args.context, args.tokens) for path in args.text]
+    runtime = {"provider": args.provider, "threads": args.threads}
+    if not args.tasks and len(args.models) == len(texts) == 1:
+        return _print_perplexity(args.models[0], texts[0], args.json, runtime)
+    tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
+    scores = evaluate_models(args.models, texts=texts, tasks=tasks, **runtime)
+    _print_json(scores_json(scores)) if args.json else print(score_table(scores).text())
+    return 0
+
+
+def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[str, Any]) -> int:
     from rk_export.pipeline import evaluate
 
-    text = EvalText(args.text, args.context, args.tokens)
-    result = evaluate(args.model, text, provider=args.provider, threads=args.threads)
-    if args.json:
+    result = evaluate(model, text, **runtime)
+    if as_json:
         _print_json(asdict(result))
-    else:
-        error = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
-        print(
-            f"perplexity {result.perplexity:.3f}  ({error}, {result.tokens} tokens, context {result.context})"
-        )
+        return 0
+    value = f"perplexity {result.perplexity:.3f} ± {result.perplexity_error:.3f}"
+    loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
+    print(f"{value}  ({loss}, {result.tokens} tokens, context {result.context})")
     return 0
 
 

@@ -18,24 +18,45 @@ from torch import nn
 from rk_export import frontend
 from rk_export.architectures import Projection
 from rk_export.decoder_spec import decoder_spec
+from rk_export.onnx_heads import in_slots
+from rk_export.onnx_identity import PivotFactors
 from rk_export.onnx_modules import (
     DenseProjection,
     EmbeddingTable,
     Factors,
     Member,
+    RotatedProjection,
     TiedDenseHead,
     TiedQuantizedHead,
     bind_weights,
     lazy_tensor,
     projection,
 )
+from rk_export.options import W8A8
 from rk_export.passes.base import require, run_graph_passes
 from rk_export.passes.graph.attention_mask import AttentionMask
+from rk_export.passes.graph.half_scales import HalfScales
 from rk_export.passes.graph.logits_start import LogitsStart
 from rk_export.passes.graph.nodes import DOWN, MICROSOFT, PART_KEY, UP, Mark
-from rk_export.passes.graph.packed_projections import PackedAttention, PackedProjections
+from rk_export.passes.graph.packed_projections import (
+    ATTENTION_PARTS,
+    PackedAttention,
+    PackedProjections,
+    worth_packing,
+)
 from rk_export.passes.graph.positions import PositionsFromMask
-from rk_export.passes.modules import JointMember, QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.graph.token_scales import TokenScales
+from rk_export.passes.modules import (
+    CorrectedLinear,
+    IdentityFactors,
+    Int8Linear,
+    JointMember,
+    PaddedHeads,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    RotatedHead,
+    without_slots,
+)
 from rk_export.report import Fusion
 from rk_export.rewrite import Rewritten
 
@@ -87,22 +108,30 @@ def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[
     for index, layer, projections in _projections(rewritten):
         onnx_layer = _descend(module.module, f"{rewritten.architecture.onnx_layers}.{index}")
         sites = {path: site.site for site in rewritten.plan.of_layer(index) for path in site.paths}
-        factors: dict[int, Factors] = {}
+        factors: dict[int, Factors | PivotFactors] = {}
         for item in projections:
-            torch_module = layer.get_submodule(item.path)
-            site = sites[item.path]
+            slotted = layer.get_submodule(item.path)
+            torch_module, site = without_slots(slotted), sites[item.path]
             if isinstance(torch_module, JointMember):
                 key = id(torch_module.factors)
                 if key not in factors:
-                    factors[key] = Factors(torch_module.factors, site, level)
+                    factors[key] = _shared_factors(torch_module, site, level)
                     setattr(onnx_layer, f"{site.rpartition('.')[2]}_factors", factors[key])
                 replacement: onn.Module = Member(factors[key], torch_module.role)
             else:
                 part = item.path.rpartition(".experts.")[2] if item.role == "expert" else item.role
                 replacement = projection(torch_module, Mark(site, part), level)
-            _replace(onnx_layer, item.onnx_path, replacement)
-            swapped.add(f"{rewritten.architecture.layers}.{index}.{item.path}")
+            _replace(onnx_layer, item.onnx_path, in_slots(slotted, replacement))
+            path = f"{rewritten.architecture.layers}.{index}.{item.path}"
+            swapped |= {f"{path}.{name}".rstrip(".") for name, _ in slotted.named_modules()}
     return swapped
+
+
+def _shared_factors(member: JointMember, site: str, level: int) -> Factors | PivotFactors:
+    factors = member.factors
+    if isinstance(factors, IdentityFactors):
+        return PivotFactors(factors, site, level)
+    return Factors(factors, site, level)
 
 
 def _swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
@@ -114,6 +143,10 @@ def _swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
     embedding: Any = model.get_submodule(architecture.embedding)
     head: Any = model.get_submodule(architecture.lm_head)
     site = Mark("lm_head", "lm_head")
+    rotation = None
+    if isinstance(head, RotatedHead):
+        rotation, head = projection(head.rotation, Mark("lm_head", "rotation"), level), head.head
+    new_head: onn.Module
     if isinstance(embedding, QuantizedEmbedding):
         table = EmbeddingTable(embedding)
         _replace(module.module, architecture.onnx_embedding, table)
@@ -123,6 +156,8 @@ def _swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
         new_head = TiedDenseHead(_descend(module.module, architecture.onnx_embedding), site)
     else:
         new_head = DenseProjection(head, site)
+    if rotation is not None:
+        new_head = RotatedProjection(rotation, new_head)
     _replace(module.module, architecture.onnx_lm_head, new_head)
 
 
@@ -166,6 +201,7 @@ def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
     layers = len(_torch_layers(rewritten))
     counts = Counter((node.domain, node.op_type) for node in model.graph)
     quantized = sum(isinstance(module, QuantizedLinear) for module in rewritten.model.modules())
+    int8 = sum(isinstance(module, Int8Linear) for module in rewritten.model.modules())
     pairs = sum(len(list(module.factors.pairs())) for module in _first_members(rewritten))
     downs = [node for node in model.graph if node.metadata_props.get(PART_KEY) == DOWN]
     down_found = sum(
@@ -175,6 +211,7 @@ def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
     checks = [
         Fusion("shared down-projection", pairs, down_found),
         Fusion("MatMulNBits", quantized, counts[(MICROSOFT, "MatMulNBits")]),
+        Fusion("int8 matrices", int8, counts[(MICROSOFT, "DynamicQuantizeMatMul")]),
     ]
     if not rewritten.architecture.is_encoder:
         skips = [counts[(MICROSOFT, f"Skip{norm}LayerNormalization")] for norm in ("Simplified", "")]
@@ -207,10 +244,11 @@ def _first_members(rewritten: Rewritten) -> list[JointMember]:
 
 def _graph_passes(rewritten: Rewritten) -> list[Any]:
     architecture, config = rewritten.architecture, rewritten.model.config
-    packs = attention = 0
+    packs = attention = int8 = 0
     for _, layer, projections in _projections(rewritten):
-        layer_packs, qkv = _planned_packs(layer, projections)
+        layer_packs, layer_int8, qkv = _planned_packs(layer, projections)
         packs += layer_packs
+        int8 += layer_int8
         attention += qkv and not architecture.is_encoder and decoder_spec(config).query_key_norm is None
     passes: list[Any] = [PackedProjections(packs)]
     if not architecture.is_encoder:
@@ -222,16 +260,33 @@ def _graph_passes(rewritten: Rewritten) -> list[Any]:
             PositionsFromMask(learned),
             LogitsStart(1),
         ]
-    return passes
+    return [*passes, TokenScales(int8), *([HalfScales()] if _has_half_scales(rewritten) else [])]
 
 
-def _planned_packs(layer: nn.Module, projections: tuple[Projection, ...]) -> tuple[int, bool]:
-    """Return how many inputs several matrices of one format read, and whether q, k, v make one such set."""
+def _has_half_scales(rewritten: Rewritten) -> bool:
+    """Whether all scales are fp16 and the graph is not: a checkpoint may hold wider ones."""
+    kinds = QuantizedLinear | QuantizedEmbedding
+    scales = [module.scales for module in rewritten.model.modules() if isinstance(module, kinds)]
+    wide_graph = rewritten.plan.options.float_dtype == "fp32"
+    return bool(scales) and wide_graph and all(scale.dtype is torch.float16 for scale in scales)
+
+
+def _planned_packs(layer: nn.Module, projections: tuple[Projection, ...]) -> tuple[int, int, bool]:
+    """Return what packing finds in a layer.
+
+    Returns:
+        How many products stand for several matrices of one format on one input, how many int8 products there
+        are afterwards, and whether attention reads one of the sets, that of q, k and v.
+    """
     readers: dict[tuple[object, ...], list[str]] = {}
     seen: set[int] = set()
     for item in projections:
-        module = layer.get_submodule(item.path)
+        module = without_slots(layer.get_submodule(item.path))
         source = _input_of(item)
+        if isinstance(module, CorrectedLinear):
+            readers.setdefault((source, *_format(module.quantized)), []).append(f"{item.role} corrected")
+            readers.setdefault((source, *_format(module.down)), []).append(f"{item.role} correction")
+            continue
         if not isinstance(module, JointMember):
             readers.setdefault((source, *_format(module)), []).append(item.role)
             continue
@@ -242,8 +297,13 @@ def _planned_packs(layer: nn.Module, projections: tuple[Projection, ...]) -> tup
             readers.setdefault((source, *_format(pair.down)), []).append("down")
             for role, up in pair.ups.items():
                 readers.setdefault((id(pair), *_format(up)), []).append(role)
-    packed = [roles for roles in readers.values() if len(roles) > 1]
-    return len(packed), READS_ATTENTION_INPUT in [tuple(roles) for roles in packed]
+    packed = {
+        key: tuple(roles) for key, roles in readers.items() if worth_packing(roles, int8=key[1] == W8A8)
+    }
+    int8 = sum(1 if key in packed else len(roles) for key, roles in readers.items() if key[1] == W8A8)
+    # Padded heads stand between their product and attention.
+    direct = not any(isinstance(module, PaddedHeads) for module in layer.modules())
+    return len(packed), int8, direct and ATTENTION_PARTS in packed.values()
 
 
 def _input_of(item: Projection) -> str:
@@ -255,7 +315,7 @@ def _input_of(item: Projection) -> str:
 
 
 def _format(module: nn.Module) -> tuple[object, ...]:
-    spec = module.spec if isinstance(module, QuantizedLinear) else None
+    spec = module.spec if isinstance(module, QuantizedLinear | Int8Linear) else None
     return (spec, module.bias is None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -17,15 +17,24 @@ from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import Tensor, nn
 
-from rk_export.passes.graph.nodes import DOWN, MICROSOFT, UP, Mark, mark
+from rk_export.onnx_int8 import Int8Projection
+from rk_export.passes.graph.nodes import CORRECTION, DOWN, MICROSOFT, UP, Mark, mark
 from rk_export.passes.modules import (
+    CorrectedLinear,
     GroupedFactors,
+    Int8Linear,
     JointFactors,
     QuantizedEmbedding,
     QuantizedLinear,
 )
 
-NUMPY_DTYPE = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.UINT8: np.uint8}
+NUMPY_DTYPE = {
+    ir.DataType.FLOAT: np.float32,
+    ir.DataType.FLOAT16: np.float16,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.INT8: np.int8,
+    ir.DataType.INT32: np.int32,
+}
 
 
 class Bound(onn.Module):
@@ -150,10 +159,18 @@ class Factors(onn.Module):
         return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=-1)
 
 
+class SharedFactors(Protocol):
+    """What the members of a site share."""
+
+    def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
+        """Emit one member."""
+        ...
+
+
 class Member(onn.Module):
     """Stands where a member's linear module stood."""
 
-    def __init__(self, factors: Factors, role: str) -> None:
+    def __init__(self, factors: SharedFactors, role: str) -> None:
         super().__init__()
         self._factors, self._role = [factors], role
 
@@ -242,10 +259,52 @@ class TiedDenseHead(onn.Module):
         return mark(op.MatMul(x, op.Transpose(table, perm=[1, 0])), self._site)
 
 
+class RotatedProjection(onn.Module):
+    """The output projection behind the rotation of `RotatedHead`.
+
+    Args:
+        rotation: Maps d to d.
+        head: The tied output projection.
+    """
+
+    def __init__(self, rotation: onn.Module, head: onn.Module) -> None:
+        super().__init__()
+        self.rotation, self.head = rotation, head
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        logits: ir.Value = self.head(op, self.rotation(op, x))
+        return logits
+
+
+class CorrectedProjection(onn.Module):
+    """MatMulNBits and, beside it, two MatMuls of low rank; their sum.
+
+    Args:
+        linear: The PyTorch module.
+        site: What the nodes belong to.
+        accuracy_level: As in `QuantizedProjection`.
+    """
+
+    def __init__(self, linear: CorrectedLinear, site: Mark, accuracy_level: int) -> None:
+        super().__init__()
+        rank = linear.down.out_features
+        self.quantized = QuantizedProjection(linear.quantized, site, accuracy_level)
+        self.down = DenseProjection(linear.down, Mark(site.site, f"{CORRECTION}down_{site.part}", rank))
+        self.up = DenseProjection(linear.up, Mark(site.site, f"{CORRECTION}up_{site.part}", rank))
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        y: ir.Value = op.Add(self.quantized(op, x), self.up(op, self.down(op, x)))
+        return y
+
+
 def projection(module: nn.Module, site: Mark, accuracy_level: int) -> onn.Module:
     """Return the onnxscript module of a linear module, dense or quantized."""
     if isinstance(module, QuantizedLinear):
         return QuantizedProjection(module, site, accuracy_level)
+    if isinstance(module, CorrectedLinear):
+        return CorrectedProjection(module, site, accuracy_level)
+    if isinstance(module, Int8Linear):
+        return Int8Projection(module, site)
     if isinstance(module, nn.Linear):
         return DenseProjection(module, site)
     raise TypeError(f"{site.site}: no graph form for {type(module).__name__}")
@@ -278,4 +337,6 @@ _TORCH_DTYPE: dict[Any, torch.dtype] = {
     np.float32: torch.float32,
     np.float16: torch.float16,
     np.uint8: torch.uint8,
+    np.int8: torch.int8,
+    np.int32: torch.int32,
 }

@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 PREPARATIONS = ("fold", "rotate", "rotate-heads", "scale")
 
 DEFAULT_GROUPS = ("qk", "gate_up")
+SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 Provider = Literal["cpu", "cuda", "portable"]
 Gauge = Literal["orthogonal", "balanced"]
@@ -65,6 +66,11 @@ class QuantSpec:
                 where="--block",
                 fix="choose 16, 32, 64, 128 or 256",
             )
+
+    def details(self) -> dict[str, Any]:
+        """Return what a finding says of it."""
+        inputs = {"activations": 8} if self.activations == 8 else {"block": self.block_size}
+        return {"bits": self.bits, **inputs}
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,15 @@ class CalibrationOptions:
         corpus: The text file of `corpus`, else None.
         tokens: Tokens to sample or to read.
         seed: Of the sampling.
+        gradients: Weigh outputs by the loss' gradients, from one backward pass; else every matrix by its relative
+            error, layer by layer.
     """
 
-    metric: Literal["none", "gain", "self", "corpus"] = "none"
+    metric: Literal["none", "gain", "self", "corpus"] = "self"
     corpus: str | None = None
-    tokens: int = 16384
+    tokens: int = 8192
     seed: int = 0
+    gradients: bool = True
 
     def __post_init__(self) -> None:
         if self.metric not in ("none", "gain", "self", "corpus"):
@@ -180,8 +189,10 @@ class CompressOptions:
         ep: The execution provider the graph is made for: cpu (fp32), cuda (fp16), portable (fp16).
         accuracy_level: MatMulNBits' accuracy level: 4 computes in int8 on CPU, 0 in floats.
         device: Where factorization and quantization run: auto, cpu, cuda or cuda:N.
-        form: `plain` factor pairs, or `identity`: rows of the matrix itself and coefficients for the others.
-        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS`.
+        form: `plain` factor pairs, or `identity`: rows of the matrix itself and coefficients for the others. None
+            is plain for a rank rule, and lets a budget choose.
+        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS`. None takes those that
+            pay, see `preparations`.
         quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also spreads each column's
             error over the columns to come, which needs the metric self or corpus.
         calibration: The metric and its text.
@@ -199,9 +210,9 @@ class CompressOptions:
     ep: Provider = "cpu"
     accuracy_level: int = 4
     device: str = "auto"
-    form: Literal["plain", "identity"] = "plain"
-    prepare: tuple[str, ...] = ()
-    quantizer: Literal["rtn", "search", "gptq"] = "rtn"
+    form: Literal["plain", "identity"] | None = None
+    prepare: tuple[str, ...] | None = None
+    quantizer: Literal["rtn", "search", "gptq"] = "gptq"
     calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget | None = None
     heal: int = 0
@@ -233,13 +244,25 @@ class CompressOptions:
             raise InputError(
                 f"unknown execution provider {self.ep!r}", where="--ep", fix="choose cpu, cuda or portable"
             )
+        if self.quant is not None and self.quant.activations == 8 and self.ep != "cpu":
+            raise InputError(
+                f"int8 inputs have no kernels in a graph for {self.ep}",
+                where="quant",
+                fix="use them with --ep cpu, or choose weight-only quantization",
+            )
+        if self.embedding_quant is not None and self.embedding_quant.activations == 8:
+            raise InputError(
+                "an embedding has no inputs to quantize",
+                where="embedding_quant",
+                fix="choose weight-only quantization for it",
+            )
         if self.accuracy_level not in (0, 1, 4):
             raise InputError(
                 f"unknown level {self.accuracy_level}", where="--accuracy-level", fix="choose 0, 1 or 4"
             )
-        if self.form not in ("plain", "identity"):
+        if self.form not in ("plain", "identity", None):
             raise InputError(f"unknown form {self.form!r}", where="--form", fix="choose plain or identity")
-        if unknown := set(self.prepare) - set(PREPARATIONS):
+        if unknown := set(self.prepare or ()) - set(PREPARATIONS):
             raise InputError(
                 f"unknown preparation {min(unknown)!r}",
                 where="--prepare",
@@ -251,12 +274,29 @@ class CompressOptions:
                 where="--quantizer",
                 fix="choose rtn, search or gptq",
             )
+        if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
+            raise InputError("rotate needs fold", where="--prepare", fix="write fold,rotate")
         if self.heal < 0:
             raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise InputError(
                 f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
             )
+
+    @property
+    def preparations(self) -> tuple[str, ...]:
+        """What `prepare` stands for.
+
+        Rotations pay where rounding errors are spread under a second moment; rounded to nearest they lose. Evening
+        out FFN neurons pays where int8 holds them as inputs.
+        """
+        if self.prepare is not None:
+            return self.prepare
+        by_size = self.budget is not None and self.budget.kind != "keep"
+        if not (by_size or self.quant) or self.quantizer != "gptq" or not self.calibration.uses_text:
+            return ()
+        int8 = self.quant == W8A8 or (self.budget is not None and self.budget.kind == "speed_up")
+        return PREPARATIONS if int8 else PREPARATIONS[:3]
 
     @property
     def float_dtype(self) -> Literal["fp32", "fp16"]:
@@ -278,7 +318,7 @@ def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
             **data,
             "groups": None if data["groups"] is None else tuple(data["groups"]),
             "rank": RankRule(**data["rank"]),
-            "prepare": tuple(data["prepare"]),
+            "prepare": None if data["prepare"] is None else tuple(data["prepare"]),
             "calibration": CalibrationOptions(**data["calibration"]),
             "budget": None if data["budget"] is None else Budget(**data["budget"]),
             "quant": quant_from_json(data["quant"]),

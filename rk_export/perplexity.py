@@ -31,6 +31,7 @@ class PerplexityResult:
         perplexity: exp(nll).
         nll: Mean negative log likelihood per predicted token, in nats.
         standard_error: Standard error of ``nll`` over the windows; NaN for a single window.
+        perplexity_error: Standard error of ``perplexity``, to first order: perplexity times `standard_error`.
         tokens: Predicted tokens.
         windows: Windows evaluated.
         context: Tokens per full window.
@@ -39,6 +40,7 @@ class PerplexityResult:
     perplexity: float
     nll: float
     standard_error: float
+    perplexity_error: float
     tokens: int
     windows: int
     context: int
@@ -82,7 +84,7 @@ def _windows(ids: np.ndarray, context: int) -> Iterator[np.ndarray]:
 
 def _window_nll(logits_fn: LogitsFn, window: np.ndarray) -> float:
     """Return the summed negative log likelihood of tokens 1.. of one window (length,)."""
-    logits = _as_numpy(logits_fn(window[None]))
+    logits = as_numpy(logits_fn(window[None]))
     if logits.ndim != 3 or logits.shape[:2] != (1, window.size):
         raise InputError(
             f"logits have shape {logits.shape}, expected (1, {window.size}, vocab)", where="logits_fn"
@@ -114,7 +116,7 @@ def token_nll(logits: np.ndarray, targets: np.ndarray) -> float:
     return float((log_norm - rows[np.arange(len(targets)), targets]).sum())
 
 
-def _as_numpy(logits: Any) -> np.ndarray:
+def as_numpy(logits: Any) -> np.ndarray:
     """Return NumPy logits; torch's bfloat16 goes through float32, which NumPy knows."""
     if isinstance(logits, np.ndarray):
         return logits
@@ -132,7 +134,7 @@ def _summarize(sums: np.ndarray, counts: np.ndarray, context: int) -> Perplexity
         value = math.exp(nll)
     except OverflowError:
         value = math.inf
-    return PerplexityResult(value, nll, error, int(counts.sum()), windows, context)
+    return PerplexityResult(value, nll, error, value * error, int(counts.sum()), windows, context)
 
 
 def tokens_of(path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[str]) -> np.ndarray:

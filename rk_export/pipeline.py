@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os import cpu_count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from rk_export import planner
 from rk_export.bundle import AtomicFolder, check_manifest
+from rk_export.calibration import calibration_tokens
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
+from rk_export.cost_table import TOKENS, CostTable, Phase, measure_costs
+from rk_export.currencies import TIMED_FORMATS
+from rk_export.device import resolve_device
 from rk_export.errors import InputError
+from rk_export.evaluation import open_candidate
 from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
+from rk_export.groundwork import Groundwork, groundwork
+from rk_export.heal import HealOptions, heal
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
 from rk_export.options import CompressOptions
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
-from rk_export.probe import make_probe
+from rk_export.probe import Probe, make_probe
 from rk_export.report import Finding, Outcome, ParityTier, Report
-from rk_export.rewrite import QUANTIZED, resolve_device, rewrite
-from rk_export.runtime import Session
+from rk_export.rewrite import QUANTIZED, Rewritten
+from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.sizes import planned_findings
-from rk_export.write_bundle import MODEL_FILES, BundleRequest, Stages, new_report, write_bundle
+from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 
-def make_plan(model: str | Path, options: CompressOptions | None = None) -> Plan:
+def make_plan(
+    model: str | Path, options: CompressOptions | None = None, *, threads: int | None = None
+) -> Plan:
     """Return the plan that `compress` would apply.
 
     Raises:
@@ -36,31 +47,68 @@ def make_plan(model: str | Path, options: CompressOptions | None = None) -> Plan
         UnsupportedModelError: If the family cannot be exported exactly.
     """
     source = open_source(model)
-    return _plan(source, options or CompressOptions())
+    options = _checked_options(source, options, None)
+    return _plan(groundwork(source, options), threads)
 
 
-def _plan(source: ModelSource, options: CompressOptions) -> Plan:
-    check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
-    return planner.make_plan(source, options)
+def _plan(ground: Groundwork, threads: int | None) -> Plan:
+    costs = None
+    if (budget := ground.options.budget) is not None and budget.kind == "speed_up":
+        costs = model_costs(ground.source, budget.phase, threads)
+    return planner.make_plan(
+        ground.source, ground.options, statistics=ground.statistics, table=ground.table, costs=costs
+    )
+
+
+def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostTable:
+    """Measure the time of a dense model in floats and of its matrix products in every format.
+
+    Args:
+        source: The dense model; it is exported to a temporary folder.
+        phase: `prefill` or `decode`.
+        threads: Threads of ONNX Runtime; None takes all cores.
+    """
+    shapes = [
+        (linear.out_features, linear.in_features)
+        for layer in planner.canonical_layers(source.config)
+        for item in source.architecture.projections(source.config, layer.index)
+        for linear in [layer.linear(item.path)]
+    ]
+    table = measure_costs(shapes, TIMED_FORMATS, phase, threads=threads)
+    with TemporaryDirectory() as folder:
+        export(source.folder, Path(folder) / "dense", threads=threads)
+        result = bench(
+            [Path(folder) / "dense"], prompt_tokens=TOKENS["prefill"], threads=threads or cpu_count() or 1
+        ).rows[0]
+    speed = result.prefill_median if phase == "prefill" else result.decode_median
+    products = sum(table.price(rows, columns, None) for rows, columns in shapes)
+    return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
 def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: Plan | None = None) -> Report:
     """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
     source = open_source(model)
-    plan = _checked_plan(source, options, plan)
+    options = _checked_options(source, options, plan)
+    plan = plan or _plan(groundwork(source, options), None)
     return new_report(source.title, source.config.model_type, findings=tuple(planned_findings(source, plan)))
 
 
-def _checked_plan(source: ModelSource, options: CompressOptions | None, plan: Plan | None) -> Plan:
-    if plan is None:
-        return _plan(source, options or CompressOptions())
-    if options is not None:
+def _checked_options(
+    source: ModelSource, options: CompressOptions | None, plan: Plan | None
+) -> CompressOptions:
+    """Return the options of a run, or refuse them before any work."""
+    if plan is not None and options is not None:
         raise InputError(
             "a plan already holds the options", where="--plan", fix="drop the other compression options"
         )
-    planner.check_plan(source, plan)
-    check_supported(source.config, ep=plan.options.ep, dtype=plan.options.float_dtype)
-    return plan
+    if plan is not None:
+        planner.check_plan(source, plan)
+        options = plan.options
+    options = options or CompressOptions()
+    check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
+    planner.check_options(source, options)
+    resolve_device(options.device)
+    return options
 
 
 def compress(
@@ -103,23 +151,44 @@ def compress(
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
         source = open_source(model)
-    with stages.stage("plan", "choosing ranks and bits"):
-        plan = _checked_plan(source, options, plan)
-        resolve_device(plan.options.device)
+        options = _checked_options(source, options, plan)
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
         if speed is not None:
             context_length(source.config, "--speed")
         if text is not None:
             check_text(text, source.folder, context_length(source.config, "--text"))
+    with stages.stage("calibrate", f"metric {options.calibration.metric}"):
+        ground = groundwork(source, options)
+    with stages.stage("plan", "choosing ranks and bits"):
+        plan = plan or _plan(ground, threads)
         needed = sum(finding.bytes_after for finding in planned_findings(source, plan))
     with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = make_probe(source.folder, source.config.vocab_size)
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
-            rewritten = rewrite(source, plan, probe=torch.from_numpy(probe.batch))
+            rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
+        if options.heal:
+            with stages.stage("heal", f"{options.heal} steps towards the dense model"):
+                rewritten = _healed(rewritten, ground, probe, Path(out))
         if checkpoint is not None:
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=source.folder, force=force)
         return write_bundle(partial, rewritten, source, request, stages, name=Path(out).name)
+
+
+def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -> Rewritten:
+    """Train a compressed model; the state of an interrupted training lies beside the output until it is done."""
+    options = HealOptions(steps=ground.options.heal, seed=ground.options.calibration.seed)
+    wanted = options.steps * options.batch_tokens
+    tokens = calibration_tokens(
+        ground.source,
+        replace(ground.options.calibration, tokens=wanted),
+        resolve_device(ground.options.device),
+    )
+    state = out.with_name(f".{out.name}.heal")
+    result = heal(rewritten, ground.source, tokens, options, state=state)
+    state.unlink(missing_ok=True)
+    logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
+    return replace(rewritten, findings=(*rewritten.findings, result.finding), probe_logits=logits)
 
 
 def export(
@@ -199,9 +268,15 @@ def verify(
             )
         golden = Golden.from_json(manifest["golden"])
         return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)
+    if plan.options.heal:
+        raise InputError(
+            "a healed bundle cannot be made again from its dense model and its plan",
+            where=str(folder),
+            fix="verify it without --against; its report holds the tiers against the dense model",
+        )
     source = open_source(against)
     probe = make_probe(source.folder, source.config.vocab_size)
-    rewritten = rewrite(source, plan, probe=torch.from_numpy(probe.batch))
+    rewritten = groundwork(source, plan.options).rewrite(plan, torch.from_numpy(probe.batch))
     tiers, _ = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, probe), *tiers)
 
@@ -215,8 +290,18 @@ def explain(bundle: str | Path) -> tuple[Finding, ...]:
     folder = Path(bundle)
     findings = Report.load(folder / "report.json").findings
     told = {finding.target for finding in findings}
-    sites = Plan.load(folder / "plan.json").sites
-    return (*findings, *(_planned_only(site) for site in sites if site.site not in told))
+    sites = {site.site: site for site in Plan.load(folder / "plan.json").sites}
+    return (
+        *(_with_runner_up(finding, sites.get(finding.target)) for finding in findings),
+        *(_planned_only(site) for name, site in sites.items() if name not in told),
+    )
+
+
+def _with_runner_up(finding: Finding, site: SitePlan | None) -> Finding:
+    """Return a finding that also says what the planner would have chosen next."""
+    if site is None or not site.runner_up:
+        return finding
+    return replace(finding, details={**(finding.details or {}), "runner_up": site.runner_up})
 
 
 def _planned_only(site: SitePlan) -> Finding:
@@ -225,7 +310,7 @@ def _planned_only(site: SitePlan) -> Finding:
         return Finding(site.site, Outcome.SKIPPED, site.reason or "not asked for: stays dense, in floats")
     details: dict[str, object] = {"rank": site.rank} if site.rank else {}
     if site.quant is not None:
-        details |= {"bits": site.quant.bits, "block": site.quant.block_size}
+        details |= site.quant.details()
     return Finding(site.site, Outcome.SKIPPED, "came so from the checkpoint", details=details)
 
 
@@ -237,15 +322,6 @@ def evaluate(
     Raises:
         InputError: If the model or the text cannot be used.
     """
-    folder = Path(model).expanduser()
-    if (folder / MODEL_FILES[0]).is_file():
-        session = Session.from_pretrained(folder, provider=provider, threads=threads)
-        check_text(text, folder, session.max_length)
-        return perplexity_of(session.prefill_logits, text, folder)
-    if folder.is_dir() and is_checkpoint(folder):
-        compressed = load_pretrained(folder).model
-        check_text(text, folder, context_length(compressed.config, "--text"))
-        return perplexity_of(torch_logits(compressed), text, folder)
-    source = open_source(model)
-    check_text(text, source.folder, context_length(source.config, "--text"))
-    return perplexity_of(torch_logits(source.load()), text, source.folder)
+    candidate = open_candidate(model, "--text", provider=provider, threads=threads)
+    check_text(text, candidate.folder, candidate.max_length)
+    return perplexity_of(candidate.load(), text, candidate.folder)

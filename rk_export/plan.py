@@ -71,6 +71,43 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """What one layer loses before its sites are rewritten; None leaves a dimension as it is.
+
+    Args:
+        layer: Decoder layer index.
+        ffn_width: Neurons of the MLP that stay.
+        value_dim: Width of a value head.
+        kv_groups: Key/value heads that stay, ascending, each with its query heads.
+    """
+
+    layer: int
+    ffn_width: int | None = None
+    value_dim: int | None = None
+    kv_groups: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"shapes: layer {self.layer}"
+        for name in ("ffn_width", "value_dim"):
+            width = getattr(self, name)
+            if width is not None and (not isinstance(width, int) or width < 1):
+                raise InputError(f"{name} {width!r}", where=where, fix="give a whole number of at least 1")
+        kept = self.kv_groups
+        if kept is not None and (
+            not kept
+            or not all(isinstance(group, int) and group >= 0 for group in kept)
+            or list(kept) != sorted(set(kept))
+        ):
+            raise InputError(
+                f"kv_groups {list(kept)}",
+                where=where,
+                fix="list the groups that stay, ascending, at least one",
+            )
+        if (self.ffn_width, self.value_dim, self.kv_groups) == (None, None, None):
+            raise InputError("nothing changes", where=where, fix="leave the layer out of the shapes")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A complete, machine-independent recipe for one model structure.
 
@@ -79,16 +116,32 @@ class Plan:
         structure: Fingerprint of the config's shapes; a plan applies to equal structures only.
         options: What was asked for.
         sites: What was decided, site by site.
+        shapes: The layers that lose dimensions, each once.
+        predicted_loss: Increase of the mean loss that a budget's planner predicted, in nats per token; None where
+            nothing was predicted.
     """
 
     model_type: str
     structure: str
     options: CompressOptions
     sites: tuple[SitePlan, ...]
+    shapes: tuple[LayerShape, ...] = ()
+    predicted_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        layers = [shape.layer for shape in self.shapes]
+        if twice := {layer for layer in layers if layers.count(layer) > 1}:
+            raise InputError(
+                f"layer {min(twice)} has two entries", where="shapes", fix="give each layer one entry"
+            )
 
     def of_layer(self, layer: int) -> tuple[SitePlan, ...]:
         """Return the sites of one layer."""
         return tuple(site for site in self.sites if site.layer == layer)
+
+    def shape_of(self, layer: int) -> LayerShape | None:
+        """Return what a layer loses, or None where it keeps its shape."""
+        return next((shape for shape in self.shapes if shape.layer == layer), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
@@ -110,7 +163,9 @@ class Plan:
         try:
             options = options_from_json(data["options"])
             sites = tuple(_site_from_json(site) for site in data["sites"])
-            return cls(str(data["model_type"]), str(data["structure"]), options, sites)
+            shapes = tuple(_shape_from_json(shape) for shape in data.get("shapes", ()))
+            predicted = data.get("predicted_loss")
+            return cls(str(data["model_type"]), str(data["structure"]), options, sites, shapes, predicted)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"malformed plan: {error!r}", where=where, fix="write it anew with `rk-export plan`"
@@ -147,3 +202,8 @@ def _site_from_json(data: Mapping[str, Any]) -> SitePlan:
             "quant": quant_from_json(data["quant"]),
         }
     )
+
+
+def _shape_from_json(data: Mapping[str, Any]) -> LayerShape:
+    kept = data.get("kv_groups")
+    return LayerShape(**{**data, "kv_groups": None if kept is None else tuple(kept)})

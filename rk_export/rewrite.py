@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
-from rk_export.errors import InputError, ProviderError
+from rk_export.device import resolve_device
 from rk_export.load import ModelSource
-from rk_export.passes.base import Layer, run_weight_pass
+from rk_export.passes.base import Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.weights.embedding import quantize_embedding
+from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize
+from rk_export.passes.weights.shapes import reshape_layer
 from rk_export.plan import Plan, SitePlan
 from rk_export.planner import check_plan
 from rk_export.report import Finding, LayerError, Outcome, Spectrum
@@ -24,8 +26,11 @@ from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)
 
+StatisticsOf = Callable[[Layer, Sequence[SitePlan]], dict[str, SiteStatistics]]
+
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
-SCALE_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+# In fp32 graphs too: the runtime widens stored scales once, when it loads the graph.
+SCALE_DTYPE = torch.float16
 
 
 @dataclass(frozen=True)
@@ -51,33 +56,26 @@ class Rewritten:
     probe_logits: dict[str, Tensor] = field(default_factory=dict)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
-
-    Raises:
-        ProviderError: If CUDA was asked for and PyTorch cannot use it.
-        InputError: If the name is none of these.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
-        raise InputError(f"unknown device {name!r}", where="--device", fix="choose auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ProviderError(
-            "PyTorch sees no CUDA device",
-            where="--device",
-            fix="use --device auto, or run `rk-export doctor`",
-        )
-    return device
+def no_statistics(layer: Layer, sites: Sequence[SitePlan]) -> dict[str, SiteStatistics]:
+    """Return nothing: all inputs and outputs weigh alike."""
+    return {}
 
 
-def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> Rewritten:
+def rewrite(
+    source: ModelSource,
+    plan: Plan,
+    *,
+    statistics: StatisticsOf = no_statistics,
+    table_inputs: Tensor | None = None,
+    probe: Tensor | None = None,
+) -> Rewritten:
     """Load a model layer by layer and apply a plan to it.
 
     Args:
         source: The dense model.
         plan: What to do to each site.
+        statistics: Returns the statistics of a layer's sites by name, the layer still dense.
+        table_inputs: Second moment (dim, dim) of what the output projection reads, to quantize it under.
         probe: Tokens (batch, length) that run through the dense, factorized and quantized layers alongside,
             for the parity tiers and the per-layer errors; None skips that.
 
@@ -87,8 +85,9 @@ def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> 
     check_plan(source, plan)
     options, architecture = plan.options, source.architecture
     device = resolve_device(options.device)
-    joint = JointRank(options.gauge, device)
-    quantize = Quantize(SCALE_DTYPE[options.float_dtype], device)
+    joint = JointRank(options.gauge, device, dict(architecture.mlp))
+    quantize = Quantize(SCALE_DTYPE, device, options.quantizer)
+    int8 = Int8(device)
     kv_groups = architecture.heads(source.config).kv_heads
 
     model = source.skeleton()
@@ -98,7 +97,12 @@ def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> 
     findings: list[Finding] = []
     if options.embedding_quant is not None and not architecture.is_encoder:
         findings += quantize_embedding(
-            model, architecture.embedding, architecture.lm_head, options.embedding_quant, quantize
+            model,
+            architecture.embedding,
+            architecture.lm_head,
+            options.embedding_quant,
+            quantize,
+            table_inputs,
         )
     carried.start(QUANTIZED)
     for index in range(source.layer_count):
@@ -107,9 +111,19 @@ def rewrite(source: ModelSource, plan: Plan, *, probe: Tensor | None = None) -> 
         sites = plan.of_layer(index)
         findings += _stayed_dense(sites)
         carried.advance(DENSE, index)
-        findings += run_weight_pass(joint, layer, sites, {})
+        known = statistics(layer, sites)
+        layer, shape_findings = reshape_layer(layer, plan.shape_of(index), sites, known, device)
+        findings += shape_findings
+        if shape_findings:
+            known = {}  # the statistics are those of the whole layer
+        findings += run_weight_pass(joint, layer, sites, known)
         carried.advance(FACTORIZED, index)
-        findings += run_weight_pass(quantize, layer, sites, {})
+        # The identity form may have renumbered the FFN's neurons.
+        for site in sites:
+            if (aligned := joint.aligned(site, known.get(site.site))) is not None:
+                known[site.site] = aligned
+        findings += run_weight_pass(quantize, layer, sites, known)
+        findings += run_weight_pass(int8, layer, sites, known)
         carried.advance(QUANTIZED, index)
     return Rewritten(
         model,

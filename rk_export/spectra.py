@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rk_export.device import resolve_device
 from rk_export.folders import AtomicFolder, library_versions
 from rk_export.load import ModelSource, open_source
 from rk_export.options import CompressOptions
@@ -19,7 +20,6 @@ from rk_export.planner import layer_sites, loaded_layers, with_default_groups
 from rk_export.plots import save_spectra_plots
 from rk_export.render import html
 from rk_export.report import Report, Spectrum
-from rk_export.rewrite import resolve_device
 
 logger = logging.getLogger(__name__)
 

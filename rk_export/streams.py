@@ -6,6 +6,7 @@ in every version while it is there, on hidden states that its own version produc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,25 +44,42 @@ class Streams:
             return hidden
 
         with _layers_run(self.layers, record):
-            self.model(input_ids=self.input_ids, use_cache=False)
+            self.model.base_model(input_ids=self.input_ids, use_cache=False)  # the head is not needed
         self._calls = calls
         self.hidden[version] = entries[0]
 
     @torch.no_grad()
     def advance(self, version: str, index: int) -> Tensor:
         """Run one version through layer `index` as it stands now; return the hidden states (batch, length, d)."""
+        self.hidden[version] = self.run(version, index)
+        return self.hidden[version]
+
+    @torch.no_grad()
+    def run(self, version: str, index: int) -> Tensor:
+        """Return what layer `index`, wherever it is, makes of a version; the version stays where it was."""
+        layer = self.layers[index]
+        device = next(itertools.chain(layer.parameters(), layer.buffers())).device
         args, kwargs = self._calls[index]
-        output: Tensor = self.layers[index](self.hidden[version], *args, **kwargs)
-        self.hidden[version] = output
+        output: Tensor = layer(*_moved((self.hidden[version], *args), device), **_moved(kwargs, device))
         return output
 
     @torch.no_grad()
     def finish(self, version: str) -> Tensor:
         """Return the model's output on the last hidden states: logits, or an encoder's last hidden state."""
-        with _layers_run(self.layers, lambda *args, **kwargs: self.hidden[version]):
+        hidden = self.hidden[version].to(self.input_ids.device)
+        with _layers_run(self.layers, lambda *args, **kwargs: hidden):
             output = self.model(input_ids=self.input_ids, use_cache=False)
         result: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a layer's arguments with every tensor in them on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if isinstance(value, tuple | list) else value
 
 
 @contextmanager

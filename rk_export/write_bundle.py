@@ -257,6 +257,8 @@ def _summary(options: CompressOptions) -> str:
     )
     if options.quant is None:
         return f"Compressed by rk-export: {low_rank}, floats ({options.float_dtype})."
+    if options.quant.activations == 8:
+        return f"Compressed by rk-export: {low_rank}, INT8 weights with INT8 inputs."
     bits, block = options.quant.bits, options.quant.block_size
     return f"Compressed by rk-export: {low_rank}, INT{bits} weights in blocks of {block}."
 

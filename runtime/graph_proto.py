@@ -43,6 +43,8 @@ def read_facts(model: Path) -> GraphFacts:
 def with_accuracy_level(model: Path, level: int) -> bytes:
     """Return the graph with ``accuracy_level`` of every ``MatMulNBits`` set; external data stays on disk.
 
+    At level 0 products with int8 inputs (``MatMulIntegerToFloat``) become products with float inputs too.
+
     Raises:
         InputError: The file is not an ONNX graph.
     """
@@ -52,7 +54,32 @@ def with_accuracy_level(model: Path, level: int) -> bytes:
             kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
+    if level == 0:
+        _read_floats(proto.graph)
     return bytes(proto.SerializeToString())
+
+
+def _read_floats(graph: Any) -> None:
+    """Let products with int8 inputs read what their inputs were quantized from; the weights stay int8."""
+    quantized = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    nodes = [
+        new
+        for node in graph.node
+        for new in (_float_product(node, quantized) if node.op_type == "MatMulIntegerToFloat" else [node])
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _float_product(node: Any, quantized: dict[str, Any]) -> list[Any]:
+    codes, weights, _, scales = node.input[:4]
+    floats, sums = (f"{node.output[0]}.{name}" for name in ("weights", "sums"))
+    make = onnx.helper.make_node
+    return [
+        make("Cast", [weights], [floats], to=onnx.TensorProto.FLOAT),
+        make("MatMul", [quantized[codes].input[0], floats], [sums]),
+        make("Mul", [sums, scales], list(node.output)),
+    ]
 
 
 def load_proto(model: Path) -> Any:

@@ -43,7 +43,8 @@ class SessionSettings:
         provider: ``auto`` takes CUDA where it works and the CPU elsewhere; ``cuda`` insists.
         threads: Threads within one operator; None lets ONNX Runtime decide.
         accuracy_level: Overrides the attribute of every ``MatMulNBits``: 0 computes in the type of the
-            activations, 4 quantizes them to int8. None keeps what the graph says.
+            activations, 4 quantizes them to int8. At 0 products made for int8 inputs read floats too. None keeps
+            what the graph says.
 
     Raises:
         InputError: A setting is out of its range.

@@ -102,7 +102,7 @@ def trained_tokenizer() -> Any:
 
 def tiny_options(**changes: Any) -> CompressOptions:
     """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options import CompressOptions, QuantSpec, RankRule
+    from rk_export.options import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 
     fields = {
         "groups": ("qk", "gate_up"),
@@ -110,6 +110,8 @@ def tiny_options(**changes: Any) -> CompressOptions:
         "quant": QuantSpec(4, 32),
         "embedding_quant": QuantSpec(8, 32),
         "device": "cpu",
+        "calibration": CalibrationOptions("none"),
+        "quantizer": "rtn",
     }
     return CompressOptions(**{**fields, **changes})
 

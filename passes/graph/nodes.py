@@ -12,6 +12,8 @@ MICROSOFT = "com.microsoft"
 SITE_KEY, PART_KEY, RANK_KEY = "rk_export.site", "rk_export.part", "rk_export.rank"
 # Parts of a factor pair; a role named "down" is another thing.
 DOWN, UP = "factor_down", "factor_up_"
+# Parts of the branch that corrects a quantized matrix, followed by down or up and the role.
+CORRECTION = "correction_"
 
 
 @dataclass(frozen=True)

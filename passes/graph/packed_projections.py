@@ -6,7 +6,7 @@ Kernels start once instead of several times, and the packed q/k/v feeds GroupQue
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,22 @@ import onnx_ir as ir
 from rk_export.passes.graph.nodes import MICROSOFT, PART_KEY, SITE_KEY, concatenated, constant, weight_of
 from rk_export.report import Fusion
 
+PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
+ATTENTION_PARTS = ("q", "k", "v")
+
+
+def worth_packing(parts: Sequence[str], *, int8: bool) -> bool:
+    """Whether one product should stand for several on the same input.
+
+    Int8 products are made for long inputs, where copying the parts out of a packed product costs more than
+    starting more kernels (2 % of a 512-token prefill of SmolLM2-135M); attention takes q, k and v without a copy.
+    """
+    return len(parts) > 1 and (not int8 or tuple(parts) == ATTENTION_PARTS)
+
 
 @dataclass(frozen=True)
 class Projection:
-    """A MatMul or MatMulNBits by a stored matrix, with the Add of its bias where there is one."""
+    """A product with a stored matrix, with the Add of its bias where there is one."""
 
     node: ir.Node
     add: ir.Node | None
@@ -58,7 +70,7 @@ class Projection:
     @classmethod
     def of(cls, node: ir.Node) -> Projection | None:
         """Return the projection that a node is, or None."""
-        if node.op_type not in ("MatMul", "MatMulNBits") or SITE_KEY not in node.metadata_props:
+        if node.op_type not in PRODUCTS or SITE_KEY not in node.metadata_props:
             return None
         if any(value is not None and weight_of(value) is None for value in node.inputs[1:]):
             return None
@@ -94,7 +106,10 @@ def _groups(graph: ir.Graph) -> Iterator[list[Projection]]:
     for node in graph:
         if (projection := Projection.of(node)) is not None:
             by_input.setdefault((node.inputs[0], *projection.kind), []).append(projection)
-    yield from (group for group in by_input.values() if len(group) > 1)
+    for group in by_input.values():
+        parts = [projection.node.metadata_props[PART_KEY] for projection in group]
+        if worth_packing(parts, int8=group[0].node.op_type == "DynamicQuantizeMatMul"):
+            yield group
 
 
 def _pack(graph: ir.Graph, group: list[Projection]) -> None:
@@ -120,7 +135,7 @@ def _packed_node(graph: ir.Graph, group: list[Projection], name: str) -> ir.Node
     """Return the projection by the stacked matrices."""
     first = group[0].node
     attributes = dict(first.attributes)
-    axis = 1
+    axis = -1
     if first.op_type == "MatMulNBits":
         attributes["N"] = ir.AttrInt64("N", sum(projection.width for projection in group))
         axis = 0

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rk_export.errors import InputError
 from rk_export.options import QuantSpec
+
+_FP16_NORMAL = torch.finfo(torch.float16).smallest_normal
+_FP16_STEP = 2.0**-24  # between neighbours below the normal range
+_FP16_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class QuantizedMatrix:
     spec: QuantSpec
 
     def dequantize(self) -> Tensor:
-        """Return the matrix (N, K) in the dtype of the scales."""
+        """Return the matrix (N, K), float32."""
         return dequantize(self.codes, self.scales, self.zero_points, self.columns, self.spec)
 
 
@@ -77,24 +82,79 @@ def block_scales(blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return scales, zero_points
 
 
+def rounded_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales as they are stored, in `dtype`.
+
+    Below fp16's normal range they are rounded away from zero: there a nearest value may be much smaller, and
+    would clip the block; a scale of zero stays zero.
+
+    Raises:
+        InputError: If a scale is beyond fp16's range.
+    """
+    if dtype is not torch.float16:
+        return scales.to(dtype)
+    largest = float(scales.abs().max()) if scales.numel() else 0.0
+    if largest > _FP16_MAX:
+        raise InputError(
+            f"a scale of {largest:.3g} does not fit into fp16",
+            where="quantization",
+            fix="keep this matrix in floats (quant null in the plan)",
+        )
+    upward = (scales.abs() / _FP16_STEP).ceil() * _FP16_STEP * scales.sign()
+    return torch.where(scales.abs() < _FP16_NORMAL, upward, scales).to(dtype)
+
+
+def check_blockwise(spec: QuantSpec) -> None:
+    """Refuse a spec without blocks: W8A8 matrices have one scale a row and another layout.
+
+    Raises:
+        TypeError: If the spec's block size is 0.
+    """
+    if spec.block_size == 0:
+        raise TypeError(f"{spec} is not blockwise")
+
+
+def code_range(spec: QuantSpec) -> tuple[int, int]:
+    """Return the least and the greatest symmetric code, zero point subtracted."""
+    half = 2 ** (spec.bits - 1)
+    return -half, half - 1
+
+
+def nearest_codes(values: Tensor, scales: Tensor, zero_points: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the codes, as floats, whose values (code - zero_point) * scale are nearest; shapes broadcast."""
+    divisor = torch.where(scales == 0, 1, scales)
+    return (values / divisor).round_().add_(zero_points).clamp_(0, 2**spec.bits - 1)
+
+
 def quantize_rtn(W: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype = torch.float32) -> QuantizedMatrix:
     """Quantize W (N, K) by rounding to nearest.
 
     Scales are rounded to `scale_dtype` before the codes are chosen, so codes fit the scales that are stored.
+
+    Raises:
+        TypeError: If the spec has no blocks.
+        InputError: If a scale does not fit `scale_dtype`.
     """
+    check_blockwise(spec)
     N, K = W.shape
     blocks = math.ceil(K / spec.block_size)
     padded = torch.nn.functional.pad(W.to(torch.float32), (0, blocks * spec.block_size - K))
     cut = padded.view(N, blocks, spec.block_size)
     scales, zero_points = block_scales(cut, spec)
-    scales = scales.to(scale_dtype)
-    divisor = torch.where(scales == 0, 1, scales).to(torch.float32)
-    codes = (cut / divisor[..., None]).round().add_(zero_points[..., None]).clamp_(0, 2**spec.bits - 1)
+    scales = rounded_scales(scales, scale_dtype)
+    codes = nearest_codes(cut, scales.to(torch.float32)[..., None], zero_points[..., None], spec)
+    return packed_matrix(codes, scales, zero_points, K, spec)
+
+
+def packed_matrix(
+    codes: Tensor, scales: Tensor, zero_points: Tensor, columns: int, spec: QuantSpec
+) -> QuantizedMatrix:
+    """Pack codes (N, blocks, block), scales and zero points (N, blocks) of a matrix with `columns` columns."""
     return QuantizedMatrix(
         codes=pack_bits(codes, spec.bits),
         scales=scales,
         zero_points=None if spec.symmetric else pack_bits(zero_points, spec.bits),
-        columns=K,
+        columns=columns,
         spec=spec,
     )
 
@@ -102,7 +162,7 @@ def quantize_rtn(W: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype = torch
 def dequantize(
     codes: Tensor, scales: Tensor, zero_points: Tensor | None, columns: int, spec: QuantSpec
 ) -> Tensor:
-    """Return (code - zero_point) * scale as a matrix (N, columns) in the dtype of the scales.
+    """Return (code - zero_point) * scale as a float32 matrix (N, columns).
 
     Args:
         codes: Packed codes, uint8 (N, blocks, block_size * bits / 8).
@@ -111,16 +171,16 @@ def dequantize(
         columns: K.
         spec: Bits and block size.
     """
-    values = unpack_bits(codes, spec.bits, spec.block_size).to(scales.dtype)
+    values = unpack_bits(codes, spec.bits, spec.block_size).to(torch.float32)
     if zero_points is None:
         values -= 2 ** (spec.bits - 1)
     else:
-        values -= unpack_bits(zero_points, spec.bits, scales.shape[1])[..., None].to(scales.dtype)
+        values -= unpack_bits(zero_points, spec.bits, scales.shape[1])[..., None].to(torch.float32)
     values *= scales[..., None]
     return values.flatten(1)[:, :columns]
 
 
-def quantized_bytes(rows: int, columns: int, spec: QuantSpec, scale_bytes: int = 4) -> int:
+def quantized_bytes(rows: int, columns: int, spec: QuantSpec, scale_bytes: int = 2) -> int:
     """Return the stored bytes of a quantized (rows, columns) matrix, scales and zero points included."""
     blocks = math.ceil(columns / spec.block_size)
     zero_point_bytes = 0 if spec.symmetric else math.ceil(blocks * spec.bits / 8)

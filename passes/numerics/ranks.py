@@ -12,19 +12,32 @@ from rk_export.report import Spectrum
 GAVISH_DONOHO = 2.858  # median rule for unknown noise on a square matrix (1305.5870)
 
 
-def kept_ratio(rank: int, in_features: int, out_features: int) -> float:
-    """Return k (in + out) / (in out): the parameters of a factor pair over those of the dense matrix."""
-    return rank * (in_features + out_features) / (in_features * out_features)
+def kept_ratio(rank: int, in_features: int, out_features: int, *, identity: bool = False) -> float:
+    """Return the parameters of a factor pair over those of the dense matrix.
+
+    k (in + out) / (in out); in the identity form k (in + out - k) / (in out), below one for any k below both.
+    """
+    saved = rank * rank if identity else 0
+    return (rank * (in_features + out_features) - saved) / (in_features * out_features)
 
 
-def rank_of_ratio(keep: float, in_features: int, out_features: int) -> int:
-    """Return the largest rank whose factor pair holds at most `keep` of the dense parameters."""
-    return math.floor(keep * in_features * out_features / (in_features + out_features))
+def rank_of_ratio(keep: float, in_features: int, out_features: int, *, identity: bool = False) -> int:
+    """Return the largest rank whose factor pair holds at most `keep` of the dense parameters.
+
+    In the identity form at most min(in, out), the rank at which it holds as many as the dense matrix.
+    """
+    total, size = in_features + out_features, in_features * out_features
+    if not identity:
+        return math.floor(keep * size / total)
+    # k (total - k) <= allowed, in integers: (total - 2k)² >= gap²
+    squared_gap = total * total - 4 * math.floor(keep * size)
+    gap = math.isqrt(squared_gap - 1) + 1 if squared_gap > 0 else 0
+    return (total - gap) // 2
 
 
-def break_even_rank(in_features: int, out_features: int) -> int:
+def break_even_rank(in_features: int, out_features: int, *, identity: bool = False) -> int:
     """Return the largest rank at which the factor pair is no larger than the dense matrix."""
-    return rank_of_ratio(1.0, in_features, out_features)
+    return rank_of_ratio(1.0, in_features, out_features, identity=identity)
 
 
 def rank_of_energy(singular_values: Tensor, energy: float) -> int:

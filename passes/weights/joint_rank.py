@@ -1,18 +1,22 @@
-"""Joint rank-k approximation of matrices that read the same input (2402.16319)."""
+"""Joint rank-k approximation of matrices that read the same input (2402.16319), under a metric where one is given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rk_export.options import Gauge
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.modules import GroupedFactors, JointFactors, JointMember
+from rk_export.passes.modules import GroupedFactors, JointFactors, JointMember, SharedFactors
+from rk_export.passes.modules import linear_of as linear_of
 from rk_export.passes.numerics.joint_svd import Factors, joint_factors, orthogonality_defect
 from rk_export.passes.numerics.ranks import kept_ratio, spectrum
+from rk_export.passes.weights.identity import empty_identity, identity_factors
+from rk_export.passes.weights.neuron_order import obstacle, renumber, renumbered
+from rk_export.passes.weights.site_metric import SiteMetric, site_metrics
 from rk_export.plan import SitePlan
 from rk_export.report import Finding, Outcome, Spectrum
 
@@ -20,73 +24,135 @@ from rk_export.report import Finding, Outcome, Spectrum
 class JointRank:
     """Replace the members of a site by factor pairs of the planned rank.
 
+    Statistics must have been gathered before the pass touched the layer: the identity form of gate and up
+    renumbers the layer's neurons, and statistics of its later sites are renumbered here. A later pass that reads
+    the same statistics takes them through `aligned`.
+
     Args:
         gauge: Which factor carries the singular values.
         device: Where the factorization runs.
+        mlp: The path of each FFN matrix by role, as the family has them; without it neurons keep their numbers
+            and the identity form of gate and up needs a Gather.
 
-    `spectra` collects the spectrum of every factorized matrix on the way.
+    `spectra` collects the spectrum of every factorized matrix on the way, whitened under a metric.
     """
 
     name = "joint-rank"
 
-    def __init__(self, gauge: Gauge, device: torch.device) -> None:
+    def __init__(self, gauge: Gauge, device: torch.device, mlp: Mapping[str, str] | None = None) -> None:
         self.gauge = gauge
         self.device = device
+        self.mlp = mlp or {}
         self.spectra: list[Spectrum] = []
+        self._neuron_orders: dict[int, Tensor] = {}
 
     def applies(self, plan: SitePlan) -> bool:
         return plan.form != "dense"
 
+    def aligned(self, plan: SitePlan, statistics: SiteStatistics | None) -> SiteStatistics | None:
+        """Return a site's statistics in the order in which the layer's neurons are now."""
+        order = self._neuron_orders.get(plan.layer)
+        if statistics is None or order is None:
+            return statistics
+        return renumbered(statistics, plan, order)
+
     @torch.no_grad()
     def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
         members = [layer.linear(path) for path in plan.paths]
-        pairs, squared_error, defect = [], 0.0, 0.0
-        for target, rows in stacked_pairs(layer, plan):
-            pair, decomposed = self._factorize(rows, plan.rank)
-            pairs.append(pair)
-            squared_error += decomposed.squared_error
-            self.spectra.append(spectrum(target, decomposed.singular_values.cpu(), plan.rank))
-            defect = max(defect, orthogonality_defect(decomposed.down))
-        install(layer, plan, pairs[0] if plan.form == "joint" else GroupedFactors(pairs))
-        return self._finding(plan, members, len(pairs), squared_error, defect)
+        pairs = list(stacked_pairs(layer, plan))
+        rows = {role: linear.out_features for role, linear in pairs[0][1].items()}
+        metrics = list(site_metrics(self.aligned(plan, statistics), rows, len(pairs), self.device))
+        parts = [
+            self._factorize(linears, plan.rank, metric)
+            for (_, linears), metric in zip(pairs, metrics, strict=True)
+        ]
+        for (target, _), factors in zip(pairs, parts, strict=True):
+            self.spectra.append(spectrum(target, factors.singular_values.cpu(), plan.rank))
+        details = self._error_details(parts, metrics)
+        if plan.form == "identity":
+            details |= self._install_identity(layer, plan, parts[0])
+        else:
+            modules = [_pair(factors, linears) for factors, (_, linears) in zip(parts, pairs, strict=True)]
+            install(layer, plan, modules[0] if plan.form == "joint" else GroupedFactors(modules))
+        return self._finding(plan, members, parts, details)
 
-    def _factorize(self, rows: dict[str, nn.Linear], rank: int) -> tuple[JointFactors, Factors]:
+    def _factorize(self, rows: dict[str, nn.Linear], rank: int, metric: SiteMetric) -> Factors:
         stacked = torch.cat([linear.weight.to(self.device) for linear in rows.values()])
-        factors = joint_factors(stacked, rank, gauge=self.gauge)
-        home = next(iter(rows.values())).weight.device
-        ups = torch.split(factors.up.to(home), [linear.out_features for linear in rows.values()])
-        return JointFactors(
-            linear_of(factors.down.to(home)),
-            # Own copies: views of one storage could not be saved apart.
-            {
-                role: linear_of(up.clone(), None if linear.bias is None else linear.bias.clone())
-                for (role, linear), up in zip(rows.items(), ups, strict=True)
-            },
-        ), factors
+        return joint_factors(
+            stacked,
+            rank,
+            gauge=self.gauge,
+            inputs=metric.inputs,
+            outputs=metric.outputs,
+            cross=metric.cross,
+        )
+
+    def _install_identity(self, layer: Layer, plan: SitePlan, factors: Factors) -> dict[str, object]:
+        """Put the identity form in, neurons renumbered where that saves a Gather; return its details."""
+        reason = obstacle(layer, plan, self.mlp)
+        if not reason and len(plan.members) == 2 and plan.rank % 2:
+            reason = f"rank {plan.rank} is odd"
+        built = identity_factors(layer, plan, factors, as_neurons=not reason)
+        if built.neurons is not None:
+            renumber(layer, plan, self.mlp, built.neurons)
+            self._neuron_orders[layer.index] = built.neurons
+        install(layer, plan, built.factors)
+        return {
+            "condition": built.form.condition,
+            "max_coefficient": built.form.max_coefficient,
+            "gather": reason or None,
+        }
+
+    def _error_details(self, parts: list[Factors], metrics: list[SiteMetric]) -> dict[str, object]:
+        defects = [
+            orthogonality_defect(factors.down, metric.inputs)
+            for factors, metric in zip(parts, metrics, strict=True)
+        ]
+        return {
+            "metric": metrics[0].name,
+            "weighted_error": max(factors.weighted_error for factors in parts),
+            "gauge": self.gauge,
+            "orthogonality_defect": max(defects) if self.gauge == "orthogonal" else None,
+        }
 
     def _finding(
-        self, plan: SitePlan, members: list[nn.Linear], groups: int, squared_error: float, defect: float
+        self, plan: SitePlan, members: list[nn.Linear], parts: list[Factors], details: dict[str, object]
     ) -> Finding:
         weights = [linear.weight for linear in members]
+        groups, identity = len(parts), plan.form == "identity"
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         norm = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights))
+        squared_error = sum(factors.squared_error for factors in parts)
+        kept = kept_ratio(plan.rank, columns, rows // groups, identity=identity)
         size = weights[0].element_size()
         return Finding(
             target=plan.site,
             outcome=Outcome.APPLIED,
             bytes_before=rows * columns * size,
-            bytes_after=plan.rank * (groups * columns + rows) * size,
+            bytes_after=round(kept * rows * columns) * size,
             error=math.sqrt(squared_error) / norm if norm else 0.0,
             details={
                 "pass": self.name,
                 "form": plan.form,
                 "rank": plan.rank,
                 "pairs": groups,
-                "kept": kept_ratio(plan.rank, columns, rows // groups),
-                "gauge": self.gauge,
-                "orthogonality_defect": defect if self.gauge == "orthogonal" else None,
+                "kept": kept,
+                **details,
             },
         )
+
+
+def _pair(factors: Factors, rows: dict[str, nn.Linear]) -> JointFactors:
+    home = next(iter(rows.values())).weight.device
+    ups = torch.split(factors.up.to(home), [linear.out_features for linear in rows.values()])
+    return JointFactors(
+        linear_of(factors.down.to(home)),
+        # Own copies: views of one storage could not be saved apart.
+        {
+            role: linear_of(up.clone(), None if linear.bias is None else linear.bias.clone())
+            for (role, linear), up in zip(rows.items(), ups, strict=True)
+        },
+    )
 
 
 def stacked_pairs(layer: Layer, plan: SitePlan) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
@@ -106,30 +172,23 @@ def _rows(linear: nn.Linear, group: int, groups: int) -> nn.Linear:
     return linear_of(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """Return a linear module over existing tensors: weight (out, in), bias (out,) or None."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
 def factors_path(plan: SitePlan) -> str:
     """Return the name, within the layer, under which a site's factors are registered."""
     return plan.site.rpartition(".")[2] + "_factors"
 
 
-def install(layer: Layer, plan: SitePlan, factors: JointFactors | GroupedFactors) -> None:
+def install(layer: Layer, plan: SitePlan, factors: SharedFactors) -> None:
     """Register the factors in the layer and let every member read its share of them."""
     layer.replace(factors_path(plan), factors)
     for role, path in zip(plan.members, plan.paths, strict=True):
         layer.replace(path, JointMember(factors, role))
 
 
-def empty_factors(layer: Layer, plan: SitePlan) -> JointFactors | GroupedFactors:
+def empty_factors(layer: Layer, plan: SitePlan) -> SharedFactors:
     """Return factors of the planned shapes on the meta device, for loading a saved model."""
     members = {role: layer.linear(path) for role, path in zip(plan.members, plan.paths, strict=True)}
+    if plan.form == "identity":
+        return empty_identity(members, plan.rank)
     columns = next(iter(members.values())).in_features
     groups = layer.kv_groups if plan.form == "per_head" else 1
     pairs = [

@@ -1,77 +1,174 @@
-"""Weight-only quantization of dense matrices and of both factors of a pair."""
+"""Weight-only quantization of dense matrices and of both factors of a pair.
+
+The second factor of a pair is refitted to the quantized first one: with A_q for A, the B that minimizes
+|(B₀ A - B A_q) C^½| is B₀ M, M = A C A_qᵀ (A_q C A_qᵀ)^-1, and what it reads has the second moment A_q C A_qᵀ. The
+coefficients of the identity form are refitted alike, its pivot block being the first factor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rk_export.options import QuantSpec
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.modules import JointMember, QuantizedLinear
-from rk_export.passes.numerics.quantize import quantize_rtn, quantized_bytes
+from rk_export.passes.modules import (
+    IdentityFactors,
+    Int8Linear,
+    JointFactors,
+    JointMember,
+    QuantizedLinear,
+)
+from rk_export.passes.numerics.identity_form import refit_up
+from rk_export.passes.weights.correction import corrected_linear
 from rk_export.passes.weights.joint_rank import factors_path
+from rk_export.passes.weights.quantization_tally import QuantizationTally
+from rk_export.passes.weights.quantizer import Inputs, Quantizer, QuantizerName
 from rk_export.plan import SitePlan
 from rk_export.report import Finding, Outcome
+
+NO_STATISTICS = (
+    "gptq needs the second moment of the inputs, which was not taken: scales were searched instead"
+)
 
 
 class Quantize:
     """Round every matrix of a site to the planned bits.
 
     Args:
-        scale_dtype: Float type of the scales, the float type of the exported graph.
+        scale_dtype: Float type of the stored scales.
         device: Where the rounding runs.
+        quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also makes up for each
+            column's error; the last two weigh by the statistics and refit the second factor of a pair.
     """
 
     name = "quantize"
 
-    def __init__(self, scale_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, scale_dtype: torch.dtype, device: torch.device, quantizer: QuantizerName = "rtn"
+    ) -> None:
         self.scale_dtype = scale_dtype
         self.device = device
+        self.quantizer = Quantizer(quantizer, scale_dtype)
 
     def applies(self, plan: SitePlan) -> bool:
-        return plan.quant is not None
+        return plan.quant is not None and plan.quant.activations == 16
 
     @torch.no_grad()
     def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
         if plan.quant is None:
             raise ValueError(f"{plan.site} has no quantization planned")
-        squared_error = squared_norm = 0.0
-        before = after = 0
-        for path in matrix_paths(layer, plan):
-            linear = layer.linear(path)
-            quantized = self.quantize(linear, plan.quant)
-            difference = quantized.weight.double() - linear.weight.double()
-            squared_error += float(difference.square().sum())
-            squared_norm += float(linear.weight.double().square().sum())
-            before += linear.weight.numel() * linear.weight.element_size()
-            after += quantized_bytes(
-                linear.out_features, linear.in_features, plan.quant, quantized.scales.element_size()
-            )
-            layer.replace(path, quantized)
+        inputs = Inputs.of(statistics, self.device)
+        work = _Work(self.quantizer.on(inputs), plan.quant, inputs, self.device)
+        first = layer.at(plan.paths[0])
+        if isinstance(first, JointMember):
+            for pair in first.factors.pairs():
+                work.quantize_pair(pair)
+        else:
+            for path in plan.paths:
+                layer.replace(path, work.quantize_dense(layer.linear(path), plan.correction))
+        return self._finding(plan, work)
+
+    def quantize(self, linear: nn.Linear, spec: QuantSpec, inputs: Inputs | None = None) -> QuantizedLinear:
+        """Return the quantized counterpart of a linear module, on the module's device."""
+        known = inputs or Inputs()
+        work = _Work(self.quantizer.on(known), spec, known, self.device)
+        return work.module(linear, work.moved(linear.weight), known)
+
+    def _finding(self, plan: SitePlan, work: _Work) -> Finding:
+        details: dict[str, Any] = {"pass": self.name, **work.spec.details(), "quantizer": work.quantizer.name}
+        if work.inputs.second is not None:
+            details["weighted_error"] = work.tally.weighted_error
+        if plan.correction:
+            details["correction"] = plan.correction
         return Finding(
             target=plan.site,
             outcome=Outcome.APPLIED,
-            bytes_before=before,
-            bytes_after=after,
-            error=(squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
-            details={"pass": self.name, "bits": plan.quant.bits, "block": plan.quant.block_size},
+            reason="" if work.quantizer == self.quantizer else NO_STATISTICS,
+            bytes_before=work.tally.before,
+            bytes_after=work.tally.after,
+            error=work.tally.error,
+            details=details,
         )
 
-    def quantize(self, linear: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Return the quantized counterpart of a linear module, on the module's device."""
-        home = linear.weight.device
-        matrix = quantize_rtn(linear.weight.to(self.device), spec, scale_dtype=self.scale_dtype)
-        return QuantizedLinear(matrix, linear.bias).to(home)
+
+@dataclass(frozen=True)
+class _Work:
+    """The quantization of one site.
+
+    Args:
+        quantizer: What is used.
+        spec: Bits and blocks.
+        inputs: What is known about the site's common input.
+        device: Where the rounding runs.
+        tally: Bytes and errors so far.
+    """
+
+    quantizer: Quantizer
+    spec: QuantSpec
+    inputs: Inputs
+    device: torch.device
+    tally: QuantizationTally = field(default_factory=QuantizationTally)
+
+    def quantize_dense(self, linear: nn.Linear, correction: int) -> nn.Module:
+        """Return what stands for a dense matrix, with a branch of a rank that corrects it unless that is 0."""
+        target = self.inputs.aimed(self.moved(linear.weight))
+        if not correction:
+            module = self.module(linear, target, self.inputs)
+            self.tally.count(linear, module)
+            self.tally.compare(target, self.moved(module.weight), self.inputs)
+            return module
+        corrected = corrected_linear(linear, target, correction, self.spec, self.inputs, self.quantizer)
+        self.tally.count(linear, corrected.quantized, corrected.down, corrected.up)
+        self.tally.compare(target, self.moved(corrected.weight), self.inputs)
+        return corrected
+
+    def quantize_pair(self, pair: JointFactors | IdentityFactors) -> None:
+        """Quantize the first factor of a pair in place, then what reads it."""
+        first = _linear(pair.down)
+        A = self.moved(first.weight)
+        down = self.module(first, A, self.inputs)
+        A_q = self.moved(down.weight)
+        pair.down = down
+        self.tally.count(first, down)
+        if isinstance(pair, IdentityFactors):
+            self.tally.compare(A, A_q, self.inputs)  # the pivots are outputs themselves
+        refit = None if self.quantizer.name == "rtn" else refit_up(A, A_q, self.inputs.metric)
+        behind = self.inputs.behind(A_q)
+        for role, module in list(pair.ups.items()):
+            second = _linear(module)
+            B = self.moved(second.weight)
+            up = self.module(second, B if refit is None else B @ refit, behind)
+            self.tally.count(second, up)
+            self.tally.compare(B @ A, self.moved(up.weight) @ A_q, self.inputs)
+            pair.ups[role] = up
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """Return a weight on the device where the rounding runs, float32."""
+        return weight.detach().to(self.device, torch.float32)
+
+    def module(self, linear: nn.Linear, W: Tensor, inputs: Inputs) -> QuantizedLinear:
+        """Return W (out, in) quantized, with the bias and on the device of the module that it stands for."""
+        matrix = self.quantizer.quantize(W, self.spec, inputs)
+        return QuantizedLinear(matrix, linear.bias).to(linear.weight.device)
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"a factor is {type(module).__name__}, not a dense linear module")
+    return module
 
 
 def matrix_paths(layer: Layer, plan: SitePlan) -> Iterator[str]:
     """Yield the path of every matrix that stands for a site: the members, or the factors they share."""
-    if not isinstance(layer.module.get_submodule(plan.paths[0]), JointMember):
+    if not isinstance(layer.at(plan.paths[0]), JointMember):
         yield from plan.paths
         return
     root = factors_path(plan)
     for name, module in layer.module.get_submodule(root).named_modules():
-        if isinstance(module, nn.Linear | QuantizedLinear):
+        if isinstance(module, nn.Linear | QuantizedLinear | Int8Linear):
             yield f"{root}.{name}"

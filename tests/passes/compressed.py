@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions, QuantSpec, RankRule
+from rk_export.options import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
 from rk_export.report import Fusion
@@ -29,8 +29,15 @@ Cache = dict[str, np.ndarray]
 
 def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
     """Return options that quantize nothing and compute in floats."""
-    fields = {"quant": None, "embedding_quant": None, "accuracy_level": 0, "device": "cpu", **options}
-    return CompressOptions(groups=groups, **fields)
+    fields = {
+        "quant": None,
+        "embedding_quant": None,
+        "accuracy_level": 0,
+        "device": "cpu",
+        "calibration": CalibrationOptions("none"),
+        "quantizer": "rtn",
+    }
+    return CompressOptions(groups=groups, **{**fields, **options})
 
 
 def compress(source: ModelSource, options: CompressOptions, probe: Tensor | None = None) -> Rewritten:

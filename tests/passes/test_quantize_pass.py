@@ -29,6 +29,14 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def products(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return what a site's matrices multiply by: each of them, or B A of every factor pair."""
+    downs = {name.removesuffix(".down"): weight for name, weight in weights.items() if name.endswith(".down")}
+    if not downs:
+        return list(weights.values())
+    return [weight @ downs[name.split(".ups.")[0]] for name, weight in weights.items() if ".ups." in name]
+
+
 @pytest.mark.parametrize("form", ["dense", "joint", "per_head"])
 @pytest.mark.parametrize("spec", [INT4, QuantSpec(8, 32, symmetric=False), QuantSpec(2, 16)], ids=str)
 def test_every_matrix_of_a_site_is_rounded_and_counted(form: str, spec: QuantSpec) -> None:
@@ -47,13 +55,20 @@ def test_every_matrix_of_a_site_is_rounded_and_counted(form: str, spec: QuantSpe
     assert after.keys() == before.keys()
     assert set(matrix_paths(layer, plan)) == set(after)
     assert all(isinstance(module.get_submodule(name), QuantizedLinear) for name in after)
-    difference = torch.cat([(after[name] - before[name]).flatten() for name in before])
-    norm = torch.cat([weight.flatten() for weight in before.values()]).norm()
+    difference = torch.cat(
+        [(now - then).flatten() for now, then in zip(products(after), products(before), strict=True)]
+    )
+    norm = torch.cat([product.flatten() for product in products(before)]).norm()
     assert finding.error == pytest.approx(float(difference.norm() / norm), rel=1e-5)
     stored = [tensor for name, tensor in module.state_dict().items() if not name.endswith("bias")]
     assert finding.bytes_after == sum(tensor.numel() * tensor.element_size() for tensor in stored)
     assert finding.bytes_before == sum(4 * weight.numel() for weight in before.values())
-    assert finding.details == {"pass": "quantize", "bits": spec.bits, "block": spec.block_size}
+    assert finding.details == {
+        "pass": "quantize",
+        "bits": spec.bits,
+        "block": spec.block_size,
+        "quantizer": "rtn",
+    }
 
 
 def test_biases_stay_in_floats() -> None:

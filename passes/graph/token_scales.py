@@ -1,0 +1,84 @@
+"""Int8 products whose tokens are quantized one by one: each DynamicQuantizeMatMul becomes
+
+    peak = max|x|;  codes = QuantizeLinear(x / peak, 1/127);  y = MatMulIntegerToFloat(codes, W) * peak
+
+DynamicQuantizeMatMul takes one scale for all tokens of a batch: one token with huge values (attention sinks) then
+rounds the others away, and what a token computes depends on its neighbours, cached or not. The inputs are uint8
+about 128 and the weights int8: the one pairing that ONNX Runtime multiplies fast on x86-64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from rk_export.passes.graph.nodes import MICROSOFT, constant
+from rk_export.passes.numerics.int8 import SMALLEST_PEAK, STEP
+from rk_export.report import Fusion
+
+Codes = tuple[ir.Value, ir.Value]
+
+
+class TokenScales:
+    """Quantize the input of int8 products token by token; products that read one value share its codes.
+
+    Args:
+        planned: How many int8 products the plan promises.
+    """
+
+    name = "int8 products"
+
+    def __init__(self, planned: int) -> None:
+        self.planned = planned
+
+    def call(self, model: ir.Model) -> Fusion:
+        codes: dict[ir.Value, Codes] = {}
+        products = [node for node in model.graph if node.op_type == "DynamicQuantizeMatMul"]
+        for node in products:
+            x = node.inputs[0]
+            assert x is not None  # the operator requires it
+            if x not in codes:
+                codes[x] = _quantize(model.graph, node, x)
+            _multiply(model.graph, node, *codes[x])
+        reason = f"the plan promises {self.planned} int8 products after packing"
+        return Fusion(self.name, self.planned, len(products), "" if len(products) == self.planned else reason)
+
+
+def _quantize(graph: ir.Graph, node: ir.Node, x: ir.Value) -> Codes:
+    """Insert, in front of a product, the nodes that return the codes of x (..., K) and its peaks (..., 1)."""
+    last = constant(graph, "rk.last_axis", np.array([-1], dtype=np.int64))
+    smallest = constant(graph, "rk.smallest_peak", np.array(SMALLEST_PEAK, dtype=np.float32))
+    name = f"{node.name}.tokens"
+    size = ir.Node("", "Abs", [x], name=f"{name}.abs")
+    largest = ir.Node(
+        "", "ReduceMax", [size.outputs[0], last], [ir.AttrInt64("keepdims", 1)], name=f"{name}.max"
+    )
+    peak = ir.Node("", "Max", [largest.outputs[0], smallest], name=f"{name}.peak")
+    unit = ir.Node("", "Div", [x, peak.outputs[0]], name=f"{name}.unit")
+    codes = ir.Node("", "QuantizeLinear", [unit.outputs[0], *_grid(graph)], name=f"{name}.codes")
+    graph.insert_before(node, [size, largest, peak, unit, codes])
+    return codes.outputs[0], peak.outputs[0]
+
+
+def _grid(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """Return the step and the zero point of the codes."""
+    return (
+        constant(graph, "rk.int8_step", np.array(STEP, dtype=np.float32)),
+        constant(graph, "rk.int8_zero", np.array(128, dtype=np.uint8)),
+    )
+
+
+def _multiply(graph: ir.Graph, node: ir.Node, codes: ir.Value, peak: ir.Value) -> None:
+    """Put the product by codes in the place of a DynamicQuantizeMatMul."""
+    _, weights, scales, *_ = node.inputs
+    step, zero = _grid(graph)
+    product = ir.Node(
+        MICROSOFT, "MatMulIntegerToFloat", [codes, weights, step, scales, zero], name=f"{node.name}.product"
+    )
+    product.metadata_props.update(node.metadata_props)
+    scaled = ir.Node("", "Mul", [product.outputs[0], peak], name=f"{node.name}.scaled")
+    old, new = node.outputs[0], scaled.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    graph.insert_before(node, [product, scaled])
+    ir.convenience.replace_all_uses_with(old, new)
+    graph.remove(node, safe=True)

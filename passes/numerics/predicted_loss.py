@@ -1,0 +1,165 @@
+"""What an approximation of one matrix costs, predicted before it is made: nats per token, to second order.
+
+With C the second moment of a matrix's inputs and G that of the loss' gradients by its outputs, replacing W by
+W + E raises the mean loss by about tr(G E C Eᵀ) / 2: the Kronecker-factored Fisher information (1503.05671).
+In this one currency a singular direction here is comparable with a bit there, which is what a budget needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rk_export.options import QuantSpec
+from rk_export.passes.numerics.eigen import product
+from rk_export.passes.numerics.joint_svd import whitened_singular_values
+from rk_export.passes.numerics.metric import Metric
+
+# The mean square of a rounding error that is uniform over a step of the grid.
+_UNIFORM = 1 / 12
+_INT8_LEVELS = 127
+
+
+@dataclass(frozen=True)
+class InputSide:
+    """The inputs of a matrix; matrices that read the same share one object, and what is derived from it.
+
+    Args:
+        second: C (in, in).
+        token_peak: Mean over tokens of the squared largest input, which sets the step of int8 inputs; 0 if unknown.
+    """
+
+    second: Tensor
+    token_peak: float = 0.0
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The damped metric of C."""
+        return Metric.of(self.second)
+
+    @cached_property
+    def alone(self) -> Tensor:
+        """What a unit of squared error in each column costs (in,), float64, where columns are rounded on their own."""
+        return self.second.diagonal().to(torch.float64)
+
+    @cached_property
+    def compensated(self) -> Tensor:
+        """The same where later columns make up for the error of earlier ones (2210.17323).
+
+        Only what they cannot explain is left: the variance of an input given those rounded later, the squared
+        diagonal of a Cholesky factor.
+        """
+        root = Metric.of(self.second.flip(0, 1)).roots[0].to(torch.float64)
+        return root.diagonal().square().flip(0)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The two sides of the Fisher information of one stacked matrix W (out, in).
+
+    Args:
+        inputs: What W reads.
+        outputs: G of each member in stacking order, (out_i, out_i) or its diagonal (out_i,).
+    """
+
+    inputs: InputSide
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def output_weights(self) -> Tensor:
+        """The diagonal of G over all members (out,)."""
+        return torch.cat([G if G.ndim == 1 else G.diagonal() for G in self.outputs]).to(torch.float64)
+
+
+def rank_losses(W: Tensor, curvature: Curvature) -> Tensor:
+    """Return the predicted loss of the best rank-k approximation for k = 0 ... min(out, in), float64."""
+    outputs = Metric.stacked(Metric.of(G) for G in curvature.outputs)
+    energy = whitened_singular_values(W, curvature.inputs.metric, outputs).square()
+    tails = energy.flip(0).cumsum(0).flip(0)
+    return 0.5 * torch.cat([tails, tails.new_zeros(1)])
+
+
+def rounding_loss(W: Tensor, spec: QuantSpec, curvature: Curvature, columns: Tensor) -> float:
+    """Return the predicted loss of quantizing W (out, in) to a spec.
+
+    Rounding errors are taken as independent and uniform over a step, which is right for many bits and
+    pessimistic for two.
+
+    Args:
+        W: The matrix.
+        spec: Bits, block size, symmetry and activations.
+        curvature: Of the matrix.
+        columns: Cost of a unit of squared error in each column, as the quantizer leaves it: `InputSide.alone` or
+            `compensated`.
+    """
+    out_weights = curvature.output_weights.to(torch.float32)
+    by_block = _blocks(columns.to(torch.float32)[None], spec.block_size).sum(-1)[0]
+    rows = product(_squared_steps(W, spec), by_block[:, None])[:, 0]
+    loss = 0.5 * _UNIFORM * float(out_weights @ rows)
+    if spec.activations == 8:
+        norms = W.to(torch.float32).square().sum(1)
+        loss += 0.5 * _UNIFORM * curvature.inputs.token_peak / _INT8_LEVELS**2 * float(out_weights @ norms)
+    return loss
+
+
+@dataclass(frozen=True)
+class TableCurvature:
+    """What errors of a token embedding that is also the output projection cost, by row and by column.
+
+    Args:
+        outputs: Mean over tokens of p (1 - p), p the probability of each token (vocabulary,); zeros where the
+            table is no output projection.
+        inputs: Second moment of what the output projection reads (dim, dim).
+        frequencies: Share of each token in the text (vocabulary,); zeros where the table is no embedding.
+        gradients: Mean square of the loss' gradient by the embedding's output (dim,).
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    frequencies: Tensor
+    gradients: Tensor
+
+
+def table_loss(table: Tensor, spec: QuantSpec, curvature: TableCurvature, columns: Tensor) -> float:
+    """Return the predicted loss of quantizing a table (vocabulary, dim), as output projection and as embedding.
+
+    Args:
+        table: The table.
+        spec: A blockwise spec.
+        curvature: Of the table.
+        columns: Cost of a unit of squared error in each column of the output projection (dim,).
+    """
+    steps = _squared_steps(table, spec)
+
+    def weighed(rows: Tensor, weights: Tensor) -> float:
+        by_block = _blocks(weights.to(torch.float32)[None], spec.block_size).sum(-1)[0]
+        return float(rows.to(torch.float32) @ (steps @ by_block))
+
+    return (
+        0.5
+        * _UNIFORM
+        * (weighed(curvature.outputs, columns) + weighed(curvature.frequencies, curvature.gradients))
+    )
+
+
+def _blocks(W: Tensor, block_size: int) -> Tensor:
+    """Return W (N, K) cut to (N, blocks, block), zeros at the end; block size 0 is the whole row."""
+    block = block_size or W.shape[1]
+    padded: Tensor = torch.nn.functional.pad(W, (0, -W.shape[1] % block))
+    cut: Tensor = padded.view(W.shape[0], -1, block)
+    return cut
+
+
+def _squared_steps(W: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the squared step of each block's grid (N, blocks), float32."""
+    cut = _blocks(W.to(torch.float32), spec.block_size)
+    high, low = cut.amax(-1), cut.amin(-1)
+    if not spec.symmetric:
+        steps: Tensor = (high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)
+    else:
+        levels = _INT8_LEVELS if spec.activations == 8 else 2 ** (spec.bits - 1)
+        steps = torch.maximum(high, -low) / levels
+    return steps.square()

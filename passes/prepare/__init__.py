@@ -1,0 +1,1 @@
+"""Exact reparameterizations: the function of a layer stays, its weights become easier to quantize."""

@@ -1,0 +1,41 @@
+"""Norm gains moved into the matrices that read the norm: W (g ∘ n + b) = (W diag(g)) n + W b."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rk_export.passes.prepare.parameters import put, read, weight
+from rk_export.passes.prepare.wiring import Wiring
+
+
+@torch.no_grad()
+def fold_norm(norm: nn.Module, readers: Iterable[nn.Module], *, unit_offset: bool = False) -> None:
+    """Fold the gain of a norm, and the shift of a LayerNorm, into everything that reads its output.
+
+    Args:
+        norm: RMSNorm or LayerNorm over d; its gain becomes 1 and its shift 0.
+        readers: Modules with a weight (out, d); where the norm has a shift, with a bias (out,) too.
+        unit_offset: The norm stores its gain minus one.
+    """
+    gain, shift = weight(norm) + float(unit_offset), read(norm, "bias")
+    for reader in readers:
+        matrix = weight(reader)
+        if shift is not None:
+            bias = read(reader, "bias")
+            if bias is None:
+                raise TypeError(f"{type(reader).__name__} has no bias to take the norm's shift")
+            put(reader, "bias", bias + matrix.double() @ shift.double())
+        put(reader, "weight", matrix * gain)
+    put(norm, "weight", torch.full_like(gain, 1.0 - unit_offset))
+    if shift is not None:
+        put(norm, "bias", torch.zeros_like(shift))
+
+
+def fold_layer(layer: nn.Module, wiring: Wiring) -> None:
+    """Fold the norms in front of a layer's blocks, in place."""
+    for norm, readers in wiring.norms.items():
+        modules = [layer.get_submodule(path) for path in readers]
+        fold_norm(layer.get_submodule(norm), modules, unit_offset=wiring.unit_offset)

@@ -1,0 +1,54 @@
+"""What the quantization of a site costs and saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.numerics.quantize import quantized_bytes
+from rk_export.passes.weights.quantizer import Inputs
+
+
+@dataclass
+class QuantizationTally:
+    """What the quantization of a site's matrices did so far: bytes and squared errors."""
+
+    before: int = 0
+    after: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    weighted_squared_error: float = 0.0
+    weighted_squared_norm: float = 0.0
+
+    def count(self, linear: nn.Linear, quantized: QuantizedLinear, *branch: nn.Linear) -> None:
+        """Count the bytes of a matrix before, and of what stands for it: packed, and float matrices beside it."""
+        self.before += _float_bytes(linear)
+        rows, columns, scale_bytes = linear.out_features, linear.in_features, quantized.scales.element_size()
+        self.after += quantized_bytes(rows, columns, quantized.spec, scale_bytes)
+        self.after += sum(_float_bytes(part) for part in branch)
+
+    def compare(self, target: Tensor, quantized: Tensor, inputs: Inputs) -> None:
+        """Count the error of a matrix, or of a pair's product, both (out, in)."""
+        difference = quantized - target
+        self.squared_error += Inputs().square(difference)
+        self.squared_norm += Inputs().square(target)
+        if inputs.second is not None:
+            self.weighted_squared_error += inputs.square(difference)
+            self.weighted_squared_norm += inputs.square(target)
+
+    @property
+    def error(self) -> float:
+        """The relative Frobenius error."""
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+    @property
+    def weighted_error(self) -> float:
+        """The relative error of the outputs."""
+        norm = self.weighted_squared_norm
+        return (self.weighted_squared_error / norm) ** 0.5 if norm else 0.0
+
+
+def _float_bytes(linear: nn.Linear) -> int:
+    return linear.weight.numel() * linear.weight.element_size()

@@ -1,0 +1,179 @@
+"""Second moments of what each matrix reads, gathered layer by layer beside the rewriting of the model.
+
+Two versions of the model carry the calibration text: the dense one, and the compressed one with every layer
+before the present one rewritten. The present layer, still dense, runs on the hidden states of both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rk_export.architectures import Architecture
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.moments import InputSum, common_reader, inputs_of, readers
+from rk_export.options import CalibrationOptions
+from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.perplexity import tokens_of
+from rk_export.plan import SitePlan
+from rk_export.precision import matmul_dtype, matmuls_in
+from rk_export.self_text import LENGTH, self_text
+from rk_export.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+DENSE, COMPRESSED = "dense", "compressed"
+CHUNK = 2048  # tokens that run through a layer together
+
+
+def calibration_tokens(source: ModelSource, options: CalibrationOptions, device: torch.device) -> Tensor:
+    """Return the calibration text of a metric that uses one.
+
+    Args:
+        source: The dense model.
+        options: `self` samples from the model, `corpus` reads a text file with the model's tokenizer.
+        device: Where the model runs while sampling.
+
+    Returns:
+        int64 (sequences, length): `LENGTH` tokens each, fewer if the model's context is shorter.
+
+    Raises:
+        InputError: If the text cannot be read, is too short or does not fit the model's vocabulary, or the model
+            cannot write one.
+        ValueError: If the metric uses no text.
+    """
+    if options.metric == "self":
+        return self_text(source, options.tokens, options.seed, device)
+    if options.corpus is None:
+        raise ValueError(f"the metric {options.metric!r} uses no text")
+    ids = torch.from_numpy(tokens_of(Path(options.corpus).expanduser(), source.folder))
+    if len(ids) < options.tokens:
+        raise InputError(
+            f"the text has {len(ids)} tokens, {options.tokens} were asked for",
+            where=options.corpus,
+            fix="give a longer text, or fewer with --calibration-tokens",
+        )
+    length = min(LENGTH, int(source.config.max_position_embeddings))
+    ids = ids[: options.tokens // length * length].view(-1, length)
+    if int(ids.max()) >= source.config.vocab_size:
+        raise InputError(
+            f"token {int(ids.max())} is outside the model's vocabulary of {source.config.vocab_size}",
+            where=str(source.folder / "tokenizer.json"),
+            fix="use the tokenizer of this model",
+        )
+    return ids
+
+
+class CalibrationStreams:
+    """Calibration tokens carried through the dense and the compressed model; statistics on the way.
+
+    Make it while the embedding is dense, call `start` once it is final, then for each layer `observe` while the
+    layer is dense and `advance` after it was rewritten. Layers run where they are; moments come to the CPU.
+
+    Args:
+        model: The model; its embedding is filled, its layers need not be.
+        architecture: Its family.
+        tokens: int64 (sequences, length), without padding.
+        cross: Also gather cross moments. Without them the dense version is not carried at all, which saves half
+            of the work.
+        dtype: What matrices multiply in, float32 or bfloat16; None takes `matmul_dtype` of the model's device.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        tokens: Tensor,
+        *,
+        cross: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        layers = model.get_submodule(architecture.layers)
+        if not isinstance(layers, nn.ModuleList):
+            raise TypeError(f"{architecture.layers} is no list of layers")
+        rows = max(1, CHUNK // tokens.shape[1])
+        self._chunks = [Streams(model, layers, chunk) for chunk in torch.split(tokens, rows)]
+        self._layers, self._cross, self._dtype = layers, cross, dtype
+        if cross:
+            for chunk in self._chunks:
+                chunk.start(DENSE)
+
+    def start(self) -> None:
+        """Begin the compressed version with the embedding as it is now."""
+        for chunk in self._chunks:
+            chunk.start(COMPRESSED)
+            if self._cross and torch.equal(chunk.hidden[DENSE], chunk.hidden[COMPRESSED]):
+                chunk.hidden[COMPRESSED] = chunk.hidden[DENSE]  # one run serves both
+
+    def observe(self, index: int, layer: Layer, sites: Sequence[SitePlan]) -> dict[str, SiteStatistics]:
+        """Run a layer that is still dense on both versions' hidden states, and advance the dense version.
+
+        Experts get moments of the compressed version only: the two versions may route a token differently.
+
+        Returns:
+            Statistics by site name. A site whose matrices read different inputs, or no token at all, has none,
+            which is logged.
+        """
+        modules = {path: layer.at(path) for site in sites for path in site.paths}
+        sums: defaultdict[str, InputSum] = defaultdict(InputSum)
+        reader_of: dict[str, str] = {}
+        for chunk in self._chunks:
+            with self._matmuls(index):
+                inputs, dense = self._inputs(chunk, index, modules)
+            here = readers(inputs)
+            reader_of |= here
+            for reader, site in {common_reader(site.paths, here): site for site in sites}.items():
+                if reader is not None:
+                    sums[reader].add(inputs[reader], None if "expert" in site.members else dense.get(reader))
+        return _by_site(sites, reader_of, {reader: total.moments() for reader, total in sums.items()})
+
+    def advance(self, index: int) -> None:
+        """Run the compressed version through a layer that has been rewritten."""
+        with self._matmuls(index):
+            for chunk in self._chunks:
+                chunk.advance(COMPRESSED, index)
+
+    def _inputs(
+        self, chunk: Streams, index: int, modules: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what a layer's matrices read in the compressed and in the dense version, which is advanced.
+
+        The second is empty where the two agree, or where the dense version is not carried.
+        """
+        with inputs_of(modules) as inputs:
+            output = chunk.run(COMPRESSED, index)
+        if not self._cross:
+            return inputs, {}
+        if chunk.hidden[DENSE] is chunk.hidden[COMPRESSED]:
+            chunk.hidden[DENSE] = output
+            return inputs, {}
+        with inputs_of(modules) as dense:
+            chunk.advance(DENSE, index)
+        return inputs, dense
+
+    def _matmuls(self, index: int) -> AbstractContextManager[object]:
+        device = next(self._layers[index].parameters()).device
+        return matmuls_in(self._dtype or matmul_dtype(device), device)
+
+
+def _by_site(
+    sites: Sequence[SitePlan], reader_of: Mapping[str, str], moments: Mapping[str, InputMoments]
+) -> dict[str, SiteStatistics]:
+    found = {}
+    for site in sites:
+        shared = moments.get(common_reader(site.paths, reader_of) or "")
+        if shared is not None:
+            found[site.site] = SiteStatistics(shared)
+            continue
+        reached = any(path in reader_of for path in site.paths)
+        reason = "its matrices read different inputs" if reached else "no token reached it"
+        logger.info("%s: no statistics, %s", site.site, reason)
+    return found

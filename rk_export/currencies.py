@@ -1,0 +1,158 @@
+"""What a budget is counted in (parameters, bytes, milliseconds of this machine) and what it may buy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rk_export.architectures import empty_canonical_model
+from rk_export.candidates import Form, Format, Menu, Price
+from rk_export.cost_table import CostTable
+from rk_export.humanize import size
+from rk_export.load import ModelSource
+from rk_export.options import GROUPS, W8A8, Budget, CompressOptions, QuantSpec
+from rk_export.plan import SitePlan
+from rk_export.storage import FLOAT_BYTES, Shape, matrix_bytes
+
+# model.onnx holds nodes, names and shapes: about 9 kB a layer on SmolLM2; these reserve a little more.
+GRAPH_BYTES, GRAPH_BYTES_PER_LAYER = 100_000, 12_000
+
+WEIGHT_FORMATS: tuple[Format, ...] = (
+    QuantSpec(2, 16, symmetric=False),
+    QuantSpec(2, 32, symmetric=False),
+    QuantSpec(4, 128, symmetric=False),
+    QuantSpec(4, 64, symmetric=False),
+    QuantSpec(4, 32),
+    QuantSpec(4, 32, symmetric=False),
+    QuantSpec(4, 16, symmetric=False),
+    QuantSpec(8, 128),
+    QuantSpec(8, 32),
+    None,
+)
+PAIR_FORMATS: tuple[Format, ...] = (QuantSpec(4, 32, symmetric=False), QuantSpec(8, 128), None)
+TABLE_FORMATS: tuple[Format, ...] = (
+    QuantSpec(4, 64, symmetric=False),
+    QuantSpec(4, 32, symmetric=False),
+    QuantSpec(4, 16, symmetric=False),
+    QuantSpec(8, 128),
+    QuantSpec(8, 32),
+    None,
+)
+# The time of a product hardly depends on the block: one weight-only format for each number of bits.
+TIMED_FORMATS: tuple[Format, ...] = (QuantSpec(4, 32, symmetric=False), QuantSpec(8, 32), W8A8, None)
+
+
+@dataclass(frozen=True)
+class Currency:
+    """A unit with its menu.
+
+    Args:
+        budget: What was asked for.
+        unit: parameters, bytes or ms.
+        menu: What a site may become, and what that costs.
+        tables: Formats of the embedding that are bought from the same budget; empty where it is no part of it.
+        fixed: What the model costs beside the sites and the embedding.
+    """
+
+    budget: Budget
+    unit: str
+    menu: Menu
+    tables: tuple[Format, ...] = ()
+    fixed: float = 0.0
+
+    def amount(self, sites: Sequence[SitePlan], shapes: Sequence[Sequence[Shape]]) -> float:
+        """Return what may be spent on the sites, and on the embedding if it is part of the budget.
+
+        Args:
+            sites: All sites, dense.
+            shapes: (out, in) of each site's members.
+        """
+        value, kind = self.budget.value, self.budget.kind
+        if kind == "size":
+            return value - self.fixed
+        if kind == "speed_up":
+            floats = sum(self.menu.price(rows, columns, None) for site in shapes for rows, columns in site)
+            return (self.fixed + floats) / value - self.fixed
+        parameters = [sum(rows * columns for rows, columns in site) for site in shapes]
+        if kind == "bits":
+            return value / 8 * sum(parameters)
+        return sum(
+            count * (value if site.members in self.menu.factorized else 1)
+            for site, count in zip(sites, parameters, strict=True)
+        )
+
+
+def in_words(cost: float, unit: str) -> str:
+    """Return a cost with its unit."""
+    if unit == "bytes":
+        return size(round(cost))
+    return f"{cost:.3g} {unit}" if unit == "ms" else f"{cost:,.0f} {unit}"
+
+
+def currency_of(
+    source: ModelSource, options: CompressOptions, rank_step: int, costs: CostTable | None = None
+) -> Currency:
+    """Return the currency of a budget.
+
+    Args:
+        source: The dense model.
+        options: With a budget.
+        rank_step: Ranks are multiples of it.
+        costs: Measured times; needed for a speed-up.
+
+    Raises:
+        ValueError: If the options have no budget, or a speed-up comes without measured times.
+    """
+    budget = options.budget
+    if budget is None:
+        raise ValueError("the options have no budget")
+    groups = frozenset(GROUPS[group] for group in options.groups or ())
+    kv_groups = source.architecture.heads(source.config).kv_heads
+    float_bytes = FLOAT_BYTES[options.float_dtype]
+
+    forms: tuple[Form, ...] = ("joint", "identity")
+    if options.form is not None:
+        forms = ("identity",) if options.form == "identity" else ("joint",)
+
+    def menu(formats: tuple[Format, ...], pairs: tuple[Format, ...], price: Price) -> Menu:
+        return Menu(formats, pairs, forms, rank_step, options.quantizer == "gptq", kv_groups, price, groups)
+
+    if budget.kind == "keep":
+        one = (options.quant,)
+        return Currency(budget, "parameters", menu(one, one, lambda rows, columns, _: rows * columns))
+    if budget.kind == "speed_up":
+        if costs is None:
+            raise ValueError("a speed-up needs measured times")
+        timed = TIMED_FORMATS if options.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
+        return Currency(budget, "ms", menu(timed, timed, costs.price), fixed=costs.rest)
+    in_bytes = menu(
+        WEIGHT_FORMATS,
+        PAIR_FORMATS,
+        lambda rows, columns, spec: matrix_bytes(rows, columns, spec, float_bytes),
+    )
+    if budget.kind == "bits":
+        return Currency(budget, "bytes", in_bytes)
+    return Currency(budget, "bytes", in_bytes, TABLE_FORMATS, fixed_bytes(source, options))
+
+
+def table_count(source: ModelSource) -> int:
+    """Return how many tables of vocabulary size are stored: one where the output projection is tied, else two."""
+    return 1 if source.config.tie_word_embeddings else 2
+
+
+def fixed_bytes(source: ModelSource, options: CompressOptions) -> float:
+    """Return the bytes of a bundle's model files beside the matrices that a plan decides on; a little too many."""
+    architecture, config = source.architecture, source.config
+    decided = {
+        f"{architecture.layers}.{layer}.{item.path}.weight"
+        for layer in range(source.layer_count)
+        for item in architecture.projections(config, layer)
+    } | {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
+    names = empty_canonical_model(config).named_parameters()
+    floats = sum(parameter.numel() for name, parameter in names if name not in decided)
+    if not architecture.is_encoder:
+        floats += int(config.max_position_embeddings) * architecture.heads(config).head_dim  # rotary tables
+    rotated = "rotate" in options.preparations and table_count(source) == 1
+    head = matrix_bytes(config.hidden_size, config.hidden_size, QuantSpec(8, 32), 4) if rotated else 0
+    graph = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * source.layer_count
+    return float(floats * FLOAT_BYTES[options.float_dtype] + head + graph)

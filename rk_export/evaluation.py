@@ -1,0 +1,144 @@
+"""Several models, texts and tasks side by side: dense models and checkpoints in PyTorch, bundles in ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rk_export.checkpoint import is_checkpoint, load_pretrained
+from rk_export.errors import InputError
+from rk_export.load import open_source, read_config
+from rk_export.log_likelihood import PairEncoder
+from rk_export.measure import EvalText, check_text, context_length, perplexity_of, torch_logits
+from rk_export.multiple_choice import TaskResult, score_task
+from rk_export.perplexity import LogitsFn, PerplexityResult
+from rk_export.runtime import Session
+from rk_export.runtime.bundle_config import MODEL_FILE, TOKENIZER_FILE, BundleConfig
+from rk_export.runtime.providers import Provider, SessionSettings
+from rk_export.runtime.text import TextCodec
+from rk_export.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be evaluated, its weights not yet loaded.
+
+    Args:
+        name: What the user called it.
+        folder: Holds its tokenizer.
+        max_length: Most tokens that it takes.
+        load: Loads it and returns its logits function.
+    """
+
+    name: str
+    folder: Path
+    max_length: int
+    load: Callable[[], LogitsFn]
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What was measured of one model.
+
+    Args:
+        model: What the user called it.
+        texts: Perplexity by the name of the text.
+        tasks: Scores by the name of the task.
+    """
+
+    model: str
+    texts: dict[str, PerplexityResult]
+    tasks: dict[str, TaskResult]
+
+
+def open_candidate(
+    model: str | Path, option: str, *, provider: Provider = "auto", threads: int | None = None
+) -> Candidate:
+    """Return a dense model or checkpoint, to run in PyTorch, or a bundle, to run in ONNX Runtime.
+
+    Args:
+        model: HF folder, hub id, GGUF file, checkpoint or bundle.
+        option: The option that asks for a decoder, for messages.
+        provider: Execution provider, of a bundle.
+        threads: Threads of ONNX Runtime, of a bundle.
+
+    Raises:
+        InputError: Nothing usable is there, or the model is an encoder.
+    """
+    folder = Path(model).expanduser()
+    if (folder / MODEL_FILE).is_file():
+        SessionSettings(provider, threads)  # refuses what it cannot take before any work
+
+        def session_logits() -> LogitsFn:
+            return Session.from_pretrained(folder, provider=provider, threads=threads).prefill_logits
+
+        return Candidate(str(model), folder, _bundle_length(folder), session_logits)
+    if folder.is_dir() and is_checkpoint(folder):
+        length = context_length(read_config(folder), option)
+        return Candidate(str(model), folder, length, lambda: torch_logits(load_pretrained(folder).model))
+    source = open_source(model)
+    length = context_length(source.config, option)
+    return Candidate(str(model), source.folder, length, lambda: torch_logits(source.load()))
+
+
+def _bundle_length(folder: Path) -> int:
+    length = BundleConfig.read(folder).context_length
+    if length is None:
+        raise InputError("no context length is known", where=str(folder), fix="export the bundle again")
+    return length
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    *,
+    texts: Sequence[EvalText] = (),
+    tasks: Sequence[Task] = (),
+    provider: Provider = "auto",
+    threads: int | None = None,
+) -> list[ModelScores]:
+    """Measure every model on every text and task; one model is in memory at a time.
+
+    Args:
+        models: As in `open_candidate`.
+        texts: Texts to measure perplexity on.
+        tasks: Tasks to ask; `rk_export.tasks.load_tasks` reads them.
+        provider: Execution provider of bundles.
+        threads: Threads of ONNX Runtime.
+
+    Raises:
+        InputError: There is nothing to measure, or a model, text or item cannot be used; what can be seen without
+            computing is refused before the first model is loaded.
+    """
+    if not texts and not tasks:
+        raise InputError("nothing to measure", where="eval", fix="give --text FILE or --tasks NAME")
+    option = "--text" if texts else "--tasks"
+    candidates = [open_candidate(model, option, provider=provider, threads=threads) for model in models]
+    for candidate in candidates:
+        TextCodec(candidate.folder / TOKENIZER_FILE)
+        for text in texts:
+            check_text(text, candidate.folder, candidate.max_length)
+    return [_scores(candidate, texts, tasks) for candidate in candidates]
+
+
+def _scores(candidate: Candidate, texts: Sequence[EvalText], tasks: Sequence[Task]) -> ModelScores:
+    logger.info("evaluating %s", candidate.name)
+    logits, encoder = candidate.load(), PairEncoder(TextCodec(candidate.folder / TOKENIZER_FILE))
+    names = short_names([str(text.path) for text in texts])
+    return ModelScores(
+        candidate.name,
+        {
+            name: perplexity_of(logits, text, candidate.folder)
+            for name, text in zip(names, texts, strict=True)
+        },
+        {task.name: score_task(logits, task, encoder, max_length=candidate.max_length) for task in tasks},
+    )
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the last part of each path, or the paths as they are where that would not tell them apart."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)

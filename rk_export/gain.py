@@ -1,0 +1,114 @@
+"""Second moments of what matrices read, estimated from weights alone: no token runs through the model.
+
+Normalized hidden states are taken to be white, with unit mean square; the norm's gain (and bias) in front of a
+matrix then gives its input's moment, which is carried on through v to o, and through gate and up to down.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rk_export.architectures import Architecture
+from rk_export.passes.base import InputMoments, Layer, SiteStatistics, role_paths
+from rk_export.plan import SitePlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean of x xᵀ (n, n) and of x (n,)."""
+
+    second: Tensor
+    mean: Tensor
+
+    def through(self, linear: nn.Linear) -> _Moments:
+        """Return the moments of W x + b."""
+        weight = linear.weight.float()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.float()
+        centre = weight @ self.mean
+        second = weight @ self.second @ weight.T + torch.outer(bias, bias)
+        return _Moments(second + torch.outer(centre, bias) + torch.outer(bias, centre), centre + bias)
+
+
+@torch.no_grad()
+def gain_statistics(
+    layer: Layer, sites: Sequence[SitePlan], architecture: Architecture
+) -> dict[str, SiteStatistics]:
+    """Estimate the input moments of a dense layer's sites.
+
+    Two steps are approximations. o reads averages of values over tokens: they are taken to have the values' own
+    moments, and different query heads, which look at different tokens, to be uncorrelated. down reads
+    act(gate) * up: its moment is taken to be diagonal, the product of gate's and up's mean squares (of up's alone
+    where there is no gate), which leaves the activation out.
+
+    Args:
+        layer: The layer, still dense.
+        sites: All sites of the layer.
+        architecture: Its family.
+
+    Returns:
+        Statistics by site name, with `tokens` 0. Sites that no norm stands in front of have none, and neither
+        have experts; both are logged.
+    """
+    roles = role_paths(sites)
+    attention = _norm_moments(layer, architecture, ("input_layernorm",))
+    mlp = _norm_moments(layer, architecture, ("pre_feedforward_layernorm", "post_attention_layernorm"))
+    known: dict[str, Tensor] = {}
+    if attention is not None:
+        known |= dict.fromkeys(("q", "k", "v"), attention.second)
+        if {"v", "o"} <= roles.keys():
+            known["o"] = _averaged_values(layer, attention.through(layer.linear(roles["v"])), roles["o"])
+    if attention is not None and mlp is not None:  # without a norm before attention, norms stand behind
+        known |= dict.fromkeys(("gate", "up"), mlp.second)
+        squares = [mlp.through(layer.linear(roles[role])) for role in ("gate", "up") if role in roles]
+        if squares:
+            known["down"] = torch.stack([item.second.diagonal() for item in squares]).prod(0).diag()
+    found = {}
+    for site in sites:
+        if site.members[0] in known:
+            found[site.site] = SiteStatistics(InputMoments(known[site.members[0]]))
+        else:
+            logger.info("%s: no statistics, no norm's gain tells what it reads", site.site)
+    return found
+
+
+def _norm_moments(layer: Layer, architecture: Architecture, exported: Sequence[str]) -> _Moments | None:
+    """Return the moments of the output of the first of some norms that a layer has, by their exported names."""
+    torch_paths = {onnx: path for path, onnx in architecture.renamed.items()}
+    present = dict(layer.module.named_modules())
+    for name in exported:
+        norm = present.get(torch_paths.get(name, name))
+        if norm is not None:
+            return _output_moments(norm)
+    return None
+
+
+def _output_moments(norm: nn.Module) -> _Moments:
+    """Evaluate a norm on ±1 and on 1: gain, bias and whether it centres, however they are stored."""
+    width = sum(parameter.numel() for name, parameter in norm.named_parameters() if name == "weight")
+    ones = torch.ones(1, width, device=next(norm.parameters()).device)
+    signs = ones.clone()
+    signs[:, 1::2] = -1
+    high, low = norm(signs)[0].float(), norm(-signs)[0].float()
+    gain, bias = (high - low) / 2 * signs[0], (high + low) / 2
+    constant = norm(ones)[0].float() - bias  # the gain behind an RMSNorm, zero behind a LayerNorm
+    centring = (torch.outer(gain, gain) - torch.outer(constant, constant)) / width
+    return _Moments(torch.diag(gain.square()) - centring + torch.outer(bias, bias), bias)
+
+
+def _averaged_values(layer: Layer, values: _Moments, output: str) -> Tensor:
+    """Return the moment (in, in) of what o reads: one block per query head, the mean value elsewhere."""
+    head_dim = len(values.mean) // layer.kv_groups
+    heads = layer.linear(output).in_features // head_dim
+    of_head = torch.arange(heads, device=values.mean.device) // (heads // layer.kv_groups)
+    features = (of_head[:, None] * head_dim + torch.arange(head_dim, device=of_head.device)).flatten()
+    mean = values.mean[features]
+    same_head = torch.arange(len(features), device=mean.device) // head_dim
+    second = values.second[features][:, features]
+    return torch.where(same_head[:, None] == same_head, second, torch.outer(mean, mean))

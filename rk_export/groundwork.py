@@ -1,0 +1,191 @@
+"""What compression starts from: the dense model under exact reparameterizations, calibration text, statistics.
+
+All of it depends on the model and on the options alone, and what is costly is kept on disk: applying the same
+plan to the same model again, as `verify` does, finds it there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rk_export.calibration import calibration_tokens
+from rk_export.dense_statistics import DenseStatistics, layerwise
+from rk_export.device import resolve_device
+from rk_export.gain import gain_statistics
+from rk_export.humanize import size
+from rk_export.load import ModelSource
+from rk_export.moments import inputs_of
+from rk_export.options import CompressOptions
+from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.plan import Plan, SitePlan
+from rk_export.planner import canonical_layers
+from rk_export.prepared import PreparedSource
+from rk_export.report import Finding
+from rk_export.rewrite import Rewritten, rewrite
+from rk_export.sensitivity import dense_statistics
+from rk_export.table_statistics import table_curvature
+
+logger = logging.getLogger(__name__)
+
+# The peaks that even out FFN neurons, and the embedding's few numbers, settle with less text.
+SHORT_TEXT = 2048
+# How far the peaks are evened out: the best of 0, 0.25 and 0.5 for INT4 and for int8 inputs on SmolLM2.
+SCALE_ALPHA = 0.25
+# Bytes; beyond them only the diagonals of the gradients' moments are kept.
+GRADIENT_LIMIT = 8_000_000_000
+
+
+@dataclass(frozen=True)
+class Groundwork:
+    """The start of a compression.
+
+    Args:
+        source: The dense model, reparameterized as the options ask.
+        statistics: Of that model; None where the metric uses no text, or the model is an encoder.
+        table: What errors of the embedding cost; None like the statistics.
+        tokens: The calibration text, int64 (sequences, length); None where the metric uses none.
+    """
+
+    source: ModelSource
+    options: CompressOptions
+    statistics: DenseStatistics | None = None
+    table: TableCurvature | None = None
+    tokens: Tensor | None = None
+
+    def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
+        """Apply a plan to the model, under what is known about it."""
+        table = None if self.table is None else self.table.inputs
+        rewritten = rewrite(self.source, plan, statistics=self.of_sites, table_inputs=table, probe=probe)
+        return replace(rewritten, findings=(*self.findings, *rewritten.findings))
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was reparameterized, and what was not."""
+        return self.source.findings if isinstance(self.source, PreparedSource) else ()
+
+    def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> dict[str, SiteStatistics]:
+        """Return the statistics of a layer's sites by name; sites that nothing is known about are absent."""
+        if self.options.calibration.metric == "gain":
+            return gain_statistics(layer, sites, self.source.architecture)
+        known = self.statistics
+        if known is None:
+            return {}
+        return {
+            site.site: SiteStatistics(
+                InputMoments(known.second[layer.index, site.paths[0]], None, known.tokens),
+                {
+                    role: known.gradients[layer.index, path] * known.tokens
+                    for role, path in zip(site.members, site.paths, strict=True)
+                },
+            )
+            for site in sites
+            if "expert" not in site.members
+            and all((layer.index, path) in known.gradients for path in site.paths)
+        }
+
+
+def groundwork(source: ModelSource, options: CompressOptions) -> Groundwork:
+    """Reparameterize a model and gather what the options need to know about it.
+
+    Raises:
+        InputError: If the calibration text cannot be read or written by the model, or the preparations do not go
+            together.
+    """
+    device = resolve_device(options.device)
+    if not options.calibration.uses_text or source.architecture.is_encoder:
+        _say_what_is_missing(source, options)
+        names = tuple(name for name in options.preparations if name != "scale")
+        return Groundwork(_prepared(source, options, names, {}), options)
+    tokens = calibration_tokens(source, options.calibration, device)
+    peaks = {}
+    if "scale" in options.preparations:
+        logger.info("peaks of the FFN neurons on %d tokens", SHORT_TEXT)
+        peaks = neuron_peaks(source, _first(tokens, SHORT_TEXT), device)
+    prepared = _prepared(source, options, options.preparations, peaks)
+    model, architecture = prepared.load(), source.architecture
+    statistics = _statistics(prepared, model, tokens, options)
+    table = table_curvature(model, architecture, _first(tokens, SHORT_TEXT), device)
+    return Groundwork(prepared, options, statistics, table, tokens)
+
+
+def _statistics(
+    source: ModelSource, model: PreTrainedModel, tokens: Tensor, options: CompressOptions
+) -> DenseStatistics:
+    device, architecture = resolve_device(options.device), source.architecture
+    whole, wanted = gradient_bytes(source), options.calibration.gradients
+    if not wanted:
+        logger.info("outputs weigh by relative error, layer by layer")
+    elif whole > GRADIENT_LIMIT:
+        logger.info("output gradients are kept by their diagonals: whole, they would take %s", size(whole))
+    diagonal = not wanted or whole > GRADIENT_LIMIT
+    statistics = dense_statistics(
+        model,
+        architecture,
+        tokens,
+        diagonal=diagonal,
+        device=device,
+        gradient_tokens=tokens.numel() if wanted else 0,
+    )
+    if wanted:
+        return statistics
+    layers = list(model.get_submodule(architecture.layers).children())
+    weights = {
+        (layer, path): layers[layer].get_submodule(path).weight for layer, path in statistics.gradients
+    }
+    return layerwise(statistics, weights)
+
+
+def _say_what_is_missing(source: ModelSource, options: CompressOptions) -> None:
+    if options.calibration.uses_text:
+        logger.info("metric %s: none instead, an encoder has no loss to take", options.calibration.metric)
+    if "scale" in options.preparations:
+        logger.info("prepare scale: left out, without calibration text there are no peaks to even out")
+
+
+def _prepared(
+    source: ModelSource, options: CompressOptions, names: Sequence[str], peaks: Mapping[str, Tensor]
+) -> ModelSource:
+    if not names:
+        return source
+    return PreparedSource(source, names, seed=options.calibration.seed, peaks=peaks, alpha=SCALE_ALPHA)
+
+
+def _first(tokens: Tensor, count: int) -> Tensor:
+    return tokens[: max(1, count // tokens.shape[1])]
+
+
+def gradient_bytes(source: ModelSource) -> int:
+    """Return the bytes of the whole second moments of all output gradients, float32."""
+    return 4 * sum(
+        layer.linear(item.path).out_features ** 2
+        for layer in canonical_layers(source.config)
+        for item in source.architecture.projections(source.config, layer.index)
+    )
+
+
+@torch.no_grad()
+def neuron_peaks(source: ModelSource, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Return the largest absolute input of each FFN neuron's column: name of the down matrix -> (neurons,)."""
+    model, peaks = source.load().to(device), dict[str, Tensor]()
+    names = [
+        f"layers.{layer}.{item.path}"
+        for layer in range(source.layer_count)
+        for item in source.architecture.projections(source.config, layer)
+        if item.role == "down" or (item.role == "expert" and item.path.endswith("down_proj"))
+    ]
+    root = source.architecture.layers.rpartition("layers")[0]
+    modules = {name: model.get_submodule(root + name) for name in names}
+    for ids in torch.split(tokens, max(1, SHORT_TEXT // tokens.shape[1])):
+        with inputs_of(modules) as inputs:
+            model(input_ids=ids.to(device), use_cache=False)
+        for name, x in inputs.items():
+            peak = x.flatten(0, -2).abs().amax(0).float().cpu()
+            peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+    return peaks

@@ -1,0 +1,127 @@
+"""The state of a recovery on disk: written atomically, and only ever continued by the run it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rk_export.errors import InputError
+from rk_export.rewrite import Rewritten
+
+STATE_VERSION = 1
+_SECONDS_BETWEEN = 60.0
+_LARGEST_SHARE = 0.05  # of the time that writing may take
+_SAMPLE = 256  # values of each tensor that the fingerprint reads
+
+
+@dataclass(frozen=True)
+class HealState:
+    """Where a recovery stands between two steps.
+
+    Args:
+        fingerprint: Of the run, from `fingerprint`.
+        step: Steps done.
+        losses: (step, loss) so far.
+        seconds: Time spent so far.
+        tensors: The trained tensors by name.
+        optimizer: The optimizer's state dict.
+    """
+
+    fingerprint: str
+    step: int
+    losses: tuple[tuple[int, float], ...]
+    seconds: float
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def fingerprint(rewritten: Rewritten, tokens: Tensor, choices: Mapping[str, object]) -> str:
+    """Return a fingerprint of a run: plan, first values of every tensor before it, tokens, and choices."""
+    digest = hashlib.sha256(repr((rewritten.plan.to_json(), sorted(choices.items()))).encode())
+    digest.update(repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes())
+    for name, tensor in rewritten.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().flatten()[:_SAMPLE].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class StateFile:
+    """A state on disk, written at most every minute and at most a twentieth of the time.
+
+    Args:
+        path: The file; None writes nothing.
+        run: The run's fingerprint.
+    """
+
+    def __init__(self, path: Path | None, run: str) -> None:
+        self._path, self.run = path, run
+        self._due = time.monotonic() + _SECONDS_BETWEEN
+
+    def read(self) -> HealState | None:
+        """Return the state that an earlier run left, or None.
+
+        Raises:
+            InputError: If the file is not readable as a state, or belongs to another run.
+        """
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            data = torch.load(self._path, weights_only=True, map_location="cpu")
+            state = HealState(**data["state"]) if data["version"] == STATE_VERSION else None
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            raise InputError(
+                f"is no state of a recovery ({type(error).__name__})",
+                where=str(self._path),
+                fix="delete it; the recovery starts from the beginning",
+            ) from error
+        if state is None or state.fingerprint != self.run:
+            raise InputError(
+                "is the state of another recovery: the model, the plan, the tokens or the options differ",
+                where=str(self._path),
+                fix="run it with what it was started with, or delete the file",
+            )
+        return state
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write."""
+        return self._path is not None and time.monotonic() >= self._due
+
+    def write(self, state: HealState) -> None:
+        """Replace the file in one move.
+
+        Raises:
+            InputError: If the disk is full or the folder cannot be written to.
+        """
+        if self._path is None:
+            return
+        begin = time.monotonic()
+        partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"version": STATE_VERSION, "state": _shallow(state)}, partial)
+            os.replace(partial, self._path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise InputError(
+                f"the state of the recovery cannot be written: {error}",
+                where=str(self._path),
+                fix="free some space, or name another file",
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        now = time.monotonic()
+        self._due = now + max(_SECONDS_BETWEEN, (now - begin) / _LARGEST_SHARE)
+
+
+def _shallow(state: HealState) -> dict[str, Any]:
+    return {item.name: getattr(state, item.name) for item in fields(state)}

@@ -1,0 +1,122 @@
+"""Second moments summed over tokens, and the hooks that see what matrices read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from scipy.linalg import blas
+from torch import Tensor, nn
+
+from rk_export.passes.base import InputMoments
+from rk_export.passes.numerics.eigen import product
+
+
+class MomentSum:
+    """Sum over tokens of x xᵀ, or of its diagonal, in float32.
+
+    Args:
+        diagonal: Keep the diagonal only.
+    """
+
+    def __init__(self, *, diagonal: bool = False) -> None:
+        self.tokens = 0
+        self._diagonal = diagonal
+        self._sum: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add tokens (..., n)."""
+        flat = x.detach().flatten(0, -2).float()
+        size = flat.shape[1]
+        if self._sum is None:
+            self._sum = flat.new_zeros(size if self._diagonal else (size, size))
+        if self._diagonal:
+            self._sum += flat.square().sum(0)
+        else:
+            _add_gram_matrix(self._sum, flat)
+        self.tokens += len(flat)
+
+    def total(self) -> Tensor:
+        """Return the sum, (n, n) or (n,), on the CPU.
+
+        Raises:
+            ValueError: If no token came.
+        """
+        if self._sum is None:
+            raise ValueError("no token was added")
+        if self._diagonal:
+            return self._sum.cpu()
+        upper = self._sum.cpu().triu()
+        return upper + upper.triu(1).T
+
+    def mean(self) -> Tensor:
+        """Return the mean over tokens, as `total` does."""
+        return self.total() / self.tokens
+
+
+def _add_gram_matrix(total: Tensor, flat: Tensor) -> None:
+    """Add xᵀx to the upper triangle of a sum, in place; on CPU by SciPy's symmetric rank-k update."""
+    if total.device.type != "cpu":
+        total.addmm_(flat.T, flat)
+        return
+    # BLAS counts columns first: its lower triangle is the upper one here, and nothing is copied.
+    transposed, rows = total.numpy().T, flat.contiguous().numpy().T
+    blas.ssyrk(1.0, rows, beta=1.0, c=transposed, lower=1, overwrite_c=1)
+
+
+class InputSum:
+    """Sums of x xᵀ and x₀ xᵀ, x a token's input in one version of the model and x₀ in another."""
+
+    def __init__(self) -> None:
+        self._second = MomentSum()
+        self._cross: Tensor | None = None
+
+    def add(self, x: Tensor, other: Tensor | None) -> None:
+        """Add tokens (..., n); `other` holds the same tokens in the other version, None where the two agree."""
+        self._second.add(x)
+        if other is not None:
+            flat, flat_other = (item.flatten(0, -2).float() for item in (x, other))
+            part = product(flat_other.T, flat)
+            self._cross = part if self._cross is None else self._cross.add_(part)
+
+    def moments(self) -> InputMoments:
+        """Return the means over tokens, on the CPU.
+
+        Raises:
+            ValueError: If no token came.
+        """
+        second = self._second.mean()
+        cross = None if self._cross is None else self._cross.cpu() / self._second.tokens
+        return InputMoments(second, cross, self._second.tokens)
+
+
+@contextmanager
+def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect what modules read while a layer runs: name -> (..., in), in the order of the calls."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[name] = arguments[0]
+
+        return module.register_forward_pre_hook(note)
+
+    handles = [watch(name, module) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def readers(inputs: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each name the first one that read the very same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(x), name) for name, x in inputs.items()}
+
+
+def common_reader(names: Sequence[str], reader_of: Mapping[str, str]) -> str | None:
+    """Return the reader that stands for all names, or None where they read different tensors or none."""
+    found = {reader_of.get(name) for name in names}
+    return found.pop() if len(found) == 1 else None

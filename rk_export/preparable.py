@@ -1,0 +1,226 @@
+"""Which exact reparameterizations a model takes, why not the others, and which matrices they touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from rk_export.architectures import architecture_of, empty_canonical_model, has_experts
+from rk_export.decoder_spec import DecoderSpec, decoder_spec
+from rk_export.errors import InputError
+from rk_export.options import PREPARATIONS
+from rk_export.passes.prepare.wiring import Wiring
+from rk_export.report import Finding, Outcome
+
+ROUTER = "mlp.gate"
+NORM_MINUS_ONE = ("gemma2", "gemma3_text")
+# f(s x) = s f(x) for s > 0.
+HOMOGENEOUS_ACTIVATIONS = ("relu",)
+
+
+@dataclass(frozen=True)
+class Preparations:
+    """What is done to one model.
+
+    Args:
+        names: The preparations that apply, in the order of `PREPARATIONS`.
+        final_norm: Where the final norm's gain goes: it is kept, folded into the head's own matrix, or moved
+            into the d x d rotation in front of a tied head.
+        findings: One per preparation that was asked for, and one per part that is left out.
+    """
+
+    names: tuple[str, ...]
+    final_norm: Literal["kept", "folded", "rotated head"]
+    findings: tuple[Finding, ...]
+
+
+def preparations_of(config: PretrainedConfig, names: Sequence[str]) -> Preparations:
+    """Decide, from a model's structure alone, which preparations apply.
+
+    Raises:
+        InputError: If a name is unknown, or `rotate` is asked for without `fold`.
+        UnsupportedModelError: If the family is unknown.
+    """
+    check_names(names)
+    reasons = {name: _reason(config, name) for name in PREPARATIONS if name in names}
+    applied = tuple(name for name, reason in reasons.items() if not reason)
+    final, kept = _final_norm(config, applied)
+    findings = [_finding(f"prepare.{name}", reason) for name, reason in reasons.items()]
+    if "fold" in applied and kept:
+        findings.append(_finding("prepare.fold.final_norm", kept))
+    if final == "rotated head":
+        size = config.hidden_size**2 * 4
+        details = {"pass": "prepare", "rotation": config.hidden_size}
+        findings.append(
+            Finding("lm_head.rotation", Outcome.APPLIED, bytes_before=0, bytes_after=size, details=details)
+        )
+    return Preparations(applied, final, tuple(findings))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names that do not exist or do not go together.
+
+    Raises:
+        InputError: Names the option and the fix.
+    """
+    if unknown := set(names) - set(PREPARATIONS):
+        raise InputError(
+            f"unknown preparation {min(unknown)!r}",
+            where="--prepare",
+            fix=f"choose from {', '.join(PREPARATIONS)}",
+        )
+    if "rotate" in names and "fold" not in names:
+        raise InputError(
+            "a norm commutes with a rotation only without its gain",
+            where="--prepare",
+            fix="add fold to rotate",
+        )
+
+
+def check_scale(config: PretrainedConfig, peaks: Mapping[str, Tensor], alpha: float) -> None:
+    """Refuse what `scale` cannot work with.
+
+    Args:
+        config: The model's config.
+        peaks: Name of a down matrix (`layers.3.mlp.down_proj`) -> the largest input of each neuron.
+        alpha: How far peaks are evened out.
+
+    Raises:
+        InputError: If alpha is out of range, or a down matrix has no peaks or others than one a neuron.
+    """
+    if not 0 <= alpha <= 1:
+        raise InputError(
+            f"an alpha of {alpha} is out of range", where="scale", fix="give a number from 0 to 1"
+        )
+    layers = empty_canonical_model(config).get_submodule(architecture_of(config).layers)
+    for index, layer in enumerate(layers.children()):
+        for _, down in wiring_of(config, index).mlps:
+            _check_peaks(
+                peaks.get(f"layers.{index}.{down}"),
+                cast(nn.Linear, layer.get_submodule(down)).in_features,
+                f"layers.{index}.{down}",
+            )
+
+
+def _check_peaks(peaks: Tensor | None, neurons: int, name: str) -> None:
+    if peaks is None:
+        raise InputError(
+            f"the peaks of {name!r} are missing",
+            where="scale",
+            fix="measure the largest input of every down matrix",
+        )
+    fitting = peaks.shape == (neurons,) and bool(torch.isfinite(peaks).all() and (peaks >= 0).all())
+    if not fitting:
+        raise InputError(
+            f"the peaks of {name!r} are not {neurons} finite numbers of at least 0",
+            where="scale",
+            fix="measure the largest input of every down matrix",
+        )
+
+
+def has_rotated_head(config: PretrainedConfig, names: Sequence[str]) -> bool:
+    """Whether a prepared model has `RotatedHead` where its output projection stood."""
+    return bool(names) and preparations_of(config, names).final_norm == "rotated head"
+
+
+def wiring_of(config: PretrainedConfig, index: int) -> Wiring:
+    """Return what reads and writes the residual stream in decoder layer `index`."""
+    architecture, spec = architecture_of(config), decoder_spec(config)
+    projections = architecture.projections(config, index)
+    path = {item.role: item.path for item in projections if item.role != "expert"}
+    experts = [item.path for item in projections if item.role == "expert"]
+    triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
+    reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
+    reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
+    if has_experts(config, index):
+        reads_mlp.append(ROUTER)
+    torch_path = {onnx: torch for torch, onnx in architecture.renamed.items()}
+    before = {
+        spec.norm_names.before_attention: (path["q"], path["k"], path["v"]),
+        spec.norm_names.before_mlp: tuple(reads_mlp),
+    }
+    mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)
+    return Wiring(
+        norms={torch_path.get(name, name): paths for name, paths in before.items() if name},
+        writers=(path["o"], *(down for _, down in mlps)),
+        value=path["v"],
+        output=path["o"],
+        kv_heads=spec.heads.kv_heads,
+        mlps=mlps,
+        unit_offset=config.model_type in NORM_MINUS_ONE,
+    )
+
+
+def _reason(config: PretrainedConfig, name: str) -> str:
+    """Return why a preparation does not apply, or an empty string."""
+    family = config.model_type
+    if architecture_of(config).is_encoder:
+        return (
+            f"{family} is an encoder: its norms follow the residual sums, its MLP has no gate, and its values are "
+            "not among the matrices that are rewritten"
+        )
+    spec = decoder_spec(config)
+    if name == "fold":
+        return _no_fold(config, spec)
+    if name == "rotate":
+        return _no_rotation(family, spec)
+    if name == "scale" and not spec.gated_mlp and spec.activation not in HOMOGENEOUS_ACTIVATIONS:
+        return f"the MLP of {family} has no gate, and {spec.activation} of a scaled input is not the scaled output"
+    return ""
+
+
+def _no_fold(config: PretrainedConfig, spec: DecoderSpec) -> str:
+    if not any((spec.norm_names.before_attention, spec.norm_names.before_mlp)) and spec.tied:
+        return (
+            f"the norms of {config.model_type} follow its blocks, and its head is tied to the embedding: no matrix "
+            "reads a norm alone"
+        )
+    if spec.norm == "layer" and not _readers_have_biases(config):
+        return (
+            f"LayerNorm shifts its output, and the matrices of this {config.model_type} model have no biases"
+        )
+    return ""
+
+
+def _no_rotation(family: str, spec: DecoderSpec) -> str:
+    if spec.norm == "layer":
+        return (
+            f"the LayerNorm of {family} subtracts the mean over the coordinates, which no rotation preserves"
+        )
+    if spec.norm_names.after_attention or spec.norm_names.after_mlp:
+        return f"{family} has norms with gains behind its blocks, which do not commute with a rotation"
+    return ""
+
+
+def _readers_have_biases(config: PretrainedConfig) -> bool:
+    layers = empty_canonical_model(config).get_submodule(architecture_of(config).layers)
+    readers = wiring_of(config, 0).readers
+    layer: nn.Module = next(layers.children())
+    return all(getattr(layer.get_submodule(path), "bias", None) is not None for path in readers)
+
+
+def _final_norm(
+    config: PretrainedConfig, applied: Sequence[str]
+) -> tuple[Literal["kept", "folded", "rotated head"], str]:
+    """Return where the final norm's gain goes, and why it stays if it does."""
+    if "fold" not in applied:
+        return "kept", ""
+    spec = decoder_spec(config)
+    if "rotate" in applied:
+        return ("rotated head" if spec.tied else "folded"), ""
+    if spec.tied:
+        return "kept", "the head is tied to the embedding, which must not take the final norm's gain"
+    if spec.norm == "layer":
+        return "kept", "the head has no bias that could take the final norm's shift"
+    return "folded", ""
+
+
+def _finding(target: str, reason: str) -> Finding:
+    if reason:
+        return Finding(target, Outcome.SKIPPED, reason=reason)
+    return Finding(target, Outcome.APPLIED, details={"pass": "prepare"})

@@ -1,0 +1,205 @@
+"""Dense models under exact reparameterizations: read layer by layer like any source, or saved as a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.options import PREPARATIONS
+from rk_export.passes.modules import RotatedHead
+from rk_export.passes.prepare.fold import fold_layer, fold_norm
+from rk_export.passes.prepare.heads import rotate_heads
+from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal
+from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated_tied_head
+from rk_export.passes.prepare.scale import scale_layer
+from rk_export.preparable import check_scale, preparations_of, wiring_of
+from rk_export.report import Finding
+from rk_export.stored_form import plain_model
+
+
+class PreparedSource(ModelSource):
+    """A model source whose layers are reparameterized as they are loaded; logits stay the same.
+
+    A rotated model whose head is tied to its embedding gets a `RotatedHead` in place of its output projection.
+    Plans, fingerprints and sizes are those of the source.
+
+    Args:
+        source: The dense model.
+        names: Names from `rk_export.options.PREPARATIONS`; those that the family cannot take are left out.
+        seed: Of the rotations.
+        peaks: For `scale`: name of a down matrix (`layers.3.mlp.down_proj`, paths of canonical layers) -> the
+            largest absolute input of each of its neurons, (intermediate,).
+        alpha: For `scale`: how far peaks are evened out, from 0 to 1.
+
+    Attributes:
+        findings: One per preparation: applied, or skipped with the reason.
+
+    Raises:
+        InputError: If the names do not go together, or peaks are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        peaks: Mapping[str, Tensor] | None = None,
+        alpha: float = 0.25,
+    ) -> None:
+        if isinstance(source, PreparedSource):
+            raise InputError("is prepared already", where=source.name, fix="name all preparations at once")
+        super().__init__(source.folder, source.name)
+        self._preparations = preparations_of(self.config, names)
+        self._seed, self._peaks, self._alpha = seed, peaks or {}, alpha
+        self._done: WeakSet[nn.Module] = WeakSet()
+        if "scale" in self.prepared:
+            check_scale(self.config, self._peaks, alpha)
+
+    @property
+    def prepared(self) -> tuple[str, ...]:
+        """The preparations that apply, in their order."""
+        return self._preparations.names
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """One per preparation, and one per part that is left out."""
+        return self._preparations.findings
+
+    def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
+        """Fill one layer of a skeleton in float32, in canonical form and reparameterized, and return it."""
+        layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
+        fresh = self._is_fresh(layer)
+        super().load_layer(model, index)
+        if fresh:
+            self._prepare_layer(layer, index)
+        return layer
+
+    def load_rest(self, model: PreTrainedModel) -> None:
+        """Fill embeddings, final norm and lm_head, and reparameterize them."""
+        norm = model.get_submodule(self._final_norm_path) if self.prepared else None
+        if norm is not None and not self._is_fresh(norm):
+            return
+        super().load_rest(model)
+        if norm is not None:
+            self._prepare_outer(model, norm)
+
+    def _is_fresh(self, module: nn.Module) -> bool:
+        """Whether a module has its weights still to come; a second rotation would be one too many."""
+        fresh = module not in self._done or any(item.is_meta for item in module.parameters())
+        self._done.add(module)
+        return fresh
+
+    @cached_property
+    def _rotation(self) -> Orthogonal:
+        return orthogonal(self.config.hidden_size, torch.Generator().manual_seed(self._seed))
+
+    @property
+    def _final_norm_path(self) -> str:
+        return next(path for path, onnx in self.architecture.outer.items() if onnx == "model.norm")
+
+    def _prepare_layer(self, layer: nn.Module, index: int) -> None:
+        if not self.prepared:
+            return
+        wiring = wiring_of(self.config, index)
+        if "fold" in self.prepared:
+            fold_layer(layer, wiring)
+        if "rotate" in self.prepared:
+            rotate_layer(layer, wiring, self._rotation)
+        if "rotate-heads" in self.prepared:
+            generator = torch.Generator().manual_seed(self._seed + 1 + index)
+            head_dim = self.architecture.heads(self.config).head_dim
+            rotate_heads(layer, wiring, [orthogonal(head_dim, generator) for _ in range(wiring.kv_heads)])
+        if "scale" in self.prepared:
+            peaks = {down: self._peaks[f"layers.{index}.{down}"] for _, down in wiring.mlps}
+            scale_layer(layer, wiring, peaks, self._alpha)
+
+    def _prepare_outer(self, model: PreTrainedModel, norm: nn.Module) -> None:
+        embedding = cast(nn.Embedding, model.get_submodule(self.architecture.embedding))
+        path = cast(str, self.architecture.lm_head)
+        head = model.get_submodule(path)
+        if self._preparations.final_norm == "folded":
+            fold_norm(norm, [head], unit_offset=wiring_of(self.config, 0).unit_offset)
+        if "rotate" not in self.prepared:
+            return
+        rotate_reader(embedding, self._rotation)
+        if self._preparations.final_norm == "rotated head":
+            model.set_submodule(path, rotated_tied_head(norm, embedding, self._rotation))
+        else:
+            rotate_reader(head, self._rotation)
+
+
+def save_prepared(
+    source: ModelSource,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    seed: int = 0,
+    peaks: Mapping[str, Tensor] | None = None,
+    alpha: float = 0.25,
+    force: bool = False,
+) -> tuple[Finding, ...]:
+    """Write a reparameterized model as a plain Hugging Face folder in float32.
+
+    A plain model has no place for the rotation of a tied head: there the head gets a matrix of its own and the
+    config says `tie_word_embeddings: false`.
+
+    Args:
+        source: The dense model.
+        names: As in `PreparedSource`, and so are `seed`, `peaks` and `alpha`.
+        folder: The output folder.
+        seed: Of the rotations.
+        peaks: Peaks of the inputs of down.
+        alpha: How far peaks are evened out.
+        force: Replace a folder that rk-export wrote.
+
+    Returns:
+        The findings: what was applied, and what was not and why.
+
+    Raises:
+        InputError: If no preparation applies, the folder exists and `force` is off, or the disk is full.
+    """
+    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=alpha)
+    if not prepared.prepared:
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings))
+        raise InputError(
+            f"nothing to prepare: {reasons or 'no preparation was named'}",
+            where=source.name,
+            fix=f"choose among {', '.join(PREPARATIONS)} what this family can take",
+        )
+    with AtomicFolder(folder, force=force) as partial:
+        plain = plain_model(_with_plain_head(prepared.load(), prepared))
+        plain.save_pretrained(partial)
+        write_side_files(partial, source=source.folder, config=plain.config)
+        write_manifest(
+            partial,
+            {
+                "model": source.title,
+                "model_type": source.config.model_type,
+                "prepare": {"names": prepared.prepared, "seed": seed, "alpha": alpha},
+            },
+        )
+    return prepared.findings
+
+
+def _with_plain_head(model: PreTrainedModel, prepared: PreparedSource) -> PreTrainedModel:
+    """Merge the rotation of a tied head into a matrix of the head's own, in place."""
+    path = cast(str, prepared.architecture.lm_head)
+    head = model.get_submodule(path)
+    if isinstance(head, RotatedHead):
+        table, rotation = (cast(nn.Linear, part) for part in (head.head, head.rotation))
+        merged = nn.Linear(table.in_features, table.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(table.weight @ rotation.weight, requires_grad=False)
+        model.set_submodule(path, merged)
+        model.config.tie_word_embeddings = False
+    return model

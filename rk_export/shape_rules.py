@@ -1,0 +1,79 @@
+"""Which dimensions a layer can lose, and why others cannot go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from rk_export.architectures import architecture_of, has_experts
+from rk_export.decoder_spec import decoder_spec
+from rk_export.errors import InputError
+from rk_export.passes.base import Layer
+from rk_export.passes.weights.prune_width import mlp_paths
+from rk_export.plan import LayerShape, SitePlan
+
+
+def check_shape(config: PretrainedConfig, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]) -> None:
+    """Refuse a shape that a layer cannot take.
+
+    Args:
+        config: Of the model.
+        layer: The dense layer, shapes only.
+        shape: What it loses.
+        sites: Its sites; they name every matrix of the layer.
+
+    Raises:
+        InputError: Says which dimension cannot go and why.
+    """
+    if architecture_of(config).is_encoder:
+        raise _refusal(shape, "only queries and keys of an encoder are rewritten", "drop its shapes")
+    if shape.ffn_width is not None:
+        _check_width(config, layer, shape, sites)
+    heads = architecture_of(config).heads(config)
+    if shape.value_dim is not None and shape.value_dim >= heads.head_dim:
+        raise _refusal(
+            shape,
+            f"value_dim {shape.value_dim} takes nothing from heads of {heads.head_dim}",
+            f"give 1 to {heads.head_dim - 1}, or null",
+        )
+    if shape.kv_groups is not None:
+        _check_groups(config, heads.kv_heads, shape)
+
+
+def _check_width(
+    config: PretrainedConfig, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]
+) -> None:
+    if has_experts(config, layer.index):
+        raise _refusal(
+            shape,
+            "ffn_width: every expert would need neurons of its own choice, from statistics of its own tokens",
+            "set it to null",
+        )
+    width = layer.linear(mlp_paths(sites)["down"]).in_features
+    if (shape.ffn_width or 0) >= width:
+        raise _refusal(
+            shape,
+            f"ffn_width {shape.ffn_width} takes nothing from {width} neurons",
+            f"give 1 to {width - 1}, or null",
+        )
+
+
+def _check_groups(config: PretrainedConfig, groups: int, shape: LayerShape) -> None:
+    kept = shape.kv_groups or ()
+    if max(kept) >= groups or len(kept) == groups:
+        raise _refusal(
+            shape,
+            f"kv_groups {list(kept)} leaves out none of the groups 0 to {groups - 1}, or names others",
+            "list fewer of them, or null",
+        )
+    if decoder_spec(config).query_key_norm == "all":
+        raise _refusal(
+            shape,
+            "kv_groups: queries and keys are normalized over all heads together, so those that stay would change",
+            "set it to null",
+        )
+
+
+def _refusal(shape: LayerShape, what: str, fix: str) -> InputError:
+    return InputError(what, where=f"shapes: layer {shape.layer}", fix=fix)

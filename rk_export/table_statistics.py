@@ -1,0 +1,97 @@
+"""What errors of the token embedding cost, where it is also the output projection and where it is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rk_export.architectures import Architecture
+from rk_export.errors import InputError
+from rk_export.moments import MomentSum
+from rk_export.passes.modules import RotatedHead
+from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.precision import matmul_dtype, matmuls_in
+
+CHUNK = 512  # tokens of one pass
+
+
+def table_curvature(
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+) -> TableCurvature:
+    """Gather the curvature of the embedding and the output projection of a dense decoder.
+
+    The Fisher information of the logits is diag(p) - p pᵀ; its diagonal p (1 - p) weighs the rows of the output
+    projection. The embedding's rows are weighed by how often the text reads them.
+
+    Args:
+        model: The dense model in canonical form; it is moved to `device`.
+        architecture: Its family.
+        tokens: Calibration text, int64 (sequences, length), without padding.
+        device: Where the passes run.
+
+    Raises:
+        InputError: If the model is an encoder.
+    """
+    if architecture.lm_head is None:
+        raise InputError("an encoder has no output projection", where=architecture.model_type)
+    model.requires_grad_(False).to(device)
+    head = model.get_submodule(architecture.lm_head)
+    recorder = _Recorder(model.config.vocab_size, model.config.hidden_size)
+    inner = head.head if isinstance(head, RotatedHead) else head
+    embedding = model.get_submodule(architecture.embedding)
+    handles = [
+        inner.register_forward_pre_hook(recorder.reads),
+        embedding.register_forward_hook(recorder.writes),
+    ]
+    try:
+        for ids in torch.split(tokens, max(1, CHUNK // tokens.shape[1])):
+            with matmuls_in(matmul_dtype(device), device):
+                logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
+            recorder.see(ids, logits)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.curvature()
+
+
+class _Recorder:
+    """Sums over the tokens of a text."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        self._inputs = MomentSum()
+        self._outputs = torch.zeros(vocabulary, dtype=torch.float64)
+        self._counts = torch.zeros(vocabulary, dtype=torch.float64)
+        self._gradients = torch.zeros(width, dtype=torch.float64)
+
+    def reads(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Note what the output projection reads."""
+        self._inputs.add(arguments[0])
+
+    def writes(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        """Note the gradient by what the embedding writes; the graph of the gradients begins there."""
+        output.requires_grad_(True)
+        output.register_hook(self._note_gradient)  # type: ignore[no-untyped-call]
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self._gradients += gradient.flatten(0, -2).double().square().sum(0).cpu()
+
+    def see(self, ids: Tensor, logits: Tensor) -> None:
+        """Note the probabilities, and run back from the loss of labels drawn from them (the Fisher information)."""
+        probabilities = logits.detach().softmax(-1)
+        self._outputs += (probabilities * (1 - probabilities)).sum(0).double().cpu()
+        self._counts += torch.bincount(ids.flatten().cpu(), minlength=len(self._counts))
+        labels = torch.multinomial(probabilities, 1, generator=_generator(probabilities.device))[:, 0]
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+    def curvature(self) -> TableCurvature:
+        """Return the means over tokens."""
+        tokens = float(self._counts.sum())
+        inputs = self._inputs.mean()
+        if inputs is None:
+            raise ValueError("no tokens were seen")
+        return TableCurvature(self._outputs / tokens, inputs, self._counts / tokens, self._gradients / tokens)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(0)

@@ -1,0 +1,82 @@
+"""Tensors that are costly to compute and depend on a model's weights alone, kept on disk by content."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rk_export.folders import sha256_of
+from rk_export.load import ModelSource
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/rk-export")
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """Return the SHA-256 over config.json and the safetensors files of a source, whatever they are called."""
+    files = sorted(source.folder.glob("*.safetensors"))
+    digests = [sha256_of(path) for path in (source.folder / "config.json", *files)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Return the SHA-256 over a model's configuration and its parameters and buffers, as they are in memory."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return where the tensors of a key lie; nothing is read or written.
+
+    Args:
+        kind: Folder inside the cache.
+        key: All that the tensors depend on, JSON-ready.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
+    """
+    root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return root / kind / f"{digest[:32]}.safetensors"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a cache file, or None where there is none; a broken one is logged and ignored."""
+    if not path.is_file():
+        return None
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s cannot be read and is made anew: %s", path, error)
+        return None
+    logger.info("read from %s", path)
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a cache file in one step; where that is impossible the run goes on without, and says so."""
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (SafetensorError, OSError) as error:
+        logger.warning("not cached: %s cannot be written: %s", path, error)

@@ -1,0 +1,227 @@
+"""Quality against size, by one command: kept ratios in floats, whole files from a byte budget, and the peer.
+
+Rows that are in ``pareto.json`` already are not measured again, so an interrupted sweep goes on where it stopped.
+
+    python samples/sweep.py                               every row; writes docs/results/pareto.{json,md,svg}
+    python samples/sweep.py --rows 'kept-*' --device cuda
+    python samples/sweep.py --model DIR --results /tmp/results
+
+Sizes are judged on a copy of the model that is exactly reparameterized first (norm gains folded, values rotated
+inside heads, FFN neurons scaled): the weights of the packaged SmolLM2 lie on a 4-bit grid already, and untouched
+they would flatter every quantizer. The peer is onnxruntime-genai's own builder, on the same copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sweep_report import write_report
+
+from rk_export import CompressOptions, EvalText, RankRule, compress
+from rk_export.assets import news_text, smollm2, wiki_text
+from rk_export.calibration import calibration_tokens
+from rk_export.cli import quiet_libraries
+from rk_export.folders import library_versions
+from rk_export.groundwork import groundwork, neuron_peaks
+from rk_export.heal import HealOptions, heal
+from rk_export.load import open_source
+from rk_export.measure import perplexity_of, torch_logits
+from rk_export.options import SINGLE_GROUPS, Budget, CalibrationOptions
+from rk_export.perplexity import LogitsFn
+from rk_export.planner import make_plan
+from rk_export.prepared import save_prepared
+from rk_export.runtime import Session
+
+logger = logging.getLogger("sweep")
+
+KEPT = (0.95, 0.9, 0.8)
+MEGABYTES = (75, 80, 86.5, 92, 99, 107, 115, 125, 140)
+TEXTS = {"wiki": partial(wiki_text, "eval"), "news": news_text}
+TOKENS, CONTEXT = 5120, 512
+TEXT_METRIC = CalibrationOptions("self", tokens=16384)
+OFF_GRID = ("fold", "rotate-heads", "scale")
+PEERS: dict[str, tuple[str, ...]] = {
+    "int4 block 128": ("int4_block_size=128",),
+    "int4": (),
+    "int4 rtn": ("int4_algo_config=rtn",),
+    "int4 k_quant": ("int4_algo_config=k_quant",),
+    "int4 k_quant_mixed": ("int4_algo_config=k_quant_mixed",),
+    "int4 block 16": ("int4_block_size=16",),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        name: Unique; groups of rows share a prefix.
+        series: The line it belongs to in the plots.
+        x: Kept share, or megabytes.
+        measure: Returns what is kept in the results.
+    """
+
+    name: str
+    series: str
+    x: float
+    measure: Callable[[], dict[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where the sweep works.
+
+    Args:
+        model: HF folder of the dense model.
+        work: Folder for what is made on the way.
+        device: Where factorization and quantization run.
+        threads: Threads of ONNX Runtime.
+    """
+
+    model: Path
+    work: Path
+    device: str
+    threads: int
+
+    def rows(self) -> list[Row]:
+        """Return every row of the sweep."""
+        rows = [Row("dense", "dense", 1.0, self._dense)]
+        for keep in KEPT:
+            for series, options in kept_series(keep, self.device).items():
+                rows.append(Row(f"kept-{series}-{keep}", series, keep, lambda o=options: self._kept(o)))
+        for keep, steps in ((0.9, 120), (0.8, 240)):
+            options = kept_series(keep, self.device)["rk-export"]
+            rows.append(
+                Row(f"healed-{keep}", "healed", keep, lambda o=options, n=steps: self._kept(o, heal_steps=n))
+            )
+        rows += [Row(f"size-{mb}", "rk-export", mb, lambda mb=mb: self._sized(mb)) for mb in MEGABYTES]
+        if importlib.util.find_spec("onnxruntime_genai"):
+            rows += [
+                Row(f"peer-{name}", "onnxruntime-genai", 0.0, lambda n=name, o=options: self._peer(n, o))
+                for name, options in PEERS.items()
+            ]
+        return rows
+
+    def _dense(self) -> dict[str, Any]:
+        return {"perplexity": perplexities(torch_logits(open_source(self.model).load()), self.model)}
+
+    def _kept(self, options: CompressOptions, heal_steps: int = 0) -> dict[str, Any]:
+        ground = groundwork(open_source(self.model), options)
+        plan = make_plan(ground.source, options, statistics=ground.statistics, table=ground.table)
+        rewritten = ground.rewrite(plan)
+        found: dict[str, Any] = {"predicted_loss": plan.predicted_loss}
+        if heal_steps:
+            how = HealOptions(steps=heal_steps)
+            wanted = CalibrationOptions("self", tokens=heal_steps * how.batch_tokens, seed=1)
+            tokens = calibration_tokens(ground.source, wanted, torch.device(self.device))
+            result = heal(rewritten, ground.source, tokens, how)
+            found |= {"heal_seconds": round(result.seconds, 1), "heal_tokens": result.tokens}
+        return found | {"perplexity": perplexities(torch_logits(rewritten.model.float()), self.model)}
+
+    def _sized(self, megabytes: float) -> dict[str, Any]:
+        budget = Budget("size", megabytes * 1e6)
+        options = CompressOptions(budget=budget, calibration=TEXT_METRIC, device=self.device)
+        bundle = self.work / f"size-{megabytes}"
+        report = compress(self.off_grid(), bundle, options, threads=self.threads, force=True)
+        return self._bundle(bundle) | {"timings": report.timings}
+
+    def _peer(self, name: str, options: tuple[str, ...]) -> dict[str, Any]:
+        bundle = self.work / f"peer-{name.replace(' ', '-')}"
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+        extra = ["--extra_options", *options] if options else []
+        subprocess.run([*builder, "-i", str(self.off_grid()), "-o", str(bundle), *extra], check=True)
+        return self._bundle(bundle)
+
+    def _bundle(self, bundle: Path) -> dict[str, Any]:
+        files = sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+        session = Session.from_pretrained(bundle, provider="cpu", threads=self.threads)
+        return {"file_bytes": files, "perplexity": perplexities(session.prefill_logits, self.model)}
+
+    def off_grid(self) -> Path:
+        """Return the reparameterized copy of the model, made once."""
+        folder = self.work / "off-grid"
+        if not folder.exists():
+            source = open_source(self.model)
+            tokens = calibration_tokens(source, CalibrationOptions("self", tokens=2048), torch.device("cpu"))
+            peaks = neuron_peaks(source, tokens, torch.device("cpu"))
+            save_prepared(source, OFF_GRID, folder, seed=7, peaks=peaks, alpha=0.25, force=False)
+        return folder
+
+
+def kept_series(keep: float, device: str) -> dict[str, CompressOptions]:
+    """Return the methods that are compared at one kept share of all linear parameters, in floats.
+
+    `paper 1` is 2402.16319 (joint q/k and gate/up, the others alone, no metric), `SVD-LLM` 2403.07378 (whitening,
+    every matrix alone), `joint + identity` the same statistics on joint groups in the identity form. All three keep
+    the same share of every matrix; only `rk-export` spends one budget over all.
+    """
+    joint = ("qk", "gate_up", "v", "o", "down")
+    whitened = CalibrationOptions("self", tokens=TEXT_METRIC.tokens, gradients=False)
+    floats: dict[str, Any] = {"quant": None, "embedding_quant": None, "device": device, "rank_multiple": 1}
+    rule: dict[str, Any] = {"rank": RankRule("keep", keep), **floats}
+    return {
+        "paper 1": CompressOptions(groups=joint, calibration=CalibrationOptions("none"), **rule),
+        "SVD-LLM": CompressOptions(groups=SINGLE_GROUPS, calibration=whitened, **rule),
+        "joint + identity": CompressOptions(groups=joint, calibration=whitened, form="identity", **rule),
+        "rk-export": CompressOptions(budget=Budget("keep", keep), calibration=TEXT_METRIC, **floats),
+    }
+
+
+def perplexities(logits: LogitsFn, model: Path) -> dict[str, list[float]]:
+    """Return perplexity and its standard error by text."""
+    found = {}
+    for name, path in TEXTS.items():
+        result = perplexity_of(logits, EvalText(path(), CONTEXT, TOKENS), model)
+        found[name] = [round(result.perplexity, 4), round(result.perplexity_error, 4)]
+    return found
+
+
+def main() -> None:
+    """Measure what is missing and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="HF folder (default: SmolLM2-135M-Instruct, fetched)")
+    parser.add_argument("--work", type=Path, default=Path("out/sweep"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--rows", default="*", help="only rows whose name matches")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    sweep = Sweep(args.model or smollm2(), args.work, args.device, args.threads)
+    sweep.work.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / "pareto.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    results["versions"] = library_versions()
+    for row in sweep.rows():
+        if row.name in results["rows"] or not fnmatch(row.name, args.rows):
+            continue
+        logger.info("== %s", row.name)
+        start = time.perf_counter()
+        found = row.measure()
+        seconds = round(time.perf_counter() - start, 1)
+        x = found["file_bytes"] / 1e6 if "file_bytes" in found else row.x
+        results["rows"][row.name] = {"series": row.series, "x": x, **found, "seconds": seconds}
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        logger.info("%s %s", row.name, found["perplexity"])
+    write_report(results, args.results)
+
+
+if __name__ == "__main__":
+    main()
