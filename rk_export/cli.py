@@ -101,6 +101,16 @@ def _add_model_commands(add: AddCommand) -> None:
     add_rank_arguments(plan)
     add_format_arguments(plan)
 
+    prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
+    _add_model(prepare)
+    _add_output(prepare, "HF folder")
+    prepare.add_argument(
+        "--passes",
+        default="fold,rotate-heads,scale",
+        help="fold, rotate, rotate-heads, scale (default fold,rotate-heads,scale)",
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the rotations (default 0)")
+
     export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
     _add_model(export, "checkpoint folder, HF folder, hub id or .gguf file")
     _add_output(export, "bundle folder")
@@ -281,6 +291,17 @@ def run_plan(args: argparse.Namespace) -> int:
     plan = make_plan(args.model, compress_options(args))
     plan.save(args.output)
     print(f"{len(plan.sites)} sites\nplan  {args.output}")
+    return 0
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """`prepare`."""
+    from rk_export.pipeline import prepare
+    from rk_export.render import findings_table
+
+    names = tuple(args.passes.split(","))
+    print(findings_table(prepare(args.model, args.output, names, seed=args.seed, force=args.force)))
+    print(f"\nmodel  {args.output}", file=sys.stderr)
     return 0
 
 

@@ -99,7 +99,7 @@ def groundwork(source: ModelSource, options: CompressOptions) -> Groundwork:
             together.
     """
     device = resolve_device(options.device)
-    if not options.calibration.uses_text or source.architecture.is_encoder:
+    if not options.calibration.uses_text or source.architecture.is_encoder or not _weighs_errors(options):
         _say_what_is_missing(source, options)
         names = tuple(name for name in options.preparations if name != "scale")
         return Groundwork(_prepared(source, options, names, {}), options)
@@ -113,6 +113,18 @@ def groundwork(source: ModelSource, options: CompressOptions) -> Groundwork:
     statistics = _statistics(prepared, model, tokens, options)
     table = table_curvature(model, architecture, _first(tokens, SHORT_TEXT), device)
     return Groundwork(prepared, options, statistics, table, tokens)
+
+
+def _weighs_errors(options: CompressOptions) -> bool:
+    """Whether anything that was asked for weighs errors by statistics."""
+    rounds = options.quant is not None or options.embedding_quant is not None
+    return bool(
+        options.budget
+        or options.rank
+        or options.groups
+        or options.heal
+        or (rounds and options.quantizer != "rtn")
+    )
 
 
 def _statistics(
@@ -131,7 +143,7 @@ def _statistics(
         tokens,
         diagonal=diagonal,
         device=device,
-        gradient_tokens=tokens.numel() if wanted else 0,
+        gradient_tokens=tokens.numel() // 2 if wanted else 0,
     )
     if wanted:
         return statistics
@@ -143,7 +155,7 @@ def _statistics(
 
 
 def _say_what_is_missing(source: ModelSource, options: CompressOptions) -> None:
-    if options.calibration.uses_text:
+    if options.calibration.uses_text and source.architecture.is_encoder:
         logger.info("metric %s: none instead, an encoder has no loss to take", options.calibration.metric)
     if "scale" in options.preparations:
         logger.info("prepare scale: left out, without calibration text there are no peaks to even out")

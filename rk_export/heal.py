@@ -54,7 +54,7 @@ class HealOptions:
 
     steps: int
     batch_tokens: int = 1024
-    learning_rate: float = 0.01
+    learning_rate: float = 3e-4
     warmup: float = 0.1
     seed: int = 0
     temperature: float = 1.0

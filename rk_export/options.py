@@ -178,10 +178,11 @@ class CompressOptions:
     """Everything a user may choose about compression; validated on construction.
 
     Args:
-        groups: Names from `GROUPS`; no role may stand in two of them. Empty factorizes nothing; None takes
-            `DEFAULT_GROUPS` as far as the family has them.
+        groups: Names from `GROUPS`; no role may stand in two of them. Empty factorizes nothing. None leaves it to
+            the rule: a budget may factorize every matrix by itself, a rank rule takes `DEFAULT_GROUPS`.
         qk: Factorize the group qk `whole` or `per-head` (one factor pair per KV group).
-        rank: The rank rule of every factorized group.
+        rank: The rank rule of every factorized group; None keeps 0.95 of the groups that are named, and
+            factorizes nothing where none is.
         rank_multiple: Ranks are rounded down to a multiple of it; None chooses by model size and bits.
         gauge: Which factor carries the singular values.
         quant: Quantization of linear layers, or None to keep floats.
@@ -202,7 +203,7 @@ class CompressOptions:
 
     groups: tuple[str, ...] | None = None
     qk: Literal["whole", "per-head"] = "whole"
-    rank: RankRule = RankRule("keep", 0.95)
+    rank: RankRule | None = None
     rank_multiple: int | None = None
     gauge: Gauge = "orthogonal"
     quant: QuantSpec | None = QuantSpec(4, 32)
@@ -284,6 +285,11 @@ class CompressOptions:
             )
 
     @property
+    def rank_rule(self) -> RankRule:
+        """The rank rule of the groups that are factorized without a budget."""
+        return self.rank or RankRule("keep", 0.95)
+
+    @property
     def preparations(self) -> tuple[str, ...]:
         """What `prepare` stands for.
 
@@ -317,7 +323,7 @@ def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
         **{
             **data,
             "groups": None if data["groups"] is None else tuple(data["groups"]),
-            "rank": RankRule(**data["rank"]),
+            "rank": None if data["rank"] is None else RankRule(**data["rank"]),
             "prepare": None if data["prepare"] is None else tuple(data["prepare"]),
             "calibration": CalibrationOptions(**data["calibration"]),
             "budget": None if data["budget"] is None else Budget(**data["budget"]),

@@ -20,14 +20,15 @@ from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
 from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
-from rk_export.groundwork import Groundwork, groundwork
+from rk_export.groundwork import SCALE_ALPHA, SHORT_TEXT, Groundwork, groundwork, neuron_peaks
 from rk_export.heal import HealOptions, heal
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
-from rk_export.options import CompressOptions
+from rk_export.options import CalibrationOptions, CompressOptions
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
+from rk_export.prepared import save_prepared
 from rk_export.probe import Probe, make_probe
 from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
@@ -279,6 +280,35 @@ def verify(
     rewritten = groundwork(source, plan.options).rewrite(plan, torch.from_numpy(probe.batch))
     tiers, _ = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, probe), *tiers)
+
+
+def prepare(
+    model: str | Path,
+    out: str | Path,
+    names: tuple[str, ...] = ("fold", "rotate-heads", "scale"),
+    *,
+    seed: int = 0,
+    force: bool = False,
+) -> tuple[Finding, ...]:
+    """Write a model whose weights are exactly reparameterized: a plain HF folder with the same logits.
+
+    Args:
+        model: HF folder, hub id or GGUF file.
+        out: Folder to write; `rotate` unties a tied embedding there.
+        names: Names from `rk_export.options.PREPARATIONS`.
+        seed: Of the rotations, and of the text whose peaks `scale` evens out.
+        force: Replace an existing output.
+
+    Raises:
+        InputError: If the model, a name or the output cannot be used.
+    """
+    source, peaks = open_source(model), {}
+    check_replaceable(Path(out), force)
+    if "scale" in names:
+        device = resolve_device("auto")
+        text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
+        peaks = neuron_peaks(source, text, device)
+    return save_prepared(source, names, Path(out), seed=seed, peaks=peaks, alpha=SCALE_ALPHA, force=force)
 
 
 def explain(bundle: str | Path) -> tuple[Finding, ...]:

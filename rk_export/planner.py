@@ -58,7 +58,7 @@ def make_plan(
     _check_groups(source, options.groups or ())
     if options.budget is not None:
         return _budgeted_plan(source, options, statistics, table, costs)
-    reads_weights = options.rank.kind == "energy" and options.groups
+    reads_weights = options.rank_rule.kind == "energy" and options.groups
     sites: list[SitePlan] = []
     for layer in loaded_layers(source) if reads_weights else canonical_layers(source.config):
         sites += layer_sites(layer, source.architecture.projections(source.config, layer.index), options)
@@ -252,11 +252,13 @@ def canonical_layers(config: PretrainedConfig) -> Iterator[Layer]:
 def with_default_groups(source: ModelSource, options: CompressOptions) -> CompressOptions:
     """Return options that name their groups, as far as the family has them.
 
-    By default a rank rule factorizes q/k and gate/up, as the paper does; a budget may factorize every matrix, each
-    on its own.
+    By default a rank rule factorizes q/k and gate/up, as the paper does (2402.16319), a budget may factorize every
+    matrix, each on its own, and without either nothing is factorized.
     """
     if options.groups is not None:
         return options
+    if options.rank is None and options.budget is None:
+        return replace(options, groups=())
     roles = {projection.role for projection in source.architecture.projections(source.config, 0)}
     groups = DEFAULT_GROUPS if options.budget is None else SINGLE_GROUPS
     return replace(options, groups=tuple(group for group in groups if roles.issuperset(GROUPS[group])))
@@ -321,7 +323,7 @@ def _choose_rank(
 ) -> tuple[int, str]:
     """Return the rank, and the reason for staying dense or an empty string."""
     identity = site.form == "identity"
-    rule, largest = options.rank, min(columns, rows - 1 if identity else rows)
+    rule, largest = options.rank_rule, min(columns, rows - 1 if identity else rows)
     if rule.kind == "rank":
         rank = int(rule.value)
         if rank > largest:

@@ -114,12 +114,6 @@ def check_blockwise(spec: QuantSpec) -> None:
         raise TypeError(f"{spec} is not blockwise")
 
 
-def code_range(spec: QuantSpec) -> tuple[int, int]:
-    """Return the least and the greatest symmetric code, zero point subtracted."""
-    half = 2 ** (spec.bits - 1)
-    return -half, half - 1
-
-
 def nearest_codes(values: Tensor, scales: Tensor, zero_points: Tensor, spec: QuantSpec) -> Tensor:
     """Return the codes, as floats, whose values (code - zero_point) * scale are nearest; shapes broadcast."""
     divisor = torch.where(scales == 0, 1, scales)

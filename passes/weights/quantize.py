@@ -1,8 +1,9 @@
 """Weight-only quantization of dense matrices and of both factors of a pair.
 
-The second factor of a pair is refitted to the quantized first one: with A_q for A, the B that minimizes
-|(B₀ A - B A_q) C^½| is B₀ M, M = A C A_qᵀ (A_q C A_qᵀ)^-1, and what it reads has the second moment A_q C A_qᵀ. The
-coefficients of the identity form are refitted alike, its pivot block being the first factor.
+Searched scales and GPTQ first put a pair into the gauge that suits them. The second factor is then refitted to the
+quantized first one: with A_q for A, the B that minimizes |(B₀ A - B A_q) C^½| is B₀ M, M = A C A_qᵀ (A_q C A_qᵀ)^-1,
+and what it reads has the second moment A_q C A_qᵀ. The coefficients of the identity form are refitted alike, its pivot
+block being the first factor.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rk_export.passes.modules import (
     JointMember,
     QuantizedLinear,
 )
+from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.numerics.identity_form import refit_up
 from rk_export.passes.weights.correction import corrected_linear
 from rk_export.passes.weights.joint_rank import factors_path
@@ -129,8 +131,10 @@ class _Work:
 
     def quantize_pair(self, pair: JointFactors | IdentityFactors) -> None:
         """Quantize the first factor of a pair in place, then what reads it."""
-        first = _linear(pair.down)
-        A = self.moved(first.weight)
+        first, seconds = _linear(pair.down), {role: _linear(up) for role, up in pair.ups.items()}
+        A, Bs = self.moved(first.weight), [self.moved(linear.weight) for linear in seconds.values()]
+        if isinstance(pair, JointFactors):
+            A, Bs = self._in_gauge(A, Bs)
         down = self.module(first, A, self.inputs)
         A_q = self.moved(down.weight)
         pair.down = down
@@ -139,13 +143,19 @@ class _Work:
             self.tally.compare(A, A_q, self.inputs)  # the pivots are outputs themselves
         refit = None if self.quantizer.name == "rtn" else refit_up(A, A_q, self.inputs.metric)
         behind = self.inputs.behind(A_q)
-        for role, module in list(pair.ups.items()):
-            second = _linear(module)
-            B = self.moved(second.weight)
-            up = self.module(second, B if refit is None else B @ refit, behind)
-            self.tally.count(second, up)
+        for (role, linear), B in zip(seconds.items(), Bs, strict=True):
+            up = self.module(linear, B if refit is None else B @ refit, behind)
+            self.tally.count(linear, up)
             self.tally.compare(B @ A, self.moved(up.weight) @ A_q, self.inputs)
             pair.ups[role] = up
+
+    def _in_gauge(self, A: Tensor, Bs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the factors in the gauge in which they are quantized; rounding to nearest takes the pair's own."""
+        if self.quantizer.name == "rtn":
+            return A, Bs
+        change = mixed_gauge if self.quantizer.name == "gptq" else balanced_gauge
+        up, down = change(torch.cat(Bs), A)
+        return down, list(torch.split(up, [len(B) for B in Bs]))
 
     def moved(self, weight: Tensor) -> Tensor:
         """Return a weight on the device where the rounding runs, float32."""

@@ -188,10 +188,10 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
     options = replace(OPTIONS, steps=4)
     source, state = source_of("llama"), tmp_path / "deep" / "heal.pt"
     whole, result = healed(source, INT4_RANKS, options)
-    stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        healed(source, INT4_RANKS, options, state=state)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            healed(source, INT4_RANKS, options, state=state)
     with caplog.at_level(logging.INFO, "rk_export.heal"):
         resumed, other = healed(source, INT4_RANKS, options, state=state)
     assert "goes on after step 2 of 4" in caplog.text

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rk_export.options import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import NO_STATISTICS, Quantize
 from rk_export.passes.weights.quantizer import Inputs, QuantizerName
@@ -82,15 +83,14 @@ def test_each_quantizer_keeps_the_outputs_better_than_the_one_before(form: str, 
         assert finding.details is not None
         assert finding.details["quantizer"] == name
         assert not finding.reason
-        bias = torch.cat([layer.module.q_proj(x[:1] * 0), layer.module.k_proj(x[:1] * 0)], dim=-1)
+        bias = outputs(layer, x[:1] * 0)
         relative = errors[-1] / float((expected - bias).norm())
         assert finding.details["weighted_error"] == pytest.approx(relative, rel=1e-2)
         matrices = [module for module in copy.module.modules() if isinstance(module, QuantizedLinear)]
         assert all(module.scales.dtype is torch.float16 for module in matrices)
         assert not any(isinstance(module, nn.Linear) for module in copy.module.modules())
     assert errors[1] < errors[0]
-    # In a pair of low rank the second factor's error dominates, and its inputs are hardly correlated.
-    assert errors[2] < (0.75 * errors[0] if form == "dense" else min(0.9 * errors[0], 1.02 * errors[1]))
+    assert errors[2] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("form", ["joint", "identity"])
@@ -115,7 +115,20 @@ def test_the_second_factor_is_refitted_to_the_quantized_first_one(form: str) -> 
     assert float(error) < 0.92 * float(naive)
 
 
-@pytest.mark.parametrize(("form", "known"), itertools.product(FORMS, ("nothing", "diagonal")))
+@pytest.mark.parametrize("change", [balanced_gauge, mixed_gauge])
+def test_a_gauge_leaves_the_product(change: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    B, A = torch.randn(30, 12, generator=generator), torch.randn(12, 40, generator=generator)
+    B[:, 3], A[5] = 0, 0
+    up, down = change(B * torch.logspace(-3, 3, 12), A)
+    torch.testing.assert_close(up @ down, B * torch.logspace(-3, 3, 12) @ A, rtol=1e-4, atol=1e-2)
+    if change is mixed_gauge:
+        up = mixed_gauge(B, A, seed=1)[0]
+        assert not torch.equal(up, mixed_gauge(B, A, seed=2)[0])
+        assert torch.equal(up, mixed_gauge(B, A, seed=1)[0])
+
+
+@pytest.mark.parametrize(("form", "known"), list(itertools.product(FORMS, ("nothing", "diagonal"))))
 def test_without_correlations_gptq_says_that_it_searched(form: str, known: str) -> None:
     plan = site(form)
     second = inputs().square().mean(0)
