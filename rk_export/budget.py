@@ -65,6 +65,7 @@ def spend(
     currency: Currency,
     statistics: DenseStatistics,
     table: Table | None,
+    device: torch.device,
 ) -> Bought:
     """Choose form, rank and format of every site within a budget.
 
@@ -73,11 +74,12 @@ def spend(
         currency: What the budget is counted in and what it may buy.
         statistics: Of the dense model.
         table: The embedding, if it is bought from the same budget.
+        device: Where matrices are decomposed.
 
     Raises:
         InputError: If even the smallest model that the menu allows exceeds the budget.
     """
-    sides = _InputSides(statistics)
+    sides = _InputSides(statistics, device)
     lots: list[list[Candidate]] = []
     shapes: list[list[Shape]] = []
     for layer, sites in layers:
@@ -85,7 +87,7 @@ def spend(
             weights = [layer.linear(path).weight for path in site.paths]
             shapes.append([(weight.shape[0], weight.shape[1]) for weight in weights])
             curvature = sides.curvature(site)
-            stacked = torch.cat(weights) if curvature else weights[0]
+            stacked = torch.cat(weights).to(device) if curvature else weights[0]
             lots.append(candidates(site, stacked, shapes[-1], curvature, currency.menu))
     budget = currency.amount([lot[0].plan for lot in lots], shapes)
     bidders = [_bids(lot) for lot in lots] + ([_table_bids(table, currency)] if table else [])
@@ -107,8 +109,8 @@ def spend(
 class _InputSides:
     """Curvatures of sites; those that read the same input share what is derived from it, layer by layer."""
 
-    def __init__(self, statistics: DenseStatistics) -> None:
-        self._statistics = statistics
+    def __init__(self, statistics: DenseStatistics, device: torch.device) -> None:
+        self._statistics, self._device = statistics, device
         self._known: dict[int, InputSide] = {}
         self._layer = -1
 
@@ -122,8 +124,11 @@ class _InputSides:
             self._known, self._layer = {}, site.layer
         second = statistics.second[places[0]]
         if id(second) not in self._known:
-            self._known[id(second)] = InputSide(second, statistics.token_peaks.get(places[0], 0.0))
-        outputs = tuple(statistics.gradients[place] * statistics.tokens for place in places)
+            self._known[id(second)] = InputSide(
+                second.to(self._device), statistics.token_peaks.get(places[0], 0.0)
+            )
+        gradients = [statistics.gradients[place].to(self._device) for place in places]
+        outputs = tuple(gradient * statistics.tokens for gradient in gradients)
         return Curvature(self._known[id(second)], outputs)
 
 

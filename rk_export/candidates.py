@@ -119,7 +119,7 @@ def _rounding_losses(W: Tensor, curvature: Curvature, menu: Menu) -> dict[Format
 def _pairs(
     site: SitePlan, W: Tensor, curvature: Curvature, menu: Menu, rounding: dict[Format, float]
 ) -> Iterator[tuple[SitePlan, float]]:
-    by_rank = rank_losses(W, curvature)
+    by_rank = rank_losses(W, curvature).tolist()
     rows, columns = W.shape
     largest = min(rows, columns)
     for form in menu.forms:
@@ -127,4 +127,4 @@ def _pairs(
         for rank in range(menu.rank_step, top + 1, menu.rank_step):
             for spec in menu.pair_formats:
                 plan = replace(site, form=form, rank=rank, quant=spec)
-                yield plan, float(by_rank[rank]) + _ROUNDINGS_OF_A_PAIR * rounding[spec]
+                yield plan, by_rank[rank] + _ROUNDINGS_OF_A_PAIR * rounding[spec]

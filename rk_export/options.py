@@ -119,10 +119,12 @@ class Budget:
 
     def __post_init__(self) -> None:
         where = f"--{self.kind.replace('_', '-')}"
+        if self.kind == "keep" and not 0 < self.value < 1:
+            raise InputError(
+                f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
+            )
         if not math.isfinite(self.value) or self.value <= 0:
             raise InputError(f"{self.value} is no budget", where=where, fix="give a number above 0")
-        if self.kind == "keep" and self.value >= 1:
-            raise InputError(f"{self.value} keeps all", where=where, fix="give a share between 0 and 1")
         if self.kind == "bits" and not 2 <= self.value <= 16:
             raise InputError(f"{self.value} bits", where=where, fix="give a mean between 2 and 16")
         if self.kind == "speed_up" and self.value <= 1:

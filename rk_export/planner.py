@@ -16,6 +16,7 @@ from rk_export.budget import Table, spend
 from rk_export.cost_table import CostTable
 from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
+from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
 from rk_export.options import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions, QuantSpec
@@ -111,7 +112,7 @@ def _budgeted_plan(
         (layer, dense_sites(layer, architecture.projections(source.config, layer.index), options))
         for layer in loaded_layers(source)
     )
-    bought = spend(layers, currency, statistics, table)
+    bought = spend(layers, currency, statistics, table, resolve_device(options.device))
     if table is not None:
         options = replace(options, embedding_quant=bought.table)
     return Plan(

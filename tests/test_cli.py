@@ -18,9 +18,23 @@ from rk_export import parity
 from rk_export.folders import sha256_of
 from rk_export.report import Report
 
-COMMANDS = ("compress", "analyze", "plan", "export", "verify", "eval", "run", "bench", "explain", "doctor")
+COMMANDS = (
+    "compress",
+    "analyze",
+    "plan",
+    "prepare",
+    "export",
+    "verify",
+    "eval",
+    "run",
+    "bench",
+    "explain",
+    "doctor",
+)
 # What conftest.tiny_options() says, as a command line.
-OPTIONS = ("--groups", "qk,gate_up", "--keep", 0.8, "--bits", 4, "--block", 32, "--device", "cpu")
+# Those of `conftest.tiny_options`.
+PLAIN = ("--uniform", "--metric", "none", "--quantizer", "rtn", "--device", "cpu")
+OPTIONS = ("--groups", "qk,gate_up", "--keep", 0.8, *PLAIN, "--bits", 4, "--block", 32)
 PUBLIC = {
     *("compress", "export", "analyze", "make_plan", "dry_run", "verify", "evaluate", "assert_parity"),
     *("CompressOptions", "QuantSpec", "RankRule", "Plan", "EvalText", "RkExportError", "SpeedTest"),
@@ -211,7 +225,7 @@ def test_explain(cli: Cli, bundle: Path) -> None:
 
 
 def test_explain_leaves_no_matrix_out(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    options = ("--groups", "qk", "--keep", 0.8, "--bits", 16, "--device", "cpu")
+    options = ("--groups", "qk", "--keep", 0.8, *PLAIN, "--bits", 16)
     ok(cli("compress", llama, "-o", tmp_path / "out", *options, "--checkpoint", tmp_path / "checkpoint"))
     told = {item["target"]: item for item in json.loads(ok(cli("explain", tmp_path / "out", "--json")).out)}
     assert told["layers.0.qk"]["outcome"] == "applied"
