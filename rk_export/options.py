@@ -278,7 +278,7 @@ class CompressOptions:
                 fix="choose rtn, search or gptq",
             )
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
-            raise InputError("rotate needs fold", where="--prepare", fix="write fold,rotate")
+            raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
         if self.heal < 0:
             raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
         if self.rank_multiple is not None and self.rank_multiple < 1:

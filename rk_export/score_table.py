@@ -17,8 +17,7 @@ _PAIRED = {"acc": "right", "acc_norm": "right_norm"}  # measure -> answers to th
 def paired_difference(mine: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float]:
     """Return the difference of two accuracies on the same items, and its standard error.
 
-    Most items are answered alike by a model and its compressed form, so this error is far below those of the two
-    accuracies.
+    Where both answer most items alike, as a model and its compressed form do, it is below the errors of the two.
     """
     return mean_and_error([int(a) - int(b) for a, b in zip(mine, theirs, strict=True)])
 

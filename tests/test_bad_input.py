@@ -165,7 +165,7 @@ def test_unknown_architecture(refused: Refused, model: Path, out: Path, model_ty
         (("--rank", 1000), "--rank: rank 1000 exceeds 64"),
         (("--rank-multiple", 0), "--rank-multiple: 0 is below 1"),
         (("--block", 48), "--block: a block of 48 columns"),
-        (("--bits", 3), "--bits or --embedding-bits: 3 bits"),
+        (("--bits", 1), "--bits: 1.0 bits"),
         (("--embedding-bits", 5), "--bits or --embedding-bits: 5 bits"),
         (("--groups", "qk,magic"), "--groups: unknown group 'magic'"),
         (("--groups", "qk,gate_up,qk"), "--groups: 'q' stands in both"),
@@ -446,7 +446,7 @@ def test_refusal_comes_before_the_work(
     arguments: tuple[object, ...],
     what: str,
 ) -> None:
-    monkeypatch.setattr(pipeline, "rewrite", fail_with(AssertionError("the refusal came too late")))
+    monkeypatch.setattr(pipeline, "groundwork", fail_with(AssertionError("the refusal came too late")))
     assert refused("compress", llama, "-o", out, *SMALL, *arguments).startswith(what)
 
 

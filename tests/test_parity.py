@@ -131,8 +131,10 @@ def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
 def wrong_scale(model: onnx.ModelProto) -> None:
     """Halve the scales of one quantized matrix."""
     node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
-    tensor = initializer(model, node.input[2])
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / 2, tensor.name))
+    cast = next(other for other in model.graph.node if node.input[2] in other.output)
+    tensor = initializer(model, cast.input[0])
+    halved = numpy_helper.to_array(tensor) / 2
+    tensor.CopyFrom(numpy_helper.from_array(halved.astype(np.float16), tensor.name))
 
 
 def outlier_channel(model: onnx.ModelProto) -> None:

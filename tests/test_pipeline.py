@@ -67,7 +67,7 @@ def test_bundle_computes_what_the_checkpoint_computes(
 def test_report_and_manifest_tell_the_run(llama: Path, bundle: Path) -> None:
     report = Report.load(bundle / "report.json")
     assert (report.model, report.model_type) == (llama.name, "llama")
-    assert list(report.timings) == ["load", "plan", "rewrite", "export", "bundle", "verify"]
+    assert list(report.timings) == ["load", "calibrate", "plan", "rewrite", "export", "bundle", "verify"]
     assert len(report.layer_errors) == 2
     assert [spectrum.target for spectrum in report.spectra][:2] == ["layers.0.qk", "layers.0.gate_up"]
     manifest = check_manifest(bundle)
