@@ -52,9 +52,9 @@ def main() -> None:
     ours, peer = args.work / "ours", args.work / "genai"
     if not ours.exists():
         quant = QuantSpec(4, 32)
-        compress(
-            model, ours, CompressOptions(groups=(), quant=quant, embedding_quant=quant), threads=args.threads
-        )
+        # Round to nearest, as the peer's builder: the comparison is one of sizes and speeds.
+        options = CompressOptions(quant=quant, embedding_quant=quant, quantizer="rtn")
+        compress(model, ours, options, threads=args.threads)
     if not (peer / "model.onnx").exists():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         subprocess.run([*builder, "-i", str(model), "-o", str(peer)], check=True)

@@ -18,6 +18,7 @@ from rk_export import CompressOptions, QuantSpec
 from rk_export.assets import smollm2
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.load import open_source
+from rk_export.options import CalibrationOptions
 from rk_export.planner import make_plan
 from rk_export.rewrite import rewrite
 
@@ -51,7 +52,13 @@ def main() -> None:
 def measure(model: Path, name: str) -> dict[str, float]:
     """Return seconds, extra peak memory, and bytes of the dense model in fp32 and of the exported files."""
     source = open_source(model)
-    options = CompressOptions(groups=("qk",), quant=FORMATS[name], embedding_quant=FORMATS[name])
+    options = CompressOptions(
+        groups=("qk",),
+        quant=FORMATS[name],
+        embedding_quant=FORMATS[name],
+        calibration=CalibrationOptions("none"),
+        quantizer="rtn",
+    )
     rewritten = rewrite(source, make_plan(source, options))
     before = peak_bytes()
     with tempfile.TemporaryDirectory() as folder:
