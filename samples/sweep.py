@@ -59,6 +59,7 @@ KEPT = (0.95, 0.9, 0.8)
 MEGABYTES = (75, 80, 86.5, 92, 99, 107, 115, 125, 140)
 TEXTS = {"wiki": partial(wiki_text, "eval"), "news": news_text}
 TOKENS, CONTEXT = 5120, 512
+HEAL_STEPS = 96
 TEXT_METRIC = CalibrationOptions("self", tokens=16384)
 OFF_GRID = ("fold", "rotate-heads", "scale")
 PEERS: dict[str, tuple[str, ...]] = {
@@ -110,10 +111,10 @@ class Sweep:
         for keep in KEPT:
             for series, options in kept_series(keep, self.device).items():
                 rows.append(Row(f"kept-{series}-{keep}", series, keep, lambda o=options: self._kept(o)))
-        for keep, steps in ((0.9, 120), (0.8, 240)):
+        for keep in (0.9, 0.8):
             options = kept_series(keep, self.device)["rk-export"]
             rows.append(
-                Row(f"healed-{keep}", "healed", keep, lambda o=options, n=steps: self._kept(o, heal_steps=n))
+                Row(f"healed-{keep}", "healed", keep, lambda o=options: self._kept(o, heal_steps=HEAL_STEPS))
             )
         rows += [Row(f"size-{mb}", "rk-export", mb, lambda mb=mb: self._sized(mb)) for mb in MEGABYTES]
         if importlib.util.find_spec("onnxruntime_genai"):
