@@ -16,7 +16,7 @@ from rk_export.calibration import CalibrationStreams, calibration_tokens
 from rk_export.errors import InputError
 from rk_export.load import ModelSource, open_source
 from rk_export.moments import MomentSum
-from rk_export.options import CalibrationOptions, CompressOptions
+from rk_export.options import CalibrationOptions, CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan
 from rk_export.planner import make_plan
@@ -41,7 +41,7 @@ def disturb(module: nn.Module, seed: int) -> None:
 
 def sites_of(source: ModelSource, index: int) -> tuple[SitePlan, ...]:
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
-    return make_plan(source, CompressOptions(groups=groups)).of_layer(index)
+    return make_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
 
 
 def gather(source: ModelSource, tokens: Tensor, *, embedding: bool = False, **options: Any) -> Statistics:

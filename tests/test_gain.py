@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rk_export.gain import gain_statistics
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions
+from rk_export.options import CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.planner import make_plan
 
@@ -22,7 +22,7 @@ SourceOf = Callable[..., ModelSource]
 def estimate(source: ModelSource) -> tuple[Layer, dict[str, SiteStatistics]]:
     """Return the second layer and the statistics of its sites, by role of the first member."""
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
-    sites = make_plan(source, CompressOptions(groups=groups)).of_layer(1)
+    sites = make_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(1)
     model = source.skeleton()
     kv_groups = source.architecture.heads(source.config).kv_heads
     layer = Layer(1, source.load_layer(model, 1), kv_groups)
