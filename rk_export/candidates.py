@@ -28,6 +28,7 @@ class Menu:
 
     Args:
         formats: Formats of a dense matrix.
+        unweighed: Format of a matrix without statistics, whose loss nothing predicts.
         pair_formats: Formats of a factor pair.
         forms: Forms of a factor pair.
         rank_step: Ranks are multiples of it.
@@ -38,6 +39,7 @@ class Menu:
     """
 
     formats: tuple[Format, ...]
+    unweighed: Format
     pair_formats: tuple[Format, ...]
     forms: tuple[Form, ...]
     rank_step: int
@@ -86,7 +88,7 @@ def candidates(
         site: The site, dense; names and members are taken from it.
         W: Its members stacked, (out, in).
         shapes: (out, in) of each member.
-        curvature: Of W; None offers the first format only, at no predicted loss.
+        curvature: Of W; None offers the menu's format for that case only, at no predicted loss.
         menu: What to choose from.
     """
 
@@ -97,7 +99,7 @@ def candidates(
 
     dense = replace(site, form="dense", rank=0)
     if curvature is None:
-        return [priced(replace(dense, quant=menu.formats[0]), 0.0)]
+        return [priced(replace(dense, quant=menu.unweighed), 0.0)]
     rounding = _rounding_losses(W, curvature, menu)
     result = [priced(replace(dense, quant=spec), rounding[spec]) for spec in menu.formats]
     if site.members in menu.factorized:

@@ -14,7 +14,7 @@ from rk_export.options import GROUPS, W8A8, Budget, CompressOptions, QuantSpec
 from rk_export.plan import SitePlan
 from rk_export.storage import FLOAT_BYTES, Shape, matrix_bytes
 
-# model.onnx holds nodes, names and shapes: about 9 kB a layer on SmolLM2; these reserve a little more.
+# model.onnx holds nodes, names and shapes: 8.5 to 10.7 kB a layer on SmolLM2; these reserve a little more.
 GRAPH_BYTES, GRAPH_BYTES_PER_LAYER = 100_000, 12_000
 
 WEIGHT_FORMATS: tuple[Format, ...] = (
@@ -114,8 +114,15 @@ def currency_of(
     if options.form is not None:
         forms = ("identity",) if options.form == "identity" else ("joint",)
 
-    def menu(formats: tuple[Format, ...], pairs: tuple[Format, ...], price: Price) -> Menu:
-        return Menu(formats, pairs, forms, rank_step, options.quantizer == "gptq", kv_groups, price, groups)
+    def menu(
+        formats: tuple[Format, ...],
+        pairs: tuple[Format, ...],
+        price: Price,
+        unweighed: Format = options.quant,
+    ) -> Menu:
+        return Menu(
+            formats, unweighed, pairs, forms, rank_step, options.quantizer == "gptq", kv_groups, price, groups
+        )
 
     if budget.kind == "keep":
         one = (options.quant,)
@@ -124,7 +131,7 @@ def currency_of(
         if costs is None:
             raise ValueError("a speed-up needs measured times")
         timed = TIMED_FORMATS if options.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
-        return Currency(budget, "ms", menu(timed, timed, costs.price), fixed=costs.rest)
+        return Currency(budget, "ms", menu(timed, timed, costs.price, timed[0]), fixed=costs.rest)
     in_bytes = menu(
         WEIGHT_FORMATS,
         PAIR_FORMATS,

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 # The peaks that even out FFN neurons, and the embedding's few numbers, settle with less text.
 SHORT_TEXT = 2048
-# How far the peaks are evened out: the best of 0, 0.25 and 0.5 for INT4 and for int8 inputs on SmolLM2.
+# How far the peaks are evened out. SmolLM2 with int8 inputs, all linear layers: perplexity 22.84, 22.54 and 22.59 at
+# 0, 0.25 and 0.5.
 SCALE_ALPHA = 0.25
 # Bytes; beyond them only the diagonals of the gradients' moments are kept.
 GRADIENT_LIMIT = 8_000_000_000

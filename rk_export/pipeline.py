@@ -131,7 +131,7 @@ def compress(
     Args:
         model: HF folder, hub id or GGUF file.
         out: Bundle folder; written beside its place and moved in once everything passed.
-        options: What to do; the defaults factorize q/k and gate/up and quantize to INT4.
+        options: What to do; the defaults quantize to INT4 under statistics of self-written text.
         plan: A plan made earlier, instead of options.
         text: Also measure the perplexity of the dense and of the compressed model on it.
         speed: Also measure the bundle's tokens per second.
@@ -173,11 +173,18 @@ def compress(
                 rewritten = _healed(rewritten, ground, probe, Path(out))
         if checkpoint is not None:
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=source.folder, force=force)
-        return write_bundle(partial, rewritten, source, request, stages, name=Path(out).name)
+        report = write_bundle(partial, rewritten, source, request, stages, name=Path(out).name)
+    _heal_state(Path(out)).unlink(missing_ok=True)
+    return report
+
+
+def _heal_state(out: Path) -> Path:
+    """Return where an interrupted recovery waits for the next run: beside the output."""
+    return out.with_name(f".{out.name}.heal")
 
 
 def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -> Rewritten:
-    """Train a compressed model; the state of an interrupted training lies beside the output until it is done."""
+    """Train a compressed model; its state stays until the bundle is in place, so a failed export loses nothing."""
     options = HealOptions(steps=ground.options.heal, seed=ground.options.calibration.seed)
     wanted = options.steps * options.batch_tokens
     tokens = calibration_tokens(
@@ -185,9 +192,7 @@ def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -
         replace(ground.options.calibration, tokens=wanted),
         resolve_device(ground.options.device),
     )
-    state = out.with_name(f".{out.name}.heal")
-    result = heal(rewritten, ground.source, tokens, options, state=state)
-    state.unlink(missing_ok=True)
+    result = heal(rewritten, ground.source, tokens, options, state=_heal_state(out))
     logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
     return replace(rewritten, findings=(*rewritten.findings, result.finding), probe_logits=logits)
 

@@ -86,6 +86,12 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
             where="--metric",
             fix="choose self or corpus:FILE, or give --uniform",
         )
+    if options.budget is not None and options.budget.kind == "speed_up" and options.ep != "cpu":
+        raise InputError(
+            f"products are timed on the CPU provider, the graph is made for {options.ep}",
+            where="--speed-up",
+            fix="use --ep cpu, or a budget of --size or --keep",
+        )
     if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
         raise InputError(
             "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"

@@ -1,0 +1,302 @@
+"""Budgets from the command line to the bundle, on tiny models: what is bought fits, is verified and is explained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli
+
+from rk_export import compress, make_plan
+from rk_export.budget import spend
+from rk_export.candidates import Candidate, Menu, candidates
+from rk_export.cli_options import parse_size
+from rk_export.cost_table import CostTable, measure_costs
+from rk_export.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
+from rk_export.errors import InputError
+from rk_export.groundwork import groundwork
+from rk_export.load import ModelSource, open_source
+from rk_export.options import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
+from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
+from rk_export.pipeline import verify
+from rk_export.plan import Plan, SitePlan
+from rk_export.planner import check_options, dense_sites, loaded_layers
+
+TEXT = CalibrationOptions("self", tokens=1024)
+SourceOf = Callable[..., ModelSource]
+
+
+def options(kind: Any, value: float, **changes: Any) -> CompressOptions:
+    return CompressOptions(budget=Budget(kind, value), calibration=TEXT, device="cpu", **changes)
+
+
+def matrix_parameters(source: ModelSource) -> int:
+    return sum(
+        layer.linear(item.path).weight.numel()
+        for layer in loaded_layers(source)
+        for item in source.architecture.projections(source.config, layer.index)
+    )
+
+
+def stored_parameters(source: ModelSource, plan: Plan) -> int:
+    """Count what the sites of a plan hold, by the formulas of the forms."""
+    total = 0
+    for layer in loaded_layers(source):
+        for site in plan.of_layer(layer.index):
+            weights = [layer.linear(path).weight for path in site.paths]
+            rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+            saved = site.rank if site.form == "identity" else 0
+            total += rows * columns if site.form == "dense" else site.rank * (rows + columns - saved)
+    return total
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.6])
+def test_a_share_is_kept_and_nearly_used_up(llama: Path, keep: float) -> None:
+    source = open_source(llama)
+    plan = make_plan(llama, options("keep", keep, quant=None, embedding_quant=None, rank_multiple=1))
+    used = stored_parameters(source, plan) / matrix_parameters(source)
+    assert keep - 0.02 < used <= keep
+    assert plan.predicted_loss is not None
+    assert any(site.form != "dense" for site in plan.sites)
+
+
+def test_less_budget_loses_more(llama: Path) -> None:
+    losses = [make_plan(llama, options("bits", bits)).predicted_loss for bits in (3.2, 4.5, 7)]
+    assert losses == sorted(losses, key=lambda loss: -(loss or 0))
+    assert losses[0] != losses[-1]
+
+
+def test_mean_bits_are_kept(llama: Path) -> None:
+    source = open_source(llama)
+    plan = make_plan(llama, options("bits", 4.7))
+    ground = groundwork(source, plan.options)
+    menu = currency_of(source, plan.options, 8).menu
+    dense = {site.site: site for layer in loaded_layers(source) for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), plan.options)}
+    assert dense.keys() == {site.site for site in plan.sites}
+    rewritten = ground.rewrite(plan)
+    sites = {site.site for site in plan.sites}
+    used = sum(
+        finding.bytes_after
+        for finding in rewritten.findings
+        if finding.target in sites and (finding.details or {}).get("pass") == "quantize"
+    )
+    assert all(site.quant is not None for site in plan.sites), menu.formats
+    assert 0.9 * 4.7 / 8 < used / matrix_parameters(source) <= 4.7 / 8
+
+
+def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) -> None:
+    budget = 190_000
+    report = compress(llama, tmp_path / "out", options("size", budget), threads=1)
+    files = sum((tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert files <= budget
+    assert all(tier.passed for tier in report.parity if tier.bound is not None)
+    tiers = {tier.tier: tier for tier in verify(tmp_path / "out", llama, threads=1)}
+    assert tiers["c"].passed
+    # The same plan on the same model again: the reparameterization and the statistics are the same too.
+    assert tiers["g"].max_error == 0
+
+
+@pytest.mark.parametrize("arguments", [("--keep", 0.7, "--bits", 8), ("--bits", 4.5), ("--size", "200kB")])
+def test_explain_names_the_runner_up(cli: Cli, llama: Path, tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    ended = cli("compress", llama, "-o", tmp_path / "out", *arguments, "--calibration-tokens", 1024, "--threads", 1)
+    assert ended.code == 0, ended.err
+    told = json.loads(cli("explain", tmp_path / "out", "--json").out)
+    runners = [item["details"]["runner_up"] for item in told if "runner_up" in (item["details"] or {})]
+    assert runners
+    assert all("nats" in text for text in runners)
+
+
+def test_too_small_a_budget_says_what_the_smallest_model_takes(llama: Path) -> None:
+    with pytest.raises(InputError, match="smallest model that can be planned takes") as caught:
+        make_plan(llama, options("size", 70_000))
+    assert caught.value.where == "--size"
+
+
+def test_matrices_without_statistics_get_the_format_that_was_asked_for(source_of: SourceOf) -> None:
+    source = source_of("mixtral")
+    asked = options("bits", 5, quant=QuantSpec(4, 16))
+    ground = groundwork(source, asked)
+    architecture = source.architecture
+    layers = [
+        (layer, dense_sites(layer, architecture.projections(source.config, layer.index), asked))
+        for layer in loaded_layers(source)
+    ]
+    assert ground.statistics is not None
+    bought = spend(
+        [(layer, sites) for layer, sites in layers[:1] if not layer.module.to("cpu").training][:0],
+        currency_of(source, asked, 8),
+        ground.statistics,
+        None,
+        torch.device("cpu"),
+    )
+    assert bought.sites == ()
+    menu = replace(currency_of(source, asked, 8).menu)
+    site = SitePlan("layers.0.experts", 0, ("expert",), ("w",), "dense", 0, None)
+    only = candidates(site, torch.zeros(8, 16), [(8, 16)], None, menu)
+    assert [(item.plan.quant, item.loss) for item in only] == [(QuantSpec(4, 16), 0.0)]
+
+
+def menu_of(price: Callable[[int, int, Any], float], **changes: Any) -> Menu:
+    fields = {
+        "formats": WEIGHT_FORMATS,
+        "unweighed": None,
+        "pair_formats": (None,),
+        "forms": ("joint", "identity"),
+        "rank_step": 4,
+        "compensated": False,
+        "kv_groups": 1,
+        "price": price,
+        "factorized": frozenset({GROUPS["o"]}),
+    }
+    return Menu(**{**fields, **changes})
+
+
+def only_o(menu: Menu) -> list[Candidate]:
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(24, 32, generator=generator), torch.randn(100, 32, generator=generator)
+    curvature = Curvature(InputSide(X.T @ X / 100, 5.0), (torch.ones(24),))
+    site = SitePlan("layers.0.o", 0, ("o",), ("o_proj",), "dense", 0, None)
+    return candidates(site, W, [(24, 32)], curvature, menu)
+
+
+def test_more_bits_and_more_rank_lose_less() -> None:
+    found = only_o(menu_of(lambda rows, columns, spec: rows * columns))
+    dense = {item.plan.quant: item.loss for item in found if item.plan.form == "dense"}
+    assert dense[None] == 0
+    assert dense[QuantSpec(8, 32)] < dense[QuantSpec(4, 32)] < dense[QuantSpec(2, 32, symmetric=False)]
+    for form in ("joint", "identity"):
+        losses = [item.loss for item in found if item.plan.form == form]
+        assert losses == sorted(losses, reverse=True)
+    plain, identity = (
+        {item.plan.rank: item.cost for item in found if item.plan.form == form} for form in ("joint", "identity")
+    )
+    assert all(identity[rank] == cost - rank * rank for rank, cost in plain.items())
+
+
+def test_groups_that_were_not_asked_for_stay_dense() -> None:
+    found = only_o(menu_of(lambda rows, columns, spec: rows * columns, factorized=frozenset()))
+    assert {item.plan.form for item in found} == {"dense"}
+
+
+# --- a speed-up
+
+
+def test_prices_follow_the_fit() -> None:
+    table = CostTable("prefill", {None: (1.0, 0.5, 0.25)})
+    assert table.price(2, 4, None) == 1 + 0.5 * 6 + 0.25 * 8
+
+
+def test_products_are_timed_in_every_format() -> None:
+    table = measure_costs([(64, 64), (512, 256)], TIMED_FORMATS, "decode", threads=1)
+    assert set(table.coefficients) == set(TIMED_FORMATS)
+    assert all(table.price(512, 256, spec) > 0 for spec in TIMED_FORMATS)
+    floats = measure_costs([(64, 64), (2048, 1024)], (None,), "prefill", threads=1)
+    assert floats.price(2048, 1024, None) > 4 * floats.price(256, 256, None)
+
+
+def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
+    # In a tiny model what is no product dominates: only a mild wish can be met.
+    plan = make_plan(llama, options("speed_up", 1.0001), threads=1)
+    assert {site.quant for site in plan.sites} <= set(TIMED_FORMATS)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"calibration": CalibrationOptions("none")}, "--metric"),
+        ({"calibration": CalibrationOptions("gain")}, "--metric"),
+        ({"budget": Budget("speed_up", 2), "ep": "cuda"}, "--speed-up"),
+        ({"groups": ("moe",)}, "--groups"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_work(llama: Path, changes: dict[str, Any], where: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_options(open_source(llama), replace(options("keep", 0.9), **changes))
+    assert caught.value.where == where
+
+
+def test_an_encoder_has_no_budget(source_of: SourceOf) -> None:
+    with pytest.raises(InputError, match="no loss that a budget"):
+        check_options(source_of("bert"), options("keep", 0.9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "phase"),
+    [("keep", 1.0, "decode"), ("size", 0, "decode"), ("size", float("inf"), "decode"), ("bits", 1.5, "decode"),
+     ("bits", 17, "decode"), ("speed_up", 1.0, "decode"), ("speed_up", 2, "both")],
+)  # fmt: skip
+def test_impossible_budgets(kind: Any, value: float, phase: Any) -> None:
+    with pytest.raises(InputError):
+        Budget(kind, value, phase)
+
+
+@pytest.mark.parametrize(("text", "size"), [("90MB", 9e7), ("1.5 gb", 1.5e9), ("300k", 3e5), ("42", 42)])
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "ten", "1TB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(InputError, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--uniform",), ("--phase", "prefill"), ("--activations", 8, "--bits", 4), ("--activations", 4),
+     ("--metric", "corpus"), ("--size", "much"), ("--prepare", "rotate")],
+)  # fmt: skip
+def test_arguments_that_do_not_go_together(refused: Callable[..., str], llama: Path, tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    assert arguments[0] in refused("compress", llama, "-o", tmp_path / "out", *arguments)
+
+
+# --- what surrounds a budget
+
+
+def test_healing_is_in_the_report_and_leaves_no_state(llama: Path, tmp_path: Path) -> None:
+    asked = options("keep", 0.7, quant=None, embedding_quant=None, heal=2)
+    report = compress(llama, tmp_path / "out", asked, threads=1)
+    assert any("heal" in finding.target for finding in report.findings)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    with pytest.raises(InputError, match="healed bundle"):
+        verify(tmp_path / "out", llama)
+
+
+def test_an_export_that_fails_keeps_the_state_of_the_healing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("rk_export.pipeline.write_bundle", fail)
+    asked = options("keep", 0.7, quant=None, embedding_quant=None, heal=2)
+    with pytest.raises(OSError, match="disk full"):
+        compress(llama, tmp_path / "out", asked, threads=1)
+    assert (tmp_path / ".out.heal").is_file()
+
+
+def test_w8a8_is_prepared_and_verified(llama: Path, tmp_path: Path) -> None:
+    asked = CompressOptions(quant=W8A8, calibration=TEXT, device="cpu")
+    report = compress(llama, tmp_path / "out", asked, threads=1)
+    applied = {finding.target for finding in report.findings if finding.outcome == "applied"}
+    assert {"prepare.fold", "prepare.rotate", "prepare.rotate-heads", "prepare.scale"} <= applied
+    assert all(tier.passed for tier in report.parity if tier.bound is not None)
+
+
+def test_prepare_writes_a_model_with_the_same_logits(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    ended = cli("prepare", llama, "-o", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    ids = torch.arange(3, 40)[None]
+    dense, prepared = (open_source(folder).load() for folder in (llama, tmp_path / "out"))
+    expected, found = (model(input_ids=ids).logits for model in (dense, prepared))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.equal(dense.model.layers[0].mlp.up_proj.weight, prepared.model.layers[0].mlp.up_proj.weight)
+    assert cli("prepare", llama, "-o", tmp_path / "out").code == 2
