@@ -21,6 +21,9 @@ from rk_export.passes.graph.token_scales import TokenScales
 Format = QuantSpec | None  # None: floats
 Phase = Literal["prefill", "decode"]
 TOKENS: dict[Phase, int] = {"prefill": 512, "decode": 1}
+# What timing a whole model takes: a prompt of one prefill, and tokens decoded after it.
+DECODED = 64
+TIMED_CONTEXT = TOKENS["prefill"] + DECODED + 1
 _WARM_UP, _REPEATS = 2, 7
 _MICROSOFT = "com.microsoft"
 
@@ -58,10 +61,17 @@ def measure_costs(
     """
     whole = sorted(set(shapes))
     measured = sorted({(max(rows // cut, 16), columns) for rows, columns in whole for cut in (1, 2, 4)})
-    sessions = {
+    sessions: dict[Key, ort.InferenceSession] = {
         (spec, shape): _product_session(*shape, spec, threads) for spec in formats for shape in measured
     }
-    times = _interleaved(sessions, TOKENS[phase])
+    # A session without a product: what a call costs by itself stays out of the prices.
+    sessions |= {(NO_PRODUCT, shape): _session([], {}, (shape[1], shape[1]), threads) for shape in measured}
+    called = _interleaved(sessions, TOKENS[phase])
+    times = {
+        (spec, shape): max(called[spec, shape] - called[NO_PRODUCT, shape], 0.01 * called[spec, shape])
+        for spec in formats
+        for shape in measured
+    }
     return CostTable(
         phase,
         {spec: _fit(measured, [times[spec, shape] for shape in measured]) for spec in formats},
@@ -76,7 +86,8 @@ def _fit(shapes: Sequence[tuple[int, int]], times: Sequence[float]) -> tuple[flo
     return float(coefficients[0]), float(coefficients[1]), float(coefficients[2])
 
 
-Key = tuple[Format, tuple[int, int]]
+NO_PRODUCT = "no product"
+Key = tuple[Format | str, tuple[int, int]]
 
 
 def _interleaved(sessions: Mapping[Key, ort.InferenceSession], tokens: int) -> dict[Key, float]:
@@ -101,8 +112,16 @@ def _product_session(rows: int, columns: int, spec: Format, threads: int | None)
         node, tensors = _int8_product(rows, columns, generator)
     else:
         node, tensors = _nbits_product(rows, columns, spec, generator)
+    return _session([node], tensors, (rows, columns), threads)
+
+
+def _session(
+    nodes: list[NodeProto], tensors: dict[str, NDArray[Any]], shape: tuple[int, int], threads: int | None
+) -> ort.InferenceSession:
+    """Return a session that runs nodes from x to the value `product`, or none at all."""
+    rows, columns = shape
     graph = helper.make_graph(
-        [node, helper.make_node("Identity", ["product"], ["y"])],
+        [*nodes, helper.make_node("Identity", ["product" if nodes else "x"], ["y"])],
         "one_product",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", columns])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", rows])],
@@ -110,8 +129,7 @@ def _product_session(rows: int, columns: int, spec: Format, threads: int | None)
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
-    if spec is not None and spec.activations == 8:
-        TokenScales(1).call(model)
+    TokenScales(sum(node.op_type == "DynamicQuantizeMatMul" for node in nodes)).call(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # its own warnings about small graphs
     if threads is not None:

@@ -13,7 +13,7 @@ from rk_export import planner
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
-from rk_export.cost_table import TOKENS, CostTable, Phase, measure_costs
+from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
@@ -79,7 +79,10 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     with TemporaryDirectory() as folder:
         export(source.folder, Path(folder) / "dense", threads=threads)
         result = bench(
-            [Path(folder) / "dense"], prompt_tokens=TOKENS["prefill"], threads=threads or cpu_count() or 1
+            [Path(folder) / "dense"],
+            prompt_tokens=TOKENS["prefill"],
+            new_tokens=DECODED,
+            threads=threads or cpu_count() or 1,
         ).rows[0]
     speed = result.prefill_median if phase == "prefill" else result.decode_median
     products = sum(table.price(rows, columns, None) for rows, columns in shapes)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from rk_export.architectures import Projection, architecture_of, empty_canonical_model
 from rk_export.budget import Table, spend
-from rk_export.cost_table import CostTable
+from rk_export.cost_table import TIMED_CONTEXT, CostTable
 from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
@@ -92,6 +92,14 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
             where="--speed-up",
             fix="use --ep cpu, or a budget of --size or --keep",
         )
+    if options.budget is not None and options.budget.kind == "speed_up":
+        context = int(source.config.max_position_embeddings)
+        if context < TIMED_CONTEXT:
+            raise InputError(
+                f"the model's context of {context} tokens is shorter than the {TIMED_CONTEXT} that are timed",
+                where="--speed-up",
+                fix="choose another budget",
+            )
     if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
         raise InputError(
             "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
