@@ -44,6 +44,12 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metric", help="which errors count: none, gain, self (default) or corpus:FILE")
     parser.add_argument("--calibration-tokens", type=int, help="tokens of self or corpus (default 8192)")
+    parser.add_argument(
+        "--prefix",
+        action="store_true",
+        default=None,
+        help="take the inputs' moments through the compressed part",
+    )
     parser.add_argument("--seed", type=int, help="of sampling and rotations (default 0)")
     parser.add_argument("--device", help="where to factorize: auto, cpu, cuda, cuda:N (default auto)")
 
@@ -151,7 +157,7 @@ def parse_size(text: str) -> float:
 def _calibration(args: argparse.Namespace) -> CalibrationOptions | None:
     from rk_export.options import CalibrationOptions
 
-    given: dict[str, Any] = {"tokens": args.calibration_tokens, "seed": args.seed}
+    given: dict[str, Any] = {"tokens": args.calibration_tokens, "seed": args.seed, "prefix": args.prefix}
     if args.metric is not None:
         given["metric"], _, corpus = args.metric.partition(":")
         given["corpus"] = corpus or None

@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 from rk_export.calibration import calibration_tokens
 from rk_export.dense_statistics import DenseStatistics, layerwise
 from rk_export.device import resolve_device
-from rk_export.gain import gain_statistics
 from rk_export.humanize import size
+from rk_export.layer_statistics import FromDense, FromGains, FromPrefix, LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
 from rk_export.moments import inputs_of
 from rk_export.options import CompressOptions
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.numerics.predicted_loss import TableCurvature
-from rk_export.plan import Plan, SitePlan
+from rk_export.plan import Plan
 from rk_export.planner import canonical_layers
 from rk_export.prepared import PreparedSource
 from rk_export.report import Finding
@@ -63,7 +62,9 @@ class Groundwork:
     def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
         """Apply a plan to the model, under what is known about it."""
         table = None if self.table is None else self.table.inputs
-        rewritten = rewrite(self.source, plan, statistics=self.of_sites, table_inputs=table, probe=probe)
+        rewritten = rewrite(
+            self.source, plan, statistics=self.layer_statistics(), table_inputs=table, probe=probe
+        )
         return replace(rewritten, findings=(*self.findings, *rewritten.findings))
 
     @property
@@ -71,25 +72,15 @@ class Groundwork:
         """What was reparameterized, and what was not."""
         return self.source.findings if isinstance(self.source, PreparedSource) else ()
 
-    def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> dict[str, SiteStatistics]:
-        """Return the statistics of a layer's sites by name; sites that nothing is known about are absent."""
-        if self.options.calibration.metric == "gain":
-            return gain_statistics(layer, sites, self.source.architecture)
-        known = self.statistics
-        if known is None:
-            return {}
-        return {
-            site.site: SiteStatistics(
-                InputMoments(known.second[layer.index, site.paths[0]], None, known.tokens),
-                {
-                    role: known.gradients[layer.index, path] * known.tokens
-                    for role, path in zip(site.members, site.paths, strict=True)
-                },
-            )
-            for site in sites
-            if "expert" not in site.members
-            and all((layer.index, path) in known.gradients for path in site.paths)
-        }
+    def layer_statistics(self) -> LayerStatistics:
+        """Return where the statistics of the layers' sites come from."""
+        calibration, architecture = self.options.calibration, self.source.architecture
+        if calibration.metric == "gain":
+            return FromGains(architecture)
+        if self.statistics is None or self.tokens is None:
+            return NoStatistics()
+        dense = FromDense(self.statistics)
+        return FromPrefix(dense, self.tokens, architecture) if calibration.prefix else dense
 
 
 def groundwork(source: ModelSource, options: CompressOptions) -> Groundwork:

@@ -145,6 +145,8 @@ class CalibrationOptions:
         seed: Of the sampling.
         gradients: Weigh outputs by the loss' gradients, from one backward pass; else every matrix by its relative
             error, layer by layer.
+        prefix: Take the moments of the inputs anew through the part that is compressed already, layer by layer,
+            while matrices are factorized and quantized; plans are made from those of the dense model either way.
     """
 
     metric: Literal["none", "gain", "self", "corpus"] = "self"
@@ -152,6 +154,7 @@ class CalibrationOptions:
     tokens: int = 8192
     seed: int = 0
     gradients: bool = True
+    prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in ("none", "gain", "self", "corpus"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +11,9 @@ from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
 from rk_export.device import resolve_device
+from rk_export.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
-from rk_export.passes.base import Layer, SiteStatistics, run_weight_pass
+from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.weights.embedding import quantize_embedding
 from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.joint_rank import JointRank
@@ -25,8 +25,6 @@ from rk_export.report import Finding, LayerError, Outcome, Spectrum
 from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)
-
-StatisticsOf = Callable[[Layer, Sequence[SitePlan]], dict[str, SiteStatistics]]
 
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
 # In fp32 graphs too: the runtime widens stored scales once, when it loads the graph.
@@ -56,16 +54,11 @@ class Rewritten:
     probe_logits: dict[str, Tensor] = field(default_factory=dict)
 
 
-def no_statistics(layer: Layer, sites: Sequence[SitePlan]) -> dict[str, SiteStatistics]:
-    """Return nothing: all inputs and outputs weigh alike."""
-    return {}
-
-
 def rewrite(
     source: ModelSource,
     plan: Plan,
     *,
-    statistics: StatisticsOf = no_statistics,
+    statistics: LayerStatistics | None = None,
     table_inputs: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> Rewritten:
@@ -74,7 +67,7 @@ def rewrite(
     Args:
         source: The dense model.
         plan: What to do to each site.
-        statistics: Returns the statistics of a layer's sites by name, the layer still dense.
+        statistics: Of each layer's sites; None weighs all inputs and outputs alike.
         table_inputs: Second moment (dim, dim) of what the output projection reads, to quantize it under.
         probe: Tokens (batch, length) that run through the dense, factorized and quantized layers alongside,
             for the parity tiers and the per-layer errors; None skips that.
@@ -84,16 +77,13 @@ def rewrite(
     """
     check_plan(source, plan)
     options, architecture = plan.options, source.architecture
-    device = resolve_device(options.device)
-    joint = JointRank(options.gauge, device, dict(architecture.mlp))
-    quantize = Quantize(SCALE_DTYPE, device, options.quantizer)
-    int8 = Int8(device)
-    kv_groups = architecture.heads(source.config).kv_heads
-
+    statistics = statistics or NoStatistics()
+    quantize = Quantize(SCALE_DTYPE, resolve_device(options.device), options.quantizer)
     model = source.skeleton()
     source.load_rest(model)
     carried = _Carried(model, architecture, probe)
     carried.start(DENSE)
+    statistics.begin(model)
     findings: list[Finding] = []
     if options.embedding_quant is not None and not architecture.is_encoder:
         findings += quantize_embedding(
@@ -105,35 +95,78 @@ def rewrite(
             table_inputs,
         )
     carried.start(QUANTIZED)
+    statistics.embedded()
+    passes = _LayerPasses(plan, dict(architecture.mlp), quantize)
+    kv_groups = architecture.heads(source.config).kv_heads
     for index in range(source.layer_count):
         logger.info("layer %d of %d", index + 1, source.layer_count)
         layer = Layer(index, source.load_layer(model, index), kv_groups)
-        sites = plan.of_layer(index)
-        findings += _stayed_dense(sites)
         carried.advance(DENSE, index)
-        known = statistics(layer, sites)
-        layer, shape_findings = reshape_layer(layer, plan.shape_of(index), sites, known, device)
-        findings += shape_findings
-        if shape_findings:
-            known = {}  # the statistics are those of the whole layer
-        findings += run_weight_pass(joint, layer, sites, known)
+        findings += passes.factorize(layer, statistics.of_sites(layer, plan.of_layer(index)))
         carried.advance(FACTORIZED, index)
-        # The identity form may have renumbered the FFN's neurons.
-        for site in sites:
-            if (aligned := joint.aligned(site, known.get(site.site))) is not None:
-                known[site.site] = aligned
-        findings += run_weight_pass(quantize, layer, sites, known)
-        findings += run_weight_pass(int8, layer, sites, known)
+        findings += passes.quantize()
         carried.advance(QUANTIZED, index)
+        statistics.rewritten(index)
     return Rewritten(
         model,
         architecture,
         plan,
         tuple(findings),
-        tuple(joint.spectra),
+        passes.spectra,
         tuple(carried.errors),
         carried.logits(),
     )
+
+
+class _LayerPasses:
+    """The weight passes on one layer after the other, in two steps: what changes matrices, then what rounds them.
+
+    Args:
+        plan: What to do.
+        mlp: Path of each of the MLP's matrices by role.
+        quantize: The weight-only quantization.
+    """
+
+    def __init__(self, plan: Plan, mlp: dict[str, str], quantize: Quantize) -> None:
+        self._plan, self._device = plan, quantize.device
+        self._joint = JointRank(plan.options.gauge, self._device, mlp)
+        self._rounding: tuple[WeightPass, ...] = (quantize, Int8(self._device))
+        self._layer: Layer | None = None
+        self._known: dict[str, SiteStatistics] = {}
+
+    @property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Spectra of what was factorized so far."""
+        return tuple(self._joint.spectra)
+
+    def factorize(self, layer: Layer, known: dict[str, SiteStatistics]) -> list[Finding]:
+        """Reshape and factorize a dense layer."""
+        sites = self._plan.of_layer(layer.index)
+        layer, reshaped = reshape_layer(layer, self._plan.shape_of(layer.index), sites, known, self._device)
+        # The statistics are those of the whole layer: what is left of it is judged by its weights.
+        self._layer, self._known = layer, {} if reshaped else known
+        return [
+            *_stayed_dense(sites),
+            *reshaped,
+            *run_weight_pass(self._joint, layer, sites, self._known),
+        ]
+
+    def quantize(self) -> list[Finding]:
+        """Round the layer that was factorized last."""
+        if self._layer is None:
+            raise RuntimeError("`factorize` comes first")
+        sites = self._plan.of_layer(self._layer.index)
+        # The identity form may have renumbered the FFN's neurons.
+        aligned = {
+            site.site: statistics
+            for site in sites
+            if (statistics := self._joint.aligned(site, self._known.get(site.site))) is not None
+        }
+        return [
+            finding
+            for weight_pass in self._rounding
+            for finding in run_weight_pass(weight_pass, self._layer, sites, aligned)
+        ]
 
 
 class _Carried:

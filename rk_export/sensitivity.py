@@ -51,26 +51,6 @@ class _Passes:
         return {**asdict(self), "dtype": str(self.dtype), "version": _VERSION}
 
 
-def gradient_moments(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    tokens: Tensor,
-    *,
-    diagonal: bool,
-    device: torch.device,
-    labels: Labels = "model",
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> dict[Place, Tensor]:
-    """Return the `gradients` of `DenseStatistics` over all tokens, uncached; arguments as of `dense_statistics`."""
-    passes = _Passes(diagonal, tokens.numel(), labels, seed, dtype or matmul_dtype(device))
-    modules = _matrices(model, architecture, device)
-    recorder = GradientRecorder(diagonal=diagonal)
-    with noted(modules, recorder.note):
-        predicted = _run_back(model, architecture, tokens, passes)
-    return recorder.moments(predicted)
-
-
 def dense_statistics(
     model: PreTrainedModel,
     architecture: Architecture,

@@ -321,3 +321,18 @@ def test_prepare_writes_a_model_with_the_same_logits(cli: Cli, llama: Path, tmp_
         dense.model.layers[0].mlp.up_proj.weight, prepared.model.layers[0].mlp.up_proj.weight
     )
     assert cli("prepare", llama, "-o", tmp_path / "out").code == 2
+
+
+def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> None:
+    files = {}
+    for prefix in (False, True):
+        out = tmp_path / str(prefix)
+        asked = CompressOptions(
+            quant=QuantSpec(2, 16), calibration=replace(TEXT, prefix=prefix), device="cpu"
+        )
+        report = compress(llama, out, asked, threads=1)
+        assert all(tier.passed for tier in report.parity if tier.bound is not None)
+        files[prefix] = (out / "model.onnx.data").read_bytes()
+    assert files[False] != files[True]
+    (tiers,) = [{tier.tier: tier for tier in verify(tmp_path / "True", llama, threads=1)}]
+    assert tiers["g"].max_error == 0

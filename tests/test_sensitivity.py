@@ -17,7 +17,7 @@ from rk_export.dense_statistics import DenseStatistics, loss_increase
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
 from rk_export.self_text import draw
-from rk_export.sensitivity import dense_statistics, gradient_moments
+from rk_export.sensitivity import dense_statistics
 
 SourceOf = Callable[..., ModelSource]
 CPU = torch.device("cpu")
@@ -116,17 +116,12 @@ def test_predicted_loss_is_the_real_divergence(
     assert diagonal == pytest.approx(divergence, rel=0.3)  # a random error has no direction of its own
 
 
-def test_diagonals_and_gradients_alone(source_of: SourceOf, tmp_path: Path) -> None:
+def test_diagonals(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     whole = gather(source, tmp_path)
     diagonals = gather(source, tmp_path, diagonal=True)
-    alone = gradient_moments(
-        source.load(), source.architecture, tokens_for(source), diagonal=True, device=CPU, dtype=torch.float32
-    )
-    assert set(whole.gradients) == set(alone)
     for place, gradient in whole.gradients.items():
         torch.testing.assert_close(diagonals.gradients[place], gradient.diagonal())
-        assert torch.equal(alone[place], diagonals.gradients[place])
 
 
 def test_gradients_of_a_part_of_the_text(source_of: SourceOf, tmp_path: Path) -> None:

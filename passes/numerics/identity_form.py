@@ -137,17 +137,3 @@ def refit_up(W: Tensor, down: Tensor, inputs: Metric | None = None, cross: Tenso
     factor = torch.linalg.cholesky(gram)
     B: Tensor = torch.cholesky_solve(product(weighted, target.mT), factor).mT
     return B.to(W.dtype).contiguous()
-
-
-def refit_coefficients(
-    W_rest: Tensor, down: Tensor, inputs: Metric | None = None, cross: Tensor | None = None
-) -> Tensor:
-    """Return the coefficients C (out - k, k) that minimize |(W_rest - C D) S| for a given pivot block D.
-
-    Args:
-        W_rest: The rows of W that are no pivots, in the order of the coefficients.
-        down: D (k, in), usually quantized.
-        inputs: Metric of the inputs; None weighs them alike.
-        cross: E[x₀ xᵀ] (in, in).
-    """
-    return refit_up(W_rest, down, inputs, cross)

@@ -17,7 +17,7 @@ from rk_export.load import ModelSource
 from rk_export.options import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.modules import IdentityFactors, linear_of
-from rk_export.passes.numerics.identity_form import identity_form, refit_coefficients, refit_up
+from rk_export.passes.numerics.identity_form import identity_form, refit_up
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.pivoting import exchange, greedy_groups
@@ -125,8 +125,7 @@ def test_a_refit_is_the_least_squares_solution(weighted: bool) -> None:
     metric = Metric.of(C, damping=1e-12) if weighted else None
     inputs = X if weighted else torch.eye(10, dtype=torch.float64)
     expected = torch.linalg.lstsq(inputs @ down.T, inputs @ W.T).solution.T
-    for refit in (refit_up, refit_coefficients):
-        torch.testing.assert_close(refit(W, down, metric), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(refit_up(W, down, metric), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_refit_with_a_cross_moment_and_with_dead_rows() -> None:
@@ -151,7 +150,7 @@ def test_a_refit_after_rounding_lowers_the_error() -> None:
     rounded = (form.down / step).round() * step
     target = form.coefficients @ form.down
     before = float((target - form.coefficients @ rounded).norm())
-    after = float((target - refit_coefficients(target, rounded) @ rounded).norm())
+    after = float((target - refit_up(target, rounded) @ rounded).norm())
     assert after < 0.9 * before
 
 
