@@ -14,7 +14,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from rk_export.errors import FusionError
-from rk_export.passes.modules import PaddedHeads, SlicedHeads, without_slots
+from rk_export.passes.head_modules import PaddedHeads, SlicedHeads, without_slots
 from rk_export.plan import LayerShape, SitePlan
 from rk_export.report import Finding, Fusion
 

@@ -34,6 +34,7 @@ from rk_export.onnx_modules import (
 )
 from rk_export.options import W8A8
 from rk_export.passes.base import require, run_graph_passes
+from rk_export.passes.factors import IdentityFactors, JointMember
 from rk_export.passes.graph.attention_mask import AttentionMask
 from rk_export.passes.graph.half_scales import HalfScales
 from rk_export.passes.graph.logits_start import LogitsStart
@@ -46,16 +47,13 @@ from rk_export.passes.graph.packed_projections import (
 )
 from rk_export.passes.graph.positions import PositionsFromMask
 from rk_export.passes.graph.token_scales import TokenScales
+from rk_export.passes.head_modules import PaddedHeads, without_slots
 from rk_export.passes.modules import (
     CorrectedLinear,
-    IdentityFactors,
     Int8Linear,
-    JointMember,
-    PaddedHeads,
     QuantizedEmbedding,
     QuantizedLinear,
     RotatedHead,
-    without_slots,
 )
 from rk_export.report import Fusion
 from rk_export.rewrite import Rewritten

@@ -7,13 +7,14 @@ plan to the same model again, as `verify` does, finds it there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rk_export.architectures import Architecture
 from rk_export.calibration import calibration_tokens
 from rk_export.dense_statistics import DenseStatistics, layerwise
 from rk_export.device import resolve_device
@@ -26,7 +27,7 @@ from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan
 from rk_export.planner import canonical_layers
 from rk_export.prepared import PreparedSource
-from rk_export.report import Finding
+from rk_export.report import Finding, Outcome
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.sensitivity import dense_statistics
 from rk_export.table_statistics import table_curvature
@@ -51,6 +52,7 @@ class Groundwork:
         statistics: Of that model; None where the metric uses no text, or the model is an encoder.
         table: What errors of the embedding cost; None like the statistics.
         tokens: The calibration text, int64 (sequences, length); None where the metric uses none.
+        left_out: What was asked for and could not be had, with the reason.
     """
 
     source: ModelSource
@@ -58,6 +60,7 @@ class Groundwork:
     statistics: DenseStatistics | None = None
     table: TableCurvature | None = None
     tokens: Tensor | None = None
+    left_out: tuple[Finding, ...] = ()
 
     def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
         """Apply a plan to the model, under what is known about it."""
@@ -69,8 +72,9 @@ class Groundwork:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was reparameterized, and what was not."""
-        return self.source.findings if isinstance(self.source, PreparedSource) else ()
+        """What was reparameterized and what was not, and what else was left out."""
+        prepared = self.source.findings if isinstance(self.source, PreparedSource) else ()
+        return (*prepared, *self.left_out)
 
     def layer_statistics(self) -> LayerStatistics:
         """Return where the statistics of the layers' sites come from."""
@@ -92,9 +96,9 @@ def groundwork(source: ModelSource, options: CompressOptions) -> Groundwork:
     """
     device = resolve_device(options.device)
     if not options.calibration.uses_text or source.architecture.is_encoder or not _weighs_errors(options):
-        _say_what_is_missing(source, options)
         names = tuple(name for name in options.preparations if name != "scale")
-        return Groundwork(_prepared(source, options, names, {}), options)
+        prepared = _prepared(source, options, names, {})
+        return Groundwork(prepared, options, left_out=tuple(_left_out(source, options)))
     tokens = calibration_tokens(source, options.calibration, device)
     peaks = {}
     if "scale" in options.preparations:
@@ -102,9 +106,11 @@ def groundwork(source: ModelSource, options: CompressOptions) -> Groundwork:
         peaks = neuron_peaks(source, _first(tokens, SHORT_TEXT), device)
     prepared = _prepared(source, options, options.preparations, peaks)
     model, architecture = prepared.load(), source.architecture
-    statistics = _statistics(prepared, model, tokens, options)
+    diagonal = options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
+    statistics = _statistics(model, architecture, tokens, options, diagonal=diagonal)
     table = table_curvature(model, architecture, _first(tokens, SHORT_TEXT), device)
-    return Groundwork(prepared, options, statistics, table, tokens)
+    left_out = (_diagonal_only(source),) if diagonal else ()
+    return Groundwork(prepared, options, statistics, table, tokens, left_out)
 
 
 def _weighs_errors(options: CompressOptions) -> bool:
@@ -120,25 +126,25 @@ def _weighs_errors(options: CompressOptions) -> bool:
 
 
 def _statistics(
-    source: ModelSource, model: PreTrainedModel, tokens: Tensor, options: CompressOptions
+    model: PreTrainedModel,
+    architecture: Architecture,
+    tokens: Tensor,
+    options: CompressOptions,
+    *,
+    diagonal: bool,
 ) -> DenseStatistics:
-    device, architecture = resolve_device(options.device), source.architecture
-    whole, wanted = gradient_bytes(source), options.calibration.gradients
-    if not wanted:
-        logger.info("outputs weigh by relative error, layer by layer")
-    elif whole > GRADIENT_LIMIT:
-        logger.info("output gradients are kept by their diagonals: whole, they would take %s", size(whole))
-    diagonal = not wanted or whole > GRADIENT_LIMIT
+    device, wanted = resolve_device(options.device), options.calibration.gradients
     statistics = dense_statistics(
         model,
         architecture,
         tokens,
-        diagonal=diagonal,
+        diagonal=diagonal or not wanted,
         device=device,
         gradient_tokens=tokens.numel() // 2 if wanted else 0,
     )
     if wanted:
         return statistics
+    logger.info("outputs weigh by relative error, layer by layer")
     layers = list(model.get_submodule(architecture.layers).children())
     weights = {
         (layer, path): layers[layer].get_submodule(path).weight for layer, path in statistics.gradients
@@ -146,11 +152,22 @@ def _statistics(
     return layerwise(statistics, weights)
 
 
-def _say_what_is_missing(source: ModelSource, options: CompressOptions) -> None:
-    if options.calibration.uses_text and source.architecture.is_encoder:
-        logger.info("metric %s: none instead, an encoder has no loss to take", options.calibration.metric)
+def _left_out(source: ModelSource, options: CompressOptions) -> Iterator[Finding]:
+    """Yield what a model without calibration text goes without."""
+    if options.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(options):
+        reason = (
+            f"{options.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
+        )
+        yield Finding("metric", Outcome.SKIPPED, reason)
     if "scale" in options.preparations:
-        logger.info("prepare scale: left out, without calibration text there are no peaks to even out")
+        yield Finding(
+            "prepare.scale", Outcome.SKIPPED, "without calibration text there are no peaks to even out"
+        )
+
+
+def _diagonal_only(source: ModelSource) -> Finding:
+    needed = size(gradient_bytes(source))
+    return Finding("metric", Outcome.SKIPPED, f"gradients by their diagonals: whole ones take {needed}")
 
 
 def _prepared(

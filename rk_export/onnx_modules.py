@@ -18,15 +18,9 @@ from onnxscript import nn as onn
 from torch import Tensor, nn
 
 from rk_export.onnx_int8 import Int8Projection
+from rk_export.passes.factors import GroupedFactors, JointFactors
 from rk_export.passes.graph.nodes import CORRECTION, DOWN, MICROSOFT, UP, Mark, mark
-from rk_export.passes.modules import (
-    CorrectedLinear,
-    GroupedFactors,
-    Int8Linear,
-    JointFactors,
-    QuantizedEmbedding,
-    QuantizedLinear,
-)
+from rk_export.passes.modules import CorrectedLinear, Int8Linear, QuantizedEmbedding, QuantizedLinear
 
 NUMPY_DTYPE = {
     ir.DataType.FLOAT: np.float32,

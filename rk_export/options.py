@@ -224,6 +224,28 @@ class CompressOptions:
     heal: int = 0
 
     def __post_init__(self) -> None:
+        self._check_groups()
+        _require_choice("choice", self.qk, ("whole", "per-head"), "--qk")
+        if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
+            raise InputError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
+        _require_choice("gauge", self.gauge, ("orthogonal", "balanced"), "--gauge")
+        _require_choice("execution provider", self.ep, ("cpu", "cuda", "portable"), "--ep")
+        _require_choice("level", self.accuracy_level, (0, 1, 4), "--accuracy-level")
+        _require_choice("form", self.form, ("plain", "identity", None), "--form")
+        _require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
+        for name in self.prepare or ():
+            _require_choice("preparation", name, PREPARATIONS, "--prepare")
+        if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
+            raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
+        self._check_int8()
+        if self.heal < 0:
+            raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
+        if self.rank_multiple is not None and self.rank_multiple < 1:
+            raise InputError(
+                f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
+            )
+
+    def _check_groups(self) -> None:
         seen: dict[str, str] = {}
         for group in self.groups or ():
             if group not in GROUPS:
@@ -238,18 +260,8 @@ class CompressOptions:
                         fix="name each matrix once",
                     )
                 seen[role] = group
-        if self.qk not in ("whole", "per-head"):
-            raise InputError(f"unknown choice {self.qk!r}", where="--qk", fix="choose whole or per-head")
-        if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
-            raise InputError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
-        if self.gauge not in ("orthogonal", "balanced"):
-            raise InputError(
-                f"unknown gauge {self.gauge!r}", where="--gauge", fix="choose orthogonal or balanced"
-            )
-        if self.ep not in ("cpu", "cuda", "portable"):
-            raise InputError(
-                f"unknown execution provider {self.ep!r}", where="--ep", fix="choose cpu, cuda or portable"
-            )
+
+    def _check_int8(self) -> None:
         if self.quant is not None and self.quant.activations == 8 and self.ep != "cpu":
             raise InputError(
                 f"int8 inputs have no kernels in a graph for {self.ep}",
@@ -261,32 +273,6 @@ class CompressOptions:
                 "an embedding has no inputs to quantize",
                 where="embedding_quant",
                 fix="choose weight-only quantization for it",
-            )
-        if self.accuracy_level not in (0, 1, 4):
-            raise InputError(
-                f"unknown level {self.accuracy_level}", where="--accuracy-level", fix="choose 0, 1 or 4"
-            )
-        if self.form not in ("plain", "identity", None):
-            raise InputError(f"unknown form {self.form!r}", where="--form", fix="choose plain or identity")
-        if unknown := set(self.prepare or ()) - set(PREPARATIONS):
-            raise InputError(
-                f"unknown preparation {min(unknown)!r}",
-                where="--prepare",
-                fix=f"choose from {', '.join(PREPARATIONS)}",
-            )
-        if self.quantizer not in ("rtn", "search", "gptq"):
-            raise InputError(
-                f"unknown quantizer {self.quantizer!r}",
-                where="--quantizer",
-                fix="choose rtn, search or gptq",
-            )
-        if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
-            raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
-        if self.heal < 0:
-            raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
-        if self.rank_multiple is not None and self.rank_multiple < 1:
-            raise InputError(
-                f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
             )
 
     @property
@@ -313,6 +299,12 @@ class CompressOptions:
     def float_dtype(self) -> Literal["fp32", "fp16"]:
         """The float type of the exported graph."""
         return "fp32" if self.ep == "cpu" else "fp16"
+
+
+def _require_choice(kind: str, value: object, choices: tuple[object, ...], where: str) -> None:
+    if value not in choices:
+        *some, last = [str(choice) for choice in choices if choice is not None]
+        raise InputError(f"unknown {kind} {value!r}", where=where, fix=f"choose {', '.join(some)} or {last}")
 
 
 def quant_from_json(data: Mapping[str, Any] | None) -> QuantSpec | None:

@@ -140,7 +140,7 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
-        notices=(*notices, *_empty_sections(rewritten, origin)),
+        notices=(*notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
     )
     _write_report(folder, rewritten, report, golden, name)
     return report
@@ -206,11 +206,22 @@ def _perplexities(
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
 
 
+def _over_budget(folder: Path, options: CompressOptions) -> tuple[str, ...]:
+    """Say that files are larger than they were to be: what surrounds the matrices is only estimated before."""
+    if options.budget is None or options.budget.kind != "size" or file_bytes(folder) <= options.budget.value:
+        return ()
+    return (f"the files take {size(file_bytes(folder))}, the budget was {size(round(options.budget.value))}",)
+
+
+def file_bytes(folder: Path) -> int:
+    """Return the bytes of a bundle's model files."""
+    return sum((folder / file).stat().st_size for file in MODEL_FILES if (folder / file).is_file())
+
+
 def _size(folder: Path, rewritten: Rewritten, origin: ModelSource | Path) -> SizeSummary | None:
     if not isinstance(origin, ModelSource):
         return None
-    files = sum((folder / file).stat().st_size for file in MODEL_FILES if (folder / file).is_file())
-    return size_summary(origin, rewritten, files)
+    return size_summary(origin, rewritten, file_bytes(folder))
 
 
 def _empty_sections(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[str, ...]:

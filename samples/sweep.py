@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -245,7 +246,7 @@ def _markdown(rows: Rows, kept: Rows, sized: Rows) -> str:
         "# Quality against size",
         "",
         "SmolLM2-135M-Instruct; first 5,120 tokens of each text, windows of 512; ± is one standard error over",
-        "windows. Made by `python samples/sweep.py`; data in `pareto.json`.",
+        "windows. Made by `python samples/sweep.py`; data, with the machine of each row, in `pareto.json`.",
         "",
         "![perplexity against kept share and against file size](pareto.svg)",
         "",
@@ -276,6 +277,12 @@ def _values(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def machine(device: str) -> str:
+    """Return what a row was measured on."""
+    cores = f"{os.cpu_count()} CPU cores"
+    return f"{torch.cuda.get_device_name()}, {cores}" if device.startswith("cuda") else cores
+
+
 def main() -> None:
     """Measure what is missing and write the results."""
     parser = argparse.ArgumentParser(
@@ -304,7 +311,8 @@ def main() -> None:
         found = row.measure()
         seconds = round(time.perf_counter() - start, 1)
         x = found["file_bytes"] / 1e6 if "file_bytes" in found else row.x
-        results["rows"][row.name] = {"series": row.series, "x": x, **found, "seconds": seconds}
+        facts = {"series": row.series, "x": x, "machine": machine(args.device)}
+        results["rows"][row.name] = facts | found | {"seconds": seconds}
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         logger.info("%s %s", row.name, found["perplexity"])
     write_report(results, args.results)

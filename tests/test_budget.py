@@ -336,3 +336,41 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
     assert files[False] != files[True]
     (tiers,) = [{tier.tier: tier for tier in verify(tmp_path / "True", llama, threads=1)}]
     assert tiers["g"].max_error == 0
+
+
+def test_a_file_beyond_the_budget_is_said_aloud(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rk_export.currencies.fixed_bytes", lambda *_: 0.0)
+    report = compress(llama, tmp_path / "out", options("size", 150_000), threads=1)
+    assert any(notice.startswith("the files take") for notice in report.notices)
+
+
+def test_an_encoder_says_that_it_has_no_metric(source_of: SourceOf) -> None:
+    asked = CompressOptions(groups=("qk",), quant=None, embedding_quant=None, calibration=TEXT, device="cpu")
+    (finding,) = groundwork(source_of("bert"), asked).findings
+    assert (finding.target, finding.outcome) == ("metric", "skipped")
+    assert "has no loss" in finding.reason
+
+
+def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rk_export.groundwork.GRADIENT_LIMIT", 0)
+    ground = groundwork(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
+    assert ground.statistics is not None
+    assert {gradient.ndim for gradient in ground.statistics.gradients.values()} == {1}
+    assert [finding.target for finding in ground.findings] == ["metric"]
+
+
+def test_without_gradients_every_matrix_counts_by_its_relative_error(llama: Path) -> None:
+    source = open_source(llama)
+    asked = options("keep", 0.9, quant=None, embedding_quant=None)
+    asked = replace(asked, calibration=replace(TEXT, gradients=False))
+    known = groundwork(source, asked).statistics
+    assert known is not None
+    model = source.load()
+    for (layer, path), gradient in known.gradients.items():
+        W, C = model.model.layers[layer].get_submodule(path).weight, known.second[layer, path]
+        whole = 0.5 * known.tokens * float((gradient * ((W @ C) * W).sum(1)).sum())
+        assert whole == pytest.approx(0.5, rel=1e-4)
