@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.plan import Pruning
+from rk_export.report import Finding
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,16 @@ class ModelSource:
     Raises:
         InputError: If the folder, its config or its weights are missing or broken.
         UnsupportedModelError: If the architecture is unknown.
+
+    Attributes:
+        findings: What was done to the model on the way from its files.
+        variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
+        pruning: What whole structures the source leaves out; None for none.
     """
+
+    findings: tuple[Finding, ...] = ()
+    variant: str = ""
+    pruning: Pruning | None = None
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rk_export.architectures import Projection, architecture_of, empty_canonical_model
+from rk_export.architectures import Projection, architecture_of
 from rk_export.budget import Table, spend
-from rk_export.cost_table import TIMED_CONTEXT, CostTable
+from rk_export.cost_table import CostTable
 from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.options import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions, QuantSpec
+from rk_export.options import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.predicted_loss import TableCurvature
@@ -27,10 +27,10 @@ from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, ran
 from rk_export.passes.weights.joint_rank import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
+from rk_export.pruned_config import pruned_config
 from rk_export.shape_rules import check_shape
-
-# Hidden sizes below this count as small models, whose ranks are rounded in finer steps.
-SMALL_HIDDEN_SIZE = 2048
+from rk_export.sites import canonical_layers, default_multiple, dense_sites, loaded_layers
+from rk_export.spectral_plan import spectral_plan
 
 
 def make_plan(
@@ -56,7 +56,9 @@ def make_plan(
         InputError: If a group matches nothing in this architecture, or the budget is too small.
     """
     options = with_default_groups(source, options)
-    _check_groups(source, options.groups or ())
+    check_groups(source, options.groups or ())
+    if options.allocation != "uniform":
+        return spectral_plan(source, options)
     if options.budget is not None:
         return _budgeted_plan(source, options, statistics, table, costs)
     reads_weights = options.rank_rule.kind == "energy" and options.groups
@@ -64,46 +66,6 @@ def make_plan(
     for layer in loaded_layers(source) if reads_weights else canonical_layers(source.config):
         sites += layer_sites(layer, source.architecture.projections(source.config, layer.index), options)
     return Plan(source.config.model_type, source.structure(), options, tuple(sites))
-
-
-def check_options(source: ModelSource, options: CompressOptions) -> None:
-    """Refuse, before any work, options that do not go with a model or with each other.
-
-    Raises:
-        InputError: If a group matches nothing, or a budget or a quantizer lacks the statistics that it needs.
-    """
-    options = with_default_groups(source, options)
-    _check_groups(source, options.groups or ())
-    if options.budget is not None and source.architecture.is_encoder:
-        raise InputError(
-            "an encoder has no loss that a budget could be planned by",
-            where=f"--{options.budget.kind.replace('_', '-')}",
-            fix="give --uniform, which keeps the same share of every group",
-        )
-    if options.budget is not None and not options.calibration.uses_text:
-        raise InputError(
-            f"a budget needs statistics, which the metric {options.calibration.metric} does not gather",
-            where="--metric",
-            fix="choose self or corpus:FILE, or give --uniform",
-        )
-    if options.budget is not None and options.budget.kind == "speed_up" and options.ep != "cpu":
-        raise InputError(
-            f"products are timed on the CPU provider, the graph is made for {options.ep}",
-            where="--speed-up",
-            fix="use --ep cpu, or a budget of --size or --keep",
-        )
-    if options.budget is not None and options.budget.kind == "speed_up":
-        context = int(source.config.max_position_embeddings)
-        if context < TIMED_CONTEXT:
-            raise InputError(
-                f"the model's context of {context} tokens is shorter than the {TIMED_CONTEXT} that are timed",
-                where="--speed-up",
-                fix="choose another budget",
-            )
-    if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
-        raise InputError(
-            "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
-        )
 
 
 def _budgeted_plan(
@@ -146,7 +108,12 @@ def embedding_weight(source: ModelSource) -> Tensor:
     return weight
 
 
-def _check_groups(source: ModelSource, groups: tuple[str, ...]) -> None:
+def check_groups(source: ModelSource, groups: tuple[str, ...]) -> None:
+    """Refuse groups that match nothing in a family.
+
+    Raises:
+        InputError: Lists those that do.
+    """
     known = {
         item.role
         for layer in range(source.layer_count)
@@ -162,16 +129,6 @@ def _check_groups(source: ModelSource, groups: tuple[str, ...]) -> None:
             )
 
 
-def loaded_layers(source: ModelSource) -> Iterator[Layer]:
-    """Yield the layers with their weights, one at a time in memory."""
-    model = source.skeleton()
-    kv_groups = source.architecture.heads(source.config).kv_heads
-    for index in range(source.layer_count):
-        module = source.load_layer(model, index)
-        yield Layer(index, module, kv_groups)
-        module.to("meta")
-
-
 def check_plan(source: ModelSource, plan: Plan) -> None:
     """Refuse a plan that does not fit a model.
 
@@ -184,7 +141,16 @@ def check_plan(source: ModelSource, plan: Plan) -> None:
             where=source.name,
             fix="make one for this model with `rk-export plan`",
         )
-    check_sites(source.config, plan)
+    config = source.config
+    if plan.pruning is not None and source.pruning is None:
+        config = pruned_config(config, plan.pruning)
+    elif plan.pruning != source.pruning:
+        raise InputError(
+            "the plan keeps other blocks, neurons or heads than the model has",
+            where=source.name,
+            fix="apply it to the model it was made for",
+        )
+    check_sites(config, plan)
 
 
 def check_sites(config: PretrainedConfig, plan: Plan) -> None:
@@ -241,6 +207,12 @@ def _check_site(layer: Layer, site: SitePlan) -> None:
         raise InputError(
             f"rank {site.rank} exceeds the full rank {largest}", where=site.site, fix="lower it in the plan"
         )
+    if site.entries > rows * linears[0].in_features:
+        raise InputError(
+            f"{site.entries} sparse entries in a ({rows}, {linears[0].in_features}) matrix",
+            where=site.site,
+            fix="lower them in the plan",
+        )
 
 
 def _check_complete(layer: Layer, sites: tuple[SitePlan, ...], projections: tuple[Projection, ...]) -> None:
@@ -253,15 +225,6 @@ def _check_complete(layer: Layer, sites: tuple[SitePlan, ...], projections: tupl
             where=f"layers.{layer.index}",
             fix="name every matrix of the layer in exactly one site",
         )
-
-
-def canonical_layers(config: PretrainedConfig) -> Iterator[Layer]:
-    """Yield the layers of a model in canonical form, shapes only."""
-    architecture = architecture_of(config)
-    kv_groups = architecture.heads(config).kv_heads
-    model = empty_canonical_model(config)
-    for index, module in enumerate(model.get_submodule(architecture.layers).children()):
-        yield Layer(index, module, kv_groups)
 
 
 def with_default_groups(source: ModelSource, options: CompressOptions) -> CompressOptions:
@@ -288,32 +251,6 @@ def layer_sites(
         yield _factorized_site(layer, site, options) if site.members in grouped else site
 
 
-def dense_sites(
-    layer: Layer, projections: tuple[Projection, ...], options: CompressOptions
-) -> list[SitePlan]:
-    """Return the sites of one layer, all dense: the groups asked for first, then every other matrix."""
-    paths: dict[str, str] = {item.role: item.path for item in projections if item.role != "expert"}
-    left = dict(paths)
-    members: dict[str, dict[str, str]] = {}
-    for group in options.groups or ():
-        if all(role in paths for role in GROUPS[group]):
-            members[group] = {role: left.pop(role) for role in GROUPS[group]}
-    members |= {role: {role: path} for role, path in left.items()}
-    sites = [
-        _dense_site(layer.index, name, tuple(roles), tuple(roles.values()), options)
-        for name, roles in members.items()
-    ]
-    if experts := tuple(item.path for item in projections if item.role == "expert"):
-        sites.append(_dense_site(layer.index, "experts", ("expert",) * len(experts), experts, options))
-    return sites
-
-
-def _dense_site(
-    layer: int, name: str, members: tuple[str, ...], paths: tuple[str, ...], options: CompressOptions
-) -> SitePlan:
-    return SitePlan(f"layers.{layer}.{name}", layer, members, paths, "dense", 0, options.quant)
-
-
 def _factorized_site(layer: Layer, site: SitePlan, options: CompressOptions) -> SitePlan:
     linears = [layer.linear(path) for path in site.paths]
     per_head = site.members == GROUPS["qk"] and options.qk == "per-head"
@@ -328,7 +265,7 @@ def _factorized_site(layer: Layer, site: SitePlan, options: CompressOptions) -> 
         form = "identity"
     columns = linears[0].in_features
     rows = sum(linear.out_features for linear in linears) // (layer.kv_groups if per_head else 1)
-    asked = replace(site, form=form, rank=1)
+    asked = replace(site, form=form, rank=1, correction=0)
     rank, reason = _choose_rank(layer, asked, columns, rows, options)
     return replace(site, reason=reason) if reason else replace(asked, rank=rank)
 
@@ -367,15 +304,3 @@ def _choose_rank(
             f"rank {rank} would cost more than the dense ({rows}, {columns}) matrix: break-even is rank {limit}",
         )
     return rank, ""
-
-
-def default_multiple(columns: int, rows: int, quant: QuantSpec | None) -> int:
-    """Return the step that ranks are rounded to.
-
-    Quantized, the up-projection's columns are whole blocks, and CUDA's INT4 kernel needs output sizes in
-    multiples of 64; small matrices keep a finer grain.
-    """
-    small = min(columns, rows) < SMALL_HIDDEN_SIZE
-    if quant is None:
-        return 8 if small else 64
-    return max(32 if small else 64, quant.block_size) if min(columns, rows) > 2 * quant.block_size else 8

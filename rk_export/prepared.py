@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,7 @@ class PreparedSource(ModelSource):
         self._preparations = preparations_of(self.config, names)
         self._seed, self._peaks, self._alpha = seed, peaks or {}, alpha
         self._done: WeakSet[nn.Module] = WeakSet()
+        self.variant = self._variant()
         if "scale" in self.prepared:
             check_scale(self.config, self._peaks, alpha)
 
@@ -72,9 +74,15 @@ class PreparedSource(ModelSource):
         return self._preparations.names
 
     @property
-    def findings(self) -> tuple[Finding, ...]:
+    def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
         """One per preparation, and one per part that is left out."""
         return self._preparations.findings
+
+    def _variant(self) -> str:
+        peaks = hashlib.sha256()
+        for name, peak in sorted(self._peaks.items()):
+            peaks.update(name.encode() + peak.float().cpu().numpy().tobytes())
+        return f"{self.prepared} {self._seed} {self._alpha} {peaks.hexdigest()}" if self.prepared else ""
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
         """Fill one layer of a skeleton in float32, in canonical form and reparameterized, and return it."""

@@ -10,11 +10,13 @@ from rk_export.load import ModelSource
 from rk_export.options import CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.sparse import SparseSum
 from rk_export.passes.weights.shapes import planned_shape
+from rk_export.passes.weights.sparse import ENTRY_BYTES
 from rk_export.plan import Plan, SitePlan
-from rk_export.planner import canonical_layers
 from rk_export.report import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten
+from rk_export.sites import canonical_layers
 from rk_export.storage import FLOAT_BYTES, matrix_bytes, stored_shapes
 
 
@@ -52,12 +54,15 @@ def _planned(layer: Layer, site: SitePlan, float_dtype: str) -> Finding:
     details: dict[str, object] = {}
     if site.form != "dense":
         details = {"rank": site.rank, "pairs": layer.kv_groups if site.form == "per_head" else 1}
+    if site.form == "sparse":
+        details = {"rank": site.rank, "entries": site.entries}
     if site.quant is not None:
         details |= site.quant.details()
     after = sum(
         matrix_bytes(rows, columns, site.quant, FLOAT_BYTES[float_dtype])
         for rows, columns in stored_shapes(site, shapes, layer.kv_groups)
     )
+    after += site.entries * ENTRY_BYTES
     after += sum(site.correction * (rows + columns) for rows, columns in shapes) * FLOAT_BYTES[float_dtype]
     if site.reason:
         return Finding(site.site, Outcome.SKIPPED, site.reason, before, after, details=details)
@@ -71,15 +76,27 @@ def _finding(target: str, before: int, after: int, details: dict[str, object]) -
 def size_summary(source: ModelSource, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
     """Return parameters and bytes of the dense and of the compressed model."""
     dense = source.parameter_count()
-    tensors = {tensor.data_ptr(): tensor for tensor in rewritten.model.state_dict().values()}
     float_bytes = FLOAT_BYTES[rewritten.plan.options.float_dtype]
     return SizeSummary(
         dense_parameters=dense,
         kept_parameters=kept_parameters(rewritten.model),
         dense_bytes=source.stored_bytes(),
-        compressed_bytes=sum(_stored_bytes(tensor, float_bytes) for tensor in tensors.values()),
+        compressed_bytes=_model_bytes(rewritten.model, float_bytes),
         file_bytes=file_bytes,
     )
+
+
+def _model_bytes(model: nn.Module, float_bytes: int) -> int:
+    """Return the bytes of all tensors in the graph, shared ones once."""
+    sums = [module for module in model.modules() if isinstance(module, SparseSum)]
+    entries = {id(tensor) for module in sums for tensor in (module.indices, module.values)}
+    tensors = {
+        tensor.data_ptr(): tensor
+        for tensor in model.state_dict(keep_vars=True).values()
+        if id(tensor) not in entries
+    }
+    total = sum(_stored_bytes(tensor, float_bytes) for tensor in tensors.values())
+    return total + sum(len(module.indices) * ENTRY_BYTES for module in sums)
 
 
 def _stored_bytes(tensor: Tensor, float_bytes: int) -> int:
@@ -101,5 +118,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[int, int]]:
         yield module.codes.data_ptr(), module.codes.numel()
     elif isinstance(module, QuantizedEmbedding):
         yield module.codes.data_ptr(), module.num_embeddings * module.embedding_dim
+    elif isinstance(module, SparseSum):
+        yield module.values.data_ptr(), module.values.numel()
     for parameter in module.parameters(recurse=False):
         yield parameter.data_ptr(), parameter.numel()

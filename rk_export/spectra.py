@@ -16,10 +16,11 @@ from rk_export.options import CompressOptions
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
 from rk_export.passes.weights.joint_rank import stacked_pairs
-from rk_export.planner import layer_sites, loaded_layers, with_default_groups
+from rk_export.planner import layer_sites, with_default_groups
 from rk_export.plots import save_spectra_plots
 from rk_export.render import html
 from rk_export.report import Report, Spectrum
+from rk_export.sites import loaded_layers
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,11 @@ CACHE = Path("~/.cache/rk-export")
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """Return the SHA-256 over config.json and the safetensors files of a source, whatever they are called."""
+    """Return the SHA-256 over config.json and the safetensors files of a source, and over its variant."""
     files = sorted(source.folder.glob("*.safetensors"))
     digests = [sha256_of(path) for path in (source.folder / "config.json", *files)]
+    if source.variant:
+        digests.append(source.variant)
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

@@ -36,10 +36,11 @@ from rk_export.assets import news_text, smollm2, wiki_text
 from rk_export.calibration import calibration_tokens
 from rk_export.cli import quiet_libraries
 from rk_export.folders import library_versions
-from rk_export.groundwork import groundwork, neuron_peaks
+from rk_export.groundwork import groundwork
 from rk_export.heal import HealOptions, heal
 from rk_export.load import open_source
 from rk_export.measure import perplexity_of, torch_logits
+from rk_export.neuron_peaks import neuron_peaks
 from rk_export.options import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.perplexity import LogitsFn
 from rk_export.planner import make_plan

@@ -21,11 +21,12 @@ from rk_export.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
 from rk_export.errors import InputError
 from rk_export.groundwork import groundwork
 from rk_export.load import ModelSource, open_source
+from rk_export.option_checks import check_options
 from rk_export.options import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
 from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
 from rk_export.pipeline import model_costs, verify
 from rk_export.plan import Plan, SitePlan
-from rk_export.planner import check_options, dense_sites, loaded_layers
+from rk_export.sites import dense_sites, loaded_layers
 
 TEXT = CalibrationOptions("self", tokens=1024)
 SourceOf = Callable[..., ModelSource]
@@ -356,7 +357,7 @@ def test_an_encoder_says_that_it_has_no_metric(source_of: SourceOf) -> None:
 def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rk_export.groundwork.GRADIENT_LIMIT", 0)
+    monkeypatch.setattr("rk_export.model_statistics.GRADIENT_LIMIT", 0)
     ground = groundwork(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
     assert ground.statistics is not None
     assert {gradient.ndim for gradient in ground.statistics.gradients.values()} == {1}

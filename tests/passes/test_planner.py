@@ -14,7 +14,8 @@ from rk_export.errors import InputError
 from rk_export.options import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
-from rk_export.planner import check_plan, default_multiple, make_plan
+from rk_export.planner import check_plan, make_plan
+from rk_export.sites import default_multiple
 
 # Shapes of the tiny llama: hidden 64, q 64, k and v 32, gate and up 128.
 

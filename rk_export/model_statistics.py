@@ -1,0 +1,73 @@
+"""Statistics of a dense model as the options ask: with gradients, with their diagonals, or by relative error."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rk_export.dense_statistics import DenseStatistics, layerwise
+from rk_export.device import resolve_device
+from rk_export.humanize import size
+from rk_export.load import ModelSource
+from rk_export.options import CompressOptions
+from rk_export.report import Finding, Outcome
+from rk_export.sensitivity import dense_statistics
+from rk_export.sites import canonical_layers
+
+logger = logging.getLogger(__name__)
+
+# Bytes; beyond them only the diagonals of the gradients' moments are kept.
+GRADIENT_LIMIT = 8_000_000_000
+
+
+def model_statistics(
+    source: ModelSource, model: PreTrainedModel, tokens: Tensor, options: CompressOptions
+) -> DenseStatistics:
+    """Gather statistics of a dense model on a text, or read those of an earlier run.
+
+    Args:
+        source: Where the model comes from.
+        model: The model, loaded.
+        tokens: Calibration text, int64 (sequences, length).
+        options: Device, and whether outputs weigh by gradients.
+    """
+    device, wanted = resolve_device(options.device), options.calibration.gradients
+    architecture = source.architecture
+    statistics = dense_statistics(
+        model,
+        architecture,
+        tokens,
+        diagonal=only_diagonals(source, options) or not wanted,
+        device=device,
+        gradient_tokens=tokens.numel() // 2 if wanted else 0,
+    )
+    if wanted:
+        return statistics
+    logger.info("outputs weigh by relative error, layer by layer")
+    layers = list(model.get_submodule(architecture.layers).children())
+    weights = {
+        (layer, path): layers[layer].get_submodule(path).weight for layer, path in statistics.gradients
+    }
+    return layerwise(statistics, weights)
+
+
+def only_diagonals(source: ModelSource, options: CompressOptions) -> bool:
+    """Whether the gradients' whole second moments would take too much memory."""
+    return options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
+
+
+def diagonals_finding(source: ModelSource) -> Finding:
+    """Return the finding that says so."""
+    needed = size(gradient_bytes(source))
+    return Finding("metric", Outcome.SKIPPED, f"gradients by their diagonals: whole ones take {needed}")
+
+
+def gradient_bytes(source: ModelSource) -> int:
+    """Return the bytes of the whole second moments of all output gradients, float32."""
+    return 4 * sum(
+        layer.linear(item.path).out_features ** 2
+        for layer in canonical_layers(source.config)
+        for item in source.architecture.projections(source.config, layer.index)
+    )

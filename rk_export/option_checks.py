@@ -1,0 +1,92 @@
+"""What is refused before any work: options that do not go with a model or with each other."""
+
+from __future__ import annotations
+
+from rk_export.basis_selection import check_selection
+from rk_export.cap import amount_of
+from rk_export.cap_pools import check_source
+from rk_export.changes import task_tokens
+from rk_export.cost_table import TIMED_CONTEXT
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.method_plans import sparse_budget
+from rk_export.options import CompressOptions, PruneOptions
+from rk_export.plan import Pruning
+from rk_export.planner import check_groups, with_default_groups
+from rk_export.pruned import check_blocks, kept_width
+from rk_export.pruned_config import check_decoder, pruned_config
+
+
+def check_options(source: ModelSource, options: CompressOptions) -> None:
+    """Refuse, before any work, options that do not go with a model or with each other.
+
+    Raises:
+        InputError: If a group matches nothing, a method or a budget lacks the statistics that it needs, the model
+            cannot lose what is to go, or a task's text cannot be used.
+    """
+    check_groups(source, with_default_groups(source, options).groups or ())
+    _check_budget(source, options)
+    if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
+        raise InputError(
+            "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
+        )
+    if options.prune is not None:
+        _check_prune(source, options, options.prune)
+    if options.basel is not None and options.rank is not None:
+        check_selection(source, options.rank, options.basel)
+        task_tokens(source, options.basel)
+    if options.cap is not None:
+        check_source(source)
+        amount_of(source, sparse_budget(source, options))
+
+
+def _check_budget(source: ModelSource, options: CompressOptions) -> None:
+    budget = options.budget
+    if budget is None:
+        return
+    if source.architecture.is_encoder:
+        raise InputError(
+            "an encoder has no loss that a budget could be planned by",
+            where=f"--{budget.kind.replace('_', '-')}",
+            fix="give --uniform, which keeps the same share of every group",
+        )
+    if not options.calibration.uses_text:
+        raise InputError(
+            f"a budget needs statistics, which the metric {options.calibration.metric} does not gather",
+            where="--metric",
+            fix="choose self or corpus:FILE, or give --uniform",
+        )
+    if budget.kind == "speed_up":
+        _check_speed_up(source, options)
+
+
+def _check_speed_up(source: ModelSource, options: CompressOptions) -> None:
+    if options.ep != "cpu":
+        raise InputError(
+            f"products are timed on the CPU provider, the graph is made for {options.ep}",
+            where="--speed-up",
+            fix="use --ep cpu, or a budget of --size or --keep",
+        )
+    context = int(source.config.max_position_embeddings)
+    if context < TIMED_CONTEXT:
+        raise InputError(
+            f"the model's context of {context} tokens is shorter than the {TIMED_CONTEXT} that are timed",
+            where="--speed-up",
+            fix="choose another budget",
+        )
+
+
+def _check_prune(source: ModelSource, options: CompressOptions, prune: PruneOptions) -> None:
+    check_decoder(source.config)
+    check_blocks(source.layer_count, prune)
+    if prune.blocks and not options.calibration.uses_text:
+        raise InputError(
+            f"blocks are judged on text, which the metric {options.calibration.metric} does not read",
+            where="--prune-blocks",
+            fix="choose --metric self or corpus:FILE",
+        )
+    kept = tuple(range(source.layer_count - prune.blocks))
+    groups: tuple[tuple[int, ...], ...] = ()
+    if prune.kv_groups is not None:
+        groups = (tuple(range(prune.kv_groups)),) * len(kept)
+    pruned_config(source.config, Pruning(kept, kept_width(source, prune.ffn), groups))

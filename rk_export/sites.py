@@ -1,0 +1,87 @@
+"""The layers of a model and their matrices as sites: what plans are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PretrainedConfig
+
+from rk_export.architectures import Projection, architecture_of, empty_canonical_model
+from rk_export.load import ModelSource
+from rk_export.options import GROUPS, CompressOptions, QuantSpec
+from rk_export.passes.base import Layer
+from rk_export.plan import SitePlan
+
+# Hidden sizes below this count as small models, whose ranks are rounded in finer steps.
+SMALL_HIDDEN_SIZE = 2048
+
+
+def loaded_layers(source: ModelSource) -> Iterator[Layer]:
+    """Yield the layers with their weights, one at a time in memory."""
+    model = source.skeleton()
+    kv_groups = source.architecture.heads(source.config).kv_heads
+    for index in range(source.layer_count):
+        module = source.load_layer(model, index)
+        yield Layer(index, module, kv_groups)
+        module.to("meta")
+
+
+def canonical_layers(config: PretrainedConfig) -> Iterator[Layer]:
+    """Yield the layers of a model in canonical form, shapes only."""
+    architecture = architecture_of(config)
+    kv_groups = architecture.heads(config).kv_heads
+    model = empty_canonical_model(config)
+    for index, module in enumerate(model.get_submodule(architecture.layers).children()):
+        yield Layer(index, module, kv_groups)
+
+
+def plain_sites(layer: Layer, projections: tuple[Projection, ...]) -> list[SitePlan]:
+    """Return every matrix of a layer as a dense site of its own, in floats."""
+    return dense_sites(layer, projections, CompressOptions(groups=(), quant=None))
+
+
+def dense_sites(
+    layer: Layer, projections: tuple[Projection, ...], options: CompressOptions
+) -> list[SitePlan]:
+    """Return the sites of one layer, all dense: the groups asked for first, then every other matrix."""
+    paths: dict[str, str] = {item.role: item.path for item in projections if item.role != "expert"}
+    left = dict(paths)
+    members: dict[str, dict[str, str]] = {}
+    for group in options.groups or ():
+        if all(role in paths for role in GROUPS[group]):
+            members[group] = {role: left.pop(role) for role in GROUPS[group]}
+    members |= {role: {role: path} for role, path in left.items()}
+    sites = [
+        _dense_site(layer.index, name, tuple(roles), tuple(roles.values()), options)
+        for name, roles in members.items()
+    ]
+    if experts := tuple(item.path for item in projections if item.role == "expert"):
+        sites.append(_dense_site(layer.index, "experts", ("expert",) * len(experts), experts, options))
+    return sites
+
+
+def _dense_site(
+    layer: int, name: str, members: tuple[str, ...], paths: tuple[str, ...], options: CompressOptions
+) -> SitePlan:
+    return SitePlan(
+        f"layers.{layer}.{name}",
+        layer,
+        members,
+        paths,
+        "dense",
+        0,
+        options.quant,
+        correction=options.correction,
+    )
+
+
+def default_multiple(columns: int, rows: int, quant: QuantSpec | None) -> int:
+    """Return the step that ranks are rounded to.
+
+    Quantized, the up-projection's columns are whole blocks, and CUDA's INT4 kernel needs output sizes in
+    multiples of 64; small matrices keep a finer grain.
+    """
+    small = min(columns, rows) < SMALL_HIDDEN_SIZE
+    if quant is None:
+        return 8 if small else 64
+    return max(32 if small else 64, quant.block_size) if min(columns, rows) > 2 * quant.block_size else 8
