@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rk_export.errors import FusionError
 from rk_export.passes.head_modules import PaddedHeads, SlicedHeads, without_slots
+from rk_export.passes.sparse import without_sparse
 from rk_export.plan import LayerShape, SitePlan
 from rk_export.report import Finding, Fusion
 
@@ -34,8 +35,8 @@ class Layer:
     kv_groups: int
 
     def at(self, path: str) -> nn.Module:
-        """Return the module that holds the matrices of a path, inside the padding of pruned heads."""
-        return without_slots(self.module.get_submodule(path))
+        """Return the module that holds the matrices of a path, inside the padding of pruned heads and beside S."""
+        return without_sparse(without_slots(self.module.get_submodule(path)))
 
     def linear(self, path: str) -> nn.Linear:
         """Return the dense linear module at a path, inside the padding of pruned heads."""

@@ -23,6 +23,7 @@ from rk_export.passes.weights.embedding import embedding_multiplier, rotation_sp
 from rk_export.passes.weights.joint_rank import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.passes.weights.shapes import empty_shape
+from rk_export.passes.weights.sparse import empty_sparse
 from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.preparable import has_rotated_head
@@ -70,7 +71,9 @@ def load_pretrained(folder: Path) -> Rewritten:
         layer = Layer(index, model.get_submodule(f"{architecture.layers}.{index}"), kv_groups)
         layer = empty_shape(layer, plan.shape_of(index), plan.of_layer(index))
         for site in plan.of_layer(index):
-            if site.form != "dense":
+            if site.form == "sparse":
+                empty_sparse(layer, site)
+            elif site.form != "dense":
                 install(layer, site, empty_factors(layer, site))
             if site.quant is not None:
                 _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant, site.correction)

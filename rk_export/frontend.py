@@ -115,6 +115,11 @@ def rename_weights(
     return rename_tensors(onnx_module.architecture, state_dict, tied=tied)
 
 
+def float_type(dtype: Dtype) -> ir.DataType:
+    """Return the graph's type of floats."""
+    return _IR_DTYPE[dtype]
+
+
 def linear_class() -> type[nn.Module]:
     """Return the class of the module tree's linears: ``weight`` (out, in), ``bias`` (out) or None."""
     return cast("type[nn.Module]", Linear)

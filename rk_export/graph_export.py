@@ -32,13 +32,14 @@ from rk_export.onnx_modules import (
     lazy_tensor,
     projection,
 )
+from rk_export.onnx_sparse import COLUMNS, ENTRIES, SparseProjection
 from rk_export.options import W8A8
 from rk_export.passes.base import require, run_graph_passes
 from rk_export.passes.factors import IdentityFactors, JointMember
 from rk_export.passes.graph.attention_mask import AttentionMask
 from rk_export.passes.graph.half_scales import HalfScales
 from rk_export.passes.graph.logits_start import LogitsStart
-from rk_export.passes.graph.nodes import DOWN, MICROSOFT, PART_KEY, UP, Mark
+from rk_export.passes.graph.nodes import DOWN, MICROSOFT, PART_KEY, SITE_KEY, UP, Mark
 from rk_export.passes.graph.packed_projections import (
     ATTENTION_PARTS,
     PackedAttention,
@@ -55,6 +56,7 @@ from rk_export.passes.modules import (
     QuantizedLinear,
     RotatedHead,
 )
+from rk_export.passes.sparse import SparseSum, without_sparse
 from rk_export.report import Fusion
 from rk_export.rewrite import Rewritten
 
@@ -102,6 +104,7 @@ def _projections(rewritten: Rewritten) -> Iterator[tuple[int, nn.Module, tuple[P
 def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:
     """Put our modules where the plain linears stand; return the torch names of the modules they came from."""
     level = rewritten.plan.options.accuracy_level
+    dtype = frontend.float_type(rewritten.plan.options.float_dtype)
     swapped = set()
     for index, layer, projections in _projections(rewritten):
         onnx_layer = _descend(module.module, f"{rewritten.architecture.onnx_layers}.{index}")
@@ -109,14 +112,18 @@ def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[
         factors: dict[int, Factors | PivotFactors] = {}
         for item in projections:
             slotted = layer.get_submodule(item.path)
-            torch_module, site = without_slots(slotted), sites[item.path]
+            summed, site = without_slots(slotted), sites[item.path]
+            torch_module = without_sparse(summed)
+            replacement: onn.Module | None = None
             if isinstance(torch_module, JointMember):
                 key = id(torch_module.factors)
                 if key not in factors:
                     factors[key] = _shared_factors(torch_module, site, level)
                     setattr(onnx_layer, f"{site.rpartition('.')[2]}_factors", factors[key])
-                replacement: onn.Module = Member(factors[key], torch_module.role)
-            else:
+                replacement = Member(factors[key], torch_module.role)
+            if isinstance(summed, SparseSum):
+                replacement = SparseProjection(summed, replacement, Mark(site, item.role), dtype)
+            elif replacement is None:
                 part = item.path.rpartition(".experts.")[2] if item.role == "expert" else item.role
                 replacement = projection(torch_module, Mark(site, part), level)
             _replace(onnx_layer, item.onnx_path, in_slots(slotted, replacement))
@@ -210,6 +217,7 @@ def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
         Fusion("shared down-projection", pairs, down_found),
         Fusion("MatMulNBits", quantized, counts[(MICROSOFT, "MatMulNBits")]),
         Fusion("int8 matrices", int8, counts[(MICROSOFT, "DynamicQuantizeMatMul")]),
+        *_sparse_products(rewritten, model),
     ]
     if not rewritten.architecture.is_encoder:
         skips = [counts[(MICROSOFT, f"Skip{norm}LayerNormalization")] for norm in ("Simplified", "")]
@@ -218,6 +226,19 @@ def _emitted(rewritten: Rewritten, model: ir.Model) -> Iterator[Fusion]:
     for fusion in checks:
         require(fusion)
         yield fusion
+
+
+def _sparse_products(rewritten: Rewritten, model: ir.Model) -> list[Fusion]:
+    """Return how many sparse matrices have entries and how many have a product in the graph; none if there are none."""
+    planned = sum(
+        len(module.indices) > 0 for module in rewritten.model.modules() if isinstance(module, SparseSum)
+    )
+    found = {
+        node.metadata_props[SITE_KEY]
+        for node in model.graph
+        if node.metadata_props.get(PART_KEY, "").startswith((COLUMNS, ENTRIES))
+    }
+    return [Fusion("sparse matrices", planned, len(found))] if planned else []
 
 
 def _planned_skip_norms(rewritten: Rewritten, layers: int) -> int:
@@ -279,8 +300,10 @@ def _planned_packs(layer: nn.Module, projections: tuple[Projection, ...]) -> tup
     readers: dict[tuple[object, ...], list[str]] = {}
     seen: set[int] = set()
     for item in projections:
-        module = without_slots(layer.get_submodule(item.path))
+        module = without_sparse(without_slots(layer.get_submodule(item.path)))
         source = _input_of(item)
+        if isinstance(module, SparseSum):
+            continue
         if isinstance(module, CorrectedLinear):
             readers.setdefault((source, *_format(module.quantized)), []).append(f"{item.role} corrected")
             readers.setdefault((source, *_format(module.down)), []).append(f"{item.role} correction")

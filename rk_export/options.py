@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rk_export.errors import InputError
 
@@ -26,6 +26,9 @@ SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 Provider = Literal["cpu", "cuda", "portable"]
 Gauge = Literal["orthogonal", "balanced"]
+# How a kept share is spread over the matrices by their spectra alone.
+Allocation = Literal["uniform", "energy", "gavish-donoho", "effective-rank", "stable-rank"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,110 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
+class PruneOptions:
+    """Whole structures that go before anything else, alike in all blocks.
+
+    Args:
+        blocks: How many decoder blocks go, those that change their input least.
+        ffn: Share of every MLP's neurons that stays; 1 keeps all.
+        kv_groups: Key/value heads of every block that stay, each with its query heads; None keeps all.
+    """
+
+    blocks: int = 0
+    ffn: float = 1.0
+    kv_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0:
+            raise InputError(f"{self.blocks} blocks", where="--prune-blocks", fix="give 0 or more")
+        if not 0 < self.ffn <= 1:
+            raise InputError(
+                f"{self.ffn} is not a share between 0 and 1",
+                where="--prune-ffn",
+                fix="0.9 keeps nine tenths of the neurons",
+            )
+        if self.kv_groups is not None and self.kv_groups < 1:
+            raise InputError(
+                f"{self.kv_groups} key/value heads", where="--prune-heads", fix="keep at least 1"
+            )
+        if (self.blocks, self.ffn, self.kv_groups) == (0, 1.0, None):
+            raise InputError("nothing goes", where="prune", fix="name what goes, or leave it out")
+
+
+@dataclass(frozen=True)
+class BaselOptions:
+    """Basis selection for a target task (2405.15877); how much is kept is the rank rule's affair.
+
+    Args:
+        target: UTF-8 text file of the task.
+        steps: Training steps while directions are dropped.
+        tune: Steps that train the factors afterwards, ranks fixed.
+        batch_tokens: Tokens of a step.
+        new_basis: Rank of the new bases of every matrix.
+        events: How often directions are dropped, spread evenly over the first three quarters of the steps.
+        importance: What a direction is judged by: `magnitude` of its coefficient (the paper's), `gradient` for
+            |coefficient x gradient|, or `second-order` for the loss' quadratic increase without it.
+        learning_rate: Of the coefficients and new bases, at its largest.
+        seed: Of the order of the text and of the new bases.
+    """
+
+    target: str
+    steps: int = 200
+    tune: int = 0
+    batch_tokens: int = 1024
+    new_basis: int = 32
+    events: int = 100
+    importance: Literal["magnitude", "gradient", "second-order"] = "magnitude"
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = ("magnitude", "gradient", "second-order")
+        _require_choice("importance", self.importance, choices, "--importance")
+        for name, least in (("steps", 1), ("tune", 0), ("batch_tokens", 1), ("new_basis", 0), ("events", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}", where="basel", fix=f"give at least {least}")
+        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
+            raise InputError(
+                f"a learning rate of {self.learning_rate}", where="basel", fix="give a number above 0"
+            )
+
+
+@dataclass(frozen=True)
+class CapOptions:
+    """Global rank and sparsity optimization (2505.03801); the budget says how much may be kept.
+
+    Args:
+        iterations: Of the alternating directions that split a matrix into low rank and sparse.
+        selector: What chooses from the pools: `policy` is the paper's policy gradient, `auction` spends the budget
+            on the largest predicted gain per price.
+        steps: Updates of the policy, one forward pass each.
+        learning_rate: Of the policy.
+        window: Losses that the moving baseline averages.
+        batch_tokens: Tokens of an update.
+        seed: Of the policy's draws.
+    """
+
+    iterations: int = 10
+    selector: Literal["policy", "auction"] = "policy"
+    steps: int = 100
+    learning_rate: float = 0.05
+    window: int = 5
+    batch_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("selector", self.selector, ("policy", "auction"), "--selector")
+        for name in ("iterations", "steps", "window", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}", where="cap", fix="give at least 1")
+        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
+            raise InputError(
+                f"a learning rate of {self.learning_rate}", where="cap", fix="give a number above 0"
+            )
+
+
+@dataclass(frozen=True)
 class CompressOptions:
     """Everything a user may choose about compression; validated on construction.
 
@@ -188,6 +295,8 @@ class CompressOptions:
         qk: Factorize the group qk `whole` or `per-head` (one factor pair per KV group).
         rank: The rank rule of every factorized group; None keeps 0.95 of the groups that are named, and
             factorizes nothing where none is.
+        allocation: How the share of a rank rule `keep` is spread: `uniform` keeps it of every group, the others give
+            ranks in proportion to what they see in each spectrum, and keep it of all groups together.
         rank_multiple: Ranks are rounded down to a multiple of it; None chooses by model size and bits.
         gauge: Which factor carries the singular values.
         quant: Quantization of linear layers, or None to keep floats.
@@ -204,11 +313,16 @@ class CompressOptions:
         calibration: The metric and its text.
         budget: What the whole model may cost; None applies `rank` and `quant` to every matrix alike.
         heal: Steps of recovery after compression; 0 skips it.
+        correction: Rank of a float branch that corrects the error of every dense quantized matrix; 0 for none.
+        prune: Whole structures that go first; None keeps all.
+        basel: Selects singular directions by training on a task's text; `rank` says how many, by `keep` or `energy`.
+        cap: Splits matrices into low rank and sparse parts; `budget` says how much stays, by `keep` or `size`.
     """
 
     groups: tuple[str, ...] | None = None
     qk: Literal["whole", "per-head"] = "whole"
     rank: RankRule | None = None
+    allocation: Allocation = "uniform"
     rank_multiple: int | None = None
     gauge: Gauge = "orthogonal"
     quant: QuantSpec | None = QuantSpec(4, 32)
@@ -222,6 +336,10 @@ class CompressOptions:
     calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget | None = None
     heal: int = 0
+    correction: int = 0
+    prune: PruneOptions | None = None
+    basel: BaselOptions | None = None
+    cap: CapOptions | None = None
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -232,12 +350,24 @@ class CompressOptions:
         _require_choice("execution provider", self.ep, ("cpu", "cuda", "portable"), "--ep")
         _require_choice("level", self.accuracy_level, (0, 1, 4), "--accuracy-level")
         _require_choice("form", self.form, ("plain", "identity", None), "--form")
+        _require_choice("allocation", self.allocation, ALLOCATIONS, "--allocation")
+        if self.allocation != "uniform" and (self.rank_rule.kind != "keep" or self.budget or self.basel):
+            raise InputError(
+                f"{self.allocation} spreads the share of a rank rule",
+                where="--allocation",
+                fix="give --keep SHARE with --uniform or --method joint-rank, or drop it",
+            )
+        if self.allocation != "uniform" and self.qk == "per-head":
+            raise InputError(
+                "it gives one rank to each group", where="--allocation", fix="drop it, or --qk per-head"
+            )
         _require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
         for name in self.prepare or ():
             _require_choice("preparation", name, PREPARATIONS, "--prepare")
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
             raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
         self._check_int8()
+        self._check_methods()
         if self.heal < 0:
             raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
         if self.rank_multiple is not None and self.rank_multiple < 1:
@@ -273,6 +403,72 @@ class CompressOptions:
                 "an embedding has no inputs to quantize",
                 where="embedding_quant",
                 fix="choose weight-only quantization for it",
+            )
+
+    def _check_methods(self) -> None:
+        """Refuse a method that contradicts how its sites must look."""
+        if self.basel is not None and self.cap is not None:
+            raise InputError(
+                "both decide what stays of every matrix", where="basel and cap", fix="choose one of the two"
+            )
+        for name in ("basel", "cap"):
+            if getattr(self, name) is not None:
+                self._check_single(name)
+        if self.basel is not None and (
+            self.rank is None or self.rank.kind == "rank" or self.budget is not None
+        ):
+            raise InputError(
+                "basis selection ends at a kept share of the parameters, or of the importances",
+                where="basel",
+                fix="give --keep SHARE or --energy SHARE, and no other budget",
+            )
+        if self.cap is not None and self.rank is not None:
+            raise InputError(
+                "a rank rule does not say how much is sparse",
+                where="cap",
+                fix="give --keep SHARE or --size BYTES",
+            )
+        if self.cap is not None and (self.budget is None or self.budget.kind not in ("keep", "size")):
+            raise InputError(
+                "low rank and sparse parts are bought from a budget of parameters or bytes",
+                where="cap",
+                fix="give --keep SHARE or --size BYTES",
+            )
+        if self.correction:
+            self._check_correction()
+
+    def _check_correction(self) -> None:
+        where = "--correction"
+        if self.correction < 0:
+            raise InputError(f"rank {self.correction}", where=where, fix="give 0 or more")
+        if self.quant is None or self.quant.activations == 8:
+            raise InputError(
+                "only weight-only quantization is corrected", where=where, fix="give --bits 2, 4 or 8"
+            )
+        if self.basel is not None or self.cap is not None:
+            name = "basel" if self.basel is not None else "cap"
+            raise InputError(
+                f"{name} leaves factor pairs, and only dense quantized matrices are corrected",
+                where=where,
+                fix="drop it",
+            )
+        if self.budget is not None:
+            raise InputError("a budget does not price corrections", where=where, fix="drop one of the two")
+
+    def _check_single(self, name: str) -> None:
+        if any(len(GROUPS[group]) > 1 for group in self.groups or ()):
+            raise InputError(
+                "it decides matrix by matrix, so joint groups cannot follow it",
+                where=f"{name} and --groups",
+                fix="drop --groups",
+            )
+        if self.qk != "whole" or (name == "cap" and self.form is not None):
+            raise InputError(
+                "it decides the form of every matrix itself", where=name, fix="drop --form and --qk"
+            )
+        if self.calibration.prefix:
+            raise InputError(
+                "its parts do not depend on the compressed prefix", where=name, fix="drop --prefix"
             )
 
     @property
@@ -311,6 +507,10 @@ def quant_from_json(data: Mapping[str, Any] | None) -> QuantSpec | None:
     return None if data is None else QuantSpec(**data)
 
 
+def _optional(kind: type[Any], data: Mapping[str, Any] | None) -> Any:
+    return None if data is None else kind(**data)
+
+
 def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
     """Build options from their `asdict` form."""
     known = {field.name for field in fields(CompressOptions)}
@@ -323,6 +523,9 @@ def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
             "rank": None if data["rank"] is None else RankRule(**data["rank"]),
             "prepare": None if data["prepare"] is None else tuple(data["prepare"]),
             "calibration": CalibrationOptions(**data["calibration"]),
+            "prune": _optional(PruneOptions, data.get("prune")),
+            "basel": _optional(BaselOptions, data.get("basel")),
+            "cap": _optional(CapOptions, data.get("cap")),
             "budget": None if data["budget"] is None else Budget(**data["budget"]),
             "quant": quant_from_json(data["quant"]),
             "embedding_quant": quant_from_json(data["embedding_quant"]),

@@ -24,31 +24,34 @@ class SitePlan:
         members: Roles in stacking order.
         paths: Module path of each member, relative to the layer.
         form: `dense` keeps the matrices, `joint` is one factor pair, `per_head` one per KV group, `identity` is
-            k rows of the stacked matrix itself and coefficients for the others.
-        rank: Inner dimension of each factor pair; 0 when dense.
+            k rows of the stacked matrix itself and coefficients for the others, `sparse` a factor pair plus a
+            sparse matrix (2505.03801).
+        rank: Inner dimension of each factor pair; 0 when dense, and where a sparse matrix stands alone.
         quant: Quantization of the matrix or of both factors; None keeps floats.
         reason: Why a site that was asked to be factorized stays dense; empty otherwise.
         correction: Rank of a float branch that corrects the quantization error of a dense matrix; 0 for none.
         runner_up: What the planner would have chosen next and what it would have cost; empty without a budget.
+        entries: Of the sparse form: how many entries the sparse matrix has, those in full columns included.
     """
 
     site: str
     layer: int
     members: tuple[str, ...]
     paths: tuple[str, ...]
-    form: Literal["dense", "joint", "per_head", "identity"]
+    form: Literal["dense", "joint", "per_head", "identity", "sparse"]
     rank: int
     quant: QuantSpec | None
     reason: str = ""
     correction: int = 0
     runner_up: str = ""
+    entries: int = 0
 
     def __post_init__(self) -> None:
-        if self.form not in ("dense", "joint", "per_head", "identity"):
+        if self.form not in ("dense", "joint", "per_head", "identity", "sparse"):
             raise InputError(
                 f"unknown form {self.form!r}",
                 where=self.site,
-                fix="choose dense, joint, per_head or identity",
+                fix="choose dense, joint, per_head, identity or sparse",
             )
         if self.correction < 0 or (self.correction and (self.form != "dense" or self.quant is None)):
             raise InputError(
@@ -62,11 +65,30 @@ class SitePlan:
                 where=self.site,
                 fix="name one path for each member",
             )
-        if not isinstance(self.rank, int) or (self.form == "dense") != (self.rank == 0) or self.rank < 0:
+        fits = self.form == "sparse" or (self.form == "dense") == (self.rank == 0)
+        if not isinstance(self.rank, int) or not fits or self.rank < 0:
             raise InputError(
                 f"rank {self.rank} does not fit the form {self.form!r}",
                 where=self.site,
                 fix="dense sites have rank 0, factorized ones at least 1",
+            )
+        if self.entries < 0 or (self.entries and self.form != "sparse"):
+            raise InputError(
+                f"{self.entries} sparse entries do not fit the form {self.form!r}",
+                where=self.site,
+                fix="only the sparse form has entries, 0 or more",
+            )
+        if self.form == "sparse" and not self.rank and self.quant is not None:
+            raise InputError(
+                "a sparse matrix alone has no factors to quantize",
+                where=self.site,
+                fix="set its quant to null",
+            )
+        if self.form == "sparse" and len(self.members) != 1:
+            raise InputError(
+                f"{len(self.members)} members in the sparse form",
+                where=self.site,
+                fix="give every matrix a site of its own",
             )
 
 
@@ -108,6 +130,39 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """The structures that a model keeps, alike in all its blocks; the numbers of `Plan.sites` are those afterwards.
+
+    Args:
+        blocks: Indices of the blocks that stay in the dense model, ascending.
+        ffn_width: Neurons of every MLP that stay; None keeps all.
+        kv_groups: Key/value heads that stay, a tuple for each kept block, ascending, all of one length; empty
+            keeps all.
+    """
+
+    blocks: tuple[int, ...]
+    ffn_width: int | None = None
+    kv_groups: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
+            raise InputError(
+                f"blocks {list(self.blocks)}",
+                where="pruning",
+                fix="list the blocks that stay, ascending, at least one",
+            )
+        if self.ffn_width is not None and self.ffn_width < 1:
+            raise InputError(f"ffn_width {self.ffn_width}", where="pruning", fix="give at least 1")
+        sizes = {len(kept) for kept in self.kv_groups}
+        if self.kv_groups and (len(self.kv_groups) != len(self.blocks) or len(sizes) != 1 or 0 in sizes):
+            raise InputError(
+                "kv_groups of different length, or not one tuple for each block that stays",
+                where="pruning",
+                fix="keep as many key/value heads in every block",
+            )
+
+
+@dataclass(frozen=True)
 class Plan:
     """A complete, machine-independent recipe for one model structure.
 
@@ -119,6 +174,7 @@ class Plan:
         shapes: The layers that lose dimensions, each once.
         predicted_loss: Increase of the mean loss that a budget's planner predicted, in nats per token; None where
             nothing was predicted.
+        pruning: What whole structures the model loses first; None for none.
     """
 
     model_type: str
@@ -127,6 +183,7 @@ class Plan:
     sites: tuple[SitePlan, ...]
     shapes: tuple[LayerShape, ...] = ()
     predicted_loss: float | None = None
+    pruning: Pruning | None = None
 
     def __post_init__(self) -> None:
         layers = [shape.layer for shape in self.shapes]
@@ -164,8 +221,15 @@ class Plan:
             options = options_from_json(data["options"])
             sites = tuple(_site_from_json(site) for site in data["sites"])
             shapes = tuple(_shape_from_json(shape) for shape in data.get("shapes", ()))
-            predicted = data.get("predicted_loss")
-            return cls(str(data["model_type"]), str(data["structure"]), options, sites, shapes, predicted)
+            return cls(
+                str(data["model_type"]),
+                str(data["structure"]),
+                options,
+                sites,
+                shapes,
+                data.get("predicted_loss"),
+                _pruning_from_json(data.get("pruning")),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"malformed plan: {error!r}", where=where, fix="write it anew with `rk-export plan`"
@@ -207,3 +271,10 @@ def _site_from_json(data: Mapping[str, Any]) -> SitePlan:
 def _shape_from_json(data: Mapping[str, Any]) -> LayerShape:
     kept = data.get("kv_groups")
     return LayerShape(**{**data, "kv_groups": None if kept is None else tuple(kept)})
+
+
+def _pruning_from_json(data: Mapping[str, Any] | None) -> Pruning | None:
+    if data is None:
+        return None
+    kept = tuple(tuple(groups) for groups in data["kv_groups"])
+    return Pruning(tuple(data["blocks"]), data["ffn_width"], kept)

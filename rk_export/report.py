@@ -131,7 +131,8 @@ class Finding(Record):
         bytes_after: Stored bytes afterwards, scales and zero points included.
         error: Relative Frobenius error that the pass introduced, or None where none is defined.
         details: What the pass chose (rank, bits, kept share ...), JSON-ready. The keys ``rank`` (one number,
-            or a list of one per head), ``pairs``, ``bits``, ``activations`` and ``block`` are columns of the tables.
+            or a list of one per head), ``entries``, ``pairs``, ``bits``, ``activations`` and ``block`` are columns of
+            the tables.
     """
 
     target: str

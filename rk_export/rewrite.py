@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
+from rk_export.dense_statistics import Place
 from rk_export.device import resolve_device
 from rk_export.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.embedding import quantize_embedding
 from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.passes.weights.shapes import reshape_layer
+from rk_export.passes.weights.sparse import Sparse
 from rk_export.plan import Plan, SitePlan
 from rk_export.planner import check_plan
 from rk_export.report import Finding, LayerError, Outcome, Spectrum
@@ -60,6 +64,7 @@ def rewrite(
     *,
     statistics: LayerStatistics | None = None,
     table_inputs: Tensor | None = None,
+    parts: Mapping[Place, Parts] | None = None,
     probe: Tensor | None = None,
 ) -> Rewritten:
     """Load a model layer by layer and apply a plan to it.
@@ -69,6 +74,7 @@ def rewrite(
         plan: What to do to each site.
         statistics: Of each layer's sites; None weighs all inputs and outputs alike.
         table_inputs: Second moment (dim, dim) of what the output projection reads, to quantize it under.
+        parts: Low rank and sparse parts of the matrices whose sites have the sparse form.
         probe: Tokens (batch, length) that run through the dense, factorized and quantized layers alongside,
             for the parity tiers and the per-layer errors; None skips that.
 
@@ -96,7 +102,7 @@ def rewrite(
         )
     carried.start(QUANTIZED)
     statistics.embedded()
-    passes = _LayerPasses(plan, dict(architecture.mlp), quantize)
+    passes = _LayerPasses(plan, dict(architecture.mlp), quantize, parts or {})
     kv_groups = architecture.heads(source.config).kv_heads
     for index in range(source.layer_count):
         logger.info("layer %d of %d", index + 1, source.layer_count)
@@ -125,11 +131,15 @@ class _LayerPasses:
         plan: What to do.
         mlp: Path of each of the MLP's matrices by role.
         quantize: The weight-only quantization.
+        parts: Of the matrices in the sparse form.
     """
 
-    def __init__(self, plan: Plan, mlp: dict[str, str], quantize: Quantize) -> None:
+    def __init__(
+        self, plan: Plan, mlp: dict[str, str], quantize: Quantize, parts: Mapping[Place, Parts]
+    ) -> None:
         self._plan, self._device = plan, quantize.device
         self._joint = JointRank(plan.options.gauge, self._device, mlp)
+        self._sparse = Sparse(parts)
         self._rounding: tuple[WeightPass, ...] = (quantize, Int8(self._device))
         self._layer: Layer | None = None
         self._known: dict[str, SiteStatistics] = {}
@@ -149,6 +159,7 @@ class _LayerPasses:
             *_stayed_dense(sites),
             *reshaped,
             *run_weight_pass(self._joint, layer, sites, self._known),
+            *run_weight_pass(self._sparse, layer, sites, self._known),
         ]
 
     def quantize(self) -> list[Finding]:

@@ -14,13 +14,15 @@ FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 
 
 def stored_shapes(site: SitePlan, shapes: Sequence[Shape], kv_groups: int) -> list[Shape]:
-    """Return the shapes of the matrices that stand for a site: its members, or its factors.
+    """Return the shapes of the matrices that stand for a site: its members, or its factors; sparse ones left out.
 
     Args:
         site: Form and rank.
         shapes: (out, in) of each member.
         kv_groups: Number of key-value heads, for sites with a factor pair each.
     """
+    if site.form == "sparse" and not site.rank:
+        return []
     if site.form == "dense":
         return list(shapes)
     columns, rows = shapes[0][1], sum(shape[0] for shape in shapes)

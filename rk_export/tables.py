@@ -14,7 +14,7 @@ from rk_export.report import Finding, Fusion, LayerError, Outcome, ParityTier, S
 Kind = Literal["text", "name", "number", "status"]
 Cells = Iterable[Sequence[str]]
 
-CHOICES = ("rank", "pairs", "bits", "activations", "block")
+CHOICES = ("rank", "entries", "pairs", "bits", "activations", "block")
 VERDICTS = {True: "pass", False: "FAIL", None: "info"}
 
 

@@ -47,7 +47,7 @@ class JointRank:
         self._neuron_orders: dict[int, Tensor] = {}
 
     def applies(self, plan: SitePlan) -> bool:
-        return plan.form != "dense"
+        return plan.form not in ("dense", "sparse")
 
     def aligned(self, plan: SitePlan, statistics: SiteStatistics | None) -> SiteStatistics | None:
         """Return a site's statistics in the order in which the layer's neurons are now."""
