@@ -1,0 +1,48 @@
+"""How little a block changes what passes through it: the score by which whole blocks go (2403.03853)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rk_export.architectures import Architecture
+from rk_export.precision import matmul_dtype, matmuls_in
+
+_TOGETHER = 2048  # tokens
+
+
+@torch.no_grad()
+def block_influence(
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+) -> list[float]:
+    """Return one minus the mean cosine between what each block reads and what it returns, over tokens.
+
+    Args:
+        model: A dense decoder.
+        architecture: Its family.
+        tokens: Text, int64 (sequences, length).
+        device: Where it runs.
+    """
+    model.to(device)
+    blocks = list(model.get_submodule(architecture.layers).children())
+    sums = [torch.zeros((), dtype=torch.float64) for _ in blocks]
+
+    def note(number: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            similar = nn.functional.cosine_similarity(arguments[0].float(), output.float(), dim=-1)
+            sums[number] += (1 - similar.double()).sum().cpu()
+
+        return hook
+
+    handles = [block.register_forward_hook(note(number)) for number, block in enumerate(blocks)]
+    try:
+        for ids in torch.split(tokens, max(1, _TOGETHER // tokens.shape[1])):
+            with matmuls_in(matmul_dtype(device), device):
+                model.base_model(input_ids=ids.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [float(total) / tokens.numel() for total in sums]
