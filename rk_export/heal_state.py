@@ -1,4 +1,4 @@
-"""The state of a recovery on disk: written atomically, and only ever continued by the run it belongs to."""
+"""The state of a training on disk: written atomically, and only ever continued by the run it belongs to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rk_export.errors import InputError
 from rk_export.rewrite import Rewritten
@@ -25,15 +25,15 @@ _SAMPLE = 256  # values of each tensor that the fingerprint reads
 
 
 @dataclass(frozen=True)
-class HealState:
-    """Where a recovery stands between two steps.
+class TrainingState:
+    """Where a training stands between two steps.
 
     Args:
-        fingerprint: Of the run, from `fingerprint`.
+        fingerprint: Of the run, from `fingerprint` or `run_fingerprint`.
         step: Steps done.
         losses: (step, loss) so far.
         seconds: Time spent so far.
-        tensors: The trained tensors by name.
+        tensors: The trained tensors by name, and whatever else the next step depends on.
         optimizer: The optimizer's state dict.
     """
 
@@ -45,11 +45,19 @@ class HealState:
     optimizer: dict[str, Any]
 
 
+HealState = TrainingState  # as recovery calls it
+
+
 def fingerprint(rewritten: Rewritten, tokens: Tensor, choices: Mapping[str, object]) -> str:
     """Return a fingerprint of a run: plan, first values of every tensor before it, tokens, and choices."""
-    digest = hashlib.sha256(repr((rewritten.plan.to_json(), sorted(choices.items()))).encode())
+    return run_fingerprint(rewritten.model, tokens, (rewritten.plan.to_json(), sorted(choices.items())))
+
+
+def run_fingerprint(model: nn.Module, tokens: Tensor, choices: object) -> str:
+    """Return a fingerprint of a training: first values of every tensor before it, tokens, and choices by their repr."""
+    digest = hashlib.sha256(repr(choices).encode())
     digest.update(repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes())
-    for name, tensor in rewritten.model.state_dict().items():
+    for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().flatten()[:_SAMPLE].cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -61,13 +69,14 @@ class StateFile:
     Args:
         path: The file; None writes nothing.
         run: The run's fingerprint.
+        training: What is trained, for messages.
     """
 
-    def __init__(self, path: Path | None, run: str) -> None:
-        self._path, self.run = path, run
+    def __init__(self, path: Path | None, run: str, training: str = "recovery") -> None:
+        self._path, self.run, self._training = path, run, training
         self._due = time.monotonic() + _SECONDS_BETWEEN
 
-    def read(self) -> HealState | None:
+    def read(self) -> TrainingState | None:
         """Return the state that an earlier run left, or None.
 
         Raises:
@@ -77,16 +86,16 @@ class StateFile:
             return None
         try:
             data = torch.load(self._path, weights_only=True, map_location="cpu")
-            state = HealState(**data["state"]) if data["version"] == STATE_VERSION else None
+            state = TrainingState(**data["state"]) if data["version"] == STATE_VERSION else None
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
             raise InputError(
-                f"is no state of a recovery ({type(error).__name__})",
+                f"is no state of a {self._training} ({type(error).__name__})",
                 where=str(self._path),
-                fix="delete it; the recovery starts from the beginning",
+                fix=f"delete it; the {self._training} starts from the beginning",
             ) from error
         if state is None or state.fingerprint != self.run:
             raise InputError(
-                "is the state of another recovery: the model, the plan, the tokens or the options differ",
+                f"is the state of another {self._training}: the model, the plan, the tokens or the options differ",
                 where=str(self._path),
                 fix="run it with what it was started with, or delete the file",
             )
@@ -97,7 +106,7 @@ class StateFile:
         """Whether it is time to write."""
         return self._path is not None and time.monotonic() >= self._due
 
-    def write(self, state: HealState) -> None:
+    def write(self, state: TrainingState) -> None:
         """Replace the file in one move.
 
         Raises:
@@ -113,7 +122,7 @@ class StateFile:
             os.replace(partial, self._path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise InputError(
-                f"the state of the recovery cannot be written: {error}",
+                f"the state of the {self._training} cannot be written: {error}",
                 where=str(self._path),
                 fix="free some space, or name another file",
             ) from error
@@ -123,5 +132,5 @@ class StateFile:
         self._due = now + max(_SECONDS_BETWEEN, (now - begin) / _LARGEST_SHARE)
 
 
-def _shallow(state: HealState) -> dict[str, Any]:
+def _shallow(state: TrainingState) -> dict[str, Any]:
     return {item.name: getattr(state, item.name) for item in fields(state)}

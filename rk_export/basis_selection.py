@@ -1,0 +1,248 @@
+"""Basel: the directions of every matrix that a target task needs, chosen while they are trained on it (2405.15877).
+
+Every linear layer of the decoder becomes U diag(w²) V + U_add V_add + b with singular directions U and V. The
+coefficients w, the new bases, biases and norms are trained on the task's text by the language-model loss while
+directions are dropped. What comes out are plain matrices of known rank: a factor pair of that rank is exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rk_export.architectures import Projection
+from rk_export.basis_modules import BasisLinear
+from rk_export.basis_training import BasisTraining
+from rk_export.distillation import Head
+from rk_export.errors import InputError
+from rk_export.heal_state import StateFile, run_fingerprint
+from rk_export.load import ModelSource
+from rk_export.options import BaselOptions, RankRule
+from rk_export.passes.numerics.basis import PairSize
+from rk_export.precision import matmul_dtype
+from rk_export.report import Finding, Outcome
+from rk_export.sites import canonical_layers
+
+logger = logging.getLogger(__name__)
+
+_FLOAT_BYTES = 4
+
+Site = tuple[int, str]  # layer, canonical path of a projection
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What basis selection made of a model.
+
+    Args:
+        tensors: New values of all that was trained, float32 on CPU: matrices and biases as
+            `layers.3.self_attn.q_proj.weight` (paths of canonical layers), norms as `layers.3.input_layernorm.weight`,
+            the final norm as the model names it.
+        ranks: Layer and path of every matrix -> rank of its factor pair, which is exact; 0 where the dense matrix is
+            no larger than the pair and stays.
+        finding: For the report.
+        losses: (step, mean loss per token in nats before it), steps from 1.
+    """
+
+    tensors: dict[str, Tensor]
+    ranks: dict[Site, int]
+    finding: Finding
+    losses: tuple[tuple[int, float], ...]
+
+
+def select_basis(
+    source: ModelSource,
+    tokens: Tensor,
+    rank: RankRule,
+    options: BaselOptions,
+    *,
+    device: torch.device,
+    state: Path | None = None,
+) -> Selection:
+    """Choose and train the directions of all linear layers of a decoder for the task of a text.
+
+    Args:
+        source: The dense model.
+        tokens: Token ids of the task's text (sequences, length), never those of a text it is evaluated on.
+        rank: `keep`: the share of the linear layers' parameters that is stored at the end; `energy`: the share of
+            each matrix' importance that is kept, K of the paper.
+        options: How to train.
+        device: Where.
+        state: Progress is written there about every minute; started again with the same model, tokens, rank and
+            options, the training goes on there, on CPU bit by bit as though it had never stopped.
+
+    Raises:
+        InputError: Before any work, if the model is an encoder or has experts, the tokens do not fit it, or the
+            rank rule cannot be met; later, if the state belongs to another run or the loss is not finite.
+    """
+    check_selection(source, rank, options)
+    _check_tokens(source.config, tokens)
+    dtype = matmul_dtype(device)
+    model = source.load()
+    choices = (asdict(rank), sorted({**asdict(options), "target": "", "matmul": str(dtype)}.items()))
+    file = StateFile(state, run_fingerprint(model, tokens, choices), "basis selection")
+    earlier = file.read()
+    model.to(device)
+    head = Head(model, source.architecture, device, dtype)
+    modules = _decompose(model, source, options, dtype)
+    others = _norms(model, source)
+    for tensor in others.values():
+        tensor.requires_grad_(True)
+    named = {f"layers.{layer}.{path}": module for (layer, path), module in modules.items()}
+    training = BasisTraining(model, named, others, head, tokens, rank, options, dtype)
+    training.restore(earlier)
+    training.run(file)
+    return _selection(modules, others, training, options)
+
+
+def check_selection(source: ModelSource, rank: RankRule, options: BaselOptions) -> None:
+    """Refuse, by shapes alone, what basis selection cannot do.
+
+    Raises:
+        InputError: If the model is an encoder or has experts, or the rank rule cannot be met.
+    """
+    config = source.config
+    if source.architecture.is_encoder:
+        raise InputError(
+            f"{config.model_type} is an encoder: it predicts no next token to be trained by",
+            where="basel",
+            fix="name a decoder",
+        )
+    if any(item.role == "expert" for _, item in _projections(source)):
+        raise InputError(
+            f"{config.model_type} has experts: each sees the few tokens that are routed to it, too few to choose by",
+            where="basel",
+            fix="name a model without experts",
+        )
+    if rank.kind == "rank":
+        raise InputError(
+            f"one rank {rank.value:.0f} for all matrices leaves nothing to choose",
+            where="--rank",
+            fix="give --keep or --energy",
+        )
+    sizes = _sizes(source, options.new_basis)
+    least = sum(size.stored(1) for size in sizes) / sum(size.dense for size in sizes)
+    if rank.kind == "keep" and rank.value < least:
+        raise InputError(
+            f"new bases of rank {options.new_basis} and one direction of each matrix hold {least:.4f} of the "
+            f"parameters already, more than {rank.value}",
+            where="--keep",
+            fix="keep more, or give the new bases a smaller rank",
+        )
+
+
+def _projections(source: ModelSource) -> Iterator[tuple[int, Projection]]:
+    for layer in range(source.layer_count):
+        for item in source.architecture.projections(source.config, layer):
+            yield layer, item
+
+
+def _sizes(source: ModelSource, new_basis: int) -> list[PairSize]:
+    layers = {layer.index: layer for layer in canonical_layers(source.config)}
+    linears = [layers[index].linear(item.path) for index, item in _projections(source)]
+    return [PairSize(linear.out_features, linear.in_features, new_basis) for linear in linears]
+
+
+def _check_tokens(config: PretrainedConfig, tokens: Tensor) -> None:
+    longest, words = config.max_position_embeddings, config.vocab_size
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or not 2 <= tokens.shape[1] <= longest:
+        raise InputError(
+            f"tokens of shape {tuple(tokens.shape)} cannot be trained on",
+            where="tokens",
+            fix=f"give (sequences, length) with a length from 2 to {longest}",
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= words:
+        raise InputError(
+            f"token ids from {int(tokens.min())} to {int(tokens.max())} are outside the vocabulary",
+            where="tokens",
+            fix=f"give ids from 0 to {words - 1}",
+        )
+
+
+def _decompose(
+    model: PreTrainedModel, source: ModelSource, options: BaselOptions, dtype: torch.dtype
+) -> dict[Site, BasisLinear]:
+    """Replace every linear layer by its directions, in place; return the new modules."""
+    generator = torch.Generator().manual_seed(options.seed)
+    modules: dict[Site, BasisLinear] = {}
+    model.requires_grad_(False)
+    for index, item in _projections(source):
+        path = f"{source.architecture.layers}.{index}.{item.path}"
+        if not any(layer == index for layer, _ in modules):
+            logger.info("singular directions: layer %d of %d", index + 1, source.layer_count)
+        linear = cast(nn.Linear, model.get_submodule(path))
+        modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype)
+        model.set_submodule(path, modules[index, item.path])
+    return modules
+
+
+def _norms(model: PreTrainedModel, source: ModelSource) -> dict[str, Tensor]:
+    """Return gains and biases of all norms: vectors that belong to no matrix, embedding or head."""
+    architecture = source.architecture
+    matrices = [name for name, module in model.named_modules() if isinstance(module, BasisLinear)]
+    outside = [*matrices, architecture.embedding, cast(str, architecture.lm_head)]
+    prefixes = tuple(f"{name}." for name in outside)
+    inner = f"{architecture.layers}."
+    return {
+        f"layers.{name.removeprefix(inner)}" if name.startswith(inner) else name: tensor
+        for name, tensor in model.named_parameters()
+        if tensor.ndim == 1 and not name.startswith(prefixes)
+    }
+
+
+def _selection(
+    modules: dict[Site, BasisLinear], norms: dict[str, Tensor], training: BasisTraining, options: BaselOptions
+) -> Selection:
+    tensors, ranks = {}, {}
+    for (layer, path), module in modules.items():
+        name, size, count = f"layers.{layer}.{path}", module.size, len(module.coefficients)
+        tensors[f"{name}.weight"] = _float32(module.folded())
+        if module.bias is not None:
+            tensors[f"{name}.bias"] = _float32(module.bias)
+        ranks[layer, path] = count + size.extra if size.pair(count) < size.dense else 0
+    tensors |= {name: _float32(tensor) for name, tensor in norms.items()}
+    finding = _finding(modules, ranks, training, options)
+    return Selection(tensors, ranks, finding, tuple(training.losses))
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _finding(
+    modules: dict[Site, BasisLinear], ranks: dict[Site, int], training: BasisTraining, options: BaselOptions
+) -> Finding:
+    dense = sum(module.size.dense for module in modules.values())
+    stored = sum(module.size.stored(len(module.coefficients)) for module in modules.values())
+    whole = [f"layers.{layer}.{path}" for (layer, path), rank in ranks.items() if rank == 0]
+    pairs = [rank for rank in ranks.values() if rank]
+    details: dict[str, Any] = {
+        "pass": "basel",
+        "importance": options.importance,
+        "new_basis": options.new_basis,
+        "steps": options.steps,
+        "tune": options.tune,
+        "tokens": training.step * training.batch_tokens,
+        "kept": stored / dense,
+        "smallest_rank": min(pairs, default=0),
+        "largest_rank": max(pairs, default=0),
+        "loss_first": training.losses[0][1],
+        "loss_last": training.losses[-1][1],
+        "seconds": round(training.seconds, 1),
+    }
+    if whole:
+        details["dense"] = {"why": "a factor pair would be no smaller", "matrices": whole}
+    return Finding(
+        "basel",
+        Outcome.APPLIED,
+        bytes_before=dense * _FLOAT_BYTES,
+        bytes_after=stored * _FLOAT_BYTES,
+        details=details,
+    )
