@@ -1,0 +1,181 @@
+"""Global rank and sparsity optimization (2505.03801): from a budget to low rank plus sparse for every matrix."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rk_export.cap_mixture import cheapest, mixture_selection, offered_mixtures
+from rk_export.cap_policy import first_probabilities, learn
+from rk_export.cap_pools import (
+    BYTES,
+    PARAMETERS,
+    Pools,
+    Prices,
+    check_source,
+    flat_prices,
+    linear_shapes,
+    make_pools,
+    selected,
+)
+from rk_export.cap_scores import all_scores, curvature_score, energy_score
+from rk_export.dense_statistics import DenseStatistics, Place
+from rk_export.errors import InputError
+from rk_export.humanize import size
+from rk_export.load import ModelSource
+from rk_export.options import Budget, CapOptions
+from rk_export.passes.numerics.knapsack import largest_within
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+
+logger = logging.getLogger(__name__)
+
+
+def cap_parts(
+    source: ModelSource,
+    budget: Budget,
+    options: CapOptions,
+    *,
+    tokens: Tensor | None,
+    statistics: DenseStatistics | None,
+    device: torch.device,
+    prices: Prices | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[Place, Parts]:
+    """Choose rank and sparse entries of every matrix of the decoder layers.
+
+    The policy chooses from the pools as the paper has it. The auction spends the budget on mixtures that are fitted
+    anew, see `cap_mixture`.
+
+    Args:
+        source: The dense model.
+        budget: `keep` is the share of the matrices' parameters that may remain, a direction of an (out, in) matrix
+            counted as out + in and an entry as one; `size` is the bytes that they may take.
+        options: How matrices are split, and what chooses.
+        tokens: Calibration text, int64 (sequences, length), without padding; the policy needs it.
+        statistics: Of the dense model. The auction needs them; the policy starts from what they say, or from the
+            candidates' energies without them.
+        device: Where matrices are split, and the policy's model runs.
+        prices: Bytes of what is stored, for `size`; `BYTES` when None.
+        cache_dir: The cache of pools and policies; ``~/.cache/rk-export`` when None.
+
+    Returns:
+        The parts by layer index and path in the canonical layer; on the CPU, float32.
+
+    Raises:
+        InputError: If the model is an encoder or has experts, or the budget keeps nothing, or holds everything.
+    """
+    check_source(source)
+    amount, prices = amount_of(source, budget, prices)
+    if options.selector == "auction":
+        if statistics is None:
+            raise ValueError("the auction needs the statistics of the dense model")
+        offered = offered_mixtures(source, statistics, device)
+        if cheapest(offered, prices) > amount:
+            raise _keeps_nothing(budget)
+        parts = mixture_selection(source, offered, amount, prices, statistics, device)
+    else:
+        if tokens is None:
+            raise ValueError("the policy needs calibration text")
+        pools = make_pools(source, options.iterations, device, cache_dir)
+        check_pools(pools, amount, budget, prices)
+        score = energy_score(prices) if statistics is None else curvature_score(prices, statistics)
+        first = first_probabilities(pools, all_scores(score, pools), prices, amount)
+        learned = learn(
+            source, pools, first, amount, prices, options, tokens=tokens, device=device, cache_dir=cache_dir
+        )
+        parts = most_probable(pools, learned.probabilities, amount, prices)
+    log_choice(parts)
+    return parts
+
+
+def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None) -> tuple[float, Prices]:
+    """Return what a budget may spend on the matrices of the decoder layers, and the prices in its unit.
+
+    Args:
+        source: The dense model.
+        budget: A share or a size.
+        stored: Prices of a size; `BYTES` when None.
+
+    Raises:
+        InputError: If the budget is no share and no size, keeps nothing, or holds all entries of the matrices.
+    """
+    if budget.kind not in ("keep", "size"):
+        raise InputError(
+            f"rank and sparsity have no price in {budget.kind.replace('_', ' ')}",
+            where=_option(budget),
+            fix="give --keep or --size",
+        )
+    numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
+    prices = PARAMETERS if budget.kind == "keep" else stored or BYTES
+    amount = budget.value * numbers if budget.kind == "keep" else budget.value
+    if amount >= numbers * prices.column:
+        raise InputError(
+            f"all entries of the matrices take {size(numbers * prices.column)}, which the budget holds",
+            where=_option(budget),
+            fix="give less, or leave them dense",
+        )
+    if amount < prices.entry:
+        raise _keeps_nothing(budget)
+    return amount, prices
+
+
+def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> None:
+    """Refuse a budget that leaves nothing to choose.
+
+    Raises:
+        InputError: If all candidates fit, or none does.
+    """
+    cost = flat_prices(pools, prices)
+    total = float(cost.sum(dtype=torch.float64))
+    if not len(cost) or float(cost.min()) > amount:
+        raise _keeps_nothing(budget)
+    if total <= amount:
+        raise InputError(
+            f"all candidates cost {total:.4g}, the budget is {amount:.4g}: there is nothing to choose",
+            where=_option(budget),
+            fix="give less, or leave the matrices dense",
+        )
+
+
+def most_probable(pools: Pools, probabilities: Tensor, amount: float, prices: Prices) -> dict[Place, Parts]:
+    """Return the parts of the most probable candidates of a model that the budget buys."""
+    return selected(pools, largest_within(probabilities, flat_prices(pools, prices), amount))
+
+
+def cost_of(parts: Parts, prices: Prices) -> float:
+    """Return what the parts of one matrix cost."""
+    return prices.total(parts.shape, parts.rank, parts.entries)
+
+
+def over_dense(parts: Mapping[Place, Parts]) -> list[Place]:
+    """Return the matrices whose parts have more parameters than the dense matrix; a global choice may do that."""
+    return [place for place, item in parts.items() if item.parameters > item.shape[0] * item.shape[1]]
+
+
+def log_choice(parts: Mapping[Place, Parts]) -> None:
+    """Log rank, density and how many matrices have more parameters than dense ones."""
+    numbers = sum(item.shape[0] * item.shape[1] for item in parts.values())
+    entries = sum(item.entries for item in parts.values())
+    factors = sum(item.parameters for item in parts.values()) - entries
+    logger.info(
+        "low rank plus sparse: factors %.1f %% and entries %.1f %% of the parameters; %d of %d matrices have more "
+        "than dense, %d have rank 0, %d no entry",
+        100 * factors / numbers,
+        100 * entries / numbers,
+        len(over_dense(parts)),
+        len(parts),
+        sum(item.rank == 0 for item in parts.values()),
+        sum(item.entries == 0 for item in parts.values()),
+    )
+
+
+def _keeps_nothing(budget: Budget) -> InputError:
+    return InputError("the budget keeps nothing of any matrix", where=_option(budget), fix="give more")
+
+
+def _option(budget: Budget) -> str:
+    return f"--{budget.kind.replace('_', '-')}"

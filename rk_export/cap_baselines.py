@@ -1,0 +1,74 @@
+"""Pruning without a low-rank part, in the form of CAP's choices: magnitude, and Wanda (2306.11695)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rk_export.cap_pools import check_source
+from rk_export.dense_statistics import DenseStatistics, Place
+from rk_export.load import ModelSource
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
+from rk_export.sites import loaded_layers
+
+
+def magnitude(
+    source: ModelSource, keep: float, scope: Literal["global", "matrix"] = "matrix"
+) -> dict[Place, Parts]:
+    """Keep the entries of largest magnitude.
+
+    Args:
+        source: The dense model.
+        keep: Share of the entries that remain.
+        scope: Compare entries of all matrices, or of one matrix at a time.
+    """
+    check_source(source)
+    weights = dict(_weights(source))
+    sizes = {place: W.abs() for place, W in weights.items()}
+    if scope == "matrix":
+        limits = {place: _limit(item.flatten(), keep) for place, item in sizes.items()}
+    else:
+        limit = _limit(torch.cat([item.flatten() for item in sizes.values()]), keep)
+        limits = dict.fromkeys(sizes, limit)
+    return {place: sparse_parts(W, sizes[place] >= limits[place]) for place, W in weights.items()}
+
+
+def wanda(source: ModelSource, keep: float, statistics: DenseStatistics) -> dict[Place, Parts]:
+    """Keep in every row the entries of largest |W_ij| √C_jj, the same number in each (2306.11695).
+
+    Args:
+        source: The dense model.
+        keep: Share of the entries that remain.
+        statistics: Of the dense model; C is the second moment of a matrix' inputs.
+    """
+    check_source(source)
+    chosen = {}
+    for place, W in _weights(source):
+        score = W.abs() * statistics.second[place].diagonal().clamp_min(0).sqrt()
+        count = max(1, round(keep * W.shape[1]))
+        mask = torch.zeros_like(W, dtype=torch.bool)
+        mask.scatter_(1, score.topk(count, dim=1).indices, True)
+        chosen[place] = sparse_parts(W, mask)
+    return chosen
+
+
+def sparse_parts(W: Tensor, mask: Tensor) -> Parts:
+    """Return the entries of W (out, in) that a mask, bool (out, in), keeps, beside a low-rank part of rank 0."""
+    shape = (W.shape[0], W.shape[1])
+    indices = mask.flatten().nonzero()[:, 0]
+    return Parts(*empty_factors(shape, W), indices.to(index_dtype(shape)), W.flatten()[indices])
+
+
+def _weights(source: ModelSource) -> Iterator[tuple[Place, Tensor]]:
+    for layer in loaded_layers(source):
+        for item in source.architecture.projections(source.config, layer.index):
+            yield (layer.index, item.path), layer.linear(item.path).weight.detach().clone()
+
+
+def _limit(sizes: Tensor, keep: float) -> Tensor:
+    """Return the smallest of the kept share of the largest values (values,)."""
+    count = max(1, round(keep * len(sizes)))
+    return sizes.kthvalue(len(sizes) - count + 1).values

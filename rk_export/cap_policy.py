@@ -1,0 +1,254 @@
+"""CAP's policy gradient (2505.03801): keep-probabilities of all candidates, learned from the loss of sampled masks.
+
+Every candidate i is kept with probability s_i. A step draws a mask m, takes the calibration loss ℒ of the model
+with W = U diag(m) V + S∘m in every matrix, and moves all probabilities at once by REINFORCE,
+
+    s ← Π[s - η (ℒ - δ) (m - s) / (s (1 - s) + ε)],
+
+δ the mean of the last losses and Π the projection onto {0 <= s <= 1, prices · s <= budget}. Forward passes only.
+What the paper leaves open is settled here:
+
+- The first probabilities say what is known already, s = σ((log w - θ) / T) with w what a candidate is worth for
+  its price, by the curvature of the loss or by its energy, and θ where the budget is met. From equal
+  probabilities, one number a step cannot tell tens of millions of candidates apart.
+- The loss counts from the dense model's on the same tokens, which moves the expectation of no gradient and takes
+  away that some tokens are harder than others.
+- ε bounds the step of a candidate that was drawn against the odds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rk_export.cap_pools import Pool, Pools, Prices, by_place, flat_prices
+from rk_export.dense_statistics import Place
+from rk_export.load import ModelSource
+from rk_export.options import CapOptions
+from rk_export.passes.numerics.knapsack import logistic_probabilities, project_to_budget
+from rk_export.precision import matmul_dtype, matmuls_in
+from rk_export.tensor_cache import cache_file, model_fingerprint, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+# Of the first probabilities, in nats of worth. SmolLM2 at one half: masks drawn at 0.5, 0.15 and 0.05 lose 3.5, 2.9
+# and 2.7 nats, as much as the top-K at last; at 0.15 every ninth candidate is in doubt.
+TEMPERATURE = 0.15
+EPSILON = 0.05
+KEEP_EVERY = 20  # steps between two states on disk
+CACHE_LIMIT = 2_000_000_000  # bytes; a larger state is not kept
+_CHUNK = 1 << 21
+_LEAST = 1e-30
+_VERSION = 1
+_POLICY_FIELDS = ("steps", "learning_rate", "window", "batch_tokens", "seed")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Outcome of the policy gradient.
+
+    Args:
+        probabilities: s of all candidates (candidates,), float32, in the pools' order.
+        losses: Loss of the sampled model beyond the dense one's at every step, nats per token.
+    """
+
+    probabilities: Tensor
+    losses: tuple[float, ...]
+
+
+def first_probabilities(pools: Pools, scores: Tensor, prices: Prices, budget: float) -> Tensor:
+    """Return the probabilities that the search starts from (candidates,), float32; they cost the budget.
+
+    Args:
+        pools: The candidates.
+        scores: What each is worth for its price (candidates,).
+        prices: Of the candidates.
+        budget: In their unit.
+    """
+    logarithms = scores.clamp_min(_LEAST).log()
+    return logistic_probabilities(logarithms, flat_prices(pools, prices), budget, TEMPERATURE)
+
+
+def learn(
+    source: ModelSource,
+    pools: Pools,
+    first: Tensor,
+    budget: float,
+    prices: Prices,
+    options: CapOptions,
+    *,
+    tokens: Tensor,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Learned:
+    """Learn the keep-probabilities; an interrupted search goes on from its last state on disk.
+
+    Args:
+        source: The dense model.
+        pools: Its candidates.
+        first: The probabilities to start from (candidates,).
+        budget: What those kept may cost, in the unit of `prices`.
+        prices: Of the candidates.
+        options: Steps, learning rate, window, tokens of a step, seed.
+        tokens: Calibration text, int64 (sequences, length), without padding; steps take turns through it.
+        device: Where the model runs.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
+    """
+    model = source.load()
+    key = {
+        "model": model_fingerprint(model),
+        "start": _digest(pools, first, tokens),
+        "budget": budget,
+        "prices": asdict(prices),
+        "policy": {name: getattr(options, name) for name in _POLICY_FIELDS},
+        "settled": [EPSILON, _VERSION],
+        "tokens": list(tokens.shape),
+        "runs": [device.type, str(matmul_dtype(device))],
+    }
+    path = cache_file("cap-policy", key, cache_dir)
+    known = read_tensors(path)
+    if known is None:
+        state = Learned(first.clone(), ())
+    else:
+        state = Learned(known["probabilities"], tuple(known["losses"].tolist()))
+    if len(state.losses) >= options.steps:
+        return state
+    layers = model.get_submodule(source.architecture.layers)
+    linears = {(index, path): layers.get_submodule(f"{index}.{path}") for index, path in pools}
+    return _Search(model, linears, pools, budget, prices, options, tokens, device).run(state, path)
+
+
+def _digest(pools: Pools, first: Tensor, tokens: Tensor) -> str:
+    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().data)
+    digest.update(first.numpy().data)
+    for place, pool in pools.items():
+        digest.update(f"{place} {pool.parts.shape} {pool.parts.rank} {pool.parts.entries}".encode())
+        digest.update(pool.parts.values.numpy().data)
+    return digest.hexdigest()
+
+
+class _Search:
+    """A model whose matrices are drawn anew at every step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        linears: Mapping[Place, nn.Module],
+        pools: Pools,
+        budget: float,
+        prices: Prices,
+        options: CapOptions,
+        tokens: Tensor,
+        device: torch.device,
+    ) -> None:
+        self._model, self._linears = model.requires_grad_(False).to(device), linears
+        self._pools = {place: on_device(pool, device) for place, pool in pools.items()}
+        self._prices = flat_prices(self._pools, prices)
+        self._budget, self._options, self._device = budget, options, device
+        sequences = max(1, options.batch_tokens // tokens.shape[1])
+        whole = [batch for batch in torch.split(tokens, sequences) if len(batch) == sequences]
+        self._batches = whole[: options.steps] or [tokens]
+
+    @torch.no_grad()
+    def run(self, state: Learned, path: Path) -> Learned:
+        """Take the steps that are missing."""
+        s, losses = state.probabilities.to(self._device), list(state.losses)
+        dense = [self._loss(batch) for batch in self._batches]
+        steps, window = self._options.steps, self._options.window
+        for step in range(len(losses), steps):
+            turn = step % len(self._batches)
+            mask = self._draw(s, step)
+            loss = self._loss(self._batches[turn]) - dense[turn]
+            advantage = loss - sum(losses[-window:]) / len(losses[-window:]) if losses else 0.0
+            losses.append(loss)
+            reinforce(s, mask, self._options.learning_rate * advantage)
+            s, multiplier = project_to_budget(s, self._prices, self._budget)
+            logger.info(
+                "policy: step %d of %d, loss %+.4f, advantage %+.4f, λ %.1e",
+                step + 1,
+                steps,
+                loss,
+                advantage,
+                multiplier,
+            )
+            if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
+                _keep(path, s, losses)
+        return Learned(s.cpu(), tuple(losses))
+
+    def _draw(self, s: Tensor, step: int) -> Tensor:
+        """Draw a mask (candidates,) and put its matrices into the model."""
+        generator = torch.Generator(self._device).manual_seed(self._options.seed * 1_000_003 + step)
+        mask = torch.empty(len(s), dtype=torch.bool, device=self._device)
+        probabilities = by_place(self._pools, s)
+        for place, here in by_place(self._pools, mask).items():
+            uniform = torch.rand(len(here), generator=generator, device=self._device)
+            torch.lt(uniform, probabilities[place], out=here)
+            put(self._linears[place], self._pools[place], here)
+        return mask
+
+    def _loss(self, ids: Tensor) -> float:
+        return next_token_loss(self._model, ids.to(self._device))
+
+
+def put(linear: nn.Module, pool: Pool, mask: Tensor) -> None:
+    """Set a linear module's weight to U diag(m) V + S∘m, in place.
+
+    Args:
+        linear: Weight (out, in).
+        pool: The candidates of that matrix, on its device.
+        mask: bool (candidates,).
+    """
+    parts, weight = pool.parts, linear.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(linear).__name__} has no weight")
+    directions = mask[: parts.rank]
+    torch.mm(parts.up[:, directions], parts.down[directions], out=weight.data)
+    weight.data.view(-1).index_add_(0, parts.indices, parts.values * mask[parts.rank :])
+
+
+def on_device(pool: Pool, device: torch.device) -> Pool:
+    """Return a pool with its tensors on a device."""
+    parts = pool.parts
+    if parts.values.device == device:
+        return pool
+    moved = (item.to(device) for item in (parts.up, parts.down, parts.indices, parts.values))
+    return Pool(type(parts)(*moved), pool.residual)
+
+
+def reinforce(s: Tensor, mask: Tensor, rate: float) -> None:
+    """Move probabilities (candidates,) by -rate (m - s) / (s (1 - s) + ε), in place.
+
+    Args:
+        s: The probabilities; they may leave [0, 1], until they are projected.
+        mask: What was drawn, bool (candidates,).
+        rate: Learning rate times advantage.
+    """
+    if rate:
+        for part, drawn in zip(torch.split(s, _CHUNK), torch.split(mask, _CHUNK), strict=True):
+            spread = (part * (1 - part)).add_(EPSILON)
+            part.sub_(drawn.to(part.dtype).sub_(part).div_(spread), alpha=rate)
+
+
+def next_token_loss(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the mean cross entropy of the next tokens of ids (sequences, length), in nats."""
+    with _matmuls(ids.device):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return float(nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()))
+
+
+def _matmuls(device: torch.device) -> AbstractContextManager[object]:
+    return matmuls_in(matmul_dtype(device), device)
+
+
+def _keep(path: Path, s: Tensor, losses: list[float]) -> None:
+    if s.nbytes <= CACHE_LIMIT:
+        write_tensors(path, {"probabilities": s, "losses": torch.tensor(losses, dtype=torch.float64)})

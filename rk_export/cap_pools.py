@@ -1,0 +1,249 @@
+"""Candidates of global rank and sparsity optimization (2505.03801): every matrix split into low rank and sparse.
+
+Robust principal components give W ~ L + S. A singular direction of L may be kept or left out, at the price of its
+two factor columns, and so may every entry of S. All candidates of a model stand in one flat list, matrix by
+matrix, the directions of a matrix before its entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rk_export.dense_statistics import Place
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.joint_svd import right_subspace
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
+from rk_export.passes.numerics.rpca import GROWTH, START, rpca
+from rk_export.sites import canonical_layers, loaded_layers
+from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more are not kept on disk
+# What a dense parameter becomes in the pools at most, by measurement: 8 bytes of an entry, and factors.
+_BYTES_A_PARAMETER = 12
+# Singular values of L below this share of the largest are zeros of the thresholding.
+_RANK_TOLERANCE = 1e-5
+_VERSION = 1
+_FIELDS = ("up", "down", "indices", "values", "residual")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What candidates cost.
+
+    Args:
+        number: One number of a factor; a direction of an (out, in) matrix has out + in of them.
+        entry: One sparse entry.
+        column: One number of a column of entries that is stored dense, place and all; a full matrix of entries
+            costs this.
+    """
+
+    number: float
+    entry: float
+    column: float
+
+    def total(self, shape: tuple[int, int], rank: int, entries: int) -> float:
+        """Return what a factor pair of an (out, in) matrix and entries beside it cost together."""
+        full = self.column * shape[0] * shape[1]
+        return self.number * rank * sum(shape) + min(self.entry * entries, full)
+
+
+PARAMETERS = Prices(1, 1, 1)
+# Factors in float32. Entries in half precision, their places as one-byte gaps to the entry before.
+BYTES = Prices(4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The candidates of one matrix.
+
+    Args:
+        parts: L as U√σ and √σVᵀ, directions by falling σ, and the entries of S.
+        residual: |W - L - S| / |W|.
+    """
+
+    parts: Parts
+    residual: float = 0.0
+
+    def __len__(self) -> int:
+        return self.parts.rank + self.parts.entries
+
+    @property
+    def sigma(self) -> Tensor:
+        """Singular values of L (r,), descending."""
+        up, down = self.parts.up, self.parts.down
+        sigma: Tensor = torch.linalg.vector_norm(up, dim=0) * torch.linalg.vector_norm(down, dim=1)
+        return sigma
+
+    def energies(self) -> Tensor:
+        """Return the squared Frobenius norm of every candidate (candidates,), float32."""
+        return torch.cat([self.sigma.square(), self.parts.values.square()])
+
+    def prices(self, prices: Prices) -> Tensor:
+        """Return the price of every candidate (candidates,), float32."""
+        found = torch.full((len(self),), float(prices.entry), device=self.parts.values.device)
+        found[: self.parts.rank] = prices.number * sum(self.parts.shape)
+        return found
+
+    def selected(self, taken: Tensor) -> Parts:
+        """Return the parts that a mask over the candidates, bool (candidates,), leaves."""
+        directions, entries = taken[: self.parts.rank], taken[self.parts.rank :]
+        parts = self.parts
+        return Parts(
+            parts.up[:, directions], parts.down[directions], parts.indices[entries], parts.values[entries]
+        )
+
+
+Pools = Mapping[Place, Pool]
+
+
+def flat_prices(pools: Pools, prices: Prices) -> Tensor:
+    """Return the prices of all candidates of a model (candidates,), float32."""
+    return torch.cat([pool.prices(prices) for pool in pools.values()])
+
+
+def by_place(pools: Pools, flat: Tensor) -> dict[Place, Tensor]:
+    """Return views of a tensor over all candidates (candidates,), matrix by matrix."""
+    return dict(zip(pools, torch.split(flat, [len(pool) for pool in pools.values()]), strict=True))
+
+
+def selected(pools: Pools, taken: Tensor) -> dict[Place, Parts]:
+    """Return the parts that a mask over all candidates, bool (candidates,), leaves."""
+    return {place: pools[place].selected(mask) for place, mask in by_place(pools, taken).items()}
+
+
+def check_source(source: ModelSource) -> None:
+    """Refuse, before any work, models that the method does not cover.
+
+    Raises:
+        InputError: If the model is an encoder or has experts.
+    """
+    if source.architecture.is_encoder:
+        raise InputError(
+            f"{source.config.model_type} is an encoder: it has no next-token loss to choose by",
+            where="cap",
+            fix="give a rank rule: --keep with --uniform",
+        )
+    for layer in range(source.layer_count):
+        for item in source.architecture.projections(source.config, layer):
+            if item.role == "expert":
+                raise InputError(
+                    f"layer {layer} of {source.config.model_type} has experts, of which a token reads a few: one loss "
+                    "for all matrices says little about each",
+                    where="cap",
+                    fix="give a budget without cap",
+                )
+
+
+def linear_shapes(source: ModelSource) -> dict[Place, tuple[int, int]]:
+    """Return (out, in) of every matrix of the decoder layers."""
+    shapes = {}
+    for layer in canonical_layers(source.config):
+        for item in source.architecture.projections(source.config, layer.index):
+            linear = layer.linear(item.path)
+            shapes[layer.index, item.path] = (linear.out_features, linear.in_features)
+    return shapes
+
+
+def make_pools(
+    source: ModelSource,
+    iterations: int,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[Place, Pool]:
+    """Split every matrix of the decoder layers, or read the pools of an earlier run, layer by layer.
+
+    Args:
+        source: The dense model.
+        iterations: Of the alternating directions.
+        device: Where matrices are split; the pools come to the CPU.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
+
+    Raises:
+        InputError: If the model is an encoder or has experts.
+    """
+    check_source(source)
+    parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
+    keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
+    pools: dict[Place, Pool] = {}
+    for layer in loaded_layers(source):
+        paths = [item.path for item in source.architecture.projections(source.config, layer.index)]
+        path = cache_file("cap-pools", _key(layer, paths, iterations), cache_dir)
+        known = read_tensors(path)
+        if known is None:
+            logger.info("low rank and sparse: layer %d of %d", layer.index + 1, source.layer_count)
+            made = dict(_layer_pools(layer, paths, iterations, device))
+            if keep:
+                write_tensors(path, _packed(made))
+        else:
+            made = {name: _unpacked(known, name) for name in paths}
+        pools |= {(layer.index, name): made[name] for name in paths}
+    return pools
+
+
+def _key(layer: Layer, paths: list[str], iterations: int) -> dict[str, object]:
+    """Return what a layer's pools depend on: the values of its matrices, and how they are split."""
+    digest = hashlib.sha256()
+    for path in paths:
+        weight = layer.linear(path).weight.detach()
+        digest.update(f"{path} {tuple(weight.shape)}".encode())
+        digest.update(weight.contiguous().numpy().data)
+    split = {"iterations": iterations, "start": START, "growth": GROWTH}
+    return {"weights": digest.hexdigest(), **split, "version": _VERSION}
+
+
+def _layer_pools(
+    layer: Layer, paths: list[str], iterations: int, device: torch.device
+) -> Iterator[tuple[str, Pool]]:
+    """Yield the pools of a layer, matrices of one shape split together."""
+    weights = {path: layer.linear(path).weight.detach().to(device, torch.float32) for path in paths}
+    for shape in dict.fromkeys(weight.shape for weight in weights.values()):
+        names = [path for path, weight in weights.items() if weight.shape == shape]
+        stack = torch.stack([weights[path] for path in names])
+        split = rpca(stack, iterations)
+        sparse = split.exact_sparse(stack)
+        for path, W, L, S in zip(names, stack, split.low, sparse, strict=True):
+            yield path, pool_of(W, L, S)
+
+
+def pool_of(W: Tensor, L: Tensor, S: Tensor) -> Pool:
+    """Return the candidates of W (out, in), given its low-rank part L and its sparse part S; on the CPU."""
+    subspace = right_subspace(L, min(L.shape))
+    sigma = subspace.singular_values
+    rank = int((sigma > _RANK_TOLERANCE * float(sigma[0])).sum()) if float(sigma[0]) > 0 else 0
+    V = subspace.basis[:, :rank]
+    root = sigma[:rank].sqrt()
+    up, down = (L.to(V.dtype) @ V) / root, root[:, None] * V.T
+    indices = S.flatten().nonzero()[:, 0]
+    parts = Parts(
+        up.float().contiguous().cpu(),
+        down.float().contiguous().cpu(),
+        indices.to(index_dtype((W.shape[0], W.shape[1]))).cpu(),
+        S.flatten()[indices].float().cpu(),
+    )
+    residual = torch.linalg.vector_norm(W - L - S) / torch.linalg.vector_norm(W).clamp_min(1e-30)
+    return Pool(parts, float(residual))
+
+
+def _packed(pools: Mapping[str, Pool]) -> dict[str, Tensor]:
+    packed: dict[str, Tensor] = {}
+    for name, pool in pools.items():
+        parts = pool.parts
+        fields = (parts.up, parts.down, parts.indices, parts.values, torch.tensor(pool.residual))
+        packed |= {f"{name}|{field}": tensor for field, tensor in zip(_FIELDS, fields, strict=True)}
+    return packed
+
+
+def _unpacked(packed: Mapping[str, Tensor], name: str) -> Pool:
+    up, down, indices, values, residual = (packed[f"{name}|{field}"] for field in _FIELDS)
+    return Pool(Parts(up, down, indices, values), float(residual))

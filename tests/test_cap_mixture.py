@@ -1,0 +1,140 @@
+"""Our auction over mixtures: what a matrix may become, what it costs, and that it beats the candidates' choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rk_export.cap import cap_parts, cost_of
+from rk_export.cap_auction import auction_selection
+from rk_export.cap_mixture import (
+    Mixtures,
+    cheapest,
+    mixture_selection,
+    mixtures_of,
+    offered_mixtures,
+    refitted_parts,
+)
+from rk_export.cap_pools import BYTES, PARAMETERS, Prices, linear_shapes, make_pools
+from rk_export.cap_scores import curvature_score
+from rk_export.dense_statistics import DenseStatistics, loss_increase
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.options import Budget, CapOptions
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.numerics.metric import Metric
+from rk_export.passes.numerics.mixed import TwoSides
+from rk_export.sensitivity import dense_statistics
+
+SourceOf = Callable[..., ModelSource]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(source_of: SourceOf) -> ModelSource:
+    return source_of("qwen2")
+
+
+@pytest.fixture
+def statistics(source: ModelSource, tmp_path: Path) -> DenseStatistics:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, source.config.vocab_size, (6, 16), generator=generator)
+    return dense_statistics(
+        source.load(), source.architecture, tokens, diagonal=False, device=CPU, cache_dir=tmp_path
+    )
+
+
+def _numbers(source: ModelSource) -> int:
+    return sum(rows * columns for rows, columns in linear_shapes(source).values())
+
+
+def _predicted(
+    source: ModelSource, chosen: dict[tuple[int, str], Parts], statistics: DenseStatistics
+) -> float:
+    layers = source.load().get_submodule(source.architecture.layers)
+    total = 0.0
+    for (layer, path), parts in chosen.items():
+        E = layers.get_submodule(f"{layer}.{path}").weight.detach() - parts.dense()
+        place = (layer, path)
+        total += loss_increase(statistics.gradients[place], E, statistics.second[place], statistics.tokens)
+    return total
+
+
+def _identity(rows: int, columns: int) -> TwoSides:
+    return TwoSides(Metric.of(torch.eye(columns)), Metric.of(torch.eye(rows)))
+
+
+def test_mixtures_cost_no_more_than_the_dense_matrix_and_lose_less_the_more_they_hold() -> None:
+    W: Tensor = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    mixtures = mixtures_of(W, _identity(20, 30))
+    costs = mixtures.lot(PARAMETERS).costs
+    assert costs.max() == 600
+    assert (int(mixtures.ranks[0]), int(mixtures.entries[0]), float(mixtures.losses[0])) == (0, 600, 0.0)
+    alone = mixtures.entries == 0
+    assert bool((mixtures.losses[alone].diff() <= 1e-9).all())
+    assert int(mixtures.ranks[alone].max()) == 600 // 50
+
+
+def test_in_bytes_a_full_sparse_matrix_costs_its_columns() -> None:
+    one = torch.zeros(1, dtype=torch.float64)
+    mixtures = Mixtures((4, 5), torch.tensor([0]), torch.tensor([20]), one)
+    assert mixtures.lot(BYTES).costs.tolist() == [40.0]
+    fewer = Mixtures((4, 5), torch.tensor([2]), torch.tensor([10]), one)
+    assert fewer.lot(BYTES).costs.tolist() == [2 * 9 * 4 + 10 * 3]
+
+
+@pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
+def test_the_budget_is_spent_on_fitted_mixtures(
+    source: ModelSource, statistics: DenseStatistics, prices: Prices
+) -> None:
+    offered = offered_mixtures(source, statistics, CPU)
+    assert {place: item.shape for place, item in offered.items()} == linear_shapes(source)
+    budget = 0.5 * prices.column * _numbers(source)
+    chosen = mixture_selection(source, offered, budget, prices, statistics, CPU)
+    spent = sum(cost_of(parts, prices) for parts in chosen.values())
+    assert 0.95 * budget < spent <= budget
+    assert len({parts.parameters for parts in chosen.values()}) > 3
+
+
+def test_mixtures_lose_less_than_cap_s_candidates_and_refitting_helps_those(
+    source: ModelSource, statistics: DenseStatistics, tmp_path: Path
+) -> None:
+    pools = make_pools(source, 8, CPU, tmp_path)
+    budget = 0.5 * _numbers(source)
+    from_pools = auction_selection(curvature_score(PARAMETERS, statistics), pools, budget, PARAMETERS)
+    refitted = refitted_parts(source, from_pools, statistics, CPU)
+    offered = offered_mixtures(source, statistics, CPU)
+    mixed = mixture_selection(source, offered, budget, PARAMETERS, statistics, CPU)
+    assert {place: item.parameters for place, item in refitted.items()} == {
+        place: item.parameters for place, item in from_pools.items()
+    }
+    losses = [_predicted(source, chosen, statistics) for chosen in (mixed, refitted, from_pools)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_the_cheapest_mixture_is_bought_before_nothing_is(
+    source: ModelSource, statistics: DenseStatistics
+) -> None:
+    offered = offered_mixtures(source, statistics, CPU)
+    least = cheapest(offered, PARAMETERS)
+    chosen = mixture_selection(source, offered, least, PARAMETERS, statistics, CPU)
+    assert sum(parts.parameters for parts in chosen.values()) == least
+    with pytest.raises(InputError, match="keeps nothing") as refused:
+        cap_parts(
+            source,
+            Budget("size", 3.0),
+            CapOptions(selector="auction"),
+            tokens=None,
+            statistics=statistics,
+            device=CPU,
+        )
+    assert refused.value.where == "--size"
+
+
+def test_experts_are_refused(source_of: SourceOf, statistics: DenseStatistics) -> None:
+    with pytest.raises(InputError, match="experts"):
+        offered_mixtures(source_of("mixtral"), statistics, CPU)
