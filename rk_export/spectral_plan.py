@@ -1,0 +1,61 @@
+"""Plans whose ranks follow from the spectra of the weights alone, at one kept share of all groups together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.options import GROUPS, CompressOptions
+from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
+from rk_export.passes.numerics.joint_svd import singular_values
+from rk_export.passes.numerics.ranks import round_rank
+from rk_export.plan import Plan, SitePlan
+from rk_export.sites import default_multiple, dense_sites, loaded_layers
+
+
+def spectral_plan(source: ModelSource, options: CompressOptions) -> Plan:
+    """Return the plan of an allocation: ranks in proportion to what its rule sees in each group's spectrum.
+
+    Args:
+        source: The dense model; all matrices of the groups are read.
+        options: With groups, a rank rule `keep` and an allocation.
+
+    Raises:
+        InputError: If not even rank 1 everywhere fits into the share.
+    """
+    found = list(_sites(source, options))
+    grouped = [shape for _, shape in found if shape is not None]
+    identity = options.form == "identity"
+    try:
+        ranks = iter(adaptive_ranks(grouped, options.rank_rule.value, options.allocation, identity=identity))
+    except ValueError as error:
+        raise InputError(str(error), where="--keep", fix="keep more") from error
+    sites = [site if shape is None else _ranked(site, shape, next(ranks), options) for site, shape in found]
+    return Plan(source.config.model_type, source.structure(), options, tuple(sites))
+
+
+def _sites(source: ModelSource, options: CompressOptions) -> Iterator[tuple[SitePlan, RankSite | None]]:
+    """Yield all sites, dense, and the spectrum of those that are to be factorized."""
+    grouped = {GROUPS[group] for group in options.groups or ()}
+    for layer in loaded_layers(source):
+        for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
+            if site.members not in grouped:
+                yield site, None
+                continue
+            stacked = torch.cat([layer.linear(path).weight for path in site.paths])
+            yield site, RankSite(singular_values(stacked), stacked.shape[1], stacked.shape[0])
+
+
+def _ranked(site: SitePlan, shape: RankSite, wanted: int, options: CompressOptions) -> SitePlan:
+    if wanted == DENSE:
+        return replace(site, reason=f"its spectrum asks for more than break-even ({options.allocation})")
+    rows, columns = shape.out_features, shape.in_features
+    multiple = options.rank_multiple or default_multiple(columns, rows, options.quant)
+    form: Literal["joint", "identity"] = "identity" if options.form == "identity" else "joint"
+    rank = round_rank(wanted, multiple, min(rows, columns))
+    return replace(site, form=form, rank=rank, correction=0)
