@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rk_export.cli_methods import add_method_arguments
 from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
 from rk_export.errors import InputError, RkExportError
 
@@ -99,6 +100,7 @@ def _add_model_commands(add: AddCommand) -> None:
     _add_model(plan)
     _add_output(plan, "plan file (JSON)")
     add_rank_arguments(plan)
+    add_method_arguments(plan)
     add_format_arguments(plan)
 
     prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
@@ -177,6 +179,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
     _add_force(parser)
     add_rank_arguments(parser)
+    add_method_arguments(parser)
     add_format_arguments(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of options")
     parser.add_argument(

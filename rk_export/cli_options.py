@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rk_export.cli_methods import preset, prune_options
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     rank.add_argument("--energy", type=float, help="share of the squared singular values to keep")
     parser.add_argument(
         "--uniform", action="store_true", default=None, help="with --keep: the same share of every group"
+    )
+    parser.add_argument(
+        "--allocation",
+        help="with --uniform or --method joint-rank: spread the share by spectra: energy, gavish-donoho, "
+        "effective-rank or stable-rank (default uniform)",
     )
     parser.add_argument("--phase", help="what --speed-up counts: prefill or decode (default decode)")
     parser.add_argument(
@@ -82,6 +88,12 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accuracy-level", type=int, help="MatMulNBits: 4 computes in int8 on CPU, 0 in floats"
     )
+    parser.add_argument(
+        "--correction",
+        type=int,
+        metavar="RANK",
+        help="float branch that corrects every dense quantized matrix",
+    )
     parser.add_argument("--heal", type=int, metavar="STEPS", help="steps of recovery afterwards (default 0)")
 
 
@@ -94,18 +106,35 @@ def compress_options(args: argparse.Namespace) -> CompressOptions | None:
     from rk_export.options import CompressOptions
 
     given = {name: getattr(args, name, None) for name in _PLAIN}
+    rank, budget = _rank_rule(args), _budget(args)
+    base = preset(args, rank, budget)
     given |= {
-        "rank": _rank_rule(args),
-        "budget": _budget(args),
+        "rank": rank,
+        "budget": budget,
+        "prune": prune_options(args),
         "groups": None if args.groups is None else _names(args.groups),
         "prepare": None if getattr(args, "prepare", None) is None else _names(args.prepare),
         "calibration": _calibration(args),
     }
     changes = {name: value for name, value in given.items() if value is not None} | _quantization(args)
-    return replace(CompressOptions(), **changes) if changes else None
+    if base is None:
+        return replace(CompressOptions(), **changes) if changes else None
+    return replace(base, **changes)
 
 
-_PLAIN = ("qk", "form", "rank_multiple", "device", "gauge", "ep", "accuracy_level", "quantizer", "heal")
+_PLAIN = (
+    "allocation",
+    "qk",
+    "form",
+    "rank_multiple",
+    "device",
+    "gauge",
+    "ep",
+    "accuracy_level",
+    "quantizer",
+    "heal",
+    "correction",
+)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -119,9 +148,14 @@ def _rank_rule(args: argparse.Namespace) -> RankRule | None:
         raise InputError("goes with --keep", where="--uniform", fix="give --keep SHARE, or drop it")
     for kind in ("keep", "rank", "energy"):
         value = getattr(args, kind)
-        if value is not None and (kind != "keep" or args.uniform):
+        if value is not None and (kind != "keep" or _is_uniform(args)):
             return RankRule(kind, value)
     return None
+
+
+def _is_uniform(args: argparse.Namespace) -> bool:
+    """Whether --keep is the same share everywhere, not a budget."""
+    return bool(args.uniform) or getattr(args, "method", None) in ("joint-rank", "basel")
 
 
 def _budget(args: argparse.Namespace) -> Budget | None:
@@ -130,7 +164,7 @@ def _budget(args: argparse.Namespace) -> Budget | None:
     phase = {} if args.phase is None else {"phase": args.phase}
     if phase and args.speed_up is None:
         raise InputError("goes with --speed-up", where="--phase", fix="give --speed-up FACTOR, or drop it")
-    if args.keep is not None and not args.uniform:
+    if args.keep is not None and not _is_uniform(args):
         return Budget("keep", args.keep)
     if args.size is not None:
         return Budget("size", parse_size(args.size))

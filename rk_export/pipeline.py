@@ -12,6 +12,7 @@ import torch
 from rk_export import planner
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
+from rk_export.changes import SCALE_ALPHA
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
@@ -20,10 +21,13 @@ from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
 from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
-from rk_export.groundwork import SCALE_ALPHA, SHORT_TEXT, Groundwork, groundwork, neuron_peaks
+from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
+from rk_export.method_plans import basis_plan, sparse_plan
+from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
+from rk_export.option_checks import check_options
 from rk_export.options import CalibrationOptions, CompressOptions
 from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
 from rk_export.perplexity import PerplexityResult
@@ -34,6 +38,7 @@ from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
+from rk_export.sites import canonical_layers
 from rk_export.sizes import planned_findings
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
@@ -53,6 +58,14 @@ def make_plan(
 
 
 def _plan(ground: Groundwork, threads: int | None) -> Plan:
+    return replace(_decided(ground, threads), pruning=ground.source.pruning)
+
+
+def _decided(ground: Groundwork, threads: int | None) -> Plan:
+    if ground.selection is not None:
+        return basis_plan(ground.source, ground.options, ground.selection.ranks)
+    if ground.parts is not None:
+        return sparse_plan(ground.source, ground.options, ground.parts)
     costs = None
     if (budget := ground.options.budget) is not None and budget.kind == "speed_up":
         costs = model_costs(ground.source, budget.phase, threads)
@@ -71,7 +84,7 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     """
     shapes = [
         (linear.out_features, linear.in_features)
-        for layer in planner.canonical_layers(source.config)
+        for layer in canonical_layers(source.config)
         for item in source.architecture.projections(source.config, layer.index)
         for linear in [layer.linear(item.path)]
     ]
@@ -93,8 +106,10 @@ def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: 
     """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
     source = open_source(model)
     options = _checked_options(source, options, plan)
-    plan = plan or _plan(groundwork(source, options), None)
-    return new_report(source.title, source.config.model_type, findings=tuple(planned_findings(source, plan)))
+    ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
+    plan = plan or _plan(ground, None)
+    findings = (*ground.findings, *planned_findings(ground.source, plan))
+    return new_report(source.title, source.config.model_type, findings=findings)
 
 
 def _checked_options(
@@ -110,7 +125,7 @@ def _checked_options(
         options = plan.options
     options = options or CompressOptions()
     check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
-    planner.check_options(source, options)
+    check_options(source, options)
     resolve_device(options.device)
     return options
 
@@ -163,10 +178,11 @@ def compress(
         if text is not None:
             check_text(text, source.folder, context_length(source.config, "--text"))
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
-        ground = groundwork(source, options)
+        training = _state(Path(out), "basel")
+        ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
     with stages.stage("plan", "choosing ranks and bits"):
         plan = plan or _plan(ground, threads)
-        needed = sum(finding.bytes_after for finding in planned_findings(source, plan))
+        needed = sum(finding.bytes_after for finding in planned_findings(ground.source, plan))
     with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = make_probe(source.folder, source.config.vocab_size)
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
@@ -177,13 +193,14 @@ def compress(
         if checkpoint is not None:
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=source.folder, force=force)
         report = write_bundle(partial, rewritten, source, request, stages, name=Path(out).name)
-    _heal_state(Path(out)).unlink(missing_ok=True)
+    for stage in ("basel", "heal"):
+        _state(Path(out), stage).unlink(missing_ok=True)
     return report
 
 
-def _heal_state(out: Path) -> Path:
-    """Return where an interrupted recovery waits for the next run: beside the output."""
-    return out.with_name(f".{out.name}.heal")
+def _state(out: Path, stage: str) -> Path:
+    """Return where an interrupted training waits for the next run: beside the output."""
+    return out.with_name(f".{out.name}.{stage}")
 
 
 def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -> Rewritten:
@@ -195,7 +212,9 @@ def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -
         replace(ground.options.calibration, tokens=wanted),
         resolve_device(ground.options.device),
     )
-    result = heal(rewritten, ground.source, tokens, options, state=_heal_state(out))
+    # What the model was tuned to do is to be recovered too; what was pruned away is to be made up for.
+    teacher = ground.dense if ground.selection is None else ground.source
+    result = heal(rewritten, teacher, tokens, options, state=_state(out, "heal"))
     logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
     return replace(rewritten, findings=(*rewritten.findings, result.finding), probe_logits=logits)
 
@@ -277,15 +296,17 @@ def verify(
             )
         golden = Golden.from_json(manifest["golden"])
         return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)
-    if plan.options.heal:
+    if plan.options.heal or plan.options.basel:
+        trained = "healed bundle" if plan.options.heal else "bundle that was trained for a task"
         raise InputError(
-            "a healed bundle cannot be made again from its dense model and its plan",
+            f"a {trained} cannot be made again from its dense model and its plan",
             where=str(folder),
             fix="verify it without --against; its report holds the tiers against the dense model",
         )
     source = open_source(against)
     probe = make_probe(source.folder, source.config.vocab_size)
-    rewritten = groundwork(source, plan.options).rewrite(plan, torch.from_numpy(probe.batch))
+    ground = groundwork(source, plan.options, pruning=plan.pruning)
+    rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
     tiers, _ = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, probe), *tiers)
 

@@ -261,17 +261,24 @@ def _write_report(
 
 
 def _summary(options: CompressOptions) -> str:
-    low_rank = (
-        f"joint rank-k factorization of {', '.join(options.groups or ())}"
-        if options.groups
-        else "dense matrices"
-    )
+    done = _method(options) if options.prune is None else f"structured pruning, {_method(options)}"
     if options.quant is None:
-        return f"Compressed by rk-export: {low_rank}, floats ({options.float_dtype})."
+        return f"Compressed by rk-export: {done}, floats ({options.float_dtype})."
     if options.quant.activations == 8:
-        return f"Compressed by rk-export: {low_rank}, INT8 weights with INT8 inputs."
+        return f"Compressed by rk-export: {done}, INT8 weights with INT8 inputs."
     bits, block = options.quant.bits, options.quant.block_size
-    return f"Compressed by rk-export: {low_rank}, INT{bits} weights in blocks of {block}."
+    return f"Compressed by rk-export: {done}, INT{bits} weights in blocks of {block}."
+
+
+def _method(options: CompressOptions) -> str:
+    """Return what was done to the matrices before they were rounded, in words."""
+    if options.basel is not None:
+        return f"basis selection for the task of {Path(options.basel.target).name} (arXiv 2405.15877)"
+    if options.cap is not None:
+        return "low rank plus sparse matrices (arXiv 2505.03801)"
+    if options.groups:
+        return f"joint rank-k factorization of {', '.join(options.groups)}"
+    return "dense matrices"
 
 
 def _results(report: Report) -> tuple[tuple[str, str], ...]:

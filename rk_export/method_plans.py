@@ -1,0 +1,104 @@
+"""Plans of the methods that decide matrix by matrix before a plan is made: selected bases, sparse parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from rk_export.candidates import Form
+from rk_export.currencies import fixed_bytes, table_count
+from rk_export.dense_statistics import Place
+from rk_export.errors import InputError
+from rk_export.load import ModelSource
+from rk_export.options import Budget, CompressOptions
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.plan import Plan, SitePlan
+from rk_export.sites import canonical_layers, plain_sites
+from rk_export.storage import FLOAT_BYTES, matrix_bytes
+
+
+def basis_plan(source: ModelSource, options: CompressOptions, ranks: Mapping[Place, int]) -> Plan:
+    """Return the plan that stores every matrix at the rank that basis selection left it (2405.15877).
+
+    The factorization that follows is the paper's second singular value decomposition; nothing is lost by it.
+
+    Args:
+        source: The tuned model.
+        options: What was asked for.
+        ranks: Of every matrix; 0 where the factor pair would be no smaller than the matrix.
+    """
+
+    def decided(site: SitePlan) -> SitePlan:
+        rank = ranks.get((site.layer, site.paths[0]), 0)
+        if not rank:
+            return replace(
+                site, quant=options.quant, reason="the selected bases are no smaller than the dense matrix"
+            )
+        form: Form = "identity" if options.form == "identity" else "joint"
+        return replace(site, form=form, rank=rank, quant=options.quant)
+
+    return _plan(source, options, decided)
+
+
+def sparse_plan(source: ModelSource, options: CompressOptions, parts: Mapping[Place, Parts]) -> Plan:
+    """Return the plan that stores every matrix as the parts that were chosen for it (2505.03801)."""
+
+    def decided(site: SitePlan) -> SitePlan:
+        own = parts[site.layer, site.paths[0]]
+        quant = options.quant if own.rank else None
+        return replace(site, form="sparse", rank=own.rank, entries=own.entries, quant=quant)
+
+    return _plan(source, options, decided)
+
+
+def _plan(source: ModelSource, options: CompressOptions, decided: Callable[[SitePlan], SitePlan]) -> Plan:
+    sites = tuple(
+        decided(site)
+        for layer in canonical_layers(source.config)
+        for site in plain_sites(layer, source.architecture.projections(source.config, layer.index))
+    )
+    named = replace(options, groups=())
+    return Plan(source.config.model_type, source.structure(), named, sites)
+
+
+def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
+    """Refuse a plan that asks for other parts than were chosen: which directions and entries is not in a plan.
+
+    Raises:
+        InputError: Names the site.
+    """
+    for site in plan.sites:
+        if site.form != "sparse":
+            continue
+        own = parts.get((site.layer, site.paths[0]))
+        if own is None or (own.rank, own.entries) != (site.rank, site.entries):
+            found = "none" if own is None else f"rank {own.rank} and {own.entries} entries"
+            raise InputError(
+                f"the plan has rank {site.rank} and {site.entries} sparse entries, the search chose {found}",
+                where=site.site,
+                fix="change the budget instead, or make the plan anew with `rk-export plan --method cap`",
+            )
+
+
+def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
+    """Return what low rank and sparse parts may cost together: a size without all that is stored beside them.
+
+    Raises:
+        InputError: If nothing is left for them.
+    """
+    budget = options.budget
+    if budget is None:
+        raise ValueError("the options have no budget")
+    if budget.kind != "size":
+        return budget
+    config = source.config
+    float_bytes = FLOAT_BYTES[options.float_dtype]
+    table = matrix_bytes(config.vocab_size, config.hidden_size, options.embedding_quant, float_bytes)
+    rest = fixed_bytes(source, options) + table_count(source) * table
+    if rest >= budget.value:
+        raise InputError(
+            f"embedding, norms and graph take {rest / 1e6:.1f} MB alone",
+            where="--size",
+            fix="give a larger budget, or fewer --embedding-bits",
+        )
+    return replace(budget, value=budget.value - rest)

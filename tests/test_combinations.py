@@ -1,0 +1,201 @@
+"""Any two methods in one plan: a verified bundle, or a refusal before work begins. The table in the docs is made here.
+
+RK_UPDATE_DOCS=1 pytest tests/test_combinations.py      writes docs/combinations.md anew
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rk_export.errors import InputError
+from rk_export.options import (
+    W8A8,
+    BaselOptions,
+    Budget,
+    CalibrationOptions,
+    CapOptions,
+    CompressOptions,
+    PruneOptions,
+    QuantSpec,
+    RankRule,
+)
+from rk_export.pipeline import compress, make_plan
+
+PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
+INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        title: As the docs call it.
+        command: How the command line asks for it.
+        fields: Of `CompressOptions`.
+        prunes: Fields of `PruneOptions`, which two methods may share.
+    """
+
+    title: str
+    command: str
+    fields: dict[str, Any]
+    prunes: dict[str, Any]
+
+
+def methods(task: Path) -> list[Method]:
+    basel = BaselOptions(str(task), steps=4, batch_tokens=128, new_basis=4, events=2)
+    cap = CapOptions(steps=2, batch_tokens=128)
+    return [
+        Method(
+            "joint rank",
+            "--groups qk,gate_up --keep 0.8 --uniform",
+            {"groups": ("qk", "gate_up"), "rank": RankRule("keep", 0.8)},
+            {},
+        ),
+        Method("Basel", "--method basel --keep 0.8", {"rank": RankRule("keep", 0.8), "basel": basel}, {}),
+        Method("CAP", "--method cap --keep 0.6", {"budget": Budget("keep", 0.6), "cap": cap}, {}),
+        Method("FFN width", "--prune-ffn 0.75", {}, {"ffn": 0.75}),
+        Method("heads", "--prune-heads 1", {}, {"kv_groups": 1}),
+        Method("blocks", "--prune-blocks 1", {}, {"blocks": 1}),
+        Method("INT8", "--bits 8", {"quant": INT8}, {}),
+        Method("INT4", "--bits 4", {"quant": INT4}, {}),
+        Method("W8A8", "--activations 8", {"quant": W8A8}, {}),
+        Method("error correction", "--bits 4 --correction 4", {"quant": INT4, "correction": 4}, {}),
+    ]
+
+
+def options_of(one: Method, other: Method) -> CompressOptions:
+    """Return the options of two methods together; of two formats the second takes every other matrix, see `run`."""
+    prunes = {**one.prunes, **other.prunes}
+    fields = {**one.fields, **other.fields}
+    if prunes:
+        fields["prune"] = PruneOptions(**prunes)
+    return CompressOptions(
+        **{
+            "groups": (),
+            "quant": None,
+            "embedding_quant": None,
+            "prepare": (),
+            "device": "cpu",
+            "calibration": CalibrationOptions(tokens=512),
+            **fields,
+        }
+    )
+
+
+def run(model: Path, out: Path, one: Method, other: Method) -> str:
+    """Compress with two methods and return an empty string, or the reason of the refusal.
+
+    Parity that fails, and every error that is not ours, is raised.
+    """
+    try:
+        options = options_of(one, other)
+        formats = [item.fields["quant"] for item in (one, other) if "quant" in item.fields]
+        if len(set(formats)) < 2:
+            compress(model, out, options)
+            return ""
+        plan = make_plan(model, options)
+        sites = tuple(
+            replace(site, quant=formats[number % 2], correction=_correction(one, other, formats[number % 2]))
+            for number, site in enumerate(plan.sites)
+        )
+        compress(model, out, plan=replace(plan, sites=sites))
+    except InputError as error:
+        return f"{error.where}: {error.what}"
+    return ""
+
+
+def _correction(one: Method, other: Method, quant: QuantSpec) -> int:
+    wanted = one.fields.get("correction", 0) or other.fields.get("correction", 0)
+    return wanted if quant == INT4 else 0
+
+
+def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
+    """Return the docs page: the table of outcomes, the reasons of refusals, and how each method is asked for."""
+    reasons = list(dict.fromkeys(reason for reason in outcomes.values() if reason))
+    names = [row.title for row in rows]
+    lines = [
+        "# Combinations",
+        "",
+        "Any two methods in one plan. `yes`: `tests/test_combinations.py` compressed a tiny Llama with both, exported",
+        "it, and every bounded parity tier passed. A number: refused before work begins, with the reason below. The",
+        "test writes this page (`RK_UPDATE_DOCS=1`) and fails when it is not what was found. Two formats share a plan",
+        "by matrix: every other one has the second format.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
+    for row in names:
+        cells = []
+        for column in names:
+            outcome = outcomes[(row, column) if (row, column) in outcomes else (column, row)]
+            cells.append("yes" if not outcome else str(reasons.index(outcome) + 1))
+        lines.append(f"| **{row}** | " + " | ".join(cells) + " |")
+    lines += ["", *[f"{number}. {reason}" for number, reason in enumerate(reasons, 1)], ""]
+    lines += ["| method | asked for by |", "| --- | --- |"]
+    lines += [f"| {row.title} | `{row.command}` |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Method], dict[tuple[str, str], str]]:
+    folder = tmp_path_factory.mktemp("combinations")
+    task = folder / "task.txt"
+    task.write_text(" ".join(f"{i} plus {i + 1} is {2 * i + 1}." for i in range(400)))
+    rows = methods(task)
+    found = {
+        (one.title, other.title): run(llama, folder / f"{one.title}+{other.title}", one, other)
+        for one, other in itertools.combinations_with_replacement(rows, 2)
+    }
+    return rows, found
+
+
+def test_the_page_shows_what_happens(
+    outcomes: tuple[list[Method], dict[tuple[str, str], str]],
+) -> None:
+    text = page(*outcomes)
+    if os.environ.get("RK_UPDATE_DOCS"):
+        PAGE.write_text(text)
+    assert PAGE.read_text() == text
+
+
+def test_every_method_works_alone(outcomes: tuple[list[Method], dict[tuple[str, str], str]]) -> None:
+    rows, found = outcomes
+    assert [row.title for row in rows if found[row.title, row.title]] == []
+
+
+@pytest.mark.parametrize("chosen", [("Basel", "INT4"), ("CAP", "INT8"), ("joint rank", "error correction")])
+def test_all_pruning_goes_with_a_method_and_a_format(
+    llama: Path,
+    outcomes: tuple[list[Method], dict[tuple[str, str], str]],
+    tmp_path: Path,
+    chosen: tuple[str, ...],
+) -> None:
+    by_title = {row.title: row for row in outcomes[0]}
+    fields = {name: value for title in chosen for name, value in by_title[title].fields.items()}
+    options = replace(
+        options_of(by_title["FFN width"], by_title["blocks"]), **fields, prune=PruneOptions(1, 0.75, 1)
+    )
+    report = compress(llama, tmp_path / "out", options)
+    assert all(tier.passed is not False for tier in report.parity)
+
+
+def test_selected_bases_take_the_identity_form(
+    llama: Path, outcomes: tuple[list[Method], dict[tuple[str, str], str]], tmp_path: Path
+) -> None:
+    basel = next(row for row in outcomes[0] if row.title == "Basel")
+    plain = options_of(basel, basel)
+    sizes = []
+    for name, options in (("plain", plain), ("identity", replace(plain, form="identity"))):
+        report = compress(llama, tmp_path / name, options)
+        assert report.size is not None
+        sizes.append(report.size.kept_parameters)
+    assert sizes[1] < sizes[0]
