@@ -22,7 +22,7 @@ from rk_export.device import resolve_device
 from rk_export.layer_statistics import FromDense, FromGains, FromPrefix, LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
 from rk_export.measure import torch_logits
-from rk_export.method_plans import check_parts, sparse_budget
+from rk_export.method_plans import check_parts, sparse_budget, stored_prices
 from rk_export.model_statistics import diagonals_finding, model_statistics, only_diagonals
 from rk_export.neuron_peaks import shortened
 from rk_export.options import CompressOptions
@@ -161,8 +161,15 @@ def _parts(
 ) -> dict[Place, Parts]:
     if options.cap is None or options.budget is None:
         raise ValueError("no low rank and sparse parts were asked for")
-    budget = sparse_budget(source, options)
-    return cap_parts(source, budget, options.cap, tokens=tokens, statistics=statistics, device=device)
+    return cap_parts(
+        source,
+        sparse_budget(source, options),
+        options.cap,
+        tokens=tokens,
+        statistics=statistics,
+        device=device,
+        prices=stored_prices(options),
+    )
 
 
 def _weighs_errors(options: CompressOptions) -> bool:

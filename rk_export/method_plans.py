@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from rk_export.candidates import Form
+from rk_export.cap_pools import Prices
 from rk_export.currencies import fixed_bytes, table_count
 from rk_export.dense_statistics import Place
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
 from rk_export.options import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan
 from rk_export.sites import canonical_layers, plain_sites
 from rk_export.storage import FLOAT_BYTES, matrix_bytes
+
+# Nodes of model.onnx that add a sparse matrix to a factor pair: 3.5 kB a matrix, and a little in reserve.
+SUM_GRAPH_BYTES = 4_500
 
 
 def basis_plan(source: ModelSource, options: CompressOptions, ranks: Mapping[Place, int]) -> Plan:
@@ -80,6 +85,13 @@ def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
             )
 
 
+def stored_prices(options: CompressOptions) -> Prices:
+    """Return the bytes that parts take in the exported files: of a factor's number, an entry, and a full column's."""
+    sample = 256  # numbers that fill whole blocks of every size
+    number = matrix_bytes(1, sample, options.quant, FLOAT_BYTES[options.float_dtype]) / sample
+    return Prices(number, ENTRY_BYTES, VALUE_BYTES)
+
+
 def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
     """Return what low rank and sparse parts may cost together: a size without all that is stored beside them.
 
@@ -94,7 +106,8 @@ def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
     config = source.config
     float_bytes = FLOAT_BYTES[options.float_dtype]
     table = matrix_bytes(config.vocab_size, config.hidden_size, options.embedding_quant, float_bytes)
-    rest = fixed_bytes(source, options) + table_count(source) * table
+    matrices = sum(len(source.architecture.projections(config, layer)) for layer in range(source.layer_count))
+    rest = fixed_bytes(source, options) + table_count(source) * table + matrices * SUM_GRAPH_BYTES
     if rest >= budget.value:
         raise InputError(
             f"embedding, norms and graph take {rest / 1e6:.1f} MB alone",

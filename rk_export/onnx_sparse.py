@@ -9,7 +9,6 @@ runtime folds them into one dense matrix when it loads the graph: the file is sm
 from __future__ import annotations
 
 import onnx_ir as ir
-import torch
 from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import Tensor
@@ -19,7 +18,7 @@ from rk_export.passes.graph.nodes import Mark, mark
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import SplitColumns, split_columns
 from rk_export.passes.sparse import SparseSum
-from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_DTYPE
+from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 
 # Parts of the sparse matrix, followed by the role.
 COLUMNS, ENTRIES = "sparse_columns_", "sparse_entries_"
@@ -67,12 +66,11 @@ class SparseProjection(Bound):
 
 
 def _split(module: SparseSum, shape: tuple[int, int]) -> SplitColumns:
-    number = torch.finfo(VALUE_DTYPE).bits // 8
     return split_columns(
         shape,
         module.indices.cpu(),
         module.values.cpu(),
-        dense_bytes=number + _INDEX_BYTES / shape[0],
+        dense_bytes=VALUE_BYTES + _INDEX_BYTES / shape[0],
         sparse_bytes=ENTRY_BYTES,
     )
 

@@ -9,7 +9,7 @@ from rk_export.changes import task_tokens
 from rk_export.cost_table import TIMED_CONTEXT
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.method_plans import sparse_budget
+from rk_export.method_plans import sparse_budget, stored_prices
 from rk_export.options import CompressOptions, PruneOptions
 from rk_export.plan import Pruning
 from rk_export.planner import check_groups, with_default_groups
@@ -37,7 +37,7 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
         task_tokens(source, options.basel)
     if options.cap is not None:
         check_source(source)
-        amount_of(source, sparse_budget(source, options))
+        amount_of(source, sparse_budget(source, options), stored_prices(options))
 
 
 def _check_budget(source: ModelSource, options: CompressOptions) -> None:

@@ -122,3 +122,16 @@ def test_dry_runs_say_what_would_go(cli: Cli, llama: Path, tmp_path: Path) -> No
     assert "pruned.block_" in text
     assert "ffn_width" in text
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("size", "extra"), [(480_000, ()), (340_000, ("--bits", 8))])
+@pytest.mark.parametrize("selector", ["policy", "auction"])
+def test_a_size_is_met_by_the_files(
+    cli: Cli, llama: Path, tmp_path: Path, selector: str, size: int, extra: tuple[object, ...]
+) -> None:
+    """Beside the matrices stand the embedding, the rotary tables and the graph, which is estimated."""
+    out = tmp_path / "out"
+    search = ("--method", "cap", "--size", f"{size}", "--selector", selector, "--steps", 2)
+    done(cli("compress", llama, "-o", out, *search, *extra, "--calibration-tokens", 512))
+    found = sum((out / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert 0.5 * size < found <= size

@@ -18,8 +18,9 @@ from rk_export.report import Finding, Outcome
 
 # Entries are stored in half precision, as scales are: a search that drops whole entries does not resolve less.
 VALUE_DTYPE = torch.float16
+VALUE_BYTES = torch.finfo(VALUE_DTYPE).bits // 8
 # A place is stored as the distance from the one before.
-ENTRY_BYTES = torch.finfo(VALUE_DTYPE).bits // 8 + 1
+ENTRY_BYTES = VALUE_BYTES + 1
 
 
 class Sparse:
