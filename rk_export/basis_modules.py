@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.passes.numerics.basis import MEMORY, PairSize, directions, folded
+from rk_export.passes.numerics.metric import Metric
 
 
 class BasisLinear(nn.Module):
@@ -20,6 +21,7 @@ class BasisLinear(nn.Module):
         generator: Of V_add, on the CPU.
         dtype: Float type of the products with U and V while they are frozen; the type of everything else is that
             of the layer.
+        inputs: Metric of what the layer reads, for whitened directions; None for plain ones.
 
     Attributes:
         scale: Root mean square of the dense weights.
@@ -32,11 +34,16 @@ class BasisLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, new_basis: int, generator: torch.Generator, dtype: torch.dtype
+        self,
+        linear: nn.Linear,
+        new_basis: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        inputs: Metric | None = None,
     ) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        found = directions(weight)
+        found = directions(weight, inputs)
         count = len(found.values)
         self.size = PairSize(linear.out_features, linear.in_features, new_basis)
         self.scale = root_mean_square(weight)

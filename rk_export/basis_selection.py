@@ -8,7 +8,7 @@ directions are dropped. What comes out are plain matrices of known rank: a facto
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +26,16 @@ from rk_export.heal_state import StateFile, run_fingerprint
 from rk_export.load import ModelSource
 from rk_export.options import BaselOptions, RankRule
 from rk_export.passes.numerics.basis import PairSize
+from rk_export.passes.numerics.metric import Metric
 from rk_export.precision import matmul_dtype
 from rk_export.report import Finding, Outcome
+from rk_export.sensitivity import dense_statistics
 from rk_export.sites import canonical_layers
 
 logger = logging.getLogger(__name__)
 
 _FLOAT_BYTES = 4
+_MOMENT_TOKENS = 16_384  # of the text, for whitened directions
 
 Site = tuple[int, str]  # layer, canonical path of a projection
 
@@ -91,7 +94,8 @@ def select_basis(
     earlier = file.read()
     model.to(device)
     head = Head(model, source.architecture, device, dtype)
-    modules = _decompose(model, source, options, dtype)
+    inputs = _target_moments(model, source, tokens, device) if options.bases == "whitened" else {}
+    modules = _decompose(model, source, options, dtype, inputs)
     others = _norms(model, source)
     for tensor in others.values():
         tensor.requires_grad_(True)
@@ -166,8 +170,23 @@ def _check_tokens(config: PretrainedConfig, tokens: Tensor) -> None:
         )
 
 
+def _target_moments(
+    model: PreTrainedModel, source: ModelSource, tokens: Tensor, device: torch.device
+) -> Mapping[Site, Tensor]:
+    """Return the second moment of what every matrix reads on the first of the task's text."""
+    sequences = max(1, _MOMENT_TOKENS // tokens.shape[1])
+    statistics = dense_statistics(
+        model, source.architecture, tokens[:sequences], diagonal=True, device=device, gradient_tokens=1
+    )
+    return statistics.second
+
+
 def _decompose(
-    model: PreTrainedModel, source: ModelSource, options: BaselOptions, dtype: torch.dtype
+    model: PreTrainedModel,
+    source: ModelSource,
+    options: BaselOptions,
+    dtype: torch.dtype,
+    inputs: Mapping[Site, Tensor],
 ) -> dict[Site, BasisLinear]:
     """Replace every linear layer by its directions, in place; return the new modules."""
     generator = torch.Generator().manual_seed(options.seed)
@@ -178,7 +197,9 @@ def _decompose(
         if not any(layer == index for layer, _ in modules):
             logger.info("singular directions: layer %d of %d", index + 1, source.layer_count)
         linear = cast(nn.Linear, model.get_submodule(path))
-        modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype)
+        second = inputs.get((index, item.path))
+        metric = None if second is None else Metric.of(second.to(linear.weight.device))
+        modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype, metric)
         model.set_submodule(path, modules[index, item.path])
     return modules
 
@@ -226,6 +247,7 @@ def _finding(
     details: dict[str, Any] = {
         "pass": "basel",
         "importance": options.importance,
+        "bases": options.bases,
         "new_basis": options.new_basis,
         "steps": options.steps,
         "tune": options.tune,

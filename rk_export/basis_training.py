@@ -19,7 +19,7 @@ from rk_export.heal import batch_rows
 from rk_export.heal_state import StateFile, TrainingState
 from rk_export.next_token import backward_next_token
 from rk_export.options import BaselOptions, RankRule
-from rk_export.passes.numerics.basis import second_order
+from rk_export.passes.numerics.basis import DROPPING, second_order
 from rk_export.precision import matmuls_in
 
 logger = logging.getLogger(__name__)
@@ -159,13 +159,14 @@ class BasisTraining:
         return share * backward_next_token(hidden, self._head, ids, share=share)
 
     def _rate(self) -> float:
-        """Return the share of the learning rate: it rises and falls once in each of the two phases."""
+        """Return the share of the learning rate: it rises, stays while directions are dropped, and falls.
+
+        In the second phase it rises and falls again.
+        """
         steps = self._options.steps
-        step, total = (self.step, steps) if self.step < steps else (self.step - steps, self._options.tune)
-        rising = _WARMUP * total
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (total - rising))
+        if self.step < steps:
+            return _shaped(self.step, steps, DROPPING)
+        return _shaped(self.step - steps, self._options.tune, _WARMUP)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """Return an optimizer of what is trained now; each tensor has a rate of its own, see `_peak`."""
@@ -248,3 +249,13 @@ class BasisTraining:
             tensors | places | held,
             self._optimizer.state_dict(),
         )
+
+
+def _shaped(step: int, steps: int, falls_from: float) -> float:
+    """Return the rate at a step from 0 to steps - 1: a warm-up, 1, and a half cosine from a share of the steps on."""
+    rising, falling = _WARMUP * steps, falls_from * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if step < falling:
+        return 1.0
+    return 0.5 + 0.5 * math.cos(math.pi * (step - falling) / (steps - falling))

@@ -60,7 +60,7 @@ def cap_parts(
             candidates' energies without them.
         device: Where matrices are split, and the policy's model runs.
         prices: Bytes of what is stored, for `size`; `BYTES` when None.
-        cache_dir: The cache of pools and policies; ``~/.cache/rk-export`` when None.
+        cache_dir: The cache of pools, policies and mixtures; ``~/.cache/rk-export`` when None.
 
     Returns:
         The parts by layer index and path in the canonical layer; on the CPU, float32.
@@ -73,10 +73,10 @@ def cap_parts(
     if options.selector == "auction":
         if statistics is None:
             raise ValueError("the auction needs the statistics of the dense model")
-        offered = offered_mixtures(source, statistics, device)
+        offered = offered_mixtures(source, statistics, device, cache_dir)
         if cheapest(offered, prices) > amount:
             raise _keeps_nothing(budget)
-        parts = mixture_selection(source, offered, amount, prices, statistics, device)
+        parts = mixture_selection(source, offered, amount, prices, statistics, device, cache_dir)
     else:
         if tokens is None:
             raise ValueError("the policy needs calibration text")

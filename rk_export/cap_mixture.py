@@ -8,7 +8,9 @@ mixtures that were bought are fitted.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -24,12 +26,16 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
 from rk_export.sites import loaded_layers
+from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
 # Shares of the entries that are set aside; all of them is the dense matrix.
 DENSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 RANKS = 64  # ranks on offer beside each
+_VERSION = 1
+_OFFERED = ("ranks", "entries", "losses")
+_PARTS = ("up", "down", "indices", "values")
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,37 @@ class Mixtures:
 
 
 def offered_mixtures(
-    source: ModelSource, statistics: DenseStatistics, device: torch.device
+    source: ModelSource,
+    statistics: DenseStatistics,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[Place, Mixtures]:
-    """Return what every matrix of the decoder layers may become.
+    """Return what every matrix of the decoder layers may become; layers that were seen before are read from disk.
+
+    Args:
+        source: The dense model.
+        statistics: Of the dense model.
+        device: Where matrices are decomposed.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
 
     Raises:
         InputError: If the model is an encoder or has experts.
     """
     check_source(source)
-    offered = {}
-    for place, W, sides in _matrices(source, statistics, device):
-        offered[place] = mixtures_of(W, sides)
-        logger.info("mixtures of layer %d of %d, %s", place[0] + 1, source.layer_count, place[1])
+    offered: dict[Place, Mixtures] = {}
+    for layer in _matrices(source, statistics, device):
+        path = cache_file("cap-mixtures", layer.key(densities=DENSITIES, ranks=RANKS), cache_dir)
+        known = read_tensors(path)
+        if known is None:
+            logger.info("mixtures: layer %d of %d", layer.index + 1, source.layer_count)
+            made = {name: mixtures_of(W, sides) for name, W, sides in layer.sides()}
+            known = {
+                f"{name}|{field}": getattr(item, field) for name, item in made.items() for field in _OFFERED
+            }
+            write_tensors(path, known)
+        for name, W in layer.weights.items():
+            fields = (known[f"{name}|{field}"] for field in _OFFERED)
+            offered[layer.index, name] = Mixtures((W.shape[0], W.shape[1]), *fields)
     return offered
 
 
@@ -105,8 +130,9 @@ def mixture_selection(
     prices: Prices,
     statistics: DenseStatistics,
     device: torch.device,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[Place, Parts]:
-    """Spend a budget over the mixtures of all matrices, and fit those that were bought.
+    """Spend a budget over the mixtures of all matrices, and fit those that were bought, layer by layer.
 
     Args:
         source: The dense model.
@@ -115,6 +141,7 @@ def mixture_selection(
         prices: Of numbers and entries.
         statistics: Of the dense model.
         device: Where matrices are decomposed; the parts come to the CPU.
+        cache_dir: The cache, where fitted layers are kept; ``~/.cache/rk-export`` when None.
     """
     choice = auction([mixtures.lot(prices) for mixtures in offered.values()], budget)
     logger.info("mixtures: predicted loss %.4f", choice.loss)
@@ -122,10 +149,20 @@ def mixture_selection(
         place: (int(mixtures.ranks[index]), int(mixtures.entries[index]))
         for (place, mixtures), index in zip(offered.items(), choice.taken, strict=True)
     }
-    parts = {}
-    for place, W, sides in _matrices(source, statistics, device):
-        parts[place] = fitted_mixture(W, sides, *bought[place])
-        logger.info("fitted: layer %d of %d, %s", place[0] + 1, source.layer_count, place[1])
+    parts: dict[Place, Parts] = {}
+    for layer in _matrices(source, statistics, device):
+        here = {name: bought[layer.index, name] for name in layer.weights}
+        path = cache_file("cap-fitted", layer.key(bought=here), cache_dir)
+        known = read_tensors(path)
+        if known is None:
+            logger.info("fitted: layer %d of %d", layer.index + 1, source.layer_count)
+            fitted = {name: fitted_mixture(W, sides, *here[name]) for name, W, sides in layer.sides()}
+            known = {
+                f"{name}|{field}": getattr(item, field) for name, item in fitted.items() for field in _PARTS
+            }
+            write_tensors(path, known)
+        for name in here:
+            parts[layer.index, name] = Parts(*(known[f"{name}|{field}"] for field in _PARTS))
     return parts
 
 
@@ -143,21 +180,46 @@ def refitted_parts(
         statistics: Of the dense model.
         device: Where matrices are decomposed; the parts come to the CPU.
     """
-    matrices = _matrices(source, statistics, device)
-    return {place: refitted(W, sides, parts[place]) for place, W, sides in matrices}
+    return {
+        (layer.index, name): refitted(W, sides, parts[layer.index, name])
+        for layer in _matrices(source, statistics, device)
+        for name, W, sides in layer.sides()
+    }
 
 
-def _matrices(
-    source: ModelSource, statistics: DenseStatistics, device: torch.device
-) -> Iterator[tuple[Place, Tensor, TwoSides]]:
-    """Yield every matrix with its curvature; matrices that read the same input share its metric."""
-    for layer in loaded_layers(source):
+@dataclass(frozen=True)
+class _Matrices:
+    """The matrices of one layer, by path, and their curvature."""
+
+    index: int
+    weights: Mapping[str, Tensor]
+    statistics: DenseStatistics
+    device: torch.device
+
+    def sides(self) -> Iterator[tuple[str, Tensor, TwoSides]]:
+        """Yield every matrix with its curvature; matrices that read the same input share its metric."""
         metrics: dict[int, Metric] = {}
-        for item in source.architecture.projections(source.config, layer.index):
-            place = layer.index, item.path
-            second = statistics.second[place]
+        for name, W in self.weights.items():
+            second = self.statistics.second[self.index, name]
             if id(second) not in metrics:
-                metrics[id(second)] = Metric.of(second.to(device))
-            outputs = Metric.of(statistics.gradients[place].to(device) * statistics.tokens)
-            W = layer.linear(item.path).weight.detach().to(device, torch.float32)
-            yield place, W, TwoSides(metrics[id(second)], outputs)
+                metrics[id(second)] = Metric.of(second.to(self.device))
+            gradient = self.statistics.gradients[self.index, name].to(self.device)
+            outputs = Metric.of(gradient * self.statistics.tokens)
+            yield name, W.to(self.device), TwoSides(metrics[id(second)], outputs)
+
+    def key(self, **more: object) -> dict[str, object]:
+        """Return what is computed from these matrices depends on, with more of it."""
+        digest = hashlib.sha256(str(self.statistics.tokens).encode())
+        for name, W in self.weights.items():
+            place = self.index, name
+            digest.update(f"{name} {tuple(W.shape)}".encode())
+            for tensor in (W, self.statistics.second[place], self.statistics.gradients[place]):
+                digest.update(tensor.contiguous().numpy().data)
+        return {"matrices": digest.hexdigest(), "device": self.device.type, "version": _VERSION, **more}
+
+
+def _matrices(source: ModelSource, statistics: DenseStatistics, device: torch.device) -> Iterator[_Matrices]:
+    for layer in loaded_layers(source):
+        projections = source.architecture.projections(source.config, layer.index)
+        weights = {item.path: layer.linear(item.path).weight.detach().float() for item in projections}
+        yield _Matrices(layer.index, weights, statistics, device)

@@ -15,6 +15,7 @@ _READ_BY = {
     "target": ("basel",),
     "new_basis": ("basel",),
     "importance": ("basel",),
+    "bases": ("basel",),
     "tune": ("basel",),
     "selector": ("cap",),
     "steps": ("basel", "cap"),
@@ -35,6 +36,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-basis", type=int, help="basel: rank of the new bases (default 32)")
     parser.add_argument(
         "--importance", help="basel: magnitude, gradient or second-order (default magnitude, the paper's)"
+    )
+    parser.add_argument(
+        "--bases", help="basel: plain directions (default, the paper's) or whitened by the task's inputs"
     )
     parser.add_argument("--tune", type=int, help="basel: steps that train the factors afterwards (default 0)")
     parser.add_argument("--selector", help="cap: policy (the paper's) or auction (default policy)")
@@ -77,7 +81,7 @@ def preset(args: argparse.Namespace, rank: RankRule | None, budget: Budget | Non
         return presets.joint_rank(rank)
     if args.target is None:
         raise InputError("basel trains for a task", where="--method", fix="give its text with --target FILE")
-    fields = _given(args, "target", "steps", "new_basis", "importance", "tune")
+    fields = _given(args, "target", "steps", "new_basis", "importance", "bases", "tune")
     if args.seed is not None:
         fields["seed"] = args.seed
     return presets.basel(rank, BaselOptions(**fields))

@@ -225,6 +225,8 @@ class BaselOptions:
         events: How often directions are dropped, spread evenly over the first three quarters of the steps.
         importance: What a direction is judged by: `magnitude` of its coefficient (the paper's), `gradient` for
             |coefficient x gradient|, or `second-order` for the loss' quadratic increase without it.
+        bases: The directions of a matrix: `plain` singular ones (the paper's), or those of the matrix `whitened` by
+            the second moment of its inputs on the task's text, which say how much each one matters there.
         learning_rate: Of the coefficients and new bases, at its largest.
         seed: Of the order of the text and of the new bases.
     """
@@ -236,12 +238,14 @@ class BaselOptions:
     new_basis: int = 32
     events: int = 100
     importance: Literal["magnitude", "gradient", "second-order"] = "magnitude"
+    bases: Literal["plain", "whitened"] = "plain"
     learning_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
         choices = ("magnitude", "gradient", "second-order")
         _require_choice("importance", self.importance, choices, "--importance")
+        _require_choice("choice", self.bases, ("plain", "whitened"), "--bases")
         for name, least in (("steps", 1), ("tune", 0), ("batch_tokens", 1), ("new_basis", 0), ("events", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} {getattr(self, name)}", where="basel", fix=f"give at least {least}")

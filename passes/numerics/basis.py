@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import right_subspace
+from rk_export.passes.numerics.metric import Metric
 
 DROPPING = 0.75  # share of the steps in which directions are dropped
 MEMORY = 0.95  # weight of a step's evidence at the next step, see `second_order`
@@ -27,7 +28,7 @@ class Directions:
     Args:
         left: U (out, n), columns of norm one, or zero where the value is.
         values: s (n,), falling.
-        right: V (n, in), orthonormal rows.
+        right: V (n, in), orthonormal rows; under a metric S the rows of V S are.
     """
 
     left: Tensor
@@ -35,14 +36,20 @@ class Directions:
     right: Tensor
 
 
-def directions(W: Tensor) -> Directions:
-    """Return all min(out, in) singular directions of W (out, in), in W's type; computed in float64."""
-    V = right_subspace(W, min(W.shape)).basis
-    scaled = product(W.to(V.dtype), V)
+def directions(W: Tensor, inputs: Metric | None = None) -> Directions:
+    """Return all min(out, in) singular directions of W (out, in), or of W S, in W's type; computed in float64.
+
+    Args:
+        W: The matrix.
+        inputs: S by its metric: so many directions then lose least of W x (2403.07378); None weighs inputs alike.
+    """
+    weighted = W if inputs is None else inputs.columns(W)
+    V = right_subspace(weighted, min(W.shape)).basis
+    scaled = product(weighted.to(V.dtype), V)
     values = torch.linalg.vector_norm(scaled, dim=0)
     tiny = torch.finfo(V.dtype).tiny
     left = scaled / values.clamp_min(tiny)
-    parts = (left, values, V.T)
+    parts = (left, values, V.T if inputs is None else inputs.unweighted(V.T.contiguous()))
     return Directions(*(part.to(W.dtype).contiguous() for part in parts))
 
 
