@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from rk_export import cap_mixture
 from rk_export.cap import cap_parts, cost_of
 from rk_export.cap_auction import auction_selection
 from rk_export.cap_mixture import (
@@ -89,12 +91,12 @@ def test_in_bytes_a_full_sparse_matrix_costs_its_columns() -> None:
 
 @pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
 def test_the_budget_is_spent_on_fitted_mixtures(
-    source: ModelSource, statistics: DenseStatistics, prices: Prices
+    source: ModelSource, statistics: DenseStatistics, prices: Prices, tmp_path: Path
 ) -> None:
-    offered = offered_mixtures(source, statistics, CPU)
+    offered = offered_mixtures(source, statistics, CPU, tmp_path)
     assert {place: item.shape for place, item in offered.items()} == linear_shapes(source)
     budget = 0.5 * prices.column * _numbers(source)
-    chosen = mixture_selection(source, offered, budget, prices, statistics, CPU)
+    chosen = mixture_selection(source, offered, budget, prices, statistics, CPU, tmp_path)
     spent = sum(cost_of(parts, prices) for parts in chosen.values())
     assert 0.95 * budget < spent <= budget
     assert len({parts.parameters for parts in chosen.values()}) > 3
@@ -107,8 +109,8 @@ def test_mixtures_lose_less_than_cap_s_candidates_and_refitting_helps_those(
     budget = 0.5 * _numbers(source)
     from_pools = auction_selection(curvature_score(PARAMETERS, statistics), pools, budget, PARAMETERS)
     refitted = refitted_parts(source, from_pools, statistics, CPU)
-    offered = offered_mixtures(source, statistics, CPU)
-    mixed = mixture_selection(source, offered, budget, PARAMETERS, statistics, CPU)
+    offered = offered_mixtures(source, statistics, CPU, tmp_path)
+    mixed = mixture_selection(source, offered, budget, PARAMETERS, statistics, CPU, tmp_path)
     assert {place: item.parameters for place, item in refitted.items()} == {
         place: item.parameters for place, item in from_pools.items()
     }
@@ -117,11 +119,11 @@ def test_mixtures_lose_less_than_cap_s_candidates_and_refitting_helps_those(
 
 
 def test_the_cheapest_mixture_is_bought_before_nothing_is(
-    source: ModelSource, statistics: DenseStatistics
+    source: ModelSource, statistics: DenseStatistics, tmp_path: Path
 ) -> None:
-    offered = offered_mixtures(source, statistics, CPU)
+    offered = offered_mixtures(source, statistics, CPU, tmp_path)
     least = cheapest(offered, PARAMETERS)
-    chosen = mixture_selection(source, offered, least, PARAMETERS, statistics, CPU)
+    chosen = mixture_selection(source, offered, least, PARAMETERS, statistics, CPU, tmp_path)
     assert sum(parts.parameters for parts in chosen.values()) == least
     with pytest.raises(InputError, match="keeps nothing") as refused:
         cap_parts(
@@ -131,6 +133,7 @@ def test_the_cheapest_mixture_is_bought_before_nothing_is(
             tokens=None,
             statistics=statistics,
             device=CPU,
+            cache_dir=tmp_path,
         )
     assert refused.value.where == "--size"
 
@@ -138,3 +141,24 @@ def test_the_cheapest_mixture_is_bought_before_nothing_is(
 def test_experts_are_refused(source_of: SourceOf, statistics: DenseStatistics) -> None:
     with pytest.raises(InputError, match="experts"):
         offered_mixtures(source_of("mixtral"), statistics, CPU)
+
+
+def test_offers_and_fits_are_read_from_disk(
+    source: ModelSource, statistics: DenseStatistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = 0.5 * _numbers(source)
+
+    def chosen(share: float = 1.0) -> dict[tuple[int, str], Parts]:
+        offered = offered_mixtures(source, statistics, CPU, tmp_path)
+        return mixture_selection(source, offered, share * budget, PARAMETERS, statistics, CPU, tmp_path)
+
+    first = chosen()
+    monkeypatch.setattr(cap_mixture, "mixtures_of", None)
+    other = chosen(0.5)  # of the same offers
+    assert sum(item.parameters for item in other.values()) < sum(item.parameters for item in first.values())
+    monkeypatch.setattr(cap_mixture, "fitted_mixture", None)
+    again = chosen()
+    assert all(torch.equal(item.dense(), again[place].dense()) for place, item in first.items())
+    changed = replace(statistics, tokens=statistics.tokens + 1)
+    with pytest.raises(TypeError):
+        offered_mixtures(source, changed, CPU, tmp_path)

@@ -179,7 +179,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
     calls, real = itertools.count(), cap_policy.next_token_loss
 
     def breaks_down(model: PreTrainedModel, ids: Tensor) -> float:
-        if next(calls) == 3 + 3:  # the dense model's three batches, three steps, then
+        if next(calls) == 3 + 3:  # the start's three batches, three steps, then
             raise KeyboardInterrupt
         return real(model, ids)
 
