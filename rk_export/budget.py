@@ -79,7 +79,7 @@ def spend(
     Raises:
         InputError: If even the smallest model that the menu allows exceeds the budget.
     """
-    sides = _InputSides(statistics, device)
+    sides = InputSides(statistics, device)
     lots: list[list[Candidate]] = []
     shapes: list[list[Shape]] = []
     for layer, sites in layers:
@@ -106,7 +106,7 @@ def spend(
     return Bought(chosen, currency.tables[choice.taken[-1]] if table else None, choice.loss)
 
 
-class _InputSides:
+class InputSides:
     """Curvatures of sites; those that read the same input share what is derived from it, layer by layer."""
 
     def __init__(self, statistics: DenseStatistics, device: torch.device) -> None:

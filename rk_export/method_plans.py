@@ -86,7 +86,10 @@ def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
 
 
 def stored_prices(options: CompressOptions) -> Prices:
-    """Return the bytes that parts take in the exported files: of a factor's number, an entry, and a full column's."""
+    """Return the bytes that parts take in the exported files: of a factor's number, an entry, and a full column's.
+
+    The place of a full column is left out: 4 bytes, to two for each of its rows.
+    """
     sample = 256  # numbers that fill whole blocks of every size
     number = matrix_bytes(1, sample, options.quant, FLOAT_BYTES[options.float_dtype]) / sample
     return Prices(number, ENTRY_BYTES, VALUE_BYTES)

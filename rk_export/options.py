@@ -260,9 +260,9 @@ class CapOptions:
     """Global rank and sparsity optimization (2505.03801); the budget says how much may be kept.
 
     Args:
-        iterations: Of the alternating directions that split a matrix into low rank and sparse.
-        selector: What chooses from the pools: `policy` is the paper's policy gradient, `auction` spends the budget
-            on the largest predicted gain per price.
+        iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
+        selector: `policy` is the paper's policy gradient over the parts of the split; `auction`, ours, leaves the
+            split aside and spends the budget on mixtures of rank and entries that are fitted anew.
         steps: Updates of the policy, one forward pass each.
         learning_rate: Of the policy.
         window: Losses that the moving baseline averages.

@@ -43,12 +43,12 @@ def make_plan(
 ) -> Plan:
     """Decide every site of a model.
 
-    Only budgets and the energy rule read weights; the other rules need shapes alone.
+    Only budgets, the energy rule and allocations read weights; the other rules need shapes alone.
 
     Args:
         source: The dense model.
         options: What was asked for.
-        statistics: Of the dense model; needed for a budget.
+        statistics: Of the dense model; needed for a budget, and an allocation's spectra are whitened by them.
         table: What errors of the embedding cost; needed for a budget in bytes.
         costs: Measured times; needed for a speed-up.
 
@@ -58,7 +58,7 @@ def make_plan(
     options = with_default_groups(source, options)
     check_groups(source, options.groups or ())
     if options.allocation != "uniform":
-        return spectral_plan(source, options)
+        return spectral_plan(source, options, statistics)
     if options.budget is not None:
         return _budgeted_plan(source, options, statistics, table, costs)
     reads_weights = options.rank_rule.kind == "energy" and options.groups

@@ -1,4 +1,4 @@
-"""Plans whose ranks follow from the spectra of the weights alone, at one kept share of all groups together."""
+"""Plans whose ranks follow from spectra, of the weights or under a metric, at one share of all groups together."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from rk_export.budget import InputSides
+from rk_export.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
 from rk_export.options import GROUPS, CompressOptions
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
-from rk_export.passes.numerics.joint_svd import singular_values
+from rk_export.passes.numerics.joint_svd import singular_values, whitened_singular_values
+from rk_export.passes.numerics.metric import Metric
+from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
 from rk_export.sites import default_multiple, dense_sites, loaded_layers
 
 
-def spectral_plan(source: ModelSource, options: CompressOptions) -> Plan:
+def spectral_plan(
+    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None = None
+) -> Plan:
     """Return the plan of an allocation: ranks in proportion to what its rule sees in each group's spectrum.
 
     Args:
         source: The dense model; all matrices of the groups are read.
         options: With groups, a rank rule `keep` and an allocation.
+        statistics: Of the dense model: spectra are then those of the whitened groups. None takes the weights' own.
 
     Raises:
         InputError: If not even rank 1 everywhere fits into the share.
     """
-    found = list(_sites(source, options))
+    found = list(_sites(source, options, statistics))
     grouped = [shape for _, shape in found if shape is not None]
     identity = options.form == "identity"
     try:
@@ -39,16 +47,28 @@ def spectral_plan(source: ModelSource, options: CompressOptions) -> Plan:
     return Plan(source.config.model_type, source.structure(), options, tuple(sites))
 
 
-def _sites(source: ModelSource, options: CompressOptions) -> Iterator[tuple[SitePlan, RankSite | None]]:
+def _sites(
+    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None
+) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
+    sides = None if statistics is None else InputSides(statistics, torch.device("cpu"))
     for layer in loaded_layers(source):
         for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
             if site.members not in grouped:
                 yield site, None
                 continue
             stacked = torch.cat([layer.linear(path).weight for path in site.paths])
-            yield site, RankSite(singular_values(stacked), stacked.shape[1], stacked.shape[0])
+            curvature = None if sides is None else sides.curvature(site)
+            yield site, RankSite(_spectrum(stacked, curvature), stacked.shape[1], stacked.shape[0])
+
+
+def _spectrum(W: Tensor, curvature: Curvature | None) -> Tensor:
+    """Return the singular values of W (out, in), whitened on both sides where a curvature is known."""
+    if curvature is None:
+        return singular_values(W)
+    outputs = Metric.stacked(Metric.of(G) for G in curvature.outputs)
+    return whitened_singular_values(W, curvature.inputs.metric, outputs)
 
 
 def _ranked(site: SitePlan, shape: RankSite, wanted: int, options: CompressOptions) -> SitePlan:

@@ -264,7 +264,19 @@ def summary(rows: Rows, target: str, keep: float, found: Mapping[str, Any]) -> s
     return (
         f"{target} at {keep}: perplexity {listed}{truncated}; the dense model, never trained on the task, has "
         f"{dense[target][0]:.4g}. With the best importance, outside the target: {elsewhere}."
+        f"{verdict(rows, target, keep, best[target])}"
     )
+
+
+def verdict(rows: Rows, target: str, keep: float, reached: list[float]) -> str:
+    """Return whether training and selecting beats whitened truncation at the same size, which trains nothing."""
+    row = rows.get(f"svdllm-{target}-{keep}")
+    if row is None:
+        return ""
+    (value, error), (other, other_error) = reached, row["perplexity"][target]
+    if abs(value - other) < 2 * math.hypot(error, other_error):
+        return " It does not differ from SVD-LLM on the target's text by more than two standard errors."
+    return f" It is {'better' if value < other else 'worse'} than SVD-LLM on the target's text."
 
 
 def plot(rows: Rows, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks by the spectra of the weights alone: one share of all groups together, spread by a rule."""
+"""Ranks by spectra alone: one share of all groups together, spread by a rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from rk_export.load import ModelSource
+from rk_export.groundwork import groundwork
+from rk_export.load import ModelSource, open_source
 from rk_export.options import ALLOCATIONS, CalibrationOptions, CompressOptions, RankRule
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
@@ -71,6 +72,17 @@ def test_what_its_spectrum_asks_too_much_of_stays_dense_and_says_so(source_of: S
     dense = [site for site in plan.sites if len(site.members) > 1 and site.form == "dense"]
     assert dense
     assert all("break-even (energy)" in site.reason for site in dense)
+
+
+def test_a_metric_whitens_the_spectra(llama: Path) -> None:
+    source = open_source(llama)
+    asked = replace(OPTIONS, allocation="effective-rank", calibration=CalibrationOptions(tokens=512))
+    known = groundwork(source, asked).statistics
+    assert known is not None
+    plans = [make_plan(source, asked, statistics=statistics) for statistics in (None, known)]
+    ranks = [[site.rank for site in plan.sites] for plan in plans]
+    assert ranks[0] != ranks[1]
+    assert 0.47 < kept(source, plans[1]) <= 0.5
 
 
 def test_ranks_are_rounded_down(source_of: SourceOf) -> None:
