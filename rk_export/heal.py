@@ -21,7 +21,7 @@ from torch import Tensor
 from rk_export.device import resolve_device
 from rk_export.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.errors import InputError
-from rk_export.heal_state import HealState, StateFile, fingerprint
+from rk_export.heal_state import StateFile, TrainingState, fingerprint
 from rk_export.load import ModelSource
 from rk_export.precision import matmul_dtype, matmuls_in
 from rk_export.report import Finding, Outcome
@@ -179,7 +179,7 @@ class _Training:
         self._step, self._seconds = 0, 0.0
         self._losses: list[tuple[int, float]] = []
 
-    def restore(self, state: HealState | None) -> None:
+    def restore(self, state: TrainingState | None) -> None:
         """Go on from a state; None is the beginning."""
         if state is None:
             return
@@ -242,9 +242,9 @@ class _Training:
             hidden, self._head, wanted, self._dense_head, temperature=temperature, share=share
         )
 
-    def _state(self, run: str) -> HealState:
+    def _state(self, run: str) -> TrainingState:
         tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
-        return HealState(
+        return TrainingState(
             run, self._step, tuple(self._losses), self._seconds, tensors, self._optimizer.state_dict()
         )
 

@@ -45,9 +45,6 @@ class TrainingState:
     optimizer: dict[str, Any]
 
 
-HealState = TrainingState  # as recovery calls it
-
-
 def fingerprint(rewritten: Rewritten, tokens: Tensor, choices: Mapping[str, object]) -> str:
     """Return a fingerprint of a run: plan, first values of every tensor before it, tokens, and choices."""
     return run_fingerprint(rewritten.model, tokens, (rewritten.plan.to_json(), sorted(choices.items())))

@@ -227,7 +227,7 @@ class BaselOptions:
             |coefficient x gradient|, or `second-order` for the loss' quadratic increase without it.
         bases: The directions of a matrix: `plain` singular ones (the paper's), or those of the matrix `whitened` by
             the second moment of its inputs on the task's text, which say how much each one matters there.
-        learning_rate: Of the coefficients and new bases, at its largest.
+        learning_rate: Largest step of a tensor, relative to its root mean square.
         seed: Of the order of the text and of the new bases.
     """
 
@@ -239,7 +239,7 @@ class BaselOptions:
     events: int = 100
     importance: Literal["magnitude", "gradient", "second-order"] = "magnitude"
     bases: Literal["plain", "whitened"] = "plain"
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     seed: int = 0
 
     def __post_init__(self) -> None:
