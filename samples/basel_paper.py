@@ -222,7 +222,10 @@ def page(results: dict[str, Any]) -> str:
     ]
     for row in sorted(rows.values(), key=lambda row: (-row["asked"], row["target"] or "", row["series"])):
         cells = " | ".join(f"{value:.4g} ± {error:.3g}" for value, error in row["perplexity"].values())
-        spent = f"{row['steps']} steps, {row['training_seconds'] / 60:.0f} min" if "steps" in row else ""
+        spent = ""
+        if "steps" in row:
+            minutes = row["training_seconds"] / 60
+            spent = f"{row['steps']} steps, rate {row['learning_rate']:g}, {minutes:.0f} min"
         lines.append(f"| {row['kept']:.3f} | {row['series']} | {row['target'] or ''} | {cells} | {spent} |")
     lines += ["", "## Reading", ""]
     lines += [f"- {line}" for line in reading(rows)] or ["- Too few rows yet."]
