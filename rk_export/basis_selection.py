@@ -196,8 +196,7 @@ def _decompose(
         if not any(layer == index for layer, _ in modules):
             logger.info("singular directions: layer %d of %d", index + 1, source.layer_count)
         linear = cast(nn.Linear, model.get_submodule(path))
-        second = inputs.get((index, item.path))
-        metric = None if second is None else Metric.of(second.to(linear.weight.device))
+        metric = Metric.of(inputs[index, item.path].to(linear.weight.device)) if inputs else None
         modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype, metric)
         model.set_submodule(path, modules[index, item.path])
     return modules

@@ -50,8 +50,10 @@ def sparse_plan(source: ModelSource, options: CompressOptions, parts: Mapping[Pl
 
     def decided(site: SitePlan) -> SitePlan:
         own = parts[site.layer, site.paths[0]]
-        quant = options.quant if own.rank else None
-        return replace(site, form="sparse", rank=own.rank, entries=own.entries, quant=quant)
+        chosen = replace(site, form="sparse", rank=own.rank, entries=own.entries)
+        if own.rank or options.quant is None:
+            return replace(chosen, quant=options.quant)
+        return replace(chosen, reason="no direction was chosen: entries are not quantized further")
 
     return _plan(source, options, decided)
 

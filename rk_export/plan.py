@@ -28,7 +28,7 @@ class SitePlan:
             sparse matrix (2505.03801).
         rank: Inner dimension of each factor pair; 0 when dense, and where a sparse matrix stands alone.
         quant: Quantization of the matrix or of both factors; None keeps floats.
-        reason: Why a site that was asked to be factorized stays dense; empty otherwise.
+        reason: Why a site is not what was asked for: it stays dense, or in floats; empty otherwise.
         correction: Rank of a float branch that corrects the quantization error of a dense matrix; 0 for none.
         runner_up: What the planner would have chosen next and what it would have cost; empty without a budget.
         entries: Of the sparse form: how many entries the sparse matrix has, those in full columns included.

@@ -16,9 +16,12 @@ from tiny_models import DECODERS
 
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
+from rk_export.method_plans import sparse_plan as sparse_parts_plan
+from rk_export.options import Budget, QuantSpec
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
 from rk_export.passes.sparse import SparseSum
 from rk_export.plan import Plan, SitePlan
+from rk_export.presets import cap
 from rk_export.rewrite import rewrite
 from rk_export.sizes import planned_findings, size_summary
 
@@ -184,3 +187,13 @@ def test_plans_with_sparse_sites_survive_json(source_of: SourceOf) -> None:
 def test_parts_of_is_what_the_tests_believe() -> None:
     W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(parts_of(W, 2, 30).dense(), W, atol=1e-6)
+
+
+def test_what_cannot_be_quantized_is_said(source_of: SourceOf) -> None:
+    source = source_of("llama")
+    _, parts = sparse_plan(source, floats(), 0, 50)
+    plans = [sparse_parts_plan(source, cap(Budget("keep", 0.5)), parts)]
+    plans.append(sparse_parts_plan(source, replace(plans[0].options, quant=QuantSpec(8, 32)), parts))
+    reasons = [{site.reason for site in plan.sites} for plan in plans]
+    assert reasons == [{""}, {"no direction was chosen: entries are not quantized further"}]
+    assert {site.quant for site in plans[1].sites} == {None}
