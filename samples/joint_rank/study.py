@@ -15,6 +15,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from joint_rank.ladder import RankLadder
 from rk_export import CompressOptions, EvalText
 from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.groundwork import groundwork
@@ -23,7 +24,6 @@ from rk_export.multiple_choice import mean_and_error
 from rk_export.options import GROUPS, CalibrationOptions, RankRule
 from rk_export.perplexity import tokens_of
 from rk_export.precision import matmul_dtype, matmuls_in
-from rk_export.rank_ladder import RankLadder
 from rk_export.recorders import InputRecorder, noted
 
 Row = dict[str, Any]

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 from conftest import tiny_options
+from joint_rank.ladder import RankLadder
 from transformers import PreTrainedModel
 
 from rk_export.groundwork import groundwork
@@ -16,7 +17,6 @@ from rk_export.load import ModelSource, open_source
 from rk_export.options import CalibrationOptions, RankRule
 from rk_export.passes.numerics.adaptive_ranks import DENSE
 from rk_export.planner import make_plan
-from rk_export.rank_ladder import RankLadder
 
 IDS = torch.arange(3, 40)[None]
 
