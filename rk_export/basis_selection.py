@@ -24,7 +24,8 @@ from rk_export.distillation import Head
 from rk_export.errors import InputError
 from rk_export.heal_state import StateFile, run_fingerprint
 from rk_export.load import ModelSource
-from rk_export.options import BaselOptions, RankRule
+from rk_export.method_options import BaselOptions
+from rk_export.options import RankRule
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.precision import matmul_dtype

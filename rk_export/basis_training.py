@@ -17,8 +17,9 @@ from rk_export.distillation import Head, last_hidden
 from rk_export.errors import InputError
 from rk_export.heal import batch_rows
 from rk_export.heal_state import StateFile, TrainingState
+from rk_export.method_options import BaselOptions
 from rk_export.next_token import backward_next_token
-from rk_export.options import BaselOptions, RankRule
+from rk_export.options import RankRule
 from rk_export.passes.numerics.basis import DROPPING, second_order
 from rk_export.precision import matmuls_in
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rk_export.basis_selection import Selection, select_basis
 from rk_export.load import ModelSource
+from rk_export.method_options import BaselOptions
 from rk_export.model_statistics import model_statistics
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks, shortened
-from rk_export.options import BaselOptions, CompressOptions
+from rk_export.options import CompressOptions
 from rk_export.plan import Pruning
 from rk_export.prepared import PreparedSource
 from rk_export.pruned import PrunedSource, chosen_pruning

@@ -5,14 +5,8 @@ All of them store floats unless quantization is asked for, and end in the same v
 
 from __future__ import annotations
 
-from rk_export.options import (
-    BaselOptions,
-    Budget,
-    CalibrationOptions,
-    CapOptions,
-    CompressOptions,
-    RankRule,
-)
+from rk_export.method_options import BaselOptions, CapOptions
+from rk_export.options import Budget, CalibrationOptions, CompressOptions, RankRule
 
 METHODS = ("joint-rank", "basel", "cap")
 

@@ -31,7 +31,8 @@ from rk_export.folders import library_versions
 from rk_export.groundwork import groundwork
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import perplexity_of, torch_logits
-from rk_export.options import Budget, CalibrationOptions, PruneOptions
+from rk_export.method_options import PruneOptions
+from rk_export.options import Budget, CalibrationOptions
 from rk_export.planner import make_plan
 from rk_export.sizes import kept_parameters
 

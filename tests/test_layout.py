@@ -22,7 +22,9 @@ MAPPED = {
 }
 REGISTER = "optimum.commands.register"
 
-LEAVES = {f"rk_export.{name}" for name in ("errors", "humanize", "options", "plan", "report")}
+LEAVES = {
+    f"rk_export.{name}" for name in ("errors", "humanize", "method_options", "options", "plan", "report")
+}
 FRONT_DOORS = {"rk_export", "rk_export.cli", "rk_export.testing"}  # may use the whole pipeline
 TEXT = {".cfg", ".html", ".ini", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
