@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
 from rk_export.sites import loaded_layers
-from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
+from rk_export.tensor_cache import packed, remembered, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -81,19 +82,14 @@ def offered_mixtures(
     check_source(source)
     offered: dict[Place, Mixtures] = {}
     for layer in _matrices(source, statistics, device):
-        path = cache_file("cap-mixtures", layer.key(densities=DENSITIES, ranks=RANKS), cache_dir)
-        known = read_tensors(path)
-        if known is None:
-            logger.info("mixtures: layer %d of %d", layer.index + 1, source.layer_count)
-            made = {name: mixtures_of(W, sides) for name, W, sides in layer.sides()}
-            known = {
-                f"{name}|{field}": getattr(item, field) for name, item in made.items() for field in _OFFERED
-            }
-            write_tensors(path, known)
+        known = layer.remembered("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
         for name, W in layer.weights.items():
-            fields = (known[f"{name}|{field}"] for field in _OFFERED)
-            offered[layer.index, name] = Mixtures((W.shape[0], W.shape[1]), *fields)
+            offered[layer.index, name] = Mixtures((W.shape[0], W.shape[1]), *unpacked(known, name, _OFFERED))
     return offered
+
+
+def _offer(name: str, W: Tensor, sides: TwoSides) -> Mixtures:
+    return mixtures_of(W, sides)
 
 
 def mixtures_of(W: Tensor, sides: TwoSides) -> Mixtures:
@@ -152,18 +148,14 @@ def mixture_selection(
     parts: dict[Place, Parts] = {}
     for layer in _matrices(source, statistics, device):
         here = {name: bought[layer.index, name] for name in layer.weights}
-        path = cache_file("cap-fitted", layer.key(bought=here), cache_dir)
-        known = read_tensors(path)
-        if known is None:
-            logger.info("fitted: layer %d of %d", layer.index + 1, source.layer_count)
-            fitted = {name: fitted_mixture(W, sides, *here[name]) for name, W, sides in layer.sides()}
-            known = {
-                f"{name}|{field}": getattr(item, field) for name, item in fitted.items() for field in _PARTS
-            }
-            write_tensors(path, known)
+        known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, bought=here)
         for name in here:
-            parts[layer.index, name] = Parts(*(known[f"{name}|{field}"] for field in _PARTS))
+            parts[layer.index, name] = Parts(*unpacked(known, name, _PARTS))
     return parts
+
+
+def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, sides: TwoSides) -> Parts:
+    return fitted_mixture(W, sides, *bought[name])
 
 
 def refitted_parts(
@@ -206,6 +198,22 @@ class _Matrices:
             gradient = self.statistics.gradients[self.index, name].to(self.device)
             outputs = Metric.of(gradient * self.statistics.tokens)
             yield name, W.to(self.device), TwoSides(metrics[id(second)], outputs)
+
+    def remembered(
+        self,
+        kind: str,
+        fields: Sequence[str],
+        make: Callable[[str, Tensor, TwoSides], object],
+        cache_dir: str | os.PathLike[str] | None,
+        **more: object,
+    ) -> Mapping[str, Tensor]:
+        """Return what is made of every matrix, or was made of it in an earlier run, packed by its fields."""
+
+        def made() -> Mapping[str, Tensor]:
+            logger.info("%s: layer %d", kind, self.index + 1)
+            return packed({name: make(name, W, sides) for name, W, sides in self.sides()}, fields)
+
+        return remembered(f"cap-{kind}", self.key(**more), made, cache_dir)
 
     def key(self, **more: object) -> dict[str, object]:
         """Return what is computed from these matrices depends on, with more of it."""

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
 from rk_export.sites import canonical_layers, loaded_layers
-from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
+from rk_export.tensor_cache import packed, remembered, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _BYTES_A_PARAMETER = 12
 # Singular values of L below this share of the largest are zeros of the thresholding.
 _RANK_TOLERANCE = 1e-5
 _VERSION = 1
-_FIELDS = ("up", "down", "indices", "values", "residual")
+_FIELDS = ("up", "down", "indices", "values")
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,11 @@ def make_pools(
     pools: dict[Place, Pool] = {}
     for layer in loaded_layers(source):
         paths = [item.path for item in source.architecture.projections(source.config, layer.index)]
-        path = cache_file("cap-pools", _key(layer, paths, iterations), cache_dir)
-        known = read_tensors(path)
-        if known is None:
-            logger.info("low rank and sparse: layer %d of %d", layer.index + 1, source.layer_count)
-            made = dict(_layer_pools(layer, paths, iterations, device))
-            if keep:
-                write_tensors(path, _packed(made))
-        else:
-            made = {name: _unpacked(known, name) for name in paths}
-        pools |= {(layer.index, name): made[name] for name in paths}
+        make = partial(_packed_pools, layer, paths, iterations, device)
+        known = remembered("cap-pools", _key(layer, paths, iterations), make, cache_dir, keep=keep)
+        for name in paths:
+            parts, residual = Parts(*unpacked(known, name, _FIELDS)), float(known[f"{name}|residual"])
+            pools[layer.index, name] = Pool(parts, residual)
     return pools
 
 
@@ -200,6 +196,13 @@ def _key(layer: Layer, paths: list[str], iterations: int) -> dict[str, object]:
         digest.update(weight.contiguous().numpy().data)
     split = {"iterations": iterations, "start": START, "growth": GROWTH}
     return {"weights": digest.hexdigest(), **split, "version": _VERSION}
+
+
+def _packed_pools(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:
+    logger.info("low rank and sparse: layer %d", layer.index + 1)
+    made = dict(_layer_pools(layer, paths, iterations, device))
+    residuals = {f"{name}|residual": torch.tensor(pool.residual) for name, pool in made.items()}
+    return packed({name: pool.parts for name, pool in made.items()}, _FIELDS) | residuals
 
 
 def _layer_pools(
@@ -233,17 +236,3 @@ def pool_of(W: Tensor, L: Tensor, S: Tensor) -> Pool:
     )
     residual = torch.linalg.vector_norm(W - L - S) / torch.linalg.vector_norm(W).clamp_min(1e-30)
     return Pool(parts, float(residual))
-
-
-def _packed(pools: Mapping[str, Pool]) -> dict[str, Tensor]:
-    packed: dict[str, Tensor] = {}
-    for name, pool in pools.items():
-        parts = pool.parts
-        fields = (parts.up, parts.down, parts.indices, parts.values, torch.tensor(pool.residual))
-        packed |= {f"{name}|{field}": tensor for field, tensor in zip(_FIELDS, fields, strict=True)}
-    return packed
-
-
-def _unpacked(packed: Mapping[str, Tensor], name: str) -> Pool:
-    up, down, indices, values, residual = (packed[f"{name}|{field}"] for field in _FIELDS)
-    return Pool(Parts(up, down, indices, values), float(residual))

@@ -20,7 +20,7 @@ from rk_export.load import ModelSource
 from rk_export.passes.modules import float_inputs
 from rk_export.precision import matmuls_in
 from rk_export.streams import Streams
-from rk_export.tensor_cache import cache_file, read_tensors, weights_fingerprint, write_tensors
+from rk_export.tensor_cache import remembered, weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +111,9 @@ def dense_states(source: ModelSource, tokens: Tensor, device: torch.device, dtyp
         "dtype": str(dtype),
         "device": device.type,
     }
-    path = cache_file("dense-states", key)
-    states = (read_tensors(path) or {}).get("states")
-    if states is None:
-        states = _run_dense(source, tokens, device, dtype)
-        write_tensors(path, {"states": states})
-    return states
+    return remembered("dense-states", key, lambda: {"states": _run_dense(source, tokens, device, dtype)})[
+        "states"
+    ]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +82,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             partial.unlink(missing_ok=True)
     except (SafetensorError, OSError) as error:
         logger.warning("not cached: %s cannot be written: %s", path, error)
+
+
+def remembered(
+    kind: str,
+    key: Mapping[str, Any],
+    make: Callable[[], Mapping[str, Tensor]],
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    keep: bool = True,
+) -> Mapping[str, Tensor]:
+    """Return the tensors of a key: those of an earlier run, or made now and kept.
+
+    Args:
+        kind: Folder inside the cache.
+        key: All that the tensors depend on, JSON-ready.
+        make: Computes them.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
+        keep: Write what was made.
+    """
+    path = cache_file(kind, key, cache_dir)
+    if (known := read_tensors(path)) is not None:
+        return known
+    made = make()
+    if keep:
+        write_tensors(path, made)
+    return made
+
+
+def packed(items: Mapping[str, object], fields: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors that are fields of named objects, each by name and field."""
+    return {f"{name}|{field}": getattr(item, field) for name, item in items.items() for field in fields}
+
+
+def unpacked(tensors: Mapping[str, Tensor], name: str, fields: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return the fields of one of the objects that `packed` took apart."""
+    return tuple(tensors[f"{name}|{field}"] for field in fields)
