@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rk_export.cap_auction import auction_selection
+from rk_export.cap_baselines import magnitude, wanda
 from rk_export.cap_mixture import cheapest, mixture_selection, offered_mixtures
 from rk_export.cap_policy import first_probabilities, learn
 from rk_export.cap_pools import (
@@ -48,8 +50,7 @@ def cap_parts(
 ) -> dict[Place, Parts]:
     """Choose rank and sparse entries of every matrix of the decoder layers.
 
-    The policy chooses from the pools as the paper has it. The auction spends the budget on mixtures that are fitted
-    anew, see `cap_mixture`.
+    See `CapOptions.selector` for what chooses.
 
     Args:
         source: The dense model.
@@ -57,8 +58,8 @@ def cap_parts(
             counted as out + in and an entry as one; `size` is the bytes that they may take.
         options: How matrices are split, and what chooses.
         tokens: Calibration text, int64 (sequences, length), without padding; the policy needs it.
-        statistics: Of the dense model. The auction needs them; the policy starts from what they say, or from the
-            candidates' energies without them.
+        statistics: Of the dense model; `auction` and `wanda` need them. The pools' candidates are worth what they
+            say, or their energies without them.
         device: Where matrices are split, and the policy's model runs.
         prices: Bytes of what is stored, for `size`; `BYTES` when None.
         cache_dir: The cache of pools, policies and mixtures; ``~/.cache/rk-export`` when None.
@@ -71,24 +72,31 @@ def cap_parts(
     """
     check_source(source)
     amount, prices = amount_of(source, budget, prices)
-    if options.selector == "auction":
-        if statistics is None:
-            raise ValueError("the auction needs the statistics of the dense model")
-        offered = offered_mixtures(source, statistics, device, cache_dir)
-        if cheapest(offered, prices) > amount:
-            raise _keeps_nothing(budget)
-        parts = mixture_selection(source, offered, amount, prices, statistics, device, cache_dir)
-    else:
-        if tokens is None:
-            raise ValueError("the policy needs calibration text")
+    if options.selector in ("policy", "pools"):
         pools = make_pools(source, options.iterations, device, cache_dir)
         check_pools(pools, amount, budget, prices)
         score = energy_score(prices) if statistics is None else curvature_score(prices, statistics)
+    if options.selector == "policy":
+        if tokens is None:
+            raise ValueError("the policy needs calibration text")
         first = first_probabilities(pools, all_scores(score, pools), prices, amount)
         learned = learn(
             source, pools, first, amount, prices, options, tokens=tokens, device=device, cache_dir=cache_dir
         )
         parts = most_probable(pools, learned.probabilities, amount, prices)
+    elif options.selector == "pools":
+        parts = auction_selection(score, pools, amount, prices)
+    elif options.selector == "magnitude":
+        parts = magnitude(source, _share_of_entries(source, amount, prices))
+    elif statistics is None:
+        raise ValueError(f"{options.selector} needs the statistics of the dense model")
+    elif options.selector == "wanda":
+        parts = wanda(source, _share_of_entries(source, amount, prices), statistics)
+    else:
+        offered = offered_mixtures(source, statistics, device, cache_dir)
+        if cheapest(offered, prices) > amount:
+            raise _keeps_nothing(budget)
+        parts = mixture_selection(source, offered, amount, prices, statistics, device, cache_dir)
     log_choice(parts)
     return parts
 
@@ -122,6 +130,12 @@ def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None)
     if amount < prices.entry:
         raise _keeps_nothing(budget)
     return amount, prices
+
+
+def _share_of_entries(source: ModelSource, amount: float, prices: Prices) -> float:
+    """Return the share of all entries that an amount buys."""
+    numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
+    return min(1.0, amount / (prices.entry * numbers))
 
 
 def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> None:

@@ -48,7 +48,7 @@ def wanda(source: ModelSource, keep: float, statistics: DenseStatistics) -> dict
     chosen = {}
     for place, W in _weights(source):
         score = W.abs() * statistics.second[place].diagonal().clamp_min(0).sqrt()
-        count = max(1, round(keep * W.shape[1]))
+        count = max(1, int(keep * W.shape[1]))
         mask = torch.zeros_like(W, dtype=torch.bool)
         mask.scatter_(1, score.topk(count, dim=1).indices, True)
         chosen[place] = sparse_parts(W, mask)
@@ -70,5 +70,5 @@ def _weights(source: ModelSource) -> Iterator[tuple[Place, Tensor]]:
 
 def _limit(sizes: Tensor, keep: float) -> Tensor:
     """Return the smallest of the kept share of the largest values (values,)."""
-    count = max(1, round(keep * len(sizes)))
+    count = max(1, int(keep * len(sizes)))
     return sizes.kthvalue(len(sizes) - count + 1).values

@@ -42,7 +42,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--bases", help="basel: plain directions (default, the paper's) or whitened by the task's inputs"
     )
     parser.add_argument("--tune", type=int, help="basel: steps that train the factors afterwards (default 0)")
-    parser.add_argument("--selector", help="cap: policy (the paper's) or auction (default policy)")
+    parser.add_argument(
+        "--selector", help="cap: policy (default, the paper's), pools, auction, wanda or magnitude"
+    )
     parser.add_argument("--prune-blocks", type=int, help="drop so many blocks, those that change least")
     parser.add_argument("--prune-ffn", type=float, help="share of every MLP's neurons to keep")
     parser.add_argument("--prune-heads", type=int, help="key/value heads of every block to keep")

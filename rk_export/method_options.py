@@ -89,8 +89,10 @@ class CapOptions:
 
     Args:
         iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
-        selector: `policy` is the paper's policy gradient over the parts of the split; `auction`, ours, leaves the
-            split aside and spends the budget on mixtures of rank and entries that are fitted anew.
+        selector: `policy` is the paper's policy gradient over the parts of the split, `pools` an auction of the same
+            parts by predicted gain per price. `auction`, ours, leaves the split aside and spends the budget on
+            mixtures of rank and entries that are fitted anew. `wanda` (2306.11695) and `magnitude` keep entries only,
+            as many in every row or matrix.
         steps: Updates of the policy, one forward pass each.
         learning_rate: Of the policy.
         window: Losses that the moving baseline averages.
@@ -99,7 +101,7 @@ class CapOptions:
     """
 
     iterations: int = 10
-    selector: Literal["policy", "auction"] = "policy"
+    selector: Literal["policy", "pools", "auction", "wanda", "magnitude"] = "policy"
     steps: int = 100
     learning_rate: float = 0.05
     window: int = 5
@@ -107,7 +109,8 @@ class CapOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_choice("selector", self.selector, ("policy", "auction"), "--selector")
+        choices = ("policy", "pools", "auction", "wanda", "magnitude")
+        require_choice("selector", self.selector, choices, "--selector")
         for name in ("iterations", "steps", "window", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}", where="cap", fix="give at least 1")

@@ -1,4 +1,4 @@
-"""From a budget to parts: both selectors end to end, and budgets that are refused before the search."""
+"""From a budget to parts: all selectors end to end, and budgets that are refused before the search."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _chosen(source: ModelSource, folder: Path, budget: Budget, **options: Any) -
     )
 
 
-@pytest.mark.parametrize("selector", ["policy", "auction"])
+@pytest.mark.parametrize("selector", ["policy", "pools", "auction", "wanda", "magnitude"])
 @pytest.mark.parametrize("kind", ["keep", "size"])
 def test_parts_of_every_matrix_within_the_budget(
     source_of: SourceOf, tmp_path: Path, selector: str, kind: Any
@@ -58,7 +58,7 @@ def test_parts_of_every_matrix_within_the_budget(
     assert {place: item.shape for place, item in parts.items()} == shapes
     total = sum(cost_of(item, prices) for item in parts.values())
     assert 0.97 * amount < total <= amount
-    assert any(item.rank for item in parts.values())
+    assert any(item.rank for item in parts.values()) == (selector not in ("wanda", "magnitude"))
     assert any(item.entries for item in parts.values())
     again = _chosen(
         source, tmp_path / "again", Budget(kind, 0.5 if kind == "keep" else amount), selector=selector

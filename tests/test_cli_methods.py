@@ -125,7 +125,7 @@ def test_dry_runs_say_what_would_go(cli: Cli, llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("size", "extra"), [(480_000, ()), (340_000, ("--bits", 8))])
-@pytest.mark.parametrize("selector", ["policy", "auction"])
+@pytest.mark.parametrize("selector", ["policy", "pools", "auction", "wanda", "magnitude"])
 def test_a_size_is_met_by_the_files(
     cli: Cli, llama: Path, tmp_path: Path, selector: str, size: int, extra: tuple[object, ...]
 ) -> None:
