@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rk_export.passes.numerics.basis import MEMORY, PairSize, directions, folded
 from rk_export.passes.numerics.metric import Metric
+from rk_export.training import root_mean_square
 
 
 class BasisLinear(nn.Module):
@@ -120,9 +121,3 @@ class BasisLinear(nn.Module):
         self._fast: tuple[Tensor, Tensor] | None = None
         if self._dtype is torch.bfloat16 and not self.left.requires_grad:
             self._fast = self.left.detach().to(self._dtype), self.right.detach().to(self._dtype)
-
-
-def root_mean_square(tensor: Tensor) -> float:
-    """Return the root mean square of a tensor's values, 0 where it has none."""
-    values = tensor.detach().double()
-    return float(values.square().mean().sqrt()) if values.numel() else 0.0

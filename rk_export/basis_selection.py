@@ -15,14 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.architectures import Projection
 from rk_export.basis_modules import BasisLinear
 from rk_export.basis_training import BasisTraining
 from rk_export.distillation import Head
 from rk_export.errors import InputError
-from rk_export.heal_state import StateFile, run_fingerprint
 from rk_export.load import ModelSource
 from rk_export.method_options import BaselOptions
 from rk_export.options import RankRule
@@ -32,6 +31,8 @@ from rk_export.precision import matmul_dtype
 from rk_export.report import Finding, Outcome
 from rk_export.sensitivity import dense_statistics
 from rk_export.sites import canonical_layers
+from rk_export.training import check_tokens
+from rk_export.training_state import StateFile, run_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def select_basis(
             rank rule cannot be met; later, if the state belongs to another run or the loss is not finite.
     """
     check_selection(source, rank, options)
-    _check_tokens(source.config, tokens)
+    check_tokens(source.config, tokens)
     dtype = matmul_dtype(device)
     model = source.load()
     choices = (asdict(rank), sorted({**asdict(options), "target": "", "matmul": str(dtype)}.items()))
@@ -152,22 +153,6 @@ def _sizes(source: ModelSource, new_basis: int) -> list[PairSize]:
     layers = {layer.index: layer for layer in canonical_layers(source.config)}
     linears = [layers[index].linear(item.path) for index, item in _projections(source)]
     return [PairSize(linear.out_features, linear.in_features, new_basis) for linear in linears]
-
-
-def _check_tokens(config: PretrainedConfig, tokens: Tensor) -> None:
-    longest, words = config.max_position_embeddings, config.vocab_size
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or not 2 <= tokens.shape[1] <= longest:
-        raise InputError(
-            f"tokens of shape {tuple(tokens.shape)} cannot be trained on",
-            where="tokens",
-            fix=f"give (sequences, length) with a length from 2 to {longest}",
-        )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= words:
-        raise InputError(
-            f"token ids from {int(tokens.min())} to {int(tokens.max())} are outside the vocabulary",
-            where="tokens",
-            fix=f"give ids from 0 to {words - 1}",
-        )
 
 
 def _target_moments(

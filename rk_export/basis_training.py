@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Mapping
 
 import torch
@@ -12,29 +10,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rk_export.basis_dropping import Dropping
-from rk_export.basis_modules import BasisLinear, root_mean_square
+from rk_export.basis_modules import BasisLinear
 from rk_export.distillation import Head, last_hidden
-from rk_export.errors import InputError
-from rk_export.heal import batch_rows
-from rk_export.heal_state import StateFile, TrainingState
 from rk_export.method_options import BaselOptions
 from rk_export.next_token import backward_next_token
 from rk_export.options import RankRule
 from rk_export.passes.numerics.basis import DROPPING, second_order
 from rk_export.precision import matmuls_in
+from rk_export.training import SMALLEST_SCALE, Training, root_mean_square
+from rk_export.training_state import TrainingState
 
-logger = logging.getLogger(__name__)
-
-_BETAS = (0.9, 0.95)
-_CLIP = 1.0
 _WARMUP = 0.05  # share of a phase in which the rate rises
-_TOKENS_TOGETHER = 2048  # more than that in one step are accumulated, to bound the memory
-_SMALLEST_SCALE = 1e-3  # a tensor that starts at zero moves too
 _HELD = "held"
 
 
-class BasisTraining:
-    """The loop: between two steps everything that the next ones depend on is in the state.
+class BasisTraining(Training):
+    """The training of the coefficients and new bases of a model, and the dropping of its directions.
 
     Args:
         model: The model with `BasisLinear` modules, on its device.
@@ -58,22 +49,21 @@ class BasisTraining:
         options: BaselOptions,
         dtype: torch.dtype,
     ) -> None:
+        super().__init__(
+            "basis selection",
+            "basel",
+            tokens,
+            options.batch_tokens,
+            options.steps + options.tune,
+            options.seed,
+        )
         self._model, self._modules, self._others = model, dict(modules), dict(others)
         self._head, self._options, self._dtype = head, options, dtype
-        self._batch = max(1, options.batch_tokens // tokens.shape[1])
-        self._tokens = tokens
         sizes = [module.size for module in self._modules.values()]
         counts = [len(module.coefficients) for module in self._modules.values()]
         self._dense = sum(size.dense for size in sizes)
         self._dropping = Dropping(rank, options.steps, options.events, sizes, counts)
-        self._optimizer = self._new_optimizer()
-        self.step, self.seconds = 0, 0.0
-        self.losses: list[tuple[int, float]] = []
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a step."""
-        return self._batch * self._tokens.shape[1]
+        self._begin()
 
     @property
     def share(self) -> float:
@@ -89,70 +79,25 @@ class BasisTraining:
             module.keep(state.tensors[f"{name}.kept"].to(module.kept.device))
         if self._options.tune and state.step >= self._options.steps:
             self._thaw()
-        with torch.no_grad():
-            for name, tensor in (self._trained() | self._evidence()).items():
-                tensor.copy_(state.tensors[name])
+        self._restore_trained(state)
         self._dropping.held = state.tensors[_HELD].tolist()
-        self._optimizer = self._new_optimizer()
-        self._optimizer.load_state_dict(state.optimizer)
-        self.step, self.losses, self.seconds = state.step, list(state.losses), state.seconds
-        logger.info("basis selection goes on after step %d", self.step)
+        self._begin()
+        self._resume(state)
 
-    def run(self, file: StateFile) -> None:
-        """Take the steps that are left.
-
-        Raises:
-            InputError: If the loss is not finite.
-        """
-        total, before = self._options.steps + self._options.tune, self.seconds
-        begin = time.monotonic()
-        while self.step < total:
-            start = time.monotonic()
-            loss = self._take_step()
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {self.step + 1}",
-                    where="basel",
-                    fix="give a smaller learning rate",
-                )
-            self.step += 1
-            self.losses.append((self.step, loss))
-            if self._dropping.is_due(self.step):
-                self._drop()
-            if self.step == self._options.steps and self._options.tune:
-                self._thaw()
-            now = time.monotonic()
-            self.seconds = before + now - begin
-            self._log(loss, total, now - start)
-            if file.is_due or self.step == total:
-                file.write(self._state(file.run))
-
-    def _log(self, loss: float, total: int, seconds: float) -> None:
-        """Log where the training stands; steps get cheaper, so the time that is left is an upper bound."""
-        minutes, rest = divmod(round(seconds * (total - self.step)), 60)
-        logger.info(
-            "basis selection: step %d of %d, loss %.4f, pairs hold %.3f of the linear layers, %d:%02d left",
-            *(self.step, total, loss, self.share, minutes, rest),
-        )
-
-    def _take_step(self) -> float:
-        """Take one optimizer step; return the mean loss of its tokens before it."""
-        rows = batch_rows(self.step, self._batch, len(self._tokens), self._options.seed)
-        together = max(1, _TOKENS_TOGETHER // self._tokens.shape[1])
-        parts = [rows[begin : begin + together] for begin in range(0, len(rows), together)]
-        loss = sum(self._backward(part, len(part) / len(rows)) for part in parts)
+    def _observe(self) -> None:
         for module in self._modules.values():
             module.observe()
-        torch.nn.utils.clip_grad_norm_(self._trained().values(), _CLIP)
-        rate = self._rate()
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss
+
+    def _stepped(self) -> None:
+        if self._dropping.is_due(self.step):
+            self._drop()
+        if self.step == self._options.steps and self._options.tune:
+            self._thaw()
+
+    def _progress(self, tokens_per_second: float) -> str:
+        return f"pairs hold {self.share:.3f} of the linear layers"
 
     def _backward(self, rows: list[int], share: float) -> float:
-        """Add the gradients of some sequences, weighted by their share of the step; return their part of its loss."""
         device = self._model.device
         ids = self._tokens[rows].to(device)
         with matmuls_in(self._dtype, device):
@@ -169,17 +114,9 @@ class BasisTraining:
             return _shaped(self.step, steps, DROPPING)
         return _shaped(self.step - steps, self._options.tune, _WARMUP)
 
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        """Return an optimizer of what is trained now; each tensor has a rate of its own, see `_peak`."""
-        return torch.optim.AdamW(
-            [
-                {"params": [tensor], "peak": self._peak(name, tensor)}
-                for name, tensor in self._trained().items()
-            ],
-            betas=_BETAS,
-            weight_decay=0.0,
-            fused=True,
-        )
+    def _begin(self) -> None:
+        """Begin with a fresh optimizer of what is trained now; each tensor has a rate of its own, see `_peak`."""
+        self._optimize({name: self._peak(name, tensor) for name, tensor in self._trained().items()})
 
     def _peak(self, name: str, tensor: Tensor) -> float:
         """Return the largest step of a tensor: relative to its root mean square, as in recovery.
@@ -189,7 +126,7 @@ class BasisTraining:
         """
         owner, _, leaf = name.rpartition(".")
         scale = self._modules[owner].scale if leaf == "left_add" else root_mean_square(tensor)
-        return self._options.learning_rate * max(scale, _SMALLEST_SCALE)
+        return self._options.learning_rate * max(scale, SMALLEST_SCALE)
 
     @torch.no_grad()
     def _drop(self) -> None:
@@ -221,7 +158,7 @@ class BasisTraining:
         """Begin the second phase: ranks stay, and the directions are trained too."""
         for module in self._modules.values():
             module.thaw()
-        self._optimizer = self._new_optimizer()
+        self._begin()
 
     def _trained(self) -> dict[str, Tensor]:
         inside = {
@@ -231,25 +168,14 @@ class BasisTraining:
         }
         return inside | self._others
 
-    def _evidence(self) -> dict[str, Tensor]:
-        return {
+    def _more_state(self) -> dict[str, Tensor]:
+        """Return the evidence of every direction, and which are left."""
+        evidence = {
             f"{name}.{leaf}": getattr(module, leaf)
             for name, module in self._modules.items()
-            for leaf in ("first", "second", "absolute")
+            for leaf in ("first", "second", "absolute", "kept")
         }
-
-    def _state(self, run: str) -> TrainingState:
-        places = {f"{name}.kept": module.kept for name, module in self._modules.items()}
-        held = {_HELD: torch.tensor(self._dropping.held, dtype=torch.float64)}
-        tensors = {name: tensor.detach() for name, tensor in (self._trained() | self._evidence()).items()}
-        return TrainingState(
-            run,
-            self.step,
-            tuple(self.losses),
-            self.seconds,
-            tensors | places | held,
-            self._optimizer.state_dict(),
-        )
+        return evidence | {_HELD: torch.tensor(self._dropping.held, dtype=torch.float64)}
 
 
 def _shaped(step: int, steps: int, falls_from: float) -> float:

@@ -1,16 +1,12 @@
 """Recovery: a short distillation of a compressed model against the dense one, in place and resumable.
 
 The dense model's next-token distribution on given tokens is the target (forward Kullback-Leibler divergence,
-1503.02531); factors, norms, biases and quantization scales are trained, codes and dense matrices stay. Tensors
-of very different size are trained together, so each one's step is relative to its own root mean square, as in
-Adafactor (1804.04235).
+1503.02531); factors, norms, biases and quantization scales are trained, codes and dense matrices stay.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,20 +17,14 @@ from torch import Tensor
 from rk_export.device import resolve_device
 from rk_export.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.errors import InputError
-from rk_export.heal_state import StateFile, TrainingState, fingerprint
 from rk_export.load import ModelSource
 from rk_export.precision import matmul_dtype, matmuls_in
 from rk_export.report import Finding, Outcome
 from rk_export.rewrite import Rewritten
 from rk_export.shared_products import shared_products
 from rk_export.trainable import TRAINABLE, trainable
-
-logger = logging.getLogger(__name__)
-
-_BETAS = (0.9, 0.95)
-_CLIP = 1.0
-_SMALLEST_RMS = 1e-3  # a tensor that starts at zero moves too
-_TOKENS_TOGETHER = 2048  # more than that in one step are accumulated, to bound the memory
+from rk_export.training import SMALLEST_SCALE, Training, check_tokens, root_mean_square
+from rk_export.training_state import StateFile, TrainingState, fingerprint
 
 
 @dataclass(frozen=True)
@@ -141,15 +131,15 @@ def heal(
                 where=f"what={','.join(options.what)}",
                 fix=f"choose among {', '.join(TRAINABLE)}, or leave recovery out",
             )
-        training = _Training(rewritten, source, tokens, options, tensors, dtype)
+        training = _Recovery(rewritten, source, tokens, options, tensors, dtype)
         training.restore(file.read())
         training.run(file)
     rewritten.model.to(home)
     return training.result()
 
 
-class _Training:
-    """The loop: between two steps everything that the next ones depend on is in `state`."""
+class _Recovery(Training):
+    """The compressed model's training towards the dense one's next-token distribution."""
 
     def __init__(
         self,
@@ -160,80 +150,33 @@ class _Training:
         tensors: dict[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
+        super().__init__("recovery", "--heal", tokens, options.batch_tokens, options.steps, options.seed)
+        self._tokens = tokens[: options.steps * self._batch]
         self._model, self._options, self._tensors, self._dtype = rewritten.model, options, tensors, dtype
         self._device = rewritten.model.device
-        self._batch = max(1, options.batch_tokens // tokens.shape[1])
-        self._tokens = tokens[: options.steps * self._batch]
         self._head = Head(rewritten.model, rewritten.architecture, self._device, dtype)
         self._dense_head = dense_head(source, self._device, dtype)
         self._wanted = dense_states(source, self._tokens, self._device, dtype)
-        peaks = {
-            name: options.learning_rate * max(_rms(tensor), _SMALLEST_RMS) for name, tensor in tensors.items()
-        }
-        self._optimizer = torch.optim.AdamW(
-            [{"params": [tensor], "peak": peaks[name]} for name, tensor in tensors.items()],
-            betas=_BETAS,
-            weight_decay=0.0,
-            fused=True,
+        self._optimize(
+            {
+                name: options.learning_rate * max(root_mean_square(tensor), SMALLEST_SCALE)
+                for name, tensor in tensors.items()
+            }
         )
-        self._step, self._seconds = 0, 0.0
-        self._losses: list[tuple[int, float]] = []
 
     def restore(self, state: TrainingState | None) -> None:
         """Go on from a state; None is the beginning."""
-        if state is None:
-            return
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(state.tensors[name])
-        self._optimizer.load_state_dict(state.optimizer)
-        self._step, self._losses, self._seconds = state.step, list(state.losses), state.seconds
-        logger.info("recovery goes on after step %d of %d", self._step, self._options.steps)
+        if state is not None:
+            self._restore_trained(state)
+            self._resume(state)
 
-    def run(self, file: StateFile) -> None:
-        """Take the steps that are left."""
-        steps, before, done = self._options.steps, self._seconds, self._step
-        begin = time.monotonic()
-        while self._step < steps:
-            loss = self._take_step()
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {self._step + 1}",
-                    where="--heal",
-                    fix="give a smaller learning rate",
-                )
-            self._step += 1
-            self._losses.append((self._step, loss))
-            now = time.monotonic() - begin
-            self._seconds = before + now
-            per_step = now / (self._step - done)
-            logger.info(
-                "recovery: step %d of %d, loss %.4f, %.0f tokens/s, %s left",
-                self._step,
-                steps,
-                loss,
-                self._batch * self._tokens.shape[1] / per_step,
-                _clock((steps - self._step) * per_step),
-            )
-            if file.is_due or self._step == steps:
-                file.write(self._state(file.run))
+    def _trained(self) -> dict[str, Tensor]:
+        return self._tensors
 
-    def _take_step(self) -> float:
-        """Take one optimizer step; return the mean loss of its tokens before it."""
-        rows = batch_rows(self._step, self._batch, len(self._tokens), self._options.seed)
-        together = max(1, _TOKENS_TOGETHER // self._tokens.shape[1])
-        parts = [rows[begin : begin + together] for begin in range(0, len(rows), together)]
-        loss = sum(self._backward(part, len(part) / len(rows)) for part in parts)
-        torch.nn.utils.clip_grad_norm_(self._tensors.values(), _CLIP)
-        rate = self._options.rate(self._step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss
+    def _rate(self) -> float:
+        return self._options.rate(self.step)
 
     def _backward(self, rows: list[int], share: float) -> float:
-        """Add the gradients of some sequences, weighted by their share of the step; return their part of its loss."""
         wanted = self._wanted[rows].flatten(0, 1).to(self._device)
         with matmuls_in(self._dtype, self._device):
             hidden = last_hidden(self._model, self._tokens[rows].to(self._device)).flatten(0, 1)
@@ -242,40 +185,21 @@ class _Training:
             hidden, self._head, wanted, self._dense_head, temperature=temperature, share=share
         )
 
-    def _state(self, run: str) -> TrainingState:
-        tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
-        return TrainingState(
-            run, self._step, tuple(self._losses), self._seconds, tensors, self._optimizer.state_dict()
-        )
-
     def result(self) -> HealResult:
         """Return what was done, over all runs."""
-        tokens = self._step * self._batch * self._tokens.shape[1]
+        tokens = self.step * self.batch_tokens
         details = {
             "pass": "heal",
-            "steps": self._step,
+            "steps": self.step,
             "tokens": tokens,
             "trained": sum(tensor.numel() for tensor in self._tensors.values()),
-            "loss_first": self._losses[0][1],
-            "loss_last": self._losses[-1][1],
-            "seconds": round(self._seconds, 1),
+            "loss_first": self.losses[0][1],
+            "loss_last": self.losses[-1][1],
+            "seconds": round(self.seconds, 1),
         }
         return HealResult(
-            tuple(self._losses), self._seconds, tokens, Finding("heal", Outcome.APPLIED, details=details)
+            tuple(self.losses), self.seconds, tokens, Finding("heal", Outcome.APPLIED, details=details)
         )
-
-
-def batch_rows(step: int, batch: int, sequences: int, seed: int) -> list[int]:
-    """Return the sequences of a step: each is drawn once before any is drawn again.
-
-    A function of its arguments alone, so that a run which goes on needs no random state.
-    """
-    rows = []
-    for draw in range(step * batch, (step + 1) * batch):
-        turn, place = divmod(draw, sequences)
-        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed + turn))
-        rows.append(int(order[place]))
-    return rows
 
 
 def _check(rewritten: Rewritten, tokens: Tensor) -> None:
@@ -286,30 +210,10 @@ def _check(rewritten: Rewritten, tokens: Tensor) -> None:
             where="--heal",
             fix="leave it out",
         )
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or not 2 <= tokens.shape[1] <= config.max_position_embeddings:
-        raise InputError(
-            f"tokens of shape {tuple(tokens.shape)} cannot be trained on",
-            where="tokens",
-            fix=f"give (sequences, length) with a length from 2 to {config.max_position_embeddings}",
-        )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
-        raise InputError(
-            f"token ids from {int(tokens.min())} to {int(tokens.max())} are outside the vocabulary",
-            where="tokens",
-            fix=f"give ids from 0 to {config.vocab_size - 1}",
-        )
+    check_tokens(config, tokens)
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         return matmul_dtype(device)
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.detach().double().square().mean().sqrt())
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -278,7 +278,7 @@ def test_sequences_beyond_those_taken_together_are_accumulated(
     monkeypatch.setattr(BasisLinear, "observe", watched)
     for together in (64, 16):
         seen[together] = []
-        monkeypatch.setattr("rk_export.basis_training._TOKENS_TOGETHER", together)
+        monkeypatch.setattr("rk_export.training._TOKENS_TOGETHER", together)
         selected(source, replace(OPTIONS, steps=1))
     assert len(seen[64]) == len(seen[16]) == 14
     for whole, parts in zip(seen[64], seen[16], strict=True):
@@ -334,7 +334,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
         stop_after(patch, stop)
         with pytest.raises(KeyboardInterrupt):
             selected(source, options, state=state)
-    with caplog.at_level(logging.INFO, "rk_export.basis_training"):
+    with caplog.at_level(logging.INFO, "rk_export.training"):
         resumed = selected(source, options, state=state)
     assert f"goes on after step {stop}" in caplog.text
     assert resumed.losses == whole.losses
@@ -344,8 +344,8 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Write the state after every step, and interrupt the next one after `steps`."""
-    monkeypatch.setattr("rk_export.heal_state._SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("rk_export.heal_state._LARGEST_SHARE", float("inf"))
+    monkeypatch.setattr("rk_export.training_state._SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("rk_export.training_state._LARGEST_SHARE", float("inf"))
     optimize, taken = torch.optim.AdamW.step, []
 
     def step(optimizer: torch.optim.AdamW) -> None:
