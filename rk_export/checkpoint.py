@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.bundle import AtomicFolder, copy_tokenizer
 from rk_export.errors import InputError
-from rk_export.load import read_config, weight_map
+from rk_export.load import read_config
 from rk_export.options import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
@@ -28,6 +27,7 @@ from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.preparable import has_rotated_head
 from rk_export.rewrite import Rewritten
+from rk_export.tensor_files import open_tensors
 
 SECTION = "rk_export"
 CHECKPOINT_VERSION = 1
@@ -133,11 +133,8 @@ def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | Non
 
 
 def _fill(model: PreTrainedModel, folder: Path) -> None:
-    files = weight_map(folder)
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = open_tensors(folder)
+    tensors = {name: stored.read(name) for name in stored.shapes}
     architecture = architecture_of(model.config)
     if _is_tied(model.config) and architecture.lm_head:
         twins = {name for name in tensors if name.startswith(architecture.embedding + ".")}

@@ -6,11 +6,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,7 +17,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -29,6 +25,7 @@ from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
 from rk_export.plan import Pruning
 from rk_export.report import Finding
+from rk_export.tensor_files import StoredTensors, open_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +61,7 @@ class ModelSource:
         self.config = read_config(folder)
         self.architecture: Architecture = architecture_of(self.config)
         self._whole = self.config.model_type in CONVERTED_ON_LOAD
-        self._files = weight_map(folder)
+        self._stored: StoredTensors = open_tensors(folder)
 
     @cached_property
     def layer_count(self) -> int:
@@ -73,17 +70,17 @@ class ModelSource:
 
     def structure(self) -> str:
         """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""
-        shapes = {name: shape for path in set(self._files.values()) for name, shape in _shapes(path)}
-        digest = hashlib.sha256(json.dumps([self.config.model_type, sorted(shapes.items())]).encode())
+        shapes = sorted((name, list(shape)) for name, shape in self._stored.shapes.items())
+        digest = hashlib.sha256(json.dumps([self.config.model_type, shapes]).encode())
         return digest.hexdigest()[:16]
 
     def parameter_count(self) -> int:
         """Return the parameters of the dense model, tied weights once."""
-        return sum(math.prod(shape) for path in set(self._files.values()) for _, shape in _shapes(path))
+        return sum(map(math.prod, self._stored.shapes.values()))
 
     def stored_bytes(self) -> int:
         """Return the bytes of the safetensors files."""
-        return sum(path.stat().st_size for path in set(self._files.values()))
+        return sum(path.stat().st_size for path in self._stored.files)
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer.
@@ -135,13 +132,12 @@ class ModelSource:
         Raises:
             InputError: If it is not finite or its file is broken.
         """
-        with _open(self._files[key]) as file:
-            tensor: Tensor = file.get_tensor(key).to(torch.float32)
+        tensor = self._stored.read(key).to(torch.float32)
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(
                 f"tensor {key!r} has {bad} values that are NaN or infinite",
-                where=str(self._files[key]),
+                where=self._stored.place(key),
                 fix="the checkpoint is damaged: download it again or repair that tensor",
             )
         return tensor
@@ -154,7 +150,7 @@ class ModelSource:
     def _key(self, model: PreTrainedModel, name: str) -> str:
         base = model.base_model_prefix + "."
         for key in (name, name.removeprefix(base), base + name):
-            if key in self._files:
+            if key in self._stored.shapes:
                 return key
         raise InputError(
             f"tensor {name!r} is missing",
@@ -163,7 +159,7 @@ class ModelSource:
         )
 
     def _load_whole(self) -> PreTrainedModel:
-        for key in self._files:
+        for key in self._stored.shapes:
             self.tensor(key)
         model, info = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
@@ -236,56 +232,6 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"cannot be read: {str(error).splitlines()[0]}",
             where=str(folder / "config.json"),
             fix="check the file",
-        ) from error
-
-
-def weight_map(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> safetensors file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {key: folder / name for key, name in names.items()}
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise InputError("is not a weight index", where=str(index), fix="download it again") from error
-        for path in set(files.values()):
-            present = {name for name, _ in _shapes(path)}
-            if lost := sorted(key for key, file in files.items() if file == path and key not in present):
-                raise InputError(f"tensor {lost[0]!r} is missing", where=str(path), fix="download it again")
-        return files
-    path = folder / "model.safetensors"
-    if path.is_file():
-        return {name: path for name, _ in _shapes(path)}
-    pickles = sorted(file.name for file in folder.glob("*.bin")) + sorted(
-        file.name for file in folder.glob("*.pt")
-    )
-    if pickles:
-        raise InputError(
-            f"only pickle weights ({pickles[0]}), which can run code when loaded and are never read",
-            where=str(folder),
-            fix="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
-        )
-    raise InputError("no model.safetensors", where=str(folder), fix="name a folder with safetensors weights")
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
-    with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-            yield name, file.get_slice(name).get_shape()
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise InputError(
-            "is missing", where=str(path), fix="the checkpoint is incomplete: download it again"
-        ) from error
-    except SafetensorError as error:
-        raise InputError(
-            f"is truncated or not safetensors ({error})", where=str(path), fix="download it again"
         ) from error
 
 
