@@ -25,6 +25,9 @@ class QuantizedLinear(nn.Module):
     Args:
         matrix: The packed matrix, (out, in).
         bias: (out,) or None.
+
+    Attributes:
+        reads_floats: The exported product reads floats whatever the accuracy level of the others, and so does this one.
     """
 
     codes: Tensor
@@ -33,7 +36,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.rounds_inputs = False
+        self.rounds_inputs = self.reads_floats = False
         self.spec = matrix.spec
         self.in_features = matrix.columns
         self.out_features = matrix.codes.shape[0]
@@ -53,7 +56,7 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.codes, self.scales, self.zero_points, self.in_features, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rounds_inputs:
+        if self.rounds_inputs and not self.reads_floats:
             x = int8_inputs(x, self.spec)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 

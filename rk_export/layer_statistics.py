@@ -80,11 +80,12 @@ class FromDense(Stationary):
                 {
                     role: known.gradients[layer.index, path] * known.tokens
                     for role, path in zip(site.members, site.paths, strict=True)
+                    if known.gradients
                 },
             )
             for site in sites
             if "expert" not in site.members
-            and all((layer.index, path) in known.gradients for path in site.paths)
+            and all((layer.index, path) in (known.gradients or known.second) for path in site.paths)
         }
 
 

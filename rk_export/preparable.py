@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from rk_export.architectures import architecture_of, empty_canonical_model, has_experts
 from rk_export.decoder_spec import DecoderSpec, decoder_spec
 from rk_export.errors import InputError
-from rk_export.options import PREPARATIONS
+from rk_export.options import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report import Finding, Outcome
 
@@ -28,7 +28,7 @@ class Preparations:
     """What is done to one model.
 
     Args:
-        names: The preparations that apply, in the order of `PREPARATIONS`.
+        names: The preparations that apply, in their order.
         final_norm: Where the final norm's gain goes: it is kept, folded into the head's own matrix, or moved
             into the d x d rotation in front of a tied head.
         findings: One per preparation that was asked for, and one per part that is left out.
@@ -47,7 +47,8 @@ def preparations_of(config: PretrainedConfig, names: Sequence[str]) -> Preparati
         UnsupportedModelError: If the family is unknown.
     """
     check_names(names)
-    reasons = {name: _reason(config, name) for name in PREPARATIONS if name in names}
+    wanted = [name for name in (*PARTS_OF_FOLD, *PREPARATIONS) if name in names]
+    reasons = {name: _reason(config, name) for name in wanted}
     applied = tuple(name for name, reason in reasons.items() if not reason)
     final, kept = _final_norm(config, applied)
     findings = [_finding(f"prepare.{name}", reason) for name, reason in reasons.items()]
@@ -68,11 +69,11 @@ def check_names(names: Iterable[str]) -> None:
     Raises:
         InputError: Names the option and the fix.
     """
-    if unknown := set(names) - set(PREPARATIONS):
+    if unknown := set(names) - {*PREPARATIONS, *PARTS_OF_FOLD}:
         raise InputError(
             f"unknown preparation {min(unknown)!r}",
             where="--prepare",
-            fix=f"choose from {', '.join(PREPARATIONS)}",
+            fix=f"choose from {', '.join((*PREPARATIONS, *PARTS_OF_FOLD))}",
         )
     if "rotate" in names and "fold" not in names:
         raise InputError(
@@ -156,6 +157,13 @@ def wiring_of(config: PretrainedConfig, index: int) -> Wiring:
     )
 
 
+def folded_norms(wiring: Wiring, names: Collection[str]) -> tuple[str, ...]:
+    """Return the paths of the norms of a layer that some preparations fold into what reads them."""
+    wanted = {"fold-attention": True, "fold-mlp": False}
+    kinds = {kind for name, kind in wanted.items() if name in names or "fold" in names}
+    return tuple(norm for norm, paths in wiring.norms.items() if (wiring.value in paths) in kinds)
+
+
 def _reason(config: PretrainedConfig, name: str) -> str:
     """Return why a preparation does not apply, or an empty string."""
     family = config.model_type
@@ -165,7 +173,7 @@ def _reason(config: PretrainedConfig, name: str) -> str:
             "not among the matrices that are rewritten"
         )
     spec = decoder_spec(config)
-    if name == "fold":
+    if name == "fold" or name in PARTS_OF_FOLD:
         return _no_fold(config, spec)
     if name == "rotate":
         return _no_rotation(family, spec)

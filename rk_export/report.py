@@ -275,6 +275,7 @@ class Report(Record):
         perplexity: By model, e.g. ``dense``, ``compressed (PyTorch)``, ``compressed (ONNX Runtime)``.
         speed: Tokens per second by phase, e.g. ``prefill``, ``decode``.
         timings: Seconds by stage, in the order they ran.
+        warnings: What went badly although the run ended: it is shown before everything else.
         notices: What the reader must know. One that begins with the name of a section and a colon
             (``spectra: not computed, the model came from a checkpoint``) says why that section is empty.
     """
@@ -294,6 +295,7 @@ class Report(Record):
     speed: dict[str, float] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary that names its format and version."""

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import GenerationConfig
 
+from rk_export.accuracy_levels import choose_levels
 from rk_export.bundle import (
     ModelCard,
     genai_config,
@@ -32,6 +34,7 @@ from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of, torc
 from rk_export.options import CompressOptions
 from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
 from rk_export.probe import Probe, make_probe
+from rk_export.quality_warning import far_from_dense
 from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
 from rk_export.rewrite import DENSE, Rewritten
@@ -115,6 +118,8 @@ def write_bundle(
     """
     origin_folder = origin.folder if isinstance(origin, ModelSource) else origin
     options = rewritten.plan.options
+    probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
+    rewritten = choose_levels(rewritten, torch.from_numpy(probe.batch))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
         save_graph(graph, folder)
@@ -122,7 +127,6 @@ def write_bundle(
         _write_configs(folder, rewritten, origin_folder)
     provider, notices = _provider(options)
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
-        probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
         tiers, golden = _tiers(folder, rewritten, probe, provider, request.threads)
         require_parity(tiers, str(folder))
     measured = _measure(folder, origin, request, stages, provider)
@@ -140,8 +144,11 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
+        warnings=far_from_dense(rewritten),
         notices=(*notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
     )
+    for warning in report.warnings:
+        logger.warning("WARNING: %s", warning)
     _write_report(folder, rewritten, report, golden, name)
     return report
 
