@@ -68,6 +68,11 @@ class ModelSource:
         """Number of decoder (or encoder) layers."""
         return int(self.config.num_hidden_layers)
 
+    @property
+    def stored(self) -> StoredTensors:
+        """The checkpoint's tensors by name."""
+        return self._stored
+
     def structure(self) -> str:
         """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""
         shapes = sorted((name, list(shape)) for name, shape in self._stored.shapes.items())

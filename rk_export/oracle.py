@@ -1,0 +1,99 @@
+"""Logits of a model as transformers itself loads and computes it: the reference that is not ours."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from rk_export.architectures import empty_model
+from rk_export.errors import InputError
+from rk_export.humanize import size
+from rk_export.load import ModelSource
+from rk_export.measure import torch_logits
+from rk_export.memory import available_memory
+from rk_export.tensor_files import SafetensorFiles
+
+logger = logging.getLogger(__name__)
+
+# Beside the weights in float32 stand the file's pages, the activations and one tensor in its stored type.
+_ROOM = 1.2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes.
+
+    Args:
+        logits: (1, length, width), or None where it was not computed.
+        note: What was loaded, or why nothing was.
+    """
+
+    logits: Tensor | None
+    note: str
+
+
+def transformers_logits(source: ModelSource, tokens: Tensor) -> Reference:
+    """Return the logits of one prompt as transformers computes them in float32 with its eager attention.
+
+    The model is loaded by `from_pretrained` from its folder. A source whose tensors are not those of the folder's
+    safetensors files (renamed, merged, dequantized) fills transformers' class with them by name instead.
+
+    Args:
+        source: The untouched dense model.
+        tokens: One prompt, int64 (1, length).
+
+    Raises:
+        InputError: If transformers finds tensors missing.
+    """
+    needed = round(_ROOM * 4 * source.parameter_count())
+    available = available_memory()
+    if available is not None and needed > available:
+        reason = f"transformers needs {size(needed)} for the whole model, {size(available)} are free"
+        logger.warning("not compared with transformers: %s", reason)
+        return Reference(None, reason)
+    model, note = _whole_model(source)
+    return Reference(torch_logits(model)(tokens.numpy()).float(), note)
+
+
+def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    if isinstance(source.stored, SafetensorFiles):
+        auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            source.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        )
+        note = f"{type(model).__name__}.from_pretrained"
+    else:
+        family = type(empty_model(source.config))
+        tensors = {name: source.tensor(name) for name in source.stored.shapes}
+        model, info = family.from_pretrained(
+            None, config=_plain(source.config), state_dict=tensors, **options
+        )
+        note = f"{family.__name__} filled by name with the tensors as rk-export read them"
+    _require_complete(info, source)
+    return model.eval(), note
+
+
+def _plain(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a config that asks for no quantizer: the tensors are floats already."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
+
+
+def _require_complete(info: dict[str, Any], source: ModelSource) -> None:
+    unused = source.architecture.unused
+    missing = sorted(name for name in info["missing_keys"] if not (unused and name.startswith(unused)))
+    if missing:
+        raise InputError(
+            f"transformers finds no tensor {missing[0]!r} and would start it at random",
+            where=source.name,
+            fix="the checkpoint is incomplete, or its tensors belong to another class: convert it",
+        )
