@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from rk_export.architectures import empty_model
 from rk_export.errors import InputError
@@ -57,7 +60,8 @@ def transformers_logits(source: ModelSource, tokens: Tensor) -> Reference:
         reason = f"transformers needs {size(needed)} for the whole model, {size(available)} are free"
         logger.warning("not compared with transformers: %s", reason)
         return Reference(None, reason)
-    model, note = _whole_model(source)
+    with _quiet():
+        model, note = _whole_model(source)
     return Reference(torch_logits(model)(tokens.numpy()).float(), note)
 
 
@@ -78,6 +82,20 @@ def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
         note = f"{family.__name__} filled by name with the tensors as rk-export read them"
     _require_complete(info, source)
     return model.eval(), note
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and its table of tensors away: what matters of it becomes an error here."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
 
 
 def _plain(config: PretrainedConfig) -> PretrainedConfig:

@@ -33,7 +33,7 @@ from rk_export.measure import torch_logits
 from rk_export.passes.modules import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
 from rk_export.preflight import ORACLE_TIER, Preflight
 from rk_export.probe import Probe
-from rk_export.report import ParityTier
+from rk_export.report import Outcome, ParityTier
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
@@ -47,10 +47,11 @@ LEVEL_FACTOR = 2.0
 # From here on, int8 inputs are named as what they are: too coarse for this model.
 COARSE = 0.5
 # An exact reparameterization may move the logits by so many times what one float32 step in every layer does.
-ROUNDING_FACTOR = 8.0
+ROUNDING_FACTOR = 16.0
 
 _PREPARED, _FACTORIZED = "PyTorch dense vs prepared", "PyTorch prepared vs factorized"
 _QUANTIZED = "PyTorch factorized vs quantized"
+_PREPARE = "prepare."
 _CHECKPOINT = "a compressed checkpoint holds no dense model"
 
 
@@ -63,7 +64,11 @@ def method_tiers(rewritten: Rewritten, before: Preflight) -> Iterator[ParityTier
     """
     logits = {version: tensor.float().numpy() for version, tensor in rewritten.probe_logits.items()}
     yield before.tier
-    names = rewritten.plan.options.preparations
+    names = [
+        finding.target.removeprefix(_PREPARE)
+        for finding in rewritten.findings
+        if finding.target.startswith(_PREPARE) and finding.outcome is Outcome.APPLIED
+    ]
     bound = max(FLOAT_BOUND["fp32"], ROUNDING_FACTOR * before.rounding)
     done = f"{', '.join(names)}; " if names else "nothing was prepared; "
     note = f"{done}one float32 step in every layer moves the logits by {before.rounding:.2g}"
