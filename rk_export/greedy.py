@@ -14,7 +14,7 @@ from rk_export.probe import NEW_TOKENS, Crossing, Probe
 from rk_export.report import ParityTier
 from rk_export.rewrite import Rewritten
 from rk_export.runtime import GenerationOptions, Session
-from rk_export.switches import LONG_ROTATION, Switch
+from rk_export.switches import LONG_ROTATION, Switch, switches_of
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ def greedy_tier(rewritten: Rewritten, golden: Golden) -> ParityTier:
     token also passes where PyTorch prefers another by no more than two computations may differ.
     """
     exact = rewritten.plan.options.float_dtype == "fp32"
-    splits = (*(None for _ in golden.probe.prompts), *(item.switch for item in golden.probe.crossings))
     same, within, total, widest = 0, 0, 0, 0.0
-    for start, tokens, switch in zip(golden.starts, golden.tokens, splits, strict=True):
-        logits = _continuation(rewritten, start, tokens, switch)
+    for start, tokens in zip(golden.starts, golden.tokens, strict=True):
+        logits = _continuation(rewritten, start, tokens)
         gaps = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
         allowed = 0.0 if exact else 2 * golden.bound * float(logits.abs().max())
         same += int((gaps == 0).sum())
@@ -121,20 +120,20 @@ def greedy_tier(rewritten: Rewritten, golden: Golden) -> ParityTier:
     )
 
 
-def _continuation(
-    rewritten: Rewritten, start: tuple[int, ...], tokens: tuple[int, ...], switch: Switch | None
-) -> Tensor:
+def _continuation(rewritten: Rewritten, start: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
     """Return the logits (tokens, vocabulary) that PyTorch's greedy decoding would choose each token by.
 
     Past the switch of a long rotation the whole text is rotated otherwise, so what was chosen before it is computed
     on its own.
     """
     ids = torch.tensor([[*start, *tokens]])
+    rotations = [item.tokens for item in switches_of(rewritten.model.config) if item.name == LONG_ROTATION]
     with float_inputs(rewritten.model):
         logits = _last_logits(rewritten, ids, len(tokens) + 1)[:-1]
-        if switch is not None and switch.name == LONG_ROTATION and ids.shape[1] > switch.tokens:
-            before = switch.tokens - len(start) + 1
-            logits[:before] = _last_logits(rewritten, ids[:, : switch.tokens], before)
+        for switch in rotations:
+            before = switch - len(start) + 1
+            if 0 < before <= len(tokens):
+                logits[:before] = _last_logits(rewritten, ids[:, :switch], before)
     return logits
 
 

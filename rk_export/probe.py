@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rk_export.switches import WINDOW, Switch
+from rk_export.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 
 PROMPT_LENGTH = 32
 NEW_TOKENS = 64
@@ -62,12 +62,12 @@ class Probe:
     Args:
         prompts: Token ids of each prompt, `PROMPT_LENGTH` each.
         crossings: Longer or shorter texts for the switches that those prompts do not cross.
-        out_of_reach: Switches that no affordable text crosses.
+        uncrossed: Switches that no text crosses, each with the reason.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     crossings: tuple[Crossing, ...] = ()
-    out_of_reach: tuple[Switch, ...] = ()
+    uncrossed: tuple[tuple[Switch, str], ...] = ()
 
     @property
     def batch(self) -> np.ndarray:
@@ -83,10 +83,9 @@ class Probe:
         crossed = "".join(
             f"; one of {len(item.tokens):,} tokens crosses the {item.switch}" for item in self.crossings
         )
-        beyond = "".join(
-            f"; the {item} is not crossed: beyond {LONGEST:,} tokens" for item in self.out_of_reach
+        return crossed + "".join(
+            f"; the {switch} is not crossed: {reason}" for switch, reason in self.uncrossed
         )
-        return crossed + beyond
 
 
 def make_probe(tokenizer_folder: Path, vocabulary: int, switches: tuple[Switch, ...] = ()) -> Probe:
@@ -98,15 +97,24 @@ def make_probe(tokenizer_folder: Path, vocabulary: int, switches: tuple[Switch, 
         switches: Lengths at which the model begins to compute otherwise; each is crossed.
     """
     rows = _texts(tokenizer_folder, vocabulary)
-    length = min(PROMPT_LENGTH, *(len(row) for row in rows))
+    # Prompts on both sides of a switch would be padded to a batch that is rotated as one.
+    rotated = [item.tokens for item in switches if item.name == LONG_ROTATION]
+    length = min(PROMPT_LENGTH, *(len(row) for row in rows), *rotated)
     # The common prompts are decoded from `DECODE_FROM` on, and cross a shorter window there.
     wanted = [item for item in switches if item.name != WINDOW or item.tokens > length - DECODE_FROM]
     stream = tuple(itertools.islice(itertools.cycle(itertools.chain(*rows)), LONGEST))
     return Probe(
         tuple(tuple(row[:length]) for row in rows),
-        tuple(_crossing(item, stream) for item in wanted if item.tokens + AFTER <= LONGEST),
-        tuple(item for item in wanted if item.tokens + AFTER > LONGEST),
+        tuple(_crossing(item, stream) for item in wanted if not _obstacle(item)),
+        tuple((item, _obstacle(item)) for item in wanted if _obstacle(item)),
     )
+
+
+def _obstacle(switch: Switch) -> str:
+    """Return why a switch is not crossed, or an empty string."""
+    if switch.name not in CROSSED_BY_RUNTIME:
+        return "the runtime keeps what it cached before"
+    return f"beyond {LONGEST:,} tokens" if switch.tokens + AFTER > LONGEST else ""
 
 
 def _crossing(switch: Switch, stream: tuple[int, ...]) -> Crossing:

@@ -218,7 +218,10 @@ def test_the_dry_run_refuses_it_too(tmp_path: Path, cli: Cli) -> None:
     model = loud(tmp_path / "model", 1e5)
     ended = cli("compress", model, "-o", tmp_path / "out", "--ep", "portable", "--dry-run")
     assert (ended.code, "reaches" in ended.err) == (2, True)
-    assert cli("compress", model, "-o", tmp_path / "out", "--ep", "cpu", "--dry-run", "--metric", "none").code == 0
+    assert (
+        cli("compress", model, "-o", tmp_path / "out", "--ep", "cpu", "--dry-run", "--metric", "none").code
+        == 0
+    )
 
 
 def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:

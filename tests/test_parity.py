@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_options
 from onnx import helper, numpy_helper
+from tiny_models import tiny_model
 
 from rk_export import assert_parity, parity, pipeline, write_bundle
 from rk_export.comparison import compare, require_parity
@@ -190,6 +191,23 @@ def test_a_fault_shows_in_its_tier(
 ) -> None:
     damage(own_bundle, change)
     assert failed_tiers(own_bundle, rewritten, probe) == failed
+
+
+def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -> None:
+    """One neuron a thousand times as loud: its block of inputs is coarse, in the runtime as in the emulation."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3] *= 1000
+    model.save_pretrained(tmp_path / "model")
+    report = pipeline.compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=()), threads=1)
+    (tier,) = (tier for tier in report.parity if tier.tier == "d")
+    emulated = float(tier.note.removeprefix("PyTorch's own int8 inputs differ from floats by ").split(";")[0])
+    assert tier.bound == pytest.approx(2 * emulated, rel=0.05)
+    assert tier.relative_error == pytest.approx(emulated, rel=0.2)
+    exact = replace(tiny_options(groups=()), accuracy_level=0)
+    report = pipeline.compress(tmp_path / "model", tmp_path / "exact", exact, threads=1)
+    (tier,) = (tier for tier in report.parity if tier.tier == "d")
+    assert (tier.max_error, tier.bound, tier.note) == (0, 1e-4, "no inputs are rounded to int8")
 
 
 def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
