@@ -20,7 +20,7 @@ floats on both sides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -69,14 +69,25 @@ def method_tiers(rewritten: Rewritten, before: Preflight) -> Iterator[ParityTier
         for finding in rewritten.findings
         if finding.target.startswith(_PREPARE) and finding.outcome is Outcome.APPLIED
     ]
-    bound = max(FLOAT_BOUND["fp32"], ROUNDING_FACTOR * before.rounding)
-    done = f"{', '.join(names)}; " if names else "nothing was prepared; "
-    note = f"{done}one float32 step in every layer moves the logits by {before.rounding:.2g}"
-    yield compare("p", _PREPARED, before.logits.numpy(), logits[DENSE], bound=bound, note=note)
+    yield prepared_tier(before, logits[DENSE], names)
     prompts = before.probe.prompts
     note = f"{len(prompts)} prompts of {len(prompts[0])} tokens"
     yield compare("a", _FACTORIZED, logits[DENSE], logits[FACTORIZED], bound=None, note=note)
     yield compare("b", _QUANTIZED, logits[FACTORIZED], logits[QUANTIZED], bound=None, note=note)
+
+
+def prepared_tier(before: Preflight, logits: np.ndarray, names: Sequence[str]) -> ParityTier:
+    """Return tier p: the untouched dense model against the reparameterized one.
+
+    Args:
+        before: The untouched dense model on the probe.
+        logits: Of the prepared model on the same prompts.
+        names: The reparameterizations that were applied.
+    """
+    bound = max(FLOAT_BOUND["fp32"], ROUNDING_FACTOR * before.rounding)
+    done = ", ".join(names) or "nothing was prepared"
+    note = f"{done}; one float32 step in every layer moves the logits by {before.rounding:.2g}"
+    return compare("p", _PREPARED, before.logits.numpy(), logits, bound=bound, note=note)
 
 
 def checkpoint_tiers() -> Iterator[ParityTier]:

@@ -14,6 +14,7 @@ from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
+from rk_export.comparison import require_parity
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
@@ -30,11 +31,11 @@ from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
 from rk_export.options import CalibrationOptions, CompressOptions
-from rk_export.parity import bundle_tiers, method_tiers, runtime_tiers
+from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
-from rk_export.preflight import preflight
-from rk_export.prepared import save_prepared
+from rk_export.preflight import dense_logits, preflight
+from rk_export.prepared import PreparedSource, save_prepared
 from rk_export.probe import Probe, make_probe
 from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
@@ -343,13 +344,18 @@ def prepare(
 
     Raises:
         InputError: If the model, a name or the output cannot be used.
+        ParityError: If the prepared model computes other logits; nothing is written.
     """
     source, peaks = open_source(model), {}
     check_replaceable(Path(out), force)
+    before = preflight(source, CompressOptions())
     if "scale" in names:
         device = resolve_device("auto")
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
+    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
+    logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
+    require_parity((prepared_tier(before, logits.numpy(), prepared.prepared),), source.name)
     return save_prepared(source, names, Path(out), seed=seed, peaks=peaks, alpha=SCALE_ALPHA, force=force)
 
 

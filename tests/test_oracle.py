@@ -170,6 +170,9 @@ def test_a_broken_reparameterization_shows_in_its_tier_alone(
     with pytest.raises(ParityError, match=r"tier p \(PyTorch dense vs prepared\)") as caught:
         pipeline.compress(llama, tmp_path / "out", options, threads=1)
     assert "; tier" not in str(caught.value)
+    with pytest.raises(ParityError, match="tier p"):
+        pipeline.prepare(llama, tmp_path / "prepared", ("fold",))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Path) -> None:
