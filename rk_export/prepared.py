@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
 from rk_export.errors import InputError
+from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
 from rk_export.options import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
@@ -23,7 +24,7 @@ from rk_export.passes.prepare.heads import rotate_heads
 from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal
 from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated_tied_head
 from rk_export.passes.prepare.scale import scale_layer
-from rk_export.preparable import check_scale, preparations_of, wiring_of
+from rk_export.preparable import check_scale, preparations_of
 from rk_export.report import Finding
 from rk_export.stored_form import plain_model
 
