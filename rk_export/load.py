@@ -49,11 +49,13 @@ class ModelSource:
         findings: What was done to the model on the way from its files.
         variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
         pruning: What whole structures the source leaves out; None for none.
+        changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
     """
 
     findings: tuple[Finding, ...] = ()
     variant: str = ""
     pruning: Pruning | None = None
+    changed: str = ""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name

@@ -60,9 +60,9 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
     check_tokenizer(source.folder, source.config.vocab_size)
     probe = make_probe(source.folder, source.config.vocab_size, switches_of(source.config))
     tokens = torch.from_numpy(probe.batch)
-    reference = transformers_logits(source, tokens[:1])
     peaks = Peaks() if options.float_dtype == "fp16" else None
     logits, rounding = dense_logits(source, tokens, peaks)
+    reference = transformers_logits(source, tokens[:1])
     tier = not_measured("0", ORACLE_TIER, reference.note)
     if reference.logits is not None:
         bound = FLOAT_BOUND["fp32"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Cli, tiny_options
+from safetensors.torch import load_file, save_file
 from tiny_models import DECODERS, FAMILIES, tiny_model
 from torch import Tensor
 
@@ -124,18 +126,41 @@ class Renamed:
         return self._stored.read(name) * (2 if name == self._scaled else 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mixtral", "bert"])
-def test_tensors_that_are_not_the_files_own_fill_transformers_class(source_of: SourceOf, family: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bert"])
+def test_tensors_that_are_not_the_files_own_fill_transformers_class(
+    source_of: SourceOf, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
     source = open_source(source_of(family).folder)
     name = next(name for name, shape in source.stored.shapes.items() if len(shape) == 2)
     source._stored = Renamed(source.stored, name)
-    if family == "mixtral":  # our loader reads converted families from the folder: the change shows
-        with pytest.raises(ParityError):
-            preflight(source, tiny_options())
-        return
+    with pytest.raises(ParityError, match="tier 0"):
+        preflight(source, tiny_options())
+    source.changed = "an adapter is merged"
+    tier = preflight(source, tiny_options()).tier
+    assert tier.passed
+    assert tier.note.endswith("filled by name with the tensors as rk-export read them: an adapter is merged")
+    assert "filled by name" in caplog.text
+
+
+def test_a_converted_family_is_filled_too(source_of: SourceOf) -> None:
+    source = open_source(source_of("mixtral").folder)
+    source.changed = "an adapter is merged"
     tier = preflight(source, tiny_options()).tier
     assert tier.passed
     assert "filled by name" in tier.note
+
+
+def test_a_folder_that_transformers_does_not_read_completely_is_filled(llama: Path, tmp_path: Path) -> None:
+    """Names under a prefix that transformers does not know: from_pretrained would start every tensor at random."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {f"wrapped.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(llama)
+    source.folder = folder
+    tier = preflight(source, tiny_options()).tier
+    assert tier.passed
+    assert "transformers finds no tensor" in tier.note
 
 
 def test_a_tensor_that_transformers_misses_is_named(llama: Path) -> None:
@@ -147,9 +172,9 @@ def test_a_tensor_that_transformers_misses_is_named(llama: Path) -> None:
         def shapes(self) -> Mapping[str, tuple[int, ...]]:
             return shapes
 
-    source._stored = Lacking(source.stored)
+    source._stored, source.changed = Lacking(source.stored), "an adapter is merged"
     with pytest.raises(InputError, match=r"no tensor 'model\.norm\.weight'"):
-        preflight(source, tiny_options())
+        oracle.transformers_logits(source, torch.arange(3, 9)[None])
 
 
 # --- tier p: the untouched model against the prepared one
