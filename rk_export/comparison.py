@@ -40,7 +40,7 @@ def not_measured(tier: str, name: str, reason: str) -> ParityTier:
 def relative_error(reference: np.ndarray, candidate: np.ndarray) -> float:
     """Return the largest difference over the largest value of the reference."""
     difference = np.abs(candidate.astype(np.float64) - reference).max()
-    return float(difference / np.abs(reference).max())
+    return float(difference / np.abs(reference).max()) if difference else 0.0
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -85,8 +85,8 @@ def prepared_tier(before: Preflight, logits: np.ndarray, names: Sequence[str]) -
         names: The reparameterizations that were applied.
     """
     bound = max(FLOAT_BOUND["fp32"], ROUNDING_FACTOR * before.rounding)
-    done = ", ".join(names) or "nothing was prepared"
-    note = f"{done}; one float32 step in every layer moves the logits by {before.rounding:.2g}"
+    step = f"one float32 step in every layer moves the logits by {before.rounding:.2g}"
+    note = f"{', '.join(names)}; {step}" if names else "nothing was prepared"
     return compare("p", _PREPARED, before.logits.numpy(), logits, bound=bound, note=note)
 
 

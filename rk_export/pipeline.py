@@ -348,7 +348,7 @@ def prepare(
     """
     source, peaks = open_source(model), {}
     check_replaceable(Path(out), force)
-    before = preflight(source, CompressOptions())
+    before = preflight(source, CompressOptions(prepare=names))
     if "scale" in names:
         device = resolve_device("auto")
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)

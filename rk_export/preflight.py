@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,7 +35,8 @@ class Preflight:
     Args:
         probe: The prompts.
         logits: Of the untouched dense model, (prompts, length, width).
-        rounding: Relative error of the logits that float32 alone costs: every layer's output shaken by one step.
+        rounding: Relative error of the logits that float32 alone costs: every layer's output shaken by one step. Zero
+            where nothing is to be prepared.
         tier: Tier 0.
         notices: What the reader of the report must know.
     """
@@ -61,7 +63,7 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
     probe = make_probe(source.folder, source.config.vocab_size, switches_of(source.config))
     tokens = torch.from_numpy(probe.batch)
     peaks = Peaks() if options.float_dtype == "fp16" else None
-    logits, rounding = dense_logits(source, tokens, peaks)
+    logits, rounding = dense_logits(source, tokens, peaks, shaken=bool(options.preparations))
     reference = transformers_logits(source, tokens[:1])
     tier = not_measured("0", ORACLE_TIER, reference.note)
     if reference.logits is not None:
@@ -75,19 +77,23 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
 
 
 @torch.no_grad()
-def dense_logits(source: ModelSource, tokens: Tensor, peaks: Peaks | None = None) -> tuple[Tensor, float]:
+def dense_logits(
+    source: ModelSource, tokens: Tensor, peaks: Peaks | None = None, *, shaken: bool = False
+) -> tuple[Tensor, float]:
     """Run tokens through a model, one layer in memory at a time.
 
-    A second run has the output of every layer moved by noise of one float32 step of its root mean square in each
-    coordinate: what an exact computation in another basis may differ by.
+    On request a second run has the output of every layer moved by noise of one float32 step of its root mean
+    square in each coordinate: what an exact computation in another basis may differ by.
 
     Args:
         source: The model.
         tokens: int64 (batch, length).
         peaks: Records the largest values of the exact run.
+        shaken: Make the second run.
 
     Returns:
-        Logits (batch, length, width), and the largest difference of the second run's over the largest logit.
+        Logits (batch, length, width), and the largest difference of the second run's over the largest logit (zero
+        without one).
     """
     model = source.skeleton()
     source.load_rest(model)
@@ -95,20 +101,22 @@ def dense_logits(source: ModelSource, tokens: Tensor, peaks: Peaks | None = None
     streams = Streams(model, layers, tokens)
     noise = torch.Generator().manual_seed(0)
     streams.start(_EXACT)
-    streams.hidden[_SHAKEN] = streams.hidden[_EXACT]
+    if shaken:
+        streams.hidden[_SHAKEN] = streams.hidden[_EXACT]
     if peaks is not None:
         peaks.note("the token embedding", streams.hidden[_EXACT])
     for index in range(source.layer_count):
         layer = source.load_layer(model, index)
-        if peaks is None:
+        with nullcontext() if peaks is None else peaks.recording(layer, f"layer {index}"):
             streams.advance(_EXACT, index)
-        else:
-            with peaks.recording(layer, f"layer {index}"):
-                streams.advance(_EXACT, index)
-        streams.hidden[_SHAKEN] = _shaken(streams.advance(_SHAKEN, index), noise)
+        if shaken:
+            streams.hidden[_SHAKEN] = _shaken(streams.advance(_SHAKEN, index), noise)
         layer.to("meta")
-    logits, shaken = streams.finish(_EXACT).float(), streams.finish(_SHAKEN).float()
-    return logits, float((shaken - logits).abs().max() / logits.abs().max())
+    logits = streams.finish(_EXACT).float()
+    if peaks is not None:
+        peaks.note("the output", logits)
+    moved = streams.finish(_SHAKEN).float() if shaken else logits
+    return logits, float((moved - logits).abs().max() / logits.abs().max())
 
 
 def _shaken(hidden: Tensor, generator: torch.Generator) -> Tensor:
