@@ -11,12 +11,13 @@ import logging
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, sha256_of, write_manifest
 from rk_export.genai import genai_config, write_genai_config
 from rk_export.model_card import ModelCard, model_card
+from rk_export.tokenizer_files import TOKENIZER_JSON, convert_tokenizer, present_files
 from rk_export.triton import triton_repository
 
 __all__ = [
@@ -36,19 +37,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
 
 
 def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) -> GenerationConfig:
@@ -97,18 +85,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     Raises:
         InputError: The tokenizer cannot be converted.
     """
-    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    present = present_files(source)
     if not present:
         logger.warning("%s holds no tokenizer: the bundle takes token ids only", source)
         return
     for name in present:
         shutil.copyfile(source / name, folder / name)
-    if "tokenizer.json" not in present:  # GenAI and `tokenizers` read this form only
-        try:
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
-        except (OSError, ValueError, ImportError) as error:
-            fix = "add the fast tokenizer's tokenizer.json to the model folder"
-            raise InputError("the tokenizer cannot be converted", where=str(source), fix=fix) from error
+    if TOKENIZER_JSON not in present:  # GenAI and `tokenizers` read this form only
+        convert_tokenizer(source, folder)
     _name_known_class(folder / "tokenizer_config.json")
 
 

@@ -96,7 +96,7 @@ class Groundwork:
         """Return where the statistics of the layers' sites come from."""
         calibration, architecture = self.options.calibration, self.source.architecture
         if calibration.metric == "gain":
-            return FromGains(architecture)
+            return FromGains(self.source.config)
         if self.statistics is None or self.tokens is None:
             return NoStatistics()
         dense = FromDense(self.statistics)

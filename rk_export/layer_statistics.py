@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import Architecture
 from rk_export.calibration import CalibrationStreams
@@ -60,10 +60,10 @@ class NoStatistics(Stationary):
 class FromGains(Stationary):
     """Moments estimated from the norms' gains and the weights (see `gain.py`)."""
 
-    architecture: Architecture
+    config: PretrainedConfig
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
-        return gain_statistics(layer, sites, self.architecture)
+        return gain_statistics(layer, sites, self.config)
 
 
 @dataclass(frozen=True)

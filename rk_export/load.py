@@ -49,11 +49,13 @@ class ModelSource:
         findings: What was done to the model on the way from its files.
         variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
         pruning: What whole structures the source leaves out; None for none.
+        changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
     """
 
     findings: tuple[Finding, ...] = ()
     variant: str = ""
     pruning: Pruning | None = None
+    changed: str = ""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -67,6 +69,11 @@ class ModelSource:
     def layer_count(self) -> int:
         """Number of decoder (or encoder) layers."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def stored(self) -> StoredTensors:
+        """The checkpoint's tensors by name."""
+        return self._stored
 
     def structure(self) -> str:
         """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of, empty_canonical_model, has_experts
+from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.decoder_spec import DecoderSpec, decoder_spec
 from rk_export.errors import InputError
+from rk_export.layer_wiring import wiring_of
 from rk_export.options import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report import Finding, Outcome
 
-ROUTER = "mlp.gate"
-NORM_MINUS_ONE = ("gemma2", "gemma3_text")
 # f(s x) = s f(x) for s > 0.
 HOMOGENEOUS_ACTIVATIONS = ("relu",)
 
@@ -129,34 +128,6 @@ def has_rotated_head(config: PretrainedConfig, names: Sequence[str]) -> bool:
     return bool(names) and preparations_of(config, names).final_norm == "rotated head"
 
 
-def wiring_of(config: PretrainedConfig, index: int) -> Wiring:
-    """Return what reads and writes the residual stream in decoder layer `index`."""
-    architecture, spec = architecture_of(config), decoder_spec(config)
-    projections = architecture.projections(config, index)
-    path = {item.role: item.path for item in projections if item.role != "expert"}
-    experts = [item.path for item in projections if item.role == "expert"]
-    triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
-    reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
-    reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
-    if has_experts(config, index):
-        reads_mlp.append(ROUTER)
-    torch_path = {onnx: torch for torch, onnx in architecture.renamed.items()}
-    before = {
-        spec.norm_names.before_attention: (path["q"], path["k"], path["v"]),
-        spec.norm_names.before_mlp: tuple(reads_mlp),
-    }
-    mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)
-    return Wiring(
-        norms={torch_path.get(name, name): paths for name, paths in before.items() if name},
-        writers=(path["o"], *(down for _, down in mlps)),
-        value=path["v"],
-        output=path["o"],
-        kv_heads=spec.heads.kv_heads,
-        mlps=mlps,
-        unit_offset=config.model_type in NORM_MINUS_ONE,
-    )
-
-
 def folded_norms(wiring: Wiring, names: Collection[str]) -> tuple[str, ...]:
     """Return the paths of the norms of a layer that some preparations fold into what reads them."""
     wanted = {"fold-attention": True, "fold-mlp": False}
@@ -177,6 +148,8 @@ def _reason(config: PretrainedConfig, name: str) -> str:
         return _no_fold(config, spec)
     if name == "rotate":
         return _no_rotation(family, spec)
+    if name == "rotate-heads" and spec.on_values:
+        return f"{spec.on_values} stands between the values of {family} and its output projection"
     if name == "scale" and not spec.gated_mlp and spec.activation not in HOMOGENEOUS_ACTIVATIONS:
         return f"the MLP of {family} has no gate, and {spec.activation} of a scaled input is not the scaled output"
     return ""

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rk_export.architectures import architecture_of
 from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
 from rk_export.errors import InputError
+from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
 from rk_export.options import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
@@ -26,7 +27,7 @@ from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal
 from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated_tied_head
 from rk_export.passes.prepare.scale import scale_layer
 from rk_export.passes.prepare.wiring import Wiring
-from rk_export.preparable import check_scale, folded_norms, preparations_of, wiring_of
+from rk_export.preparable import check_scale, folded_norms, preparations_of
 from rk_export.report import Finding
 from rk_export.stored_form import plain_model
 
@@ -139,7 +140,7 @@ class PreparedSource(ModelSource):
         layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
         fresh = self._is_fresh(layer)
         super().load_layer(model, index)
-        if fresh:
+        if fresh and self.prepared:
             self._layers.apply(layer, wiring_of(self.config, index), index, self.prepared)
         return layer
 
