@@ -75,7 +75,7 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
 def write_model_config(folder: Path, config: PretrainedConfig) -> None:
     """Write ``config.json`` without what sends a loader to remote code or to the source's quantization."""
     plain = copy.deepcopy(config)
-    for name in ("quantization_config", "auto_map"):
+    for name in ("quantization_config", "auto_map", "custom_pipelines"):
         if hasattr(plain, name):
             delattr(plain, name)
     plain._name_or_path = ""  # often a private path
@@ -105,7 +105,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
     if "tokenizer.json" not in present:  # GenAI and `tokenizers` read this form only
         try:
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            tokenizer.save_pretrained(folder)
         except (OSError, ValueError, ImportError) as error:
             fix = "add the fast tokenizer's tokenizer.json to the model folder"
             raise InputError("the tokenizer cannot be converted", where=str(source), fix=fix) from error
