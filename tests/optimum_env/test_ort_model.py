@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
 pytest.importorskip("optimum.onnxruntime", reason="needs optimum-onnx: run `make test-optimum`")
 
 import onnx
