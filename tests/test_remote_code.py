@@ -185,6 +185,29 @@ def test_bundles_run_without_looking_at_code(
     assert planted.is_untouched
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"custom_ops_library": "evil.so"},
+        {"provider_options": [{"trt": {"trt_extra_plugin_lib_paths": "evil.so"}}]},
+    ],
+    ids=["operators", "plugins"],
+)
+def test_native_code_that_a_bundle_names_for_genai_is_not_loaded(
+    cli: Cli, own_bundle: Path, options: dict[str, Any]
+) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="needs the extra: pip install 'rk-export[genai]'")
+    path = own_bundle / "genai_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model"]["decoder"]["session_options"] |= options
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    ended = cli("bench", own_bundle, "--against", f"genai:{own_bundle}", "--provider", "cpu")
+    assert ended.code == 2
+    assert f"rk-export: error: {path}: " in ended.err
+    assert "names native code" in ended.err
+    assert cli("run", own_bundle, "-p", "the", "--max-new-tokens", 1, "--provider", "cpu").code == 0
+
+
 # --- every form in which code is named
 
 
@@ -292,7 +315,7 @@ def test_the_state_of_a_training_runs_nothing(tmp_path: Path) -> None:
     assert marker.exists()
     marker.unlink()
     torch.save({"version": 1, "state": Bomb(marker)}, tmp_path / "zipped.state")
-    (tmp_path / "plain.state").write_bytes(pickle.dumps(Bomb(marker)))
+    (tmp_path / "plain.state").write_bytes(pickle.dumps(Bomb(marker), protocol=2))
     for name in ("zipped.state", "plain.state"):
         with pytest.raises(InputError, match="is no state of a recovery"):
             StateFile(tmp_path / name, "run").read()
