@@ -157,7 +157,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
     with _parameters_on_meta(), no_init_weights():
-        model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model: PreTrainedModel = auto.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
     return model.eval()
 
 

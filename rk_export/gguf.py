@@ -94,7 +94,7 @@ def _convert(source: GgufFile, folder: Path) -> None:
 def _parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the checkpoint's tensor names and shapes without allocating them; a tied head is left out."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

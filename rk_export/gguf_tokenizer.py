@@ -42,7 +42,9 @@ def write_tokenizer(
         tempfile.TemporaryDirectory() as alone
     ):  # tokenizer files lying beside the GGUF must not be picked up
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
+        )
     if splitter is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = splitter
     if rule in _NFC:

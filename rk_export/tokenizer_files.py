@@ -76,7 +76,8 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
             fix=f"pip install sentencepiece; or {_FIX}",
         )
     try:
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
         Tokenizer.from_file(str(folder / TOKENIZER_JSON))
     except Exception as error:  # each tokenizer library raises exceptions of its own, some of them bare
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
