@@ -13,6 +13,7 @@ from rk_export import planner
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
+from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
@@ -126,6 +127,8 @@ def _checked_options(
     options = options or CompressOptions()
     check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
+    if not source.architecture.is_encoder:
+        check_ends(source.folder, source.config)
     resolve_device(options.device)
     return options
 
@@ -256,6 +259,8 @@ def export(
     with AtomicFolder(out, force=force) as partial:
         with stages.stage("load", f"opening {model}"):
             rewritten = load_pretrained(folder)
+            if not rewritten.architecture.is_encoder:
+                check_ends(folder, rewritten.model.config)
         probe = make_probe(folder, rewritten.model.config.vocab_size)
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
