@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
 from rk_export.runtime.chat_files import MORE_TEMPLATES, PROCESSOR_FILE, TEMPLATE_FILE, TemplateFiles
-from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE, NAMES, SpecialTokens
+from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE, SpecialTokens
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ def _missing_tokens(folder: Path, tokenizer: Any) -> list[str]:
 def _name_tokens(folder: Path, named: dict[str, str]) -> None:
     """Let the files name the special tokens as transformers does, where a name is a default of the class."""
     found = SpecialTokens.read(folder).named
-    changes = {name: named.get(name) for name in NAMES if named.get(name) != found.get(name)}
+    names = sorted({*named, *found})
+    changes = {name: named.get(name) for name in names if named.get(name) != found.get(name)}
     for file in (CONFIG_FILE, MAP_FILE):
         if changes and (file == CONFIG_FILE or (folder / file).is_file()):
             _write_json(folder / file, read_json(folder / file) | changes)
@@ -100,7 +101,8 @@ def _move_processor_template(folder: Path) -> None:
         return
     files = TemplateFiles.read(folder)
     if set(files.files.values()) == {path} and len(files.sources) == 1:
-        (folder / TEMPLATE_FILE).write_text(*files.sources.values(), encoding="utf-8")
+        (text,) = files.sources.values()
+        (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
         path.unlink()
 
 

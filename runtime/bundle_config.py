@@ -88,4 +88,3 @@ def _first(*values: Any) -> Any:
 def _head_size(config: dict[str, Any]) -> int | None:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     return hidden // heads if hidden and heads else None
-

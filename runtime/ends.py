@@ -41,6 +41,13 @@ class Ends:
         """The tokens in the form of a ``generation_config.json``."""
         return self.ids[0] if len(self.ids) == 1 else list(self.ids) or None
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tokens for people: text and id."""
+        return tuple(
+            f"`{self.texts[end]}` ({end})" if end in self.texts else f"token {end}" for end in self.ids
+        )
+
 
 def read_ends(folder: Path) -> Ends:
     """Merge the ends that a folder's files name.
@@ -101,7 +108,11 @@ class _Found:
 
     def add_tokenizer(self) -> None:
         """Add ``eos_token``; the map of special tokens counts even where transformers passes it over."""
-        named = [(self._tokens.named_in["eos_token"], text) for text in [self._tokens.named.get("eos_token")] if text]
+        named = [
+            (self._tokens.named_in["eos_token"], text)
+            for text in [self._tokens.named.get("eos_token")]
+            if text
+        ]
         in_map = token_text(read_json(self._tokens.folder / MAP_FILE).get("eos_token"))
         for place, text in dict.fromkeys([*named, *([(MAP_FILE, in_map)] if in_map else [])]):
             self._add_text(f"{place} (eos_token)", text)
@@ -127,7 +138,9 @@ class _Found:
         if token is None:
             self._ignored.append(f"{place} names {text!r}, which the tokenizer does not have")
         elif self._vocab_size is not None and token >= self._vocab_size:
-            self._ignored.append(f"{place} names {text!r} ({token}), outside a vocabulary of {self._vocab_size}")
+            self._ignored.append(
+                f"{place} names {text!r} ({token}), outside a vocabulary of {self._vocab_size}"
+            )
         else:
             self._texts[token] = text
             self._add(token, place)
@@ -155,7 +168,7 @@ def _behind_answer(template: ChatTemplate) -> Iterator[str]:
     for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
         chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
         try:
-            text, found, behind = template.render(chat, add_generation_prompt=False).rpartition(_ANSWER)
+            _, found, behind = template.render(chat, add_generation_prompt=False).rpartition(_ANSWER)
         except InputError:
             continue
         if found:

@@ -66,7 +66,9 @@ def continued(rendered: str, messages: Sequence[dict[str, Any]]) -> str:
             where="continue_final_message",
             fix="let the last message be the assistant's, without what the template leaves out",
         )
-    return text if rest.startswith(" ") else text.rstrip()  # without the space, the template trims its messages
+    return (
+        text if rest.startswith(" ") else text.rstrip()
+    )  # without the space, the template trims its messages
 
 
 def _last_text(messages: Sequence[dict[str, Any]]) -> str:

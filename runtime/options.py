@@ -53,7 +53,9 @@ class GenerationOptions:
         )
         _require(not isinstance(self.stop, str), "stop", self.stop, "give a tuple of strings")
         _require(all(self.stop), "stop", self.stop, "remove the empty string")
-        fits = not isinstance(self.stop_token_ids, (Integral, str)) and all(map(_is_token, self.stop_token_ids))
+        fits = not isinstance(self.stop_token_ids, (Integral, str)) and all(
+            map(_is_token, self.stop_token_ids)
+        )
         _require(fits, "stop_token_ids", self.stop_token_ids, "give a tuple of token ids, 0 or more")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "give 0 or more")
 
@@ -98,4 +100,4 @@ def _require(holds: bool, option: str, value: object, fix: str) -> None:
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0

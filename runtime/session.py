@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -141,8 +141,13 @@ class Session:
                 pass
         return [row.result() for row in rows]
 
-    def stream(self, prompt: Prompt, options: GenerationOptions = _GREEDY) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, options: GenerationOptions = _GREEDY
+    ) -> Generator[str, None, Generation]:
         """Continue one prompt and yield the pieces of the text that ``generate`` returns.
+
+        Returns:
+            What ``generate`` returns, as the generator's value.
 
         Raises:
             InputError: The prompt is empty or leaves no room for a new token.
@@ -151,6 +156,7 @@ class Session:
         for _ in self._run([row], options):
             if piece := row.new_text():
                 yield piece
+        return row.result()
 
     def chat(
         self, messages: Sequence[Message], options: GenerationOptions = _GREEDY, **template_args: Any

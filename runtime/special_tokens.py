@@ -11,8 +11,6 @@ from typing import Any
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
 
-# The names that transformers hands to a chat template.
-NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
 
@@ -23,7 +21,8 @@ class SpecialTokens:
 
     Args:
         folder: The folder it was read from.
-        named: Texts by name, such as ``bos_token``; names without a token are absent.
+        named: Texts by name, such as ``bos_token``, the model's own (``image_token``) included; names without a
+            token are absent.
         named_in: File that names each of them.
     """
 
@@ -48,8 +47,8 @@ class SpecialTokens:
         named: dict[str, str] = {}
         named_in: dict[str, str] = {}
         for file, values in files.items():
-            for name in set(NAMES) & values.keys():
-                text = token_text(values[name])
+            for name, value in _name_fields(values).items():
+                text = token_text(value)
                 if text is None:
                     named.pop(name, None)
                 else:
@@ -72,7 +71,9 @@ class SpecialTokens:
         decoder = read_json(self.folder / CONFIG_FILE).get("added_tokens_decoder") or {}
         older = read_json(self.folder / "added_tokens.json")
         try:
-            listed = {entry["content"]: int(entry["id"]) for entry in self._tokenizer.get("added_tokens") or ()}
+            listed = {
+                entry["content"]: int(entry["id"]) for entry in self._tokenizer.get("added_tokens") or ()
+            }
             configured = {entry["content"]: int(index) for index, entry in decoder.items()}
             return {**{text: int(index) for text, index in older.items()}, **configured, **listed}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -93,6 +94,13 @@ class SpecialTokens:
         if isinstance(vocabulary, list):  # Unigram: pairs of text and score, in the order of their ids
             return {pair[0]: index for index, pair in enumerate(vocabulary)}
         return vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def _name_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a file that may name a token; flags such as ``add_bos_token`` are among them."""
+    more = values.get("extra_special_tokens")
+    named = {name: value for name, value in values.items() if name.endswith("_token")}
+    return {**named, **(more if isinstance(more, dict) else {})}
 
 
 def token_text(value: Any) -> str | None:

@@ -39,7 +39,15 @@ class TextCodec:
         self._hidden = {index: str(token.content) for index, token in added.items() if token.special}
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return the tokens of a text, with the special tokens that the post-processor adds."""
+        """Return the tokens of a text, with the special tokens that the post-processor adds.
+
+        Raises:
+            InputError: The text holds halves of surrogate pairs, which no UTF-8 has.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"not UTF-8 ({error})", where="prompt", fix="encode it as UTF-8") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -116,7 +124,9 @@ class StopMatcher:
         cuts = [where[text.find(stop)] for text, where in texts for stop in self._stops if stop in text]
         self.stopped = bool(cuts)
         if not cuts:
-            overlaps = ((where, len(text) - _overlap(text, stop)) for text, where in texts for stop in self._stops)
+            overlaps = (
+                (where, len(text) - _overlap(text, stop)) for text, where in texts for stop in self._stops
+            )
             cuts = [len(held), *(where[start] for where, start in overlaps if start < len(where))]
         cut = min(cuts)
         self._held = [] if self.stopped else held[cut:]
