@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
 from rk_export.errors import InputError
+
+try:
+    import readline  # edits and recalls lines, where Python has it
+except ImportError:
+    readline = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from rk_export.runtime import Generation, GenerationOptions, Session
@@ -151,16 +156,21 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Yield what is typed, without empty lines, until the end of input, an interrupt or ``/exit``."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  # editing and recalling lines, where Python has it
+    """Yield what is typed, without empty lines, until the end of input, ``/exit`` or an interrupt of an empty one."""
     while True:
         try:
             line = input(_PROMPT).strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as left:
             print(flush=True)
+            if isinstance(left, KeyboardInterrupt) and _half_typed():
+                continue
             return
         if line in ("/exit", "/quit"):
             return
         if line:
             yield line
+
+
+def _half_typed() -> bool:
+    """Whether the line that was interrupted held something; never without readline, which cannot be asked."""
+    return readline is not None and bool(readline.get_line_buffer().strip())

@@ -14,7 +14,8 @@ from rk_export.runtime.chat_files import TemplateFiles
 from rk_export.runtime.special_tokens import MAP_FILE, SpecialTokens, token_text
 
 _FIELD = "eos_token_id"
-_ANSWER = "rkAnswer"  # stands for an answer while the template shows what it writes behind one
+# Stand for a question and an answer while the template shows what it writes behind the latter.
+_QUESTION, _ANSWER = "rkQuestion", "rkAnswer"
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,22 @@ def token_ids(value: Any, where: str) -> list[int]:
 
 def _behind_answer(template: ChatTemplate) -> Iterator[str]:
     """Yield what a template writes behind the last answer; nothing where it refuses the question."""
-    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
-        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    for wrap in (str, _text_block):
+        chat = [
+            {"role": "user", "content": wrap(_QUESTION)},
+            {"role": "assistant", "content": wrap(_ANSWER)},
+        ]
         try:
             _, found, behind = template.render(chat, add_generation_prompt=False).rpartition(_ANSWER)
         except InputError:
             continue
         if found:
             yield behind
+
+
+def _text_block(text: str) -> list[dict[str, str]]:
+    """Return a content in the form that multimodal templates take."""
+    return [{"type": "text", "text": text}]
 
 
 def _first_token(text: str, added: Mapping[str, int]) -> str | None:
