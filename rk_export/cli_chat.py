@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from rk_export.runtime import Generation, GenerationOptions, Session
 
 _PROMPT = "> "
-_HELP = (
-    "Ctrl-C stops an answer; /reset forgets the conversation; /exit, Ctrl-D or Ctrl-C at the prompt leaves."
-)
+_HELP = "Ctrl-C stops an answer; /reset forgets the conversation; /exit, Ctrl-D or Ctrl-C at an empty prompt leaves"
 
 
 class Conversation:
@@ -159,7 +157,10 @@ def _typed_lines() -> Iterator[str]:
     """Yield what is typed, without empty lines, until the end of input, ``/exit`` or an interrupt of an empty one."""
     while True:
         try:
-            line = input(_PROMPT).strip()
+            line = _typed().strip()
+        except UnicodeDecodeError as error:
+            say(f"not UTF-8: {error}")
+            continue
         except (EOFError, KeyboardInterrupt) as left:
             print(flush=True)
             if isinstance(left, KeyboardInterrupt) and _half_typed():
@@ -169,6 +170,14 @@ def _typed_lines() -> Iterator[str]:
             return
         if line:
             yield line
+
+
+def _typed() -> str:
+    """Return a typed line; where the answers go to a file, the prompt does not."""
+    if sys.stdout.isatty():
+        return input(_PROMPT)
+    print(_PROMPT, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def _half_typed() -> bool:

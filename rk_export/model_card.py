@@ -18,8 +18,8 @@ class ModelCard:
         context_length: Tokens of prompt and answer together.
         summary: One paragraph: what was done to the model.
         results: Rows of measured values, label and text.
-        ends: Tokens that end a text, as text and id.
         license: License of the weights, None when unknown.
+        ends: Tokens that end a text, as text and id.
     """
 
     name: str
@@ -28,8 +28,8 @@ class ModelCard:
     context_length: int
     summary: str
     results: tuple[tuple[str, str], ...] = ()
-    ends: tuple[str, ...] = ()
     license: str | None = None
+    ends: tuple[str, ...] = ()
 
 
 def model_card(card: ModelCard) -> str:

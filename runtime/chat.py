@@ -101,7 +101,7 @@ class ChatTemplate:
     def _run(self, name: str, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> str:
         try:
             return self._compiled(name).render({**values, "messages": messages})
-        except (*_FAILURES, RecursionError) as error:
+        except (*_FAILURES, RecursionError, MemoryError) as error:
             raise InputError(
                 f"the template refuses the messages: {error}",
                 where=self._files.where(name),
@@ -122,7 +122,7 @@ class ChatTemplate:
     def _compiled(self, name: str) -> jinja2.Template:
         try:
             return _compile(self._files.sources[name])
-        except jinja2.TemplateSyntaxError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             where = self._files.where(name)
             raise InputError(
                 f"not a valid template: {error}", where=where, fix="repair the template"

@@ -109,14 +109,12 @@ class _Found:
 
     def add_tokenizer(self) -> None:
         """Add ``eos_token``; the map of special tokens counts even where transformers passes it over."""
-        named = [
-            (self._tokens.named_in["eos_token"], text)
-            for text in [self._tokens.named.get("eos_token")]
-            if text
-        ]
-        in_map = token_text(read_json(self._tokens.folder / MAP_FILE).get("eos_token"))
-        for place, text in dict.fromkeys([*named, *([(MAP_FILE, in_map)] if in_map else [])]):
-            self._add_text(f"{place} (eos_token)", text)
+        named = {MAP_FILE: token_text(read_json(self._tokens.folder / MAP_FILE).get("eos_token"))}
+        if "eos_token" in self._tokens.named:
+            named = {self._tokens.named_in["eos_token"]: self._tokens.named["eos_token"], **named}
+        for file, text in named.items():
+            if text is not None:
+                self._add_text(f"{file} (eos_token)", text)
 
     def add_end_of_turn(self, folder: Path) -> None:
         """Add the first token that the chat template writes behind an answer."""

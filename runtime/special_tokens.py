@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,8 @@ class SpecialTokens:
     def read(cls, folder: Path) -> SpecialTokens:
         """Read ``tokenizer_config.json`` and ``special_tokens_map.json``; absent files name nothing.
 
-        The map overrides the config, unless the config lists ``added_tokens_decoder``: since the tokenizers that
-        do, transformers passes the map over.
+        The map overrides the config. Where the config lists ``added_tokens_decoder``, transformers passes the map
+        over, and so does this.
 
         Raises:
             InputError: A file is no JSON object.
@@ -57,7 +58,8 @@ class SpecialTokens:
 
     def id_of(self, text: str) -> int | None:
         """Return the id of a token, or None where the tokenizer has no such token."""
-        return self.added.get(text, self._vocabulary.get(text))
+        index = self.added.get(text, self._vocabulary.get(text))
+        return index if isinstance(index, int) else None
 
     @cached_property
     def added(self) -> dict[str, int]:
@@ -70,30 +72,37 @@ class SpecialTokens:
         """
         decoder = read_json(self.folder / CONFIG_FILE).get("added_tokens_decoder") or {}
         older = read_json(self.folder / "added_tokens.json")
-        try:
+        with self._malformed_lists():
             listed = {
                 entry["content"]: int(entry["id"]) for entry in self._tokenizer.get("added_tokens") or ()
             }
             configured = {entry["content"]: int(index) for index, entry in decoder.items()}
-            return {**{text: int(index) for text, index in older.items()}, **configured, **listed}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"its list of added tokens is malformed ({error!r})",
-                where=str(self.folder),
-                fix=f"give {TOKENIZER_FILE} and {CONFIG_FILE} as transformers saves them",
-            ) from error
+            found = {**{text: int(index) for text, index in older.items()}, **configured, **listed}
+            return {str(text): index for text, index in found.items()}
 
     @cached_property
     def _tokenizer(self) -> dict[str, Any]:
         return read_json(self.folder / TOKENIZER_FILE)
 
     @cached_property
-    def _vocabulary(self) -> dict[str, int]:
+    def _vocabulary(self) -> dict[str, Any]:
         model = self._tokenizer.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocabulary, list):  # Unigram: pairs of text and score, in the order of their ids
-            return {pair[0]: index for index, pair in enumerate(vocabulary)}
+        with self._malformed_lists():
+            if isinstance(vocabulary, list):  # Unigram: pairs of text and score, in the order of their ids
+                return {pair[0]: index for index, pair in enumerate(vocabulary)}
         return vocabulary if isinstance(vocabulary, dict) else {}
+
+    @contextmanager
+    def _malformed_lists(self) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"a list of its tokens is malformed ({error!r})",
+                where=str(self.folder),
+                fix=f"give {TOKENIZER_FILE} and {CONFIG_FILE} as transformers saves them",
+            ) from error
 
 
 def _name_fields(values: Mapping[str, Any]) -> dict[str, Any]:

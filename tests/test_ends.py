@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runtime_models import EOS, TinyDecoder, byte_tokenizer
 from test_chat_template import CHATML, write_json, write_tokenizer
 from tiny_models import tiny_model
@@ -22,11 +25,10 @@ from rk_export.check_ends import check_ends
 from rk_export.errors import InputError
 from rk_export.load import open_source
 from rk_export.runtime import FinishReason, GenerationOptions, Session
-from rk_export.runtime.ends import read_ends
+from rk_export.runtime.ends import Ends, read_ends
 from rk_export.runtime.generate import Row
 
 IM_END, VOCAB = 259, 320
-FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def folder_of(folder: Path, template: str | None = None, tokenizer: bool = True, **files: Any) -> Path:
@@ -146,12 +148,56 @@ def test_malformed_tokenizer_files_are_refused(tmp_path: Path) -> None:
     folder = folder_of(
         tmp_path, tokenizer_config={"added_tokens_decoder": {"x": {"content": 1}}, "eos_token": "a"}
     )
-    with pytest.raises(InputError, match="list of added tokens is malformed"):
+    with pytest.raises(InputError, match="a list of its tokens is malformed"):
         read_ends(folder)
     (folder / "special_tokens_map.json").write_text("[]")
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"special_tokens_map\.json: not a JSON object"):
         read_ends(folder)
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 400)
+    | st.text(max_size=3)
+    | st.sampled_from(["<eos>", "<|im_end|>"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["content", "id", "vocab", "0", "7", "eos_token", "a"]), inner, max_size=2
+        )
+    ),
+    max_leaves=4,
+)
+_FIELDS = {
+    "config.json": ("eos_token_id", "text_config", "vocab_size"),
+    "generation_config.json": ("eos_token_id",),
+    "genai_config.json": ("model",),
+    "tokenizer_config.json": ("eos_token", "added_tokens_decoder", "chat_template", "extra_special_tokens"),
+    "special_tokens_map.json": ("eos_token", "bos_token"),
+    "added_tokens.json": ("a", "<eos>"),
+    "tokenizer.json": ("added_tokens", "model"),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.fixed_dictionaries({}, optional={
+    file: st.fixed_dictionaries({}, optional=dict.fromkeys(fields, _JSON)) for file, fields in _FIELDS.items()
+}))  # fmt: skip
+def test_any_files_give_ends_or_a_message(files: dict[str, Any]) -> None:
+    with TemporaryDirectory() as folder:
+        for name, values in files.items():
+            write_json(Path(folder) / name, values)
+        ends, where = Ends({}, {}), folder
+        try:
+            ends = read_ends(Path(folder))
+        except InputError as error:
+            where = str(error.where)
+    assert where.startswith(folder)
+    assert all(end >= 0 for end in ends.ids)
+    assert set(ends.texts) <= set(ends.ids)
+    assert len(ends.labels) == len(ends.ids)
 
 
 # --- what the bundle says
