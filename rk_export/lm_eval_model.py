@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rk_export.errors import InputError
 from rk_export.log_likelihood import Continuation, PairEncoder, log_likelihoods
 from rk_export.runtime import GenerationOptions, Session
-from rk_export.runtime.bundle_config import read_json
+from rk_export.runtime.bundle_files import read_json
 from rk_export.runtime.providers import Provider
 
 try:

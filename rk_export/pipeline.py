@@ -14,6 +14,7 @@ from rk_export.accuracy_levels import choose_levels
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
+from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.comparison import require_parity
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
@@ -134,6 +135,8 @@ def _checked_options(
     options = options or CompressOptions()
     check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
+    if not source.architecture.is_encoder:
+        check_ends(source.folder, source.config)
     resolve_device(options.device)
     return options
 
@@ -269,6 +272,8 @@ def export(
     with AtomicFolder(out, force=force) as partial:
         with stages.stage("load", f"opening {model}"):
             rewritten = load_pretrained(folder)
+            if not rewritten.architecture.is_encoder:
+                check_ends(folder, rewritten.model.config)
         config = rewritten.model.config
         probe = make_probe(folder, config.vocab_size, switches_of(config))
         logits = torch_logits(rewritten.model)(probe.batch)

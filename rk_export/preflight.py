@@ -19,7 +19,7 @@ from rk_export.probe import Probe, make_probe
 from rk_export.report import ParityTier
 from rk_export.streams import Streams
 from rk_export.switches import switches_of
-from rk_export.tokenizer_files import check_tokenizer
+from rk_export.tokenizer_conversion import check_tokenizer
 
 logger = logging.getLogger(__name__)
 

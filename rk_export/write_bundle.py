@@ -42,6 +42,7 @@ from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
 from rk_export.rewrite import Rewritten
 from rk_export.runtime import Session
+from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.sizes import size_summary
 
@@ -256,6 +257,7 @@ def _write_report(
         context_length=int(rewritten.model.config.max_position_embeddings),
         summary=_summary(options),
         results=_results(report),
+        ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rk_export.errors import InputError, ProviderError
-from rk_export.runtime.bundle_config import read_json
+from rk_export.runtime.bundle_files import read_json
 from rk_export.runtime.decoder import Decoder
 from rk_export.runtime.providers import Provider
 from rk_export.runtime.session import Session

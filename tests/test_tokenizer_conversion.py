@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from rk_export import pipeline
 from rk_export.errors import InputError
-from rk_export.tokenizer_files import check_tokenizer, convert_tokenizer
+from rk_export.tokenizer_conversion import check_tokenizer, convert_tokenizer
 
 
 @pytest.fixture(scope="module")
