@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.gguf import gguf_to_folder, rotary_halves
-from rk_export.gguf_config import llama3_divisors
+from rk_export.gguf import gguf_to_folder
+from rk_export.gguf_tensors import rotary_halves
+from rk_export.gguf_rotary import llama3_divisors
 
 SIZES = {
     "hidden_size": 64,
