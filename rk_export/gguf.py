@@ -25,12 +25,13 @@ from rk_export.gguf_config import config_of
 from rk_export.gguf_families import Family, family_of
 from rk_export.gguf_file import GgufFile, open_gguf
 from rk_export.gguf_tensors import Origin, checkpoint_tensor, origins
-from rk_export.gguf_tokenizer import check_tokenizer, write_tokenizer
+from rk_export.gguf_tokenizer import WHOLE_WORDS_FIRST, check_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/rk-export/gguf")
-_FORMAT = 1  # raise when the conversion changes: cached folders of an older format are then made again
+# Raise what changes: cached folders of an older format are then made again, the others stay.
+_FORMAT, _FORMAT_OF_WHOLE_WORDS = 1, 2
 
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -63,13 +64,18 @@ def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     conversion = _read(Path(path).expanduser())
     source = conversion.source
     root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
-    folder = root / f"{source.stem}-{source.digest()[:16]}-v{_FORMAT}"
+    folder = root / f"{source.stem}-{source.digest()[:16]}-v{_format(source)}"
     if folder.is_dir():
         logger.info("%s: already converted, %s", source.path.name, folder)
         return folder
     with AtomicFolder(folder, force=True) as partial:
         _convert(conversion, partial)
     return folder
+
+
+def _format(source: GgufFile) -> int:
+    rule = source.get("tokenizer.ggml.pre")
+    return _FORMAT_OF_WHOLE_WORDS if rule in WHOLE_WORDS_FIRST else _FORMAT
 
 
 def _read(path: Path) -> _Conversion:

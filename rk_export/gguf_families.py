@@ -58,11 +58,12 @@ def _gemma3(source: GgufFile, stated: Settings) -> Settings:
     pattern = source.model_key("attention.sliding_window_pattern", 6)
     if isinstance(pattern, int):
         pattern = [(index + 1) % pattern != 0 for index in range(layers)] if pattern else [True] * layers
-    if not stated.get("sliding_window"):
-        pattern = [False] * layers
+    window = stated.get("sliding_window")
+    if not window:
+        pattern, window = [False] * layers, stated["max_position_embeddings"]  # transformers wants a number
     return {
         "query_pre_attn_scalar": _gemma_scale(stated, layers_of_27b=62),
-        "sliding_window": stated.get("sliding_window"),
+        "sliding_window": window,
         "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
     }
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rk_export.errors import UnsupportedModelError
@@ -27,7 +27,8 @@ _QWEN2 = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
 _TEKKEN, _GPT4O = "tekken", "gpt-4o"
 _DEFAULT = (None, "default")
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen"})
-_WHOLE_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+WHOLE_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+_OWN_SPACES = frozenset({"gemma2", "gemma3", "phi3"})  # transformers knows what these do with spaces
 _KNOWN = _GPT2 | _SINGLE_DIGITS | _LLAMA3 | _QWEN2 | {_TEKKEN, _GPT4O, "default"}
 
 _CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
@@ -70,6 +71,8 @@ def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
         )
     if source.get("tokenizer.ggml.model") == _BYTE_LEVEL:
         _split_words(tokenizer, source)
+    elif source.get("tokenizer.ggml.add_space_prefix") is False and source.architecture not in _OWN_SPACES:
+        _leave_first_space_out(tokenizer.backend_tokenizer)
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(folder)
 
@@ -86,8 +89,21 @@ def _split_words(tokenizer: Any, source: GgufFile) -> None:
     backend.pre_tokenizer = splitter(rule)
     if rule in _NFC:
         backend.normalizer = normalizers.NFC()
-    if rule in _WHOLE_WORDS_FIRST and isinstance(backend.model, models.BPE):
-        backend.model.ignore_merges = True  # a word of the vocabulary is one token, whatever the merges give
+    if rule in WHOLE_WORDS_FIRST:
+        if isinstance(backend.model, models.BPE):
+            backend.model.ignore_merges = (
+                True  # a word of the vocabulary is one token, whatever the merges give
+            )
+        if "tokenizer.ggml.add_bos_token" not in source.metadata:  # these families begin with it all the same
+            tokenizer.add_bos_token = tokenizer.bos_token is not None
+
+
+def _leave_first_space_out(backend: Any) -> None:
+    """A SentencePiece vocabulary whose texts do not begin with a space of their own."""
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
 
 
 def splitter(rule: str | None) -> Any:
