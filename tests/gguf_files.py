@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ def write_gguf(
     rule: str | None = "smollm",
     quantize: bool = False,
     extend: Callable[[Writer], None] = lambda writer: None,
+    tokenizer: Callable[[Writer], None] | None = None,
+    words: Sequence[str] = (),
     without: str = "",
     tensors: dict[str, np.ndarray] | None = None,
     **splitting: int,
@@ -67,6 +69,8 @@ def write_gguf(
         rule: ``tokenizer.ggml.pre``, left out when None.
         quantize: Store matrices as Q8_0.
         extend: Adds metadata.
+        tokenizer: Adds another tokenizer than the byte-level one.
+        words: Put in place of the last words of the vocabulary.
         without: Tensor that is left out.
         tensors: Further tensors by name.
         **splitting: ``split_max_tensors`` for shards.
@@ -77,7 +81,10 @@ def write_gguf(
     writer = Writer(path, architecture, **splitting)
     add_sizes(writer, config)
     add_options(writer, config)
-    add_tokenizer(writer, rule)
+    if tokenizer is None:
+        add_tokenizer(writer, rule, words)
+    else:
+        tokenizer(writer)
     extend(writer)
     for name, values in stored_tensors(model, architecture):
         if name == without:
@@ -145,13 +152,14 @@ def add_options(writer: Writer, config: Any) -> None:
             getattr(writer, f"add_{name}")(getattr(config, name))
 
 
-def add_tokenizer(writer: Writer, rule: str | None) -> None:
+def add_tokenizer(writer: Writer, rule: str | None, words: Sequence[str] = ()) -> None:
+    vocabulary = [*VOCABULARY[: len(VOCABULARY) - len(words)], *words]
     writer.add_tokenizer_model("gpt2")
     if rule is not None:
         writer.add_tokenizer_pre(rule)
-    writer.add_token_list(VOCABULARY)
+    writer.add_token_list(vocabulary)
     writer.add_token_types([3, 3, *[1] * (len(VOCABULARY) - 2)])
-    writer.add_token_merges(MERGES)
+    writer.add_token_merges([merge for merge in MERGES if merge.replace(" ", "") in vocabulary])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 
