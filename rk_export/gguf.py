@@ -101,10 +101,10 @@ def _convert(conversion: _Conversion, folder: Path) -> None:
     def tensor_of(name: str) -> torch.Tensor:
         return checkpoint_tensor(tensors[name], config, conversion.family).to(dtype)
 
-    _stream_safetensors(folder / "model.safetensors", shapes, dtype, tensor_of)
+    write_tokenizer(conversion.source, folder, max_length=config.max_position_embeddings)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    write_tokenizer(conversion.source, folder, max_length=config.max_position_embeddings)
+    _stream_safetensors(folder / "model.safetensors", shapes, dtype, tensor_of)
 
 
 def _stream_safetensors(

@@ -49,6 +49,7 @@ _OTHER_KEYS = frozenset(
         *("vocab_size", "attention.value_length", "attention.causal", "attention.sliding_window_pattern"),
         *("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
         *("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_weights_norm"),
+        *("expert_gating_func", "expert_weights_scale"),
         *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear"),
     )
 )
@@ -96,13 +97,25 @@ def _stated(source: GgufFile) -> dict[str, Any]:
         source.required("attention.layer_norm_rms_epsilon")
     stated = {name: value for name, value in values.items() if value is not None}
     heads = stated["num_attention_heads"]
-    if not heads or not stated["num_hidden_layers"]:
-        raise InputError("the metadata states no heads or no layers", where=str(source.path))
     stated.setdefault("num_key_value_heads", heads)
+    if not heads or not stated["num_key_value_heads"]:
+        raise InputError("the metadata states no heads", where=str(source.path))
     stated.setdefault("head_dim", stated["hidden_size"] // heads)
+    _check_layers(source, stated["num_hidden_layers"])
     if stated.get("sliding_window") == 0:  # llama.cpp's way to say that there is none
         stated["sliding_window"] = None
     return stated | {name: source.get(f"tokenizer.ggml.{suffix}") for suffix, name in _TOKEN_KEYS.items()}
+
+
+def _check_layers(source: GgufFile, stated: int) -> None:
+    """A damaged number of layers must not be built."""
+    found = len({name.split(".")[1] for name in source.tensors if name.startswith("blk.")})
+    if not 0 < stated <= found:
+        raise InputError(
+            f"the metadata states {stated} layers, the tensors are of {found}",
+            where=str(source.path),
+            fix="the file is incomplete: take another conversion of this model",
+        )
 
 
 def _check_attention(source: GgufFile, values: dict[str, Any]) -> None:

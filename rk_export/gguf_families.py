@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.gguf_file import GgufFile
 
 Settings = dict[str, Any]
@@ -58,6 +58,11 @@ def _gemma3(source: GgufFile, stated: Settings) -> Settings:
     pattern = source.model_key("attention.sliding_window_pattern", 6)
     if isinstance(pattern, int):
         pattern = [(index + 1) % pattern != 0 for index in range(layers)] if pattern else [True] * layers
+    elif not isinstance(pattern, list) or len(pattern) != layers:
+        raise InputError(
+            f"gemma3.attention.sliding_window_pattern is {pattern!r}, nothing for {layers} layers",
+            where=str(source.path),
+        )
     window = stated.get("sliding_window")
     if not window:
         pattern, window = [False] * layers, stated["max_position_embeddings"]  # transformers wants a number
@@ -84,14 +89,28 @@ def _granite(source: GgufFile, stated: Settings) -> Settings:
             fix="use the Hugging Face checkpoint of this model",
         )
     return _biases(source, stated) | {
-        "attention_multiplier": source.model_key("attention.scale") or stated["head_dim"] ** -0.5,
-        "embedding_multiplier": source.model_key("embedding_scale") or 1.0,
-        "residual_multiplier": source.model_key("residual_scale") or 1.0,
-        "logits_scaling": source.model_key("logit_scale") or 1.0,
+        "attention_multiplier": source.number("attention.scale") or stated["head_dim"] ** -0.5,
+        "embedding_multiplier": source.number("embedding_scale") or 1.0,
+        "residual_multiplier": source.number("residual_scale") or 1.0,
+        "logits_scaling": source.number("logit_scale") or 1.0,
     }
 
 
+def _check_router(source: GgufFile) -> None:
+    """The router takes a softmax and scales nothing, in both families with experts."""
+    softmax = (0, 1)
+    for name, accepted in (("expert_gating_func", softmax), ("expert_weights_scale", (0.0, 1.0))):
+        value = source.number(name)
+        if value is not None and value not in accepted:
+            raise UnsupportedModelError(
+                f"a router with {name} {value} cannot be converted",
+                where=f"{source.path}, key {source.architecture}.{name}",
+                fix="use the Hugging Face checkpoint of this model",
+            )
+
+
 def _qwen3moe(source: GgufFile, stated: Settings) -> Settings:
+    _check_router(source)
     return {
         "num_experts": source.required("expert_count"),
         "num_experts_per_tok": source.required("expert_used_count"),
@@ -103,6 +122,7 @@ def _qwen3moe(source: GgufFile, stated: Settings) -> Settings:
 
 
 def _mixtral(source: GgufFile, stated: Settings) -> Settings:
+    _check_router(source)
     return {
         "num_local_experts": source.required("expert_count"),
         "num_experts_per_tok": source.required("expert_used_count"),
@@ -110,7 +130,7 @@ def _mixtral(source: GgufFile, stated: Settings) -> Settings:
 
 
 def _phi3(source: GgufFile, stated: Settings) -> Settings:
-    original = source.model_key("rope.scaling.original_context_length")
+    original = source.number("rope.scaling.original_context_length")
     return {"original_max_position_embeddings": original} if original else {}
 
 
@@ -165,7 +185,7 @@ def family_of(source: GgufFile) -> Family:
             where=str(source.path),
             fix=_language_model_beside(source),
         )
-    if source.architecture == "llama" and source.model_key("expert_count", 0) > 0:
+    if source.architecture == "llama" and (source.number("expert_count") or 0) > 0:
         return _MIXTRAL
     if source.architecture not in FAMILIES:
         raise UnsupportedModelError(

@@ -57,6 +57,13 @@ class GgufFile:
         """Return the value of ``{architecture}.{suffix}``."""
         return self.get(f"{self.architecture}.{suffix}", default)
 
+    def number(self, suffix: str) -> int | float | None:
+        """Return a numeric value of ``{architecture}.{suffix}``, InputError when it is something else."""
+        value = self.model_key(suffix)
+        if value is None or isinstance(value, int | float):
+            return value
+        raise InputError(f"{self.architecture}.{suffix} is {value!r}, no number", where=str(self.path))
+
     def required(self, suffix: str) -> Any:
         """Return the value of ``{architecture}.{suffix}``, InputError when it is absent."""
         value = self.model_key(suffix)

@@ -36,7 +36,7 @@ def rotary_parameters(source: GgufFile, values: dict[str, Any]) -> dict[str, Any
     whole = _rotation(source, values)
     if source.architecture != "gemma3":
         return whole
-    local = float(source.model_key("rope.freq_base_swa") or _LOCAL_THETA)
+    local = float(source.number("rope.freq_base_swa") or _LOCAL_THETA)
     return {
         "full_attention": whole,
         "sliding_attention": {"rope_type": "default", "rope_theta": local},
@@ -45,8 +45,8 @@ def rotary_parameters(source: GgufFile, values: dict[str, Any]) -> dict[str, Any
 
 def _rotation(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
     head_dim = values["head_dim"]
-    rotary = source.model_key("rope.dimension_count") or head_dim
-    base = {"rope_theta": float(source.model_key("rope.freq_base") or 10000.0)}
+    rotary = int(source.number("rope.dimension_count") or head_dim)
+    base = {"rope_theta": float(source.number("rope.freq_base") or 10000.0)}
     if rotary != head_dim:
         base["partial_rotary_factor"] = rotary / head_dim
     kind = source.model_key("rope.scaling.type")
@@ -60,7 +60,7 @@ def _rotation(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
             where=f"{source.path}, key {source.architecture}.rope.scaling.type",
             fix="use the Hugging Face checkpoint of this model",
         )
-    factor = source.model_key("rope.scaling.factor") or source.model_key("rope.scale_linear")
+    factor = source.number("rope.scaling.factor") or source.number("rope.scale_linear")
     if kind != "none" and factor not in (None, 1.0):
         return base | {"rope_type": "linear", "factor": float(factor)}
     if "rope_freqs.weight" in source.tensors:
@@ -70,20 +70,20 @@ def _rotation(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
 
 def _yarn(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
     """YaRN; llama.cpp and transformers both scale the angles' cosines by 1 + ln(factor) / 10."""
-    factor = float(source.required("rope.scaling.factor"))
+    factor = _positive(source, "rope.scaling.factor")
     _check_yarn(source, factor)
     yarn: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": source.model_key("rope.scaling.original_context_length")
+        "original_max_position_embeddings": source.number("rope.scaling.original_context_length")
         or values["max_position_embeddings"],
     }
     for name in ("beta_fast", "beta_slow"):
-        stated = source.model_key(f"rope.scaling.yarn_{name}")
+        stated = source.number(f"rope.scaling.yarn_{name}")
         if stated is not None:
             yarn[name] = float(stated)
-    extra = source.model_key("rope.scaling.attn_factor", 1.0)
-    return yarn if extra == 1 else yarn | {"attention_factor": extra * _yarn_scale(factor)}
+    extra = source.number("rope.scaling.attn_factor")
+    return yarn if extra in (None, 1) else yarn | {"attention_factor": extra * _yarn_scale(factor)}
 
 
 def _check_yarn(source: GgufFile, factor: float) -> None:
@@ -94,13 +94,23 @@ def _check_yarn(source: GgufFile, factor: float) -> None:
         "yarn_log_multiplier": (0.0,),
     }
     for name, accepted in neutral.items():
-        stated = source.model_key(f"rope.scaling.{name}")
+        stated = source.number(f"rope.scaling.{name}")
         if stated is not None and not any(math.isclose(stated, value, rel_tol=1e-5) for value in accepted):
             raise UnsupportedModelError(
                 f"YaRN with {name} {stated} cannot be converted",
                 where=f"{source.path}, key {source.architecture}.rope.scaling.{name}",
                 fix="use the Hugging Face checkpoint of this model",
             )
+
+
+def _positive(source: GgufFile, suffix: str) -> float:
+    source.required(suffix)
+    value = source.number(suffix)
+    if not value or not 0 < value < math.inf:
+        raise InputError(
+            f"{source.architecture}.{suffix} is {value}, nothing above 0", where=str(source.path)
+        )
+    return float(value)
 
 
 def _yarn_scale(factor: float) -> float:
@@ -119,9 +129,9 @@ def _longrope(source: GgufFile, values: dict[str, Any], rotary: int) -> dict[str
                 f"tensor {name} has shape {factors.shape}, not ({rotary // 2},)", where=str(source.path)
             )
         divisors[key] = [float(str(value)) for value in factors]
-    original = source.required("rope.scaling.original_context_length")
+    original = int(_positive(source, "rope.scaling.original_context_length"))
     longrope = {"rope_type": "longrope", **divisors, "original_max_position_embeddings": original}
-    scale = source.model_key("rope.scaling.attn_factor")
+    scale = source.number("rope.scaling.attn_factor")
     if scale is None:
         return longrope
     exact = _longrope_scale(values["max_position_embeddings"] / original, original)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -45,7 +46,7 @@ def origins(source: GgufFile, config: PretrainedConfig, family: Family) -> dict[
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == source.architecture)
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     found: dict[str, Origin] = {}
-    for name, shape in _parameter_shapes(config).items():
+    for name, shape in _parameter_shapes(config, source.path).items():
         experts = _EXPERTS.fullmatch(name)
         if experts:
             found |= _expert_origins(source, family, experts, shape)
@@ -80,10 +81,15 @@ def rotary_halves(W: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(W.shape)
 
 
-def _parameter_shapes(config: PretrainedConfig) -> dict[str, Shape]:
+def _parameter_shapes(config: PretrainedConfig, path: Path) -> dict[str, Shape]:
     """Return the model's parameters and shapes without allocating them; a tied head is left out."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (RuntimeError, ValueError, ZeroDivisionError, OverflowError, KeyError) as error:
+        raise InputError(
+            f"the metadata makes no {config.model_type} model: {str(error).splitlines()[0]}", where=str(path)
+        ) from error
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.gguf_file import GgufFile
 
 logger = logging.getLogger(__name__)
@@ -39,21 +39,42 @@ def check_tokenizer(source: GgufFile) -> None:
     """Check that the tokenizer is of a kind that can be rebuilt.
 
     Raises:
+        InputError: It is incomplete.
         UnsupportedModelError: The vocabulary is of another kind, or its splitting rule is not known.
     """
     kind, rule = source.get("tokenizer.ggml.model"), source.get("tokenizer.ggml.pre")
-    if kind not in (_BYTE_LEVEL, _SENTENCEPIECE) or "tokenizer.ggml.tokens" not in source.metadata:
+    if kind not in (_BYTE_LEVEL, _SENTENCEPIECE):
         raise UnsupportedModelError(
             f"tokenizer {kind!r} cannot be rebuilt" if kind else "the GGUF file holds no tokenizer",
             where=f"{source.path}, key tokenizer.ggml.model",
             fix=f"use the Hugging Face checkpoint; known: {_BYTE_LEVEL}, {_SENTENCEPIECE}",
         )
-    if kind == _BYTE_LEVEL and rule is not None and rule not in _KNOWN:
+    if kind == _BYTE_LEVEL and rule is not None and str(rule) not in _KNOWN:
         raise UnsupportedModelError(
             f"the tokenizer's splitting rule {rule!r} is not known, so its tokens could be wrong",
             where=f"{source.path}, key tokenizer.ggml.pre",
             fix=f"use the Hugging Face checkpoint; known: {', '.join(sorted(_KNOWN))}",
         )
+
+    _check_lists(source)
+
+
+def _check_lists(source: GgufFile) -> None:
+    """The vocabulary has what orders its merges, and its special tokens lie in it."""
+    ordered = source.get("tokenizer.ggml.model") == _BYTE_LEVEL or "tokenizer.ggml.merges" in source.metadata
+    for name in ("tokens", "merges" if ordered else "scores"):
+        if not isinstance(source.get(f"tokenizer.ggml.{name}"), list):
+            raise InputError(
+                f"the tokenizer has no {name}",
+                where=f"{source.path}, key tokenizer.ggml.{name}",
+                fix="the file is incomplete: take another conversion of this model",
+            )
+    tokens = len(source.get("tokenizer.ggml.tokens"))
+    for name in ("bos", "eos", "unknown", "padding"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = source.get(key)
+        if token is not None and not (isinstance(token, int) and 0 <= token < tokens):
+            raise InputError(f"{token!r} is none of {tokens} tokens", where=f"{source.path}, key {key}")
 
 
 def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
@@ -63,12 +84,22 @@ def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
         source: The opened model.
         folder: Where ``tokenizer.json`` and its companions go.
         max_length: Tokens the model can attend to.
+
+    Raises:
+        InputError: Vocabulary and merges do not belong together.
     """
     with tempfile.TemporaryDirectory() as alone:  # tokenizer files beside the GGUF must not be picked up
         (Path(alone) / "model.gguf").symlink_to(source.path.resolve())
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            alone, gguf_file="model.gguf", local_files_only=True
-        )
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                alone, gguf_file="model.gguf", local_files_only=True
+            )
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(
+                f"its tokenizer cannot be rebuilt: {error}",
+                where=str(source.path),
+                fix="the file is damaged: take another conversion of this model",
+            ) from error
     if source.get("tokenizer.ggml.model") == _BYTE_LEVEL:
         _split_words(tokenizer, source)
     elif source.get("tokenizer.ggml.add_space_prefix") is False and source.architecture not in _OWN_SPACES:

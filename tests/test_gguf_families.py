@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.gguf import gguf_to_folder
+from rk_export.load import open_source
 
 # What no file states, and what is stated for the tokenizer.
 UNSTATED = {"architectures", "dtype", "_name_or_path", "transformers_version", "unk_token_id", "head_dim"}
@@ -79,6 +80,17 @@ def test_a_converted_model_is_the_one_that_was_written(tmp_path: Path, case: str
         key: stated[key] for key in stated.keys() - UNSTATED
     }
     assert largest_error(model, original) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gemma3, linear", "granite", "qwen3moe, YaRN", "mixtral", "smollm3"])
+def test_our_loader_reads_the_converted_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    family, changes = CASES[case]
+    original = model_for_gguf(family, **changes)
+    monkeypatch.setattr("rk_export.gguf.CACHE", tmp_path / "cache")
+    source = open_source(write_gguf(tmp_path / "tiny.gguf", original))
+    assert largest_error(source.load(), original) < 1e-5
 
 
 def longrope_file(path: Path, model: PreTrainedModel, **changes: Any) -> Path:
@@ -229,6 +241,8 @@ def test_what_a_file_states_and_nobody_reads_is_said(
         ("granite", "granite.rope.scaling.finetuned", False, "rotates no positions"),
         ("olmo2", "olmo2.attention.sliding_window", 8, "Olmo 3"),
         ("llama", "llama.attention.causal", False, "both directions"),
+        ("qwen3_moe", "qwen3moe.expert_gating_func", 2, "a router with expert_gating_func 2"),
+        ("mixtral", "llama.expert_gating_func", 2, "a router with expert_gating_func 2"),
     ],
 )
 def test_a_model_of_another_kind_in_a_known_architecture_is_refused(

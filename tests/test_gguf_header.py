@@ -141,6 +141,60 @@ def test_a_size_that_is_not_stated_is_named(tmp_path: Path, key: str) -> None:
         gguf_to_folder(path, tmp_path)
 
 
+def restate(path: Path, key: str, value: int) -> None:
+    """Put another number in place of an unsigned 32-bit one."""
+    content = bytearray(path.read_bytes())
+    place = content.index(key.encode()) + len(key) + 4
+    content[place : place + 4] = struct.pack("<I", value)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.block_count", 2**32 - 1, "states 4294967295 layers, the tensors are of 2"),
+        ("llama.block_count", 0, "states 0 layers"),
+        ("llama.block_count", 1, "tensors have no place"),
+        ("llama.embedding_length", 2**32 - 1, "shape|makes no llama"),
+        ("llama.embedding_length", 0, "shape|makes no llama"),
+        ("llama.feed_forward_length", 2**31, r"shape \(128, 64\)"),
+        ("llama.attention.head_count", 0, "states no heads"),
+        ("llama.attention.head_count", 3, "shape|makes no llama"),
+        ("llama.attention.head_count_kv", 0, "states no heads"),
+        ("llama.attention.value_length", 8, "values have 8 entries a head and keys 16"),
+        ("tokenizer.ggml.eos_token_id", 264, "264 is none of 264 tokens"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_a_number_without_sense_is_refused(tiny: Path, key: str, value: int, message: str) -> None:
+    restate(tiny, key, value)
+    with pytest.raises((InputError, UnsupportedModelError), match=message):
+        gguf_to_folder(tiny)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("llama.rope.freq_base", "is 'often', no number"),
+        ("llama.rope.scaling.factor", "is 'often', no number"),
+        ("llama.expert_count", "is 'often', no number"),
+        ("split.count", "split.count is 'often', no number"),
+    ],
+)
+def test_a_word_in_place_of_a_number_is_refused(tmp_path: Path, key: str, message: str) -> None:
+    def say_often(writer: Any) -> None:
+        writer.kv_data[0].pop(key, None)
+        writer.add_string(key, "often")
+
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        model_for_gguf("llama"),
+        extend=say_often,
+    )
+    with pytest.raises(InputError, match=message):
+        gguf_to_folder(path)
+
+
 def test_damaged_headers_end_in_a_message(tiny: Path, tmp_path: Path) -> None:
     content, chance = tiny.read_bytes(), random.Random(0)
     end = min(tensor.begin for tensor in read_header(tiny).tensors)

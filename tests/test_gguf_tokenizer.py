@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 from transformers.integrations.gguf import gguf_tokenizer_mapping as published
 
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.gguf import gguf_to_folder
 from rk_export.gguf_tokenizer import splitter
 
@@ -196,3 +196,26 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path, kind: str | None
     path = write_gguf(tmp_path / "tiny.gguf", model_for_gguf("llama"), tokenizer=replace)
     with pytest.raises(UnsupportedModelError, match=message):
         gguf_to_folder(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("tokenizer.ggml.tokens", "has no tokens"), ("tokenizer.ggml.merges", "has no merges")],
+)
+def test_an_incomplete_tokenizer_is_refused(tmp_path: Path, key: str, message: str) -> None:
+    path = write_gguf(
+        tmp_path / "tiny.gguf", model_for_gguf("llama"), extend=lambda writer: writer.kv_data[0].pop(key)
+    )
+    with pytest.raises(InputError, match=message):
+        gguf_to_folder(path, tmp_path)
+
+
+def test_merges_of_another_vocabulary_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    def exchange(writer: Any) -> None:
+        del writer.kv_data[0]["tokenizer.ggml.merges"]
+        writer.add_token_merges(["hell fire"])
+
+    path = write_gguf(tmp_path / "tiny.gguf", model_for_gguf("llama"), extend=exchange)
+    with pytest.raises(InputError, match=r"tokenizer cannot be rebuilt(?s:.)*another conversion"):
+        gguf_to_folder(path, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
