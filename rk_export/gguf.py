@@ -103,8 +103,17 @@ def _convert(conversion: _Conversion, folder: Path) -> None:
 
     write_tokenizer(conversion.source, folder, max_length=config.max_position_embeddings)
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    _generation_defaults(conversion.source, config).save_pretrained(folder)
     _stream_safetensors(folder / "model.safetensors", shapes, dtype, tensor_of)
+
+
+def _generation_defaults(source: GgufFile, config: PretrainedConfig) -> GenerationConfig:
+    """Return the defaults of generation; a chat model stops at the end of its turn as well."""
+    defaults = GenerationConfig.from_model_config(config)
+    turn = source.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != config.eos_token_id:
+        defaults.eos_token_id = [token for token in (config.eos_token_id, turn) if token is not None]
+    return defaults
 
 
 def _stream_safetensors(

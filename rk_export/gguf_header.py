@@ -33,6 +33,7 @@ _SCALARS = {
     11: "<q",
     12: "<d",
 }
+_MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEPTH = 4  # arrays of arrays; no file in use nests deeper
@@ -95,12 +96,21 @@ def read_header(path: Path) -> Header:
             ) from error
 
 
+def begins_as_gguf(path: Path) -> bool:
+    """Say whether a file begins as a GGUF file does, whatever its name."""
+    return _magic(path) == _MAGIC
+
+
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        return handle.read(len(_MAGIC))
+
+
 def _check_magic(path: Path) -> None:
     if not path.is_file():
         raise InputError("no such file", where=str(path), fix="give the path of a .gguf file")
-    with path.open("rb") as handle:
-        magic = handle.read(4)
-    if magic == b"GGUF":
+    magic = _magic(path)
+    if magic == _MAGIC:
         return
     if magic[:2] in (b"<!", b"<h") or magic == b"vers":
         fix = "it is a web page or a Git LFS pointer: download the file itself"

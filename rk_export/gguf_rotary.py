@@ -50,6 +50,7 @@ def _rotation(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
     if rotary != head_dim:
         base["partial_rotary_factor"] = rotary / head_dim
     kind = source.model_key("rope.scaling.type")
+    _check_scaled_once(source, kind)
     if _LONG in source.tensors or _SHORT in source.tensors:
         return base | _longrope(source, values, rotary)
     if kind == "yarn":
@@ -66,6 +67,18 @@ def _rotation(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
     if "rope_freqs.weight" in source.tensors:
         return base | _llama3(source, base["rope_theta"], rotary)
     return base | {"rope_type": "default"}
+
+
+def _check_scaled_once(source: GgufFile, kind: Any) -> None:
+    """llama.cpp divides frequencies by a tensor and scales them on top of it; no transformers scaling does."""
+    tensors = sorted(ROTARY_TENSORS & source.tensors.keys() - {_SHORT})
+    ways = tensors + [f"rope.scaling.type {kind}"] * (kind in ("linear", "yarn"))
+    if len(ways) > 1:
+        raise UnsupportedModelError(
+            f"the rotation is scaled in more than one way: {', '.join(ways)}",
+            where=str(source.path),
+            fix="use the Hugging Face checkpoint of this model",
+        )
 
 
 def _yarn(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _check_lists(source: GgufFile) -> None:
                 fix="the file is incomplete: take another conversion of this model",
             )
     tokens = len(source.get("tokenizer.ggml.tokens"))
-    for name in ("bos", "eos", "unknown", "padding"):
+    for name in ("bos", "eos", "eot", "unknown", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
         token = source.get(key)
         if token is not None and not (isinstance(token, int) and 0 <= token < tokens):

@@ -33,6 +33,17 @@ def test_config_states_short_decimals_and_token_ids(tmp_path: Path) -> None:
     assert "quantization_config" not in config
 
 
+@pytest.mark.parametrize(("turn", "stops"), [(5, [1, 5]), (1, 1)])
+def test_generation_stops_at_the_end_of_a_turn_too(tmp_path: Path, turn: int, stops: int | list[int]) -> None:
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        model_for_gguf("llama"),
+        extend=lambda writer: writer.add_eot_token_id(turn),
+    )
+    folder = gguf_to_folder(path, tmp_path)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == stops
+
+
 def test_quantized_blocks_are_dequantized_to_float32(tmp_path: Path) -> None:
     model = model_for_gguf("qwen2")
     folder = gguf_to_folder(write_gguf(tmp_path / "tiny.gguf", model, quantize=True), tmp_path)

@@ -89,7 +89,8 @@ def test_our_loader_reads_the_converted_model(
     family, changes = CASES[case]
     original = model_for_gguf(family, **changes)
     monkeypatch.setattr("rk_export.gguf.CACHE", tmp_path / "cache")
-    source = open_source(write_gguf(tmp_path / "tiny.gguf", original))
+    path = write_gguf(tmp_path / "tiny.gguf", original)
+    source = open_source(path.rename(tmp_path / "sha256-0123"))  # a file is known by how it begins
     assert largest_error(source.load(), original) < 1e-5
 
 
@@ -168,6 +169,16 @@ def test_a_further_factor_of_the_rotation_is_multiplied_on(tmp_path: Path) -> No
     folder = gguf_to_folder(with_yarn(tmp_path / "tiny.gguf", "attn_factor", 0.5), tmp_path)
     factor = AutoConfig.from_pretrained(folder).rope_parameters["attention_factor"]
     assert factor == pytest.approx(0.5 * (1.0 + 0.1 * math.log(4.0)))
+
+
+@pytest.mark.parametrize("rotary", [YARN, LINEAR])
+def test_a_rotation_scaled_twice_is_refused(tmp_path: Path, rotary: dict[str, Any]) -> None:
+    model = model_for_gguf("llama", rope_parameters=rotary)
+    path = write_gguf(
+        tmp_path / "tiny.gguf", model, tensors={"rope_freqs.weight": np.ones(8, dtype=np.float32)}
+    )
+    with pytest.raises(UnsupportedModelError, match=r"more than one way: rope_freqs\.weight, rope\.scaling"):
+        gguf_to_folder(path, tmp_path)
 
 
 def test_an_unknown_scaling_is_refused(tmp_path: Path) -> None:
