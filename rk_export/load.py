@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.gguf_header import begins_as_gguf
 from rk_export.plan import Pruning
 from rk_export.remote_code import refuse_remote_code
 from rk_export.report import Finding
@@ -202,7 +203,7 @@ def open_source(model: str | Path) -> ModelSource:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix != ".gguf" and not begins_as_gguf(path):
             raise InputError(
                 "is a file but not a GGUF file",
                 where=str(path),
