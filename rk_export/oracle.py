@@ -91,8 +91,12 @@ def _other_model(source: ModelSource) -> str:
 
 def _from_folder(source: ModelSource) -> PreTrainedModel:
     auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
-    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-    return _complete(source, lambda: auto.from_pretrained(source.folder, **options, **_OPTIONS))
+    return _complete(
+        source,
+        lambda: auto.from_pretrained(
+            source.folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
+        ),
+    )
 
 
 def _filled(source: ModelSource) -> PreTrainedModel:
@@ -100,7 +104,10 @@ def _filled(source: ModelSource) -> PreTrainedModel:
     tensors = {name: source.tensor(name) for name in source.stored.shapes}
     config = _plain(source.config)
     return _complete(
-        source, lambda: family.from_pretrained(None, config=config, state_dict=tensors, **_OPTIONS)
+        source,
+        lambda: family.from_pretrained(
+            None, config=config, state_dict=tensors, trust_remote_code=False, **_OPTIONS
+        ),
     )
 
 

@@ -92,8 +92,9 @@ def test_a_broken_fast_tokenizer_is_refused(model: Path, content: str) -> None:
         check_tokenizer(model, 90)
 
 
-def test_a_template_alone_is_no_tokenizer(model: Path) -> None:
-    check_tokenizer(model, 90)  # none at all: the bundle takes token ids
+def test_settings_alone_are_no_tokenizer(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"no vocabulary: the tokenizer is chat_template\.jinja alone"):
+    check_tokenizer(model, 90)  # none at all: the bundle takes token ids
+    (model / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"no vocabulary: the tokenizer is tokenizer_config\.json alone"):
         check_tokenizer(model, 90)
