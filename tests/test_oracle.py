@@ -259,7 +259,7 @@ def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
 
 
 def test_values_near_the_end_of_the_range_are_a_notice(tmp_path: Path) -> None:
-    source = open_source(loud(tmp_path / "model", 1.5e3))
+    source = open_source(loud(tmp_path / "model", 2e3))
     (notice,) = preflight(source, CompressOptions(ep="portable")).notices
     assert "other texts may overflow" in notice
     assert preflight(source, CompressOptions(ep="cpu")).notices == ()
