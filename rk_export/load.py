@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,14 +19,18 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.leftovers import check_kind
+from rk_export.model_tensors import model_tensors
 from rk_export.plan import Pruning
-from rk_export.report import Finding
-from rk_export.tensor_files import StoredTensors, open_tensors
+from rk_export.report import Finding, Outcome
+from rk_export.tensor_files import StoredTensors
+from rk_export.weight_files import ADAPTER_WEIGHTS, MISTRAL_OWN, check_known_layout
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +45,52 @@ class ModelSource:
     Args:
         folder: An HF folder with config.json and safetensors.
         name: What the user called the model; `title`, for reports, leaves out where it lies on this machine.
+        adapter: A LoRA adapter that is merged into it as its tensors are read.
 
     Raises:
-        InputError: If the folder, its config or its weights are missing or broken.
+        InputError: If the folder, its config or its weights are missing or broken, or do not belong together.
         UnsupportedModelError: If the architecture is unknown.
 
     Attributes:
+        config: As the stored tensors say it is: a model that config.json ties is untied if its head is stored too.
         findings: What was done to the model on the way from its files.
+        notices: What a reader of config.json alone would not expect.
         variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
         pruning: What whole structures the source leaves out; None for none.
     """
 
     findings: tuple[Finding, ...] = ()
+    notices: tuple[str, ...] = ()
     variant: str = ""
     pruning: Pruning | None = None
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, adapter: Adapter | None = None) -> None:
         self.folder, self.name = folder, name
         self.title = Path(name).name if Path(name).expanduser().exists() else name
-        self.config = read_config(folder)
-        self.architecture: Architecture = architecture_of(self.config)
+        config = read_config(folder)
+        self.architecture: Architecture = architecture_of(config)
+        check_kind(config, is_encoder=self.architecture.is_encoder)
+        opened = model_tensors(folder, config, adapter)
+        self.config, self.notices = opened.config, opened.notices
         self._whole = self.config.model_type in CONVERTED_ON_LOAD
-        self._stored: StoredTensors = open_tensors(folder)
+        self._model_class = type(opened.names.model)
+        self._stored: StoredTensors = opened.tensors
+        self._adapter = adapter
+        if adapter is not None:
+            self._say_merged(adapter)
+        for notice in opened.notices:
+            logger.warning("%s: %s", self.title, notice)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide what the tensors are."""
+        adapter = () if self._adapter is None else (self._adapter.folder / ADAPTER_CONFIG,)
+        return (self.folder / "config.json", *adapter, *sorted(self._stored.files))
+
+    @property
+    def origin(self) -> tuple[Path, Path | None]:
+        """What `open_source` opens this source by: a folder, and the base model's folder where it is an adapter."""
+        return (self.folder, None) if self._adapter is None else (self._adapter.folder, self.folder)
 
     @cached_property
     def layer_count(self) -> int:
@@ -113,7 +142,7 @@ class ModelSource:
             if self.architecture.is_encoder and owner.startswith(self.architecture.unused):
                 _assign(model, name, torch.zeros(parameter.shape))  # exported nowhere, and often not stored
                 continue
-            _assign(model, name, self.tensor(self._key(model, name)))
+            _assign(model, name, self.tensor(name))
         if tied and self.architecture.lm_head:
             head = model.get_submodule(self.architecture.lm_head)
             head.weight = model.get_submodule(self.architecture.embedding).weight
@@ -145,24 +174,39 @@ class ModelSource:
     def _fill(self, model: PreTrainedModel, module: nn.Module, prefix: str) -> None:
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                _assign(model, prefix + name, self.tensor(self._key(model, prefix + name)))
+                _assign(model, prefix + name, self.tensor(prefix + name))
 
-    def _key(self, model: PreTrainedModel, name: str) -> str:
-        base = model.base_model_prefix + "."
-        for key in (name, name.removeprefix(base), base + name):
-            if key in self._stored.shapes:
-                return key
-        raise InputError(
-            f"tensor {name!r} is missing",
-            where=str(self.folder),
-            fix="the checkpoint is incomplete: download it again",
+    def _say_merged(self, adapter: Adapter) -> None:
+        """Note the merged adapter among findings and notices."""
+        matrices, replaced, rule = len(adapter.pairs), len(adapter.whole), adapter.rule
+        details = {
+            "pass": "merge",
+            "adapter": adapter.folder.name,
+            "matrices": matrices,
+            "replaced": replaced,
+        }
+        self.findings = (
+            Finding("adapter", Outcome.APPLIED, details=details | {"r": rule.rank, "lora_alpha": rule.alpha}),
         )
+        whole = f", and {replaced} trained tensors taken from it" if replaced else ""
+        self.notices = (
+            f"The LoRA adapter {adapter.folder.name} (r {rule.rank}, alpha {rule.alpha:g}) is merged into "
+            f"{matrices} matrices of {self.folder.name}{whole}.",
+            *self.notices,
+        )
+        logger.info("%s", self.notices[0])
 
     def _load_whole(self) -> PreTrainedModel:
+        """Return the model as transformers converts it, from our tensors: renamed, merged, and with what ties hold."""
         for key in self._stored.shapes:
             self.tensor(key)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        model, info = self._model_class.from_pretrained(
+            None,
+            config=copy.deepcopy(self.config),
+            state_dict={key: _Unread(self, key) for key in self._stored.shapes},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         for name, stored, expected in info["mismatched_keys"]:
             raise InputError(
@@ -170,9 +214,9 @@ class ModelSource:
                 where=name,
                 fix="config.json and the weights do not belong together",
             )
-        if info["missing_keys"]:
+        if broken := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
             raise InputError(
-                f"tensor {min(info['missing_keys'])!r} is missing",
+                f"tensor {broken[0]!r} is missing or incomplete",
                 where=str(self.folder),
                 fix="the checkpoint is incomplete: download it again",
             )
@@ -180,11 +224,43 @@ class ModelSource:
         return result
 
 
-def open_source(model: str | Path) -> ModelSource:
-    """Open a dense model: an HF folder, a GGUF file or a hub id.
+class _Unread:
+    """A tensor that transformers reads when it comes to it, as it reads slices of safetensors files."""
+
+    def __init__(self, source: ModelSource, key: str) -> None:
+        self._source, self._key = source, key
+
+    def __getitem__(self, index: object) -> Tensor:
+        return self._source.tensor(self._key)
+
+
+def open_source(model: str | Path, base: str | Path | None = None) -> ModelSource:
+    """Open a dense model: an HF folder, a GGUF file, a hub id, or a LoRA adapter of one of these.
+
+    Args:
+        model: The model, or an adapter's folder or hub id.
+        base: The base model of an adapter; None takes the one that its configuration names.
 
     Raises:
         InputError: If nothing usable is there.
+    """
+    folder = find_folder(model)
+    if is_adapter(folder):
+        return _open_adapter(folder, str(model), base)
+    if base is not None:
+        raise InputError(
+            "goes with a LoRA adapter, and the model is none",
+            where="--base",
+            fix=f"drop it, or name a folder with {ADAPTER_CONFIG}",
+        )
+    return ModelSource(folder, str(model))
+
+
+def find_folder(model: str | Path) -> Path:
+    """Return the folder of a model: as it is, converted from a GGUF file, or downloaded.
+
+    Raises:
+        InputError: If nothing is there.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -194,13 +270,62 @@ def open_source(model: str | Path) -> ModelSource:
                 where=str(path),
                 fix="name an HF folder, a .gguf file or a hub id",
             )
-        return ModelSource(gguf_to_folder(path), str(model))
-    if path.is_dir():
-        return ModelSource(path, str(model))
-    return ModelSource(_download(str(model)), str(model))
+        return gguf_to_folder(path)
+    if not path.is_dir():
+        return _download(str(model))
+    files = sorted(path.glob("*.gguf"))
+    if not files or (path / "config.json").is_file() or is_adapter(path):
+        return path
+    if len(files) > 1:
+        raise InputError(
+            f"a folder with {len(files)} GGUF files: {', '.join(file.name for file in files)}",
+            where=str(path),
+            fix=f"name one of them: {files[0]}",
+        )
+    logger.warning("%s: no config.json; read from %s", path, files[0].name)
+    return gguf_to_folder(files[0])
 
 
-def _download(name: str) -> Path:
+def _open_adapter(folder: Path, name: str, base: str | Path | None) -> ModelSource:
+    """Open an adapter with its base model: the one that is given, else the folder's own, else the one it names."""
+    adapter = read_adapter(folder)
+    if base is not None:
+        base_folder = find_folder(base)
+    elif (folder / "config.json").is_file():
+        base_folder = folder  # a whole model with an adapter in it, as transformers reads it
+    else:
+        base_folder = _named_base(adapter)
+        logger.info("base model: %s, named in %s", adapter.base, ADAPTER_CONFIG)
+    if base_folder != folder and is_adapter(base_folder):
+        raise InputError(
+            "is an adapter itself",
+            where=str(base),
+            fix="merge it into its base model first, and name the result",
+        )
+    return ModelSource(base_folder, name, adapter)
+
+
+def _named_base(adapter: Adapter) -> Path:
+    """Return the folder of the base model that an adapter's configuration names."""
+    where = str(adapter.folder / ADAPTER_CONFIG)
+    if adapter.base is None:
+        raise InputError("names no base model", where=where, fix="give it: --base MODEL")
+    try:
+        beside = adapter.folder / adapter.base
+        return find_folder(beside) if beside.is_dir() else _found(adapter.base, adapter.revision)
+    except InputError as error:
+        raise InputError(
+            f"its base model {adapter.base!r} is not to be had ({error.what})",
+            where=where,
+            fix="give --base MODEL",
+        ) from error
+
+
+def _found(name: str, revision: str | None) -> Path:
+    return find_folder(name) if Path(name).expanduser().exists() else _download(name, revision)
+
+
+def _download(name: str, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(
             "no such file or folder",
@@ -208,7 +333,11 @@ def _download(name: str) -> Path:
             fix="name an HF folder, a .gguf file or a hub id like org/name",
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=f"{MISTRAL_OWN}*"
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"neither a local folder nor a model that the hub delivers ({type(error).__name__})",
@@ -221,18 +350,35 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read config.json.
 
     Raises:
-        InputError: If it is missing, broken or of an unknown model type.
+        InputError: If it is missing, broken, of an unknown model type, or of a form that only other tools read.
     """
-    if not (folder / "config.json").is_file():
-        raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _no_config(folder)
     try:
+        check_known_layout(folder, json.loads(path.read_text(encoding="utf-8")))
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
-            f"cannot be read: {str(error).splitlines()[0]}",
-            where=str(folder / "config.json"),
+            f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            where=str(path),
             fix="check the file",
         ) from error
+
+
+def _no_config(folder: Path) -> InputError:
+    """Return the message about a folder without config.json, from what lies there instead."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return InputError(
+            f"{ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}, which holds the scale of the adapter",
+            where=str(folder),
+            fix=f"add the adapter's {ADAPTER_CONFIG} and give --base MODEL",
+        )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    hint = f"; the folder {inner[0]} in it has one" if inner else ""
+    return InputError(
+        f"no config.json{hint}", where=str(folder), fix="name a folder that save_pretrained wrote"
+    )
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
+from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
 from rk_export.options import PREPARATIONS
@@ -28,7 +28,7 @@ from rk_export.report import Finding
 from rk_export.stored_form import plain_model
 
 
-class PreparedSource(ModelSource):
+class PreparedSource(DerivedSource):
     """A model source whose layers are reparameterized as they are loaded; logits stay the same.
 
     A rotated model whose head is tied to its embedding gets a `RotatedHead` in place of its output projection.
@@ -43,7 +43,7 @@ class PreparedSource(ModelSource):
         alpha: For `scale`: how far peaks are evened out, from 0 to 1.
 
     Attributes:
-        findings: One per preparation: applied, or skipped with the reason.
+        findings: Those of the source, and one per preparation: applied, or skipped with the reason.
 
     Raises:
         InputError: If the names do not go together, or peaks are missing or do not fit.
@@ -60,11 +60,10 @@ class PreparedSource(ModelSource):
     ) -> None:
         if isinstance(source, PreparedSource):
             raise InputError("is prepared already", where=source.name, fix="name all preparations at once")
-        super().__init__(source.folder, source.name)
+        super().__init__(source)
         self._preparations = preparations_of(self.config, names)
         self._seed, self._peaks, self._alpha = seed, peaks or {}, alpha
-        self._done: WeakSet[nn.Module] = WeakSet()
-        self.variant = self._variant()
+        self.variant = f"{source.variant} {self._variant()}".strip()
         if "scale" in self.prepared:
             check_scale(self.config, self._peaks, alpha)
 
@@ -75,8 +74,8 @@ class PreparedSource(ModelSource):
 
     @property
     def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
-        """One per preparation, and one per part that is left out."""
-        return self._preparations.findings
+        """What the source says, one per preparation, and one per part that is left out."""
+        return (*super().findings, *self._preparations.findings)
 
     def _variant(self) -> str:
         peaks = hashlib.sha256()
@@ -101,12 +100,6 @@ class PreparedSource(ModelSource):
         super().load_rest(model)
         if norm is not None:
             self._prepare_outer(model, norm)
-
-    def _is_fresh(self, module: nn.Module) -> bool:
-        """Whether a module has its weights still to come; a second rotation would be one too many."""
-        fresh = module not in self._done or any(item.is_meta for item in module.parameters())
-        self._done.add(module)
-        return fresh
 
     @cached_property
     def _rotation(self) -> Orthogonal:
@@ -179,7 +172,7 @@ def save_prepared(
     """
     prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=alpha)
     if not prepared.prepared:
-        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings))
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings if finding.reason))
         raise InputError(
             f"nothing to prepare: {reasons or 'no preparation was named'}",
             where=source.name,

@@ -120,6 +120,7 @@ def write_bundle(
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
         _write_configs(folder, rewritten, origin_folder)
+    loaded = origin.notices if isinstance(origin, ModelSource) else ()
     provider, notices = _provider(options)
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
         probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
@@ -140,7 +141,7 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
-        notices=(*notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
+        notices=(*loaded, *notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
     )
     _write_report(folder, rewritten, report, golden, name)
     return report
