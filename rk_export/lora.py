@@ -116,7 +116,10 @@ def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[St
     base, notices = _with_tied_twins(base, names, adapter)
     changes: dict[str, Change] = {}
     biases: dict[str, tuple[str, float]] = {}
+    kept = _kept_ties(base, names, adapter)
     for module, parts in adapter.pairs.items():
+        if f"{module}.weight" in kept:
+            continue
         name = _matrix_name(module, base, names, adapter)
         owner = names.module(name.removesuffix(".weight"))
         transposed = isinstance(owner, nn.Embedding) or type(owner).__name__ == "Conv1D"
@@ -125,8 +128,22 @@ def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[St
         changes[name] = change
         if (bias := parts.get("bias")) is not None:
             biases[_bias_name(name, base, adapter)] = (bias, change.scale)
-    whole = {_whole_name(name, base, names, adapter): stored for name, stored in adapter.whole.items()}
+    whole = {
+        _whole_name(name, names, adapter): stored
+        for name, stored in adapter.whole.items()
+        if name not in kept
+    }
     return LoraTensors(base, adapter, changes, biases, whole), notices
+
+
+def _kept_ties(base: StoredTensors, names: ModelNames, adapter: Adapter) -> frozenset[str]:
+    """Return the tied matrices whose change is that of the matrix that they share."""
+    if not adapter.rule.keeps_ties:
+        return frozenset()
+    changed = {f"{module}.weight" for module in adapter.pairs} | adapter.whole.keys()
+    return frozenset(
+        target for target, source in names.ties.items() if source in changed and target not in base.shapes
+    )
 
 
 def _with_tied_twins(
@@ -171,7 +188,7 @@ def _bias_name(matrix: str, base: StoredTensors, adapter: Adapter) -> str:
     return name
 
 
-def _whole_name(name: str, base: StoredTensors, names: ModelNames, adapter: Adapter) -> str:
+def _whole_name(name: str, names: ModelNames, adapter: Adapter) -> str:
     target = names.target(name)
     if target is None:
         raise _not_there(name, names, adapter)

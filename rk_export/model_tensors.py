@@ -132,13 +132,15 @@ def named(
         leftovers = [name for name in leftovers if name not in heads]
     if leftovers:
         raise no_place(sorted(leftovers), config, tensors.place(min(leftovers)))
-    return renamed(
-        tensors, {name: _new_name(name, target) for name, target in targets.items() if target}
-    ), notices
+    base = f"{names.base}."
+    new = {name: _new_name(name, target, base) for name, target in targets.items() if target is not None}
+    return renamed(tensors, new), notices
 
 
-def _new_name(stored: str, target: Target) -> str:
-    return stored if target.is_part else target.name
+def _new_name(stored: str, target: Target, base: str) -> str:
+    if not target.is_part:
+        return target.name
+    return base + stored if target.name.startswith(base) and not stored.startswith(base) else stored
 
 
 def settled(

@@ -116,7 +116,8 @@ def _prefix(names: Iterable[str], layers: str, base: str, modules: Collection[st
             if count:
                 found[prefix] = max(count, found.get(prefix, 0))
     best = sorted(prefix for prefix, count in found.items() if count == max(found.values()))
-    if not best or {"", own} & set(best):
+    # BERT's own names lack the prefix of its base model; where names have it, it is no stranger's.
+    if not best or {"", "" if layers.startswith(own) else own} & set(best):
         return ""
     if len(best) > 1:
         raise InputError(
