@@ -51,13 +51,16 @@ _TOKENIZER_FILES = (
 )
 
 
-def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) -> GenerationConfig:
+def write_side_files(
+    folder: Path, *, source: Path, config: PretrainedConfig, generation_from: Path | None = None
+) -> GenerationConfig:
     """Write tokenizer, ``config.json`` and ``generation_config.json`` of the source model into a bundle.
 
     Args:
         folder: The bundle.
         source: Hugging Face folder of the model; the bundle of one without a tokenizer gets none either.
         config: Configuration of the exported model.
+        generation_from: Folder of the generation config; None takes `source`.
 
     Returns:
         The generation defaults, as written.
@@ -67,7 +70,7 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
     """
     write_model_config(folder, config)
     copy_tokenizer(source, folder)
-    generation = _generation_config(source, config)
+    generation = _generation_config(generation_from or source, config)
     generation.save_pretrained(folder)
     return generation
 

@@ -73,6 +73,13 @@ def no_place(leftovers: Sequence[str], config: PretrainedConfig, where: str) -> 
             where=where,
             fix="config.json and the weights do not belong together: take both from the same model",
         )
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    how = (
+        "but nothing in config.json says how to read them"
+        if method is None
+        else f"by {method}, which is not read"
+    )
     for pattern, what, fix in (
         (
             _ADAPTERS,
@@ -81,8 +88,8 @@ def no_place(leftovers: Sequence[str], config: PretrainedConfig, where: str) -> 
         ),
         (
             _QUANTIZED,
-            "tensors of a quantized model, but nothing in config.json says how to read them",
-            "use the original model, or restore quantization_config in config.json",
+            f"tensors of a quantized model, {how}",
+            "use the original model" if method else "use the original model, or restore quantization_config",
         ),
         (
             _OTHER_HEADS,

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter
+from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
@@ -52,6 +52,7 @@ class ModelSource:
         UnsupportedModelError: If the architecture is unknown.
 
     Attributes:
+        folder: Where the tokenizer lies: with the weights, or with an adapter that brings another one.
         config: As the stored tensors say it is: a model that config.json ties is untied if its head is stored too.
         findings: What was done to the model on the way from its files.
         notices: What a reader of config.json alone would not expect.
@@ -65,7 +66,8 @@ class ModelSource:
     pruning: Pruning | None = None
 
     def __init__(self, folder: Path, name: str, adapter: Adapter | None = None) -> None:
-        self.folder, self.name = folder, name
+        self.name, self._weights = name, folder
+        self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
         config = read_config(folder)
         self.architecture: Architecture = architecture_of(config)
@@ -85,12 +87,12 @@ class ModelSource:
     def files(self) -> tuple[Path, ...]:
         """The files that decide what the tensors are."""
         adapter = () if self._adapter is None else (self._adapter.folder / ADAPTER_CONFIG,)
-        return (self.folder / "config.json", *adapter, *sorted(self._stored.files))
+        return (self._weights / "config.json", *adapter, *sorted(self._stored.files))
 
     @property
     def origin(self) -> tuple[Path, Path | None]:
         """What `open_source` opens this source by: a folder, and the base model's folder where it is an adapter."""
-        return (self.folder, None) if self._adapter is None else (self._adapter.folder, self.folder)
+        return (self._weights, None) if self._adapter is None else (self._adapter.folder, self._weights)
 
     @cached_property
     def layer_count(self) -> int:
@@ -191,7 +193,7 @@ class ModelSource:
         whole = f", and {replaced} trained tensors taken from it" if replaced else ""
         self.notices = (
             f"The LoRA adapter {adapter.folder.name} (r {rule.rank}, alpha {rule.alpha:g}) is merged into "
-            f"{matrices} matrices of {self.folder.name}{whole}.",
+            f"{matrices} matrices of {self._weights.name}{whole}.",
             *self.notices,
         )
         logger.info("%s", self.notices[0])

@@ -181,7 +181,7 @@ def save_prepared(
     with AtomicFolder(folder, force=force) as partial:
         plain = plain_model(_with_plain_head(prepared.load(), prepared))
         plain.save_pretrained(partial)
-        write_side_files(partial, source=source.folder, config=plain.config)
+        write_side_files(partial, source=source.folder, config=plain.config, generation_from=source.origin[1])
         write_manifest(
             partial,
             {

@@ -136,6 +136,12 @@ def _nothing_usable(folder: Path, paths: list[Path], own: list[Path]) -> InputEr
             where=str(folder),
             fix="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
         )
+    if files := sorted(folder.glob("*.gguf")):
+        return InputError(
+            f"only GGUF weights ({files[0].name}) beside a config.json of another form",
+            where=str(folder),
+            fix=f"name the file: {files[0]}",
+        )
     for pattern, format_ in {
         "*.h5": "TensorFlow",
         "*.msgpack": "Flax",

@@ -175,6 +175,20 @@ def test_the_base_is_given_named_or_in_the_same_folder(base_of: Callable[..., Pa
     assert relative_error(adapter, expected) < 1e-5
 
 
+def test_a_tokenizer_of_the_adapters_own_goes_with_it(llama: Path, tmp_path: Path) -> None:
+    trained(llama, tmp_path / "adapter")
+    assert open_source(tmp_path / "adapter").folder == llama
+    shutil.copy(llama / "tokenizer.json", tmp_path / "adapter")
+    assert open_source(tmp_path / "adapter").folder == llama
+    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    (tmp_path / "adapter" / "tokenizer.json").write_text(
+        json.dumps(tokenizer | {"truncation": None}, indent=3)
+    )
+    source = open_source(tmp_path / "adapter")
+    assert source.folder == tmp_path / "adapter"
+    assert source.origin == (tmp_path / "adapter", llama)
+
+
 def test_what_is_cached_depends_on_the_adapter(base_of: Callable[..., Path], tmp_path: Path) -> None:
     trained(base_of("llama"), tmp_path / "adapter")
     prints = {weights_fingerprint(open_source(base_of("llama")))}

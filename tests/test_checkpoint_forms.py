@@ -457,3 +457,9 @@ def test_a_folder_with_gguf_files_only(tmp_path: Path) -> None:
     assert "a folder with 2 GGUF files: a.gguf, b.gguf" in refusal(tmp_path)
     (tmp_path / "b.gguf").unlink()
     assert refusal(tmp_path).startswith(str(tmp_path / "a.gguf"))
+
+
+def test_gguf_beside_a_config(saved: Folder) -> None:
+    folder = saved()
+    (folder / "model.safetensors").rename(folder / "a.gguf")
+    assert f"name the file: {folder / 'a.gguf'}" in refusal(folder)
