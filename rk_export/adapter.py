@@ -134,12 +134,17 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(
         folder,
         _rule(values, folder / ADAPTER_CONFIG),
-        values.get("base_model_name_or_path") or None,
-        values.get("revision") or None,
+        _text(values, "base_model_name_or_path"),
+        _text(values, "revision"),
         tensors,
         pairs,
         whole,
     )
+
+
+def _text(values: Mapping[str, Any], key: str) -> str | None:
+    value = values.get(key)
+    return value if isinstance(value, str) and value else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def check_kind(config: PretrainedConfig, *, is_encoder: bool) -> None:
     """
     classes = tuple(config.architectures or ())
     heads = _ENCODER_HEADS if is_encoder else _DECODER_HEADS
-    if not classes or any(any(head in name for head in heads) or _is_backbone(name) for name in classes):
+    if not classes or any(any(head in name for head in heads) or is_backbone(name) for name in classes):
         return
     wanted = "hidden states" if is_encoder else "logits of the next token"
     raise InputError(
@@ -53,8 +53,9 @@ def check_kind(config: PretrainedConfig, *, is_encoder: bool) -> None:
     )
 
 
-def _is_backbone(name: str) -> bool:
-    return name.endswith("Model") and "Reward" not in name and "ForSequence" not in name
+def is_backbone(name: str) -> bool:
+    """Whether the name of a class is that of a model without a head, such as `LlamaModel`."""
+    return name.endswith("Model") and not any(part in name for part in ("Reward", "LMHead"))
 
 
 def no_place(leftovers: Sequence[str], config: PretrainedConfig, where: str) -> InputError:
@@ -108,7 +109,7 @@ def no_place(leftovers: Sequence[str], config: PretrainedConfig, where: str) -> 
 
 
 def missing(
-    absent: Sequence[str], present: Sequence[str], config: PretrainedConfig, head: str | None
+    absent: Sequence[str], present: Sequence[str], config: PretrainedConfig, head: str | None, where: str
 ) -> InputError:
     """Return the message about parameters that the files do not hold.
 
@@ -117,24 +118,25 @@ def missing(
         present: Names of those that are there.
         config: Of the model.
         head: Name of the output projection's matrix; None for encoders.
+        where: The model folder.
     """
     layers, count = max(map(layer_number, present), default=-1) + 1, int(config.num_hidden_layers)
     if 0 < layers < count and all(layer_number(name) >= layers for name in absent):
         return InputError(
-            f"config.json says {count} layers (num_hidden_layers), the files hold {layers}",
-            where=absent[0],
+            f"config.json says {count} layers (num_hidden_layers), the files hold {layers}: no {absent[0]}",
+            where=where,
             fix="config.json and the weights do not belong together: take both from the same model",
         )
     if list(absent) == [head]:
         return InputError(
             f"no output projection: tensor {head!r} is missing, and config.json does not tie it to the embedding",
-            where="config.json: tie_word_embeddings",
+            where=where,
             fix="save the whole model (AutoModelForCausalLM), not its backbone; set tie_word_embeddings to true "
             "only if the model was trained so",
         )
     more = f", and {len(absent) - 1} more" if absent[1:] else ""
     return InputError(
         f"tensor {absent[0]!r} is missing{more}",
-        where="config.json and the weights",
+        where=where,
         fix="the checkpoint is incomplete: download it again",
     )

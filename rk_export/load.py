@@ -11,30 +11,23 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
-from rk_export.gguf import gguf_to_folder
+from rk_export.find_model import find_base, find_folder
 from rk_export.leftovers import check_kind
 from rk_export.model_tensors import model_tensors
 from rk_export.plan import Pruning
 from rk_export.report import Finding, Outcome
 from rk_export.tensor_files import StoredTensors
-from rk_export.weight_files import ADAPTER_WEIGHTS, MISTRAL_OWN, check_known_layout
+from rk_export.weight_files import ADAPTER_WEIGHTS, check_known_layout
 
 logger = logging.getLogger(__name__)
 
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
 # Families whose checkpoints store tensors in another arrangement than their modules; transformers converts them.
 CONVERTED_ON_LOAD = frozenset({"mixtral", "qwen3_moe"})
 
@@ -248,7 +241,8 @@ def open_source(model: str | Path, base: str | Path | None = None) -> ModelSourc
     """
     folder = find_folder(model)
     if is_adapter(folder):
-        return _open_adapter(folder, str(model), base)
+        adapter = read_adapter(folder)
+        return ModelSource(find_base(adapter, base), str(model), adapter)
     if base is not None:
         raise InputError(
             "goes with a LoRA adapter, and the model is none",
@@ -256,96 +250,6 @@ def open_source(model: str | Path, base: str | Path | None = None) -> ModelSourc
             fix=f"drop it, or name a folder with {ADAPTER_CONFIG}",
         )
     return ModelSource(folder, str(model))
-
-
-def find_folder(model: str | Path) -> Path:
-    """Return the folder of a model: as it is, converted from a GGUF file, or downloaded.
-
-    Raises:
-        InputError: If nothing is there.
-    """
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(
-                "is a file but not a GGUF file",
-                where=str(path),
-                fix="name an HF folder, a .gguf file or a hub id",
-            )
-        return gguf_to_folder(path)
-    if not path.is_dir():
-        return _download(str(model))
-    files = sorted(path.glob("*.gguf"))
-    if not files or (path / "config.json").is_file() or is_adapter(path):
-        return path
-    if len(files) > 1:
-        raise InputError(
-            f"a folder with {len(files)} GGUF files: {', '.join(file.name for file in files)}",
-            where=str(path),
-            fix=f"name one of them: {files[0]}",
-        )
-    logger.warning("%s: no config.json; read from %s", path, files[0].name)
-    return gguf_to_folder(files[0])
-
-
-def _open_adapter(folder: Path, name: str, base: str | Path | None) -> ModelSource:
-    """Open an adapter with its base model: the one that is given, else the folder's own, else the one it names."""
-    adapter = read_adapter(folder)
-    if base is not None:
-        base_folder = find_folder(base)
-    elif (folder / "config.json").is_file():
-        base_folder = folder  # a whole model with an adapter in it, as transformers reads it
-    else:
-        base_folder = _named_base(adapter)
-        logger.info("base model: %s, named in %s", adapter.base, ADAPTER_CONFIG)
-    if base_folder != folder and is_adapter(base_folder):
-        raise InputError(
-            "is an adapter itself",
-            where=str(base),
-            fix="merge it into its base model first, and name the result",
-        )
-    return ModelSource(base_folder, name, adapter)
-
-
-def _named_base(adapter: Adapter) -> Path:
-    """Return the folder of the base model that an adapter's configuration names."""
-    where = str(adapter.folder / ADAPTER_CONFIG)
-    if adapter.base is None:
-        raise InputError("names no base model", where=where, fix="give it: --base MODEL")
-    try:
-        beside = adapter.folder / adapter.base
-        return find_folder(beside) if beside.is_dir() else _found(adapter.base, adapter.revision)
-    except InputError as error:
-        raise InputError(
-            f"its base model {adapter.base!r} is not to be had ({error.what})",
-            where=where,
-            fix="give --base MODEL",
-        ) from error
-
-
-def _found(name: str, revision: str | None) -> Path:
-    return find_folder(name) if Path(name).expanduser().exists() else _download(name, revision)
-
-
-def _download(name: str, revision: str | None = None) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(
-            "no such file or folder",
-            where=name,
-            fix="name an HF folder, a .gguf file or a hub id like org/name",
-        )
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=f"{MISTRAL_OWN}*"
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"neither a local folder nor a model that the hub delivers ({type(error).__name__})",
-            where=name,
-            fix="check the name, the network and, for gated models, your token",
-        ) from error
 
 
 def read_config(folder: Path) -> PretrainedConfig:

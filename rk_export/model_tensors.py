@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from rk_export.adapter import Adapter
 from rk_export.errors import InputError
-from rk_export.leftovers import missing, no_place
+from rk_export.leftovers import is_backbone, missing, no_place
 from rk_export.lora import merged
 from rk_export.model_names import ModelNames, Target
 from rk_export.renamed_tensors import RenamedTensors, renamed, unwrapped
@@ -63,7 +63,18 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
         tensors, merging = merged(tensors, names, adapter)
         notices += resized + merging
     tensors, ties = settled(tensors, names, config)
-    return ModelTensors(config, names, tensors, (*notices, *ties))
+    return ModelTensors(config, names, tensors, (*notices, *ties, *_backbone(names, config)))
+
+
+def _backbone(names: ModelNames, config: PretrainedConfig) -> list[str]:
+    """Say where the output projection of a decoder comes from that was saved without one."""
+    classes = config.architectures or []
+    tied = getattr(config, "tie_word_embeddings", False)
+    if names.architecture.is_encoder or not tied or not classes or not all(map(is_backbone, classes)):
+        return []
+    return [
+        f"The model is a {classes[0]}, without a head: its output projection is the embedding, as config.json says."
+    ]
 
 
 def _resized(names: ModelNames, config: PretrainedConfig, adapter: Adapter) -> tuple[ModelNames, list[str]]:
@@ -208,7 +219,8 @@ def _check_complete(tensors: StoredTensors, names: ModelNames, config: Pretraine
     ]
     if absent:
         head = names.architecture.lm_head
-        raise missing(absent, list(covered), config, None if head is None else f"{head}.weight")
+        folder = str(min(tensors.files).parent)
+        raise missing(absent, list(covered), config, None if head is None else f"{head}.weight", folder)
 
 
 def _wrong_shape(

@@ -113,6 +113,23 @@ def test_merged_equals_peft(base_of: Callable[..., Path], tmp_path: Path, kind: 
     assert relative_error(tmp_path / "adapter", changed) < 1e-5
 
 
+def test_pairs_of_single_experts(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Adapters from before transformers joined experts; the sum is written into the checkpoint for comparison."""
+    base, adapter, summed = base_of("mixtral"), tmp_path / "adapter", tmp_path / "summed"
+    module = "model.layers.1.block_sparse_moe.experts.2.w2"
+    generator = torch.Generator().manual_seed(3)
+    A, B = (torch.randn(shape, generator=generator) for shape in ((4, 128), (64, 4)))
+    adapter.mkdir()
+    pair = {f"base_model.model.{module}.lora_{part}.weight": W for part, W in (("A", A), ("B", B))}
+    save_file(pair, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    shutil.copytree(base, summed)
+    tensors = load_file(summed / "model.safetensors")
+    tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + 2 * B @ A
+    save_file(tensors, summed / "model.safetensors", metadata={"format": "pt"})
+    assert relative_error(adapter, logits(reference(summed)), base) < 1e-5
+
+
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_a_pair_on_one_of_two_tied_matrices_unties_them(
     base_of: Callable[..., Path], tmp_path: Path, target: str
@@ -279,5 +296,12 @@ def test_an_adapter_through_the_command_line(cli: Cli, llama: Path, tmp_path: Pa
     assert ended.code == 0, ended.err
     assert "adapter" in json.loads((out / "report.json").read_text())["notices"][0]
     assert cli("verify", out, "--against", tmp_path / "adapter", *base, "--threads", 1).code == 0
+    texts = ("--text", tmp_path / "prose.txt", "--context", 32, "--json")
+    (tmp_path / "prose.txt").write_text("The train leaves at 9:15 and arrives at 10:45. " * 4)
+    scores = cli("eval", tmp_path / "adapter", llama, out, *texts, *base)
+    assert scores.code == 0, scores.err
+    adapted, dense, bundled = (row["texts"]["prose.txt"]["nll"] for row in json.loads(scores.out))
+    assert adapted == pytest.approx(bundled, rel=1e-4)
+    assert adapted != pytest.approx(dense, rel=1e-3)
     # Without the adapter it is another model: the graph is not that of the base.
     assert cli("verify", out, "--against", llama, "--threads", 1).code == 1

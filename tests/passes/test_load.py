@@ -254,4 +254,4 @@ def test_more_layers_in_the_config_than_in_the_file(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=3)
     error = refusal(folder, load=False)
     assert "config.json says 3 layers (num_hidden_layers), the files hold 2" in error.what
-    assert "model.layers.2." in (error.where or "")
+    assert "model.layers.2." in error.what
