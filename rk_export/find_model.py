@@ -61,7 +61,8 @@ def find_base(adapter: Adapter, base: str | Path | None) -> Path:
     else:
         folder = _named_base(adapter)
         logger.info("base model: %s, named in %s", adapter.base, ADAPTER_CONFIG)
-    if folder != adapter.folder and is_adapter(folder):
+    is_whole = folder == adapter.folder and (folder / "config.json").is_file()
+    if is_adapter(folder) and not is_whole:
         raise InputError(
             "is an adapter itself",
             where=str(folder),

@@ -41,7 +41,7 @@ def check_kind(config: PretrainedConfig, *, is_encoder: bool) -> None:
     Raises:
         InputError: If it has a head of another kind.
     """
-    classes = tuple(config.architectures or ())
+    classes = classes_of(config)
     heads = _ENCODER_HEADS if is_encoder else _DECODER_HEADS
     if not classes or any(any(head in name for head in heads) or is_backbone(name) for name in classes):
         return
@@ -51,6 +51,12 @@ def check_kind(config: PretrainedConfig, *, is_encoder: bool) -> None:
         where="config.json: architectures",
         fix="use the language model that it was trained from",
     )
+
+
+def classes_of(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the names of the classes that a model was saved as; empty where its config names none."""
+    classes = config.architectures or ()
+    return (classes,) if isinstance(classes, str) else tuple(map(str, classes))
 
 
 def is_backbone(name: str) -> bool:

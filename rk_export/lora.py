@@ -117,6 +117,11 @@ def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[St
     changes: dict[str, Change] = {}
     biases: dict[str, tuple[str, float]] = {}
     kept = _kept_ties(base, names, adapter)
+    whole = {
+        _whole_name(name, names, adapter): stored
+        for name, stored in adapter.whole.items()
+        if name not in kept
+    }
     for module, parts in adapter.pairs.items():
         if f"{module}.weight" in kept:
             continue
@@ -124,15 +129,11 @@ def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[St
         owner = names.module(name.removesuffix(".weight"))
         transposed = isinstance(owner, nn.Embedding) or type(owner).__name__ == "Conv1D"
         change = Change(module, parts, adapter.rule.scale(module), transposed)
-        _check_pair(change, base.shapes[name], adapter)
+        shape = adapter.tensors.shapes[whole[name]] if name in whole else base.shapes[name]
+        _check_pair(change, shape, adapter)
         changes[name] = change
         if (bias := parts.get("bias")) is not None:
             biases[_bias_name(name, base, adapter)] = (bias, change.scale)
-    whole = {
-        _whole_name(name, names, adapter): stored
-        for name, stored in adapter.whole.items()
-        if name not in kept
-    }
     return LoraTensors(base, adapter, changes, biases, whole), notices
 
 

@@ -27,10 +27,21 @@ _OLD_BUFFERS = (
 
 @dataclass(frozen=True)
 class Target:
-    """The parameter of a model that a stored tensor belongs to; as a part, such as one expert of a stack, or whole."""
+    """The parameter of a model that a stored tensor belongs to.
+
+    Args:
+        name: Of the parameter.
+        pattern: Where the tensor is only a part of it, what the names of all parts of its kind look like, such as
+            those of the gate matrices of a stack of experts; None where it is the whole.
+    """
 
     name: str
-    is_part: bool
+    pattern: str | None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the tensor is only a part of the parameter."""
+        return self.pattern is not None
 
 
 class ModelNames:
@@ -87,7 +98,7 @@ class ModelNames:
         name, pattern = rename_source_key(stored, renamings, converters, self.base, self._known)
         if name not in self.shapes:  # it may have been renamed in vain
             name, pattern = rename_source_key(stored, [], [], self.base, self._known)
-        return Target(name, is_part=pattern is not None) if name in self.shapes else None
+        return Target(name, pattern) if name in self.shapes else None
 
     @cached_property
     def _known(self) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from transformers import PretrainedConfig
 
 from rk_export.adapter import Adapter
 from rk_export.errors import InputError
-from rk_export.leftovers import is_backbone, missing, no_place
+from rk_export.leftovers import classes_of, is_backbone, missing, no_place
 from rk_export.lora import merged
 from rk_export.model_names import ModelNames, Target
 from rk_export.renamed_tensors import RenamedTensors, renamed, unwrapped
@@ -68,7 +70,7 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
 
 def _backbone(names: ModelNames, config: PretrainedConfig) -> list[str]:
     """Say where the output projection of a decoder comes from that was saved without one."""
-    classes = config.architectures or []
+    classes = classes_of(config)
     tied = getattr(config, "tie_word_embeddings", False)
     if names.architecture.is_encoder or not tied or not classes or not all(map(is_backbone, classes)):
         return []
@@ -82,8 +84,8 @@ def _resized(names: ModelNames, config: PretrainedConfig, adapter: Adapter) -> t
     tables = {names.architecture.embedding, names.architecture.lm_head}
     for name, stored in adapter.whole.items():
         target = names.target(name)
-        rows = adapter.tensors.shapes[stored][0]
-        if target and target.name.removesuffix(".weight") in tables and rows != config.vocab_size:
+        rows = next(iter(adapter.tensors.shapes[stored]), 0)
+        if target and target.name.removesuffix(".weight") in tables and rows not in (0, config.vocab_size):
             had, config.vocab_size = config.vocab_size, rows
             notice = f"The adapter brings {target.name} with {rows} rows; the vocabulary of its base model has {had}."
             return ModelNames(config), [notice]
@@ -201,15 +203,28 @@ def _are_equal(tensors: StoredTensors, first: str, second: str) -> bool:
 
 def _check_complete(tensors: StoredTensors, names: ModelNames, config: PretrainedConfig) -> None:
     """Hold names and shapes to those of the model."""
-    covered: dict[str, str] = {}
+    covered: set[str] = set()
+    parts: dict[Target, list[str]] = defaultdict(list)
     for name, shape in tensors.shapes.items():
         target = names.target(name)
         if target is None:
             raise ValueError(f"{name} was to be refused earlier")
-        covered[target.name] = name
-        expected = names.shapes[target.name]
-        if not target.is_part and shape != expected:
+        covered.add(target.name)
+        if target.is_part:
+            parts[target].append(name)
+        elif shape != (expected := names.shapes[target.name]):
             raise _wrong_shape(name, shape, expected, config)
+    values: Counter[str] = Counter()
+    for target, stored in parts.items():
+        _check_stack(tensors, target, stored, names.shapes[target.name][0])
+        values[target.name] += sum(math.prod(tensors.shapes[name]) for name in stored)
+    for stack, count in values.items():
+        if count != (wanted := math.prod(names.shapes[stack])):
+            raise InputError(
+                f"its parts in the files hold {count} values, the config asks for {wanted}",
+                where=stack,
+                fix="the checkpoint is incomplete, or config.json is not its own: download both again",
+            )
     tied = names.ties.keys() if getattr(config, "tie_word_embeddings", False) else ()
     unused = names.architecture.unused if names.architecture.is_encoder else ()
     absent = [
@@ -223,11 +238,31 @@ def _check_complete(tensors: StoredTensors, names: ModelNames, config: Pretraine
         raise missing(absent, list(covered), config, None if head is None else f"{head}.weight", folder)
 
 
+def _check_stack(tensors: StoredTensors, target: Target, stored: list[str], count: int) -> None:
+    """Hold the parts of a stack of experts to their number, and to one shape."""
+    shapes = tensors.shapes
+    ((usual, _),) = Counter(shapes[name] for name in stored).most_common(1)
+    for name in stored:
+        if shapes[name] != usual:
+            raise InputError(
+                f"it has shape {list(shapes[name])}, the other experts have {list(usual)}",
+                where=name,
+                fix="the checkpoint is damaged: download it again",
+            )
+    if len(stored) != count:
+        raise InputError(
+            f"{len(stored)} of the {count} tensors of {target.name} are there, "
+            f"{', '.join(stored[:2])} ...: the config asks for {count} experts",
+            where=tensors.place(stored[0]),
+            fix="the checkpoint is incomplete, or config.json is not its own: download both again",
+        )
+
+
 def _wrong_shape(
     name: str, shape: tuple[int, ...], expected: tuple[int, ...], config: PretrainedConfig
 ) -> InputError:
     fix = "config.json and the weights do not belong together"
-    if expected[0] == config.vocab_size != shape[0] and shape[1:] == expected[1:]:
+    if expected[:1] == (config.vocab_size,) != shape[:1] and shape[1:] == expected[1:] and shape:
         fix = f"the vocabulary was resized after config.json was written: set vocab_size to {shape[0]} there"
     return InputError(
         f"it has shape {list(shape)}, the config asks for {list(expected)}", where=name, fix=fix

@@ -47,6 +47,8 @@ def _reported(folder: Path, used: list[Path], listed: dict[str, Path]) -> Safete
             raise InputError(
                 f"tensor {name!r} is missing, which the index puts there", where=str(path), fix=_AGAIN
             )
+    if not present:
+        raise InputError("holds no tensor", where=str(used[0]), fix=_AGAIN)
     others = sorted(path.name for path in folder.glob("*.safetensors") if path not in used)
     if others := [name for name in others if name != ADAPTER_WEIGHTS]:
         logger.warning(

@@ -289,11 +289,41 @@ def test_a_tensor_without_a_place_is_named(saved: Folder, family: str, name: str
     assert name in message
 
 
-def test_a_missing_expert_is_refused(saved: Folder) -> None:
+@pytest.mark.parametrize("leaf", ["w1", "w2", "w3"])
+def test_experts_that_are_not_all_there_are_refused(saved: Folder, leaf: str) -> None:
     folder = saved("mixtral")
-    gone = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-    edit_tensors(folder, lambda tensors: {n: t for n, t in tensors.items() if n != gone})
-    assert "layers.1.mlp.experts" in refusal(folder, load=True)
+
+    def without(gone: str) -> Edit:
+        return lambda tensors: {
+            name: t for name, t in tensors.items() if gone not in name or leaf not in name
+        }
+
+    edit_tensors(folder, without("layers.1.block_sparse_moe.experts.3."))
+    message = refusal(folder)
+    assert "3 of the 4 tensors of model.layers.1.mlp.experts." in message
+    assert f"experts.0.{leaf}.weight" in message
+    edit_tensors(folder, without("layers.1.block_sparse_moe.experts."))
+    assert "model.layers.1.mlp.experts." in refusal(folder)
+
+
+def test_an_expert_of_another_shape_is_refused(saved: Folder) -> None:
+    folder = saved("qwen3_moe")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    edit_tensors(folder, lambda tensors: {**tensors, name: torch.zeros(3, 3)})
+    assert refusal(folder).startswith(f"{name}: it has shape [3, 3]")
+
+
+def test_a_file_without_tensors_is_refused(saved: Folder) -> None:
+    folder = saved()
+    save_file({}, folder / "model.safetensors")
+    assert "holds no tensor" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_scalar_in_place_of_a_tensor_is_refused(saved: Folder, name: str) -> None:
+    folder = saved()
+    edit_tensors(folder, lambda tensors: {**tensors, name: torch.tensor(1.0)})
+    assert refusal(folder).startswith(f"{name}: it has shape []")
 
 
 @pytest.mark.parametrize(
@@ -313,8 +343,10 @@ def test_a_model_of_another_kind_is_refused(saved: Folder, family: str, architec
     assert f"the model is a {architecture}" in refusal(folder)
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["MyLlamaForCausalLM"]])
-def test_other_names_of_the_same_kind_are_read(saved: Folder, architectures: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    "architectures", [None, [], "LlamaForCausalLM", ["LlamaModel"], ["MyLlamaForCausalLM"]]
+)
+def test_other_names_of_the_same_kind_are_read(saved: Folder, architectures: list[str] | str | None) -> None:
     folder = saved()
     expected = reference(folder)
     edit_config(folder, architectures=architectures)
