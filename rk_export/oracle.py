@@ -85,7 +85,7 @@ def _other_model(source: ModelSource) -> str:
     """Return why the folder is another model than the source, or an empty string."""
     if source.changed:
         return source.changed
-    stored = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    stored = json.loads((source.origin[0] / "config.json").read_text(encoding="utf-8"))
     return "the matrices are stored quantized" if "quantization_config" in stored else ""
 
 
@@ -94,7 +94,7 @@ def _from_folder(source: ModelSource) -> PreTrainedModel:
     return _complete(
         source,
         lambda: auto.from_pretrained(
-            source.folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
+            source.origin[0], use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
         ),
     )
 
