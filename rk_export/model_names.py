@@ -55,7 +55,9 @@ class ModelNames:
         self.architecture = architecture_of(config)
         auto = AutoModel if self.architecture.is_encoder else AutoModelForCausalLM
         with torch.device("meta"), no_init_weights():
-            self.model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+            self.model: PreTrainedModel = auto.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+            )
 
     @property
     def base(self) -> str:
