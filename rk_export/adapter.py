@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -15,8 +14,6 @@ from rk_export.errors import InputError
 from rk_export.renamed_tensors import without_wrappers
 from rk_export.tensor_files import SafetensorFiles
 from rk_export.weight_files import ADAPTER_WEIGHTS
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_WITH_PEFT = (
@@ -206,7 +203,7 @@ def _sorted_tensors(
     whole: dict[str, str] = {}
     adapters: set[str] = set()
     for stored in tensors.shapes:
-        name = without_wrappers(stored.removeprefix(_PREFIX))
+        name = without_wrappers(stored).removeprefix(_PREFIX)
         match = _LORA.fullmatch(name)
         if match is None:
             whole[name] = stored

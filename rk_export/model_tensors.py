@@ -52,7 +52,7 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
         InputError: If a tensor is missing, left over, of another shape or type, or the adapter does not fit.
     """
     config = copy.deepcopy(config)
-    files = open_tensors(folder)
+    files = open_tensors(folder, getattr(config, "transformers_weights", None))
     names = ModelNames(config)
     if getattr(config, "quantization_config", None) is None:
         check_types(files, names)
@@ -180,8 +180,8 @@ def settled(
                 continue
             config.tie_word_embeddings = False
             notices.append(
-                f"config.json ties {target} to {source}, but the files hold other values for each: both are used as "
-                "stored, as transformers does, and the model is exported untied."
+                f"config.json ties {target} to {source}, but each has stored values of its own: both are used, as "
+                "transformers does, and the model is exported untied."
             )
         elif target in stored:
             stored[source] = stored.pop(target)

@@ -69,6 +69,7 @@ def analyze(
             command=command,
             versions=library_versions(),
             spectra=tuple(spectra(source, options or CompressOptions())),
+            notices=source.notices,
         )
         report.save(partial / "report.json")
         (partial / "report.html").write_text(html(report), encoding="utf-8")

@@ -22,13 +22,30 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensor
 _AGAIN = "the checkpoint is incomplete: download it again"
 
 
-def open_tensors(folder: Path) -> SafetensorFiles:
+def open_tensors(folder: Path, named: str | None = None) -> SafetensorFiles:
     """Find the safetensors files of a model folder, in transformers' order: one file, an index, what else there is.
+
+    Args:
+        folder: The model folder.
+        named: File or index that the config names (`transformers_weights`), before any other.
 
     Raises:
         InputError: If there are none, one is missing or broken, or it is not clear which they are.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if named is not None:
+        path = folder / named
+        if not named.endswith((".safetensors", ".safetensors.index.json")) or path.parent != folder:
+            raise InputError(
+                f"transformers_weights is {named!r}, no safetensors file or index of this folder",
+                where=str(folder / "config.json"),
+                fix="name a file that lies beside config.json, or drop the entry",
+            )
+        return (
+            _reported(folder, [path], {})
+            if named.endswith(".safetensors")
+            else _reported(folder, *_indexed(path))
+        )
     if single.is_file():
         used = [single]
     elif index.is_file():
@@ -62,6 +79,8 @@ def _reported(folder: Path, used: list[Path], listed: dict[str, Path]) -> Safete
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     """Return the files that an index lists, and the place of each tensor."""
+    if not index.is_file():
+        raise InputError("is missing", where=str(index), fix=_AGAIN)
     try:
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         places = {key: index.parent / name for key, name in names.items()}

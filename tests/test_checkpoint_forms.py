@@ -425,6 +425,21 @@ def test_one_file_of_another_name_is_read(saved: Folder, name: str) -> None:
     assert "2 safetensors files" in refusal(folder)
 
 
+def test_the_file_that_the_config_names_is_read(saved: Folder) -> None:
+    folder = saved()
+    expected = reference(folder)
+    (folder / "model.safetensors").rename(folder / "chosen.safetensors")
+    tiny_model("llama", seed=7).save_pretrained(folder / "other")
+    shutil.move(folder / "other" / "model.safetensors", folder)
+    edit_config(folder, transformers_weights="chosen.safetensors")
+    assert_same(folder, expected)
+    assert_same(folder)
+    edit_config(folder, transformers_weights="absent.safetensors.index.json")
+    assert "absent.safetensors.index.json: is missing" in refusal(folder)
+    edit_config(folder, transformers_weights="../model.safetensors")
+    assert "transformers_weights is '../model.safetensors'" in refusal(folder)
+
+
 def test_a_tensor_in_two_shards_is_refused(saved: Folder) -> None:
     folder = saved()
     first, second, _ = sharded(folder)
