@@ -74,7 +74,7 @@ def write_own_files(folder: Path, *, source: Path, config: PretrainedConfig) -> 
 def write_model_config(folder: Path, config: PretrainedConfig) -> None:
     """Write ``config.json`` without what sends a loader to remote code or to the source's quantization."""
     plain = copy.deepcopy(config)
-    for name in ("quantization_config", "auto_map"):
+    for name in ("quantization_config", "auto_map", "custom_pipelines"):
         if hasattr(plain, name):
             delattr(plain, name)
     plain._name_or_path = ""  # often a private path

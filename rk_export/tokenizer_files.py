@@ -10,26 +10,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
 from rk_export.runtime.chat_files import MORE_TEMPLATES, PROCESSOR_FILE, TEMPLATE_FILE, TemplateFiles
 from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE, SpecialTokens
+from rk_export.tokenizer_conversion import convert_tokenizer, present_files
 
 logger = logging.getLogger(__name__)
-
-_FILES = (
-    TOKENIZER_FILE,
-    CONFIG_FILE,
-    MAP_FILE,
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    TEMPLATE_FILE,
-    PROCESSOR_FILE,
-)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -38,11 +24,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     Raises:
         InputError: The tokenizer cannot be converted, or one of its files is malformed.
     """
-    present = [name for name in _FILES if (source / name).is_file()]
-    if not set(present) - {TEMPLATE_FILE, PROCESSOR_FILE}:
+    templates = [name for name in (TEMPLATE_FILE, PROCESSOR_FILE) if (source / name).is_file()]
+    present = present_files(source)
+    if not present:
         logger.warning("%s holds no tokenizer: the bundle takes token ids only", source)
         return
-    for name in present:
+    for name in (*present, *templates):
         shutil.copyfile(source / name, folder / name)
     if (source / MORE_TEMPLATES).is_dir():
         shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
@@ -53,15 +40,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _complete(folder: Path, source: Path) -> None:
     """Add what transformers makes of the files: ``tokenizer.json``, missing tokens, and the class's own names."""
+    if not (folder / TOKENIZER_FILE).is_file():  # GenAI and `tokenizers` read this file only
+        convert_tokenizer(source, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception, transformers whatever its parsers do
-        if not (folder / TOKENIZER_FILE).is_file():
-            raise InputError(
-                f"the tokenizer cannot be converted ({_first_line(error)})",
-                where=str(source),
-                fix="add the fast tokenizer's tokenizer.json to the model folder",
-            ) from error
         logger.warning(
             "%s: transformers cannot open the tokenizer (%s); its files are taken as they are",
             source,
@@ -71,7 +54,6 @@ def _complete(folder: Path, source: Path) -> None:
     missing = _missing_tokens(folder, tokenizer)
     if missing:
         logger.warning("%s lacks the added tokens %s: written anew", TOKENIZER_FILE, ", ".join(missing))
-    if missing or not (folder / TOKENIZER_FILE).is_file():  # GenAI and `tokenizers` read this file only
         tokenizer.save_pretrained(folder)
     _name_tokens(folder, tokenizer.special_tokens_map)
 

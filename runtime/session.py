@@ -20,7 +20,7 @@ from rk_export.runtime.chat import ChatTemplate, Message
 from rk_export.runtime.decoder import Decoder, position_ids
 from rk_export.runtime.generate import Row, run_rows
 from rk_export.runtime.graph_proto import GraphFacts, read_facts
-from rk_export.runtime.layout import DecoderLayout
+from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 from rk_export.runtime.options import Generation, GenerationOptions
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.text import TextCodec
@@ -105,10 +105,19 @@ class Session:
         logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
         return logits, tuple(present)
 
-    def prefill_logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Return the logits of all positions, [batch, length, vocabulary], in the type of the graph."""
-        logits: np.ndarray = self._session.run(["logits"], self._feeds(input_ids, attention_mask, None))[0]
-        return logits
+    def prefill_logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, start: int = 0
+    ) -> np.ndarray:
+        """Return the logits of the positions from ``start`` on, [batch, length - start, vocabulary].
+
+        They have the type of the graph. A graph that can leave out positions does not compute those before.
+        """
+        feeds = self._feeds(input_ids, attention_mask, None)
+        skips = start > 0 and self.layout.logits_start
+        if skips:
+            feeds[LOGITS_START] = np.array([start], np.int64)
+        logits: np.ndarray = self._session.run(["logits"], feeds)[0]
+        return logits if skips else logits[:, start:]
 
     def decoder(self, *, batch: int, capacity: int) -> Decoder:
         """Return fresh decoding state for ``batch`` rows of at most ``capacity`` positions."""
