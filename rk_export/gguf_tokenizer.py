@@ -55,7 +55,6 @@ def check_tokenizer(source: GgufFile) -> None:
             where=f"{source.path}, key tokenizer.ggml.pre",
             fix=f"use the Hugging Face checkpoint; known: {', '.join(sorted(_KNOWN))}",
         )
-
     _check_lists(source)
 
 
@@ -122,9 +121,7 @@ def _split_words(tokenizer: Any, source: GgufFile) -> None:
         backend.normalizer = normalizers.NFC()
     if rule in WHOLE_WORDS_FIRST:
         if isinstance(backend.model, models.BPE):
-            backend.model.ignore_merges = (
-                True  # a word of the vocabulary is one token, whatever the merges give
-            )
+            backend.model.ignore_merges = True  # what is in the vocabulary is one token
         if "tokenizer.ggml.add_bos_token" not in source.metadata:  # these families begin with it all the same
             tokenizer.add_bos_token = tokenizer.bos_token is not None
 
@@ -172,11 +169,8 @@ def _words(numbers: str) -> str:
 
 def _cased_words(numbers: str, contraction: str) -> str:
     """Like ``_words``, but words end where lower case turns into upper case, and take their contraction along."""
-    mark, upper, lower = (
-        r"[^\r\n\p{L}\p{N}]?",
-        r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
-        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
-    )
+    mark = r"[^\r\n\p{L}\p{N}]?"
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
     word, capitals = f"{mark}{upper}*{lower}+{contraction}", f"{mark}{upper}+{lower}*{contraction}"
     return "|".join([word, capitals, numbers, punctuation, *_SPACES])
