@@ -85,7 +85,7 @@ def _parameter_shapes(config: PretrainedConfig, path: Path) -> dict[str, Shape]:
     """Return the model's parameters and shapes without allocating them; a tied head is left out."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (RuntimeError, ValueError, ZeroDivisionError, OverflowError, KeyError) as error:
         raise InputError(
             f"the metadata makes no {config.model_type} model: {str(error).splitlines()[0]}", where=str(path)

@@ -91,7 +91,7 @@ def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
         (Path(alone) / "model.gguf").symlink_to(source.path.resolve())
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                alone, gguf_file="model.gguf", local_files_only=True
+                alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(
