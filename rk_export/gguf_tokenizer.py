@@ -21,17 +21,21 @@ logger = logging.getLogger(__name__)
 
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 _GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo"})
-_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell"})
-_LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"})
+_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
+_LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"})
 _QWEN2 = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
 _TEKKEN, _GPT4O = "tekken", "gpt-4o"
+_DEEPSEEK_CODER, _SEED_CODER = "deepseek-coder", "seed-coder"
 _DEFAULT = (None, "default")
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen"})
-WHOLE_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+WHOLE_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"})
 _OWN_SPACES = frozenset({"gemma2", "gemma3", "phi3"})  # transformers knows what these do with spaces
-_KNOWN = _GPT2 | _SINGLE_DIGITS | _LLAMA3 | _QWEN2 | {_TEKKEN, _GPT4O, "default"}
+_KNOWN = (
+    _GPT2 | _SINGLE_DIGITS | _LLAMA3 | _QWEN2 | {_TEKKEN, _GPT4O, _DEEPSEEK_CODER, _SEED_CODER, "default"}
+)
 
 _CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
+_DEEPSEEK_CODER_RULES = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
 _SPACES = (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
 
 
@@ -149,6 +153,10 @@ def splitter(rule: str | None) -> Any:
         return _splits(_cased_words(r"\p{N}", contraction=""))
     if rule == _GPT4O:
         return _splits(_cased_words(r"\p{N}{1,3}", contraction=f"(?i:{_CONTRACTION})?"))
+    if rule == _DEEPSEEK_CODER:
+        return _splits(*_DEEPSEEK_CODER_RULES)
+    if rule == _SEED_CODER:
+        return _splits(_words(r"\p{N}", punctuation=r" ?[^\s\p{L}\p{N}\r\n]+"))
     return _splits(_words(r"\p{N}{1,3}" if rule in _LLAMA3 else r"\p{N}"))
 
 
@@ -160,10 +168,9 @@ def _splits(*rules: str) -> Any:
     )
 
 
-def _words(numbers: str) -> str:
+def _words(numbers: str, punctuation: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
     """Contractions, words with one leading mark, ``numbers``, punctuation, line breaks, other white space."""
     word = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-    punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     return "|".join([f"(?i:{_CONTRACTION})", word, numbers, punctuation, *_SPACES])
 
 
