@@ -240,7 +240,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         InputError: If it is missing, broken or of an unknown model type, or the folder names code of its own.
     """
     if not (folder / "config.json").is_file():
-        raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        fix = f"name the GGUF file: {files[0]}" if files else "name a folder that save_pretrained wrote"
+        raise InputError("no config.json", where=str(folder), fix=fix)
     refuse_remote_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
