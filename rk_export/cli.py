@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli_methods import add_method_arguments
-from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
+from rk_export.cli_options import (
+    add_context_argument,
+    add_format_arguments,
+    add_rank_arguments,
+    compress_options,
+)
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:
@@ -119,6 +124,7 @@ def _add_model_commands(add: AddCommand) -> None:
     export.add_argument(
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
+    add_context_argument(export)
     _add_bundle_arguments(export)
 
 
@@ -248,13 +254,13 @@ def run_compress(args: argparse.Namespace) -> int:
     from rk_export.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
-    from rk_export.render import findings_table, text_table
+    from rk_export.render import planned_text, text_table
 
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
     if args.dry_run:
         report = dry_run(args.model, options, plan=plan)
-        _print_json(report.to_json()) if args.json else print(findings_table(report.findings))
+        _print_json(report.to_json()) if args.json else print(planned_text(report))
         return 0
     report = compress(
         args.model,
@@ -318,6 +324,7 @@ def run_export(args: argparse.Namespace) -> int:
         args.model,
         args.output,
         None if args.ep is None else CompressOptions(ep=args.ep),
+        context_length=args.context_length,
         triton=args.triton,
         threads=args.threads,
         force=args.force,

@@ -35,7 +35,8 @@ def model_card(card: ModelCard) -> str:
     rows = "".join(f"| {label} | {value} |\n" for label, value in card.results)
     results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
-    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{results}\n"
+    context = f"It takes {card.context_length:,} tokens at most, those that it writes included."
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{results}\n"
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

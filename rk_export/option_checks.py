@@ -6,6 +6,7 @@ from rk_export.basis_selection import check_selection
 from rk_export.cap import amount_of
 from rk_export.cap_pools import check_source
 from rk_export.changes import task_tokens
+from rk_export.context import check_context
 from rk_export.cost_table import TIMED_CONTEXT
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
@@ -25,6 +26,7 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
         InputError: If a group matches nothing, a method or a budget lacks the statistics that it needs, the model
             cannot lose what is to go, or a task's text cannot be used.
     """
+    check_context(source.config, options.context_length)
     check_groups(source, with_default_groups(source, options).groups or ())
     _check_budget(source, options)
     if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):

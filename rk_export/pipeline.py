@@ -14,6 +14,7 @@ from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
+from rk_export.context import check_context, context_notices
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
@@ -23,7 +24,7 @@ from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
-from rk_export.load import ModelSource, open_source
+from rk_export.load import ModelSource, open_source, read_config
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
 from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
@@ -109,7 +110,8 @@ def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: 
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
     plan = plan or _plan(ground, None)
     findings = (*ground.findings, *planned_findings(ground.source, plan))
-    return new_report(source.title, source.config.model_type, findings=findings)
+    notices = context_notices(source.config, options.context_length)
+    return new_report(source.title, source.config.model_type, findings=findings, notices=notices)
 
 
 def _checked_options(
@@ -176,7 +178,8 @@ def compress(
         if speed is not None:
             context_length(source.config, "--speed")
         if text is not None:
-            check_text(text, source.folder, context_length(source.config, "--text"))
+            longest = context_length(source.config, "--text", options.context_length)
+            check_text(text, source.folder, longest)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
         training = _state(Path(out), "basel")
         ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
@@ -224,6 +227,7 @@ def export(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    context_length: int | None = None,
     triton: str | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -235,6 +239,7 @@ def export(
         model: A checkpoint folder that rk-export saved, or a dense model.
         out: Bundle folder.
         options: For a dense model, its execution provider and device; a checkpoint carries its own.
+        context_length: As in `CompressOptions`; for a checkpoint too.
         triton: As in `compress`.
         threads: As in `compress`.
         force: Replace an existing output.
@@ -246,20 +251,32 @@ def export(
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
         dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
+        if context_length is not None:
+            dense = replace(dense, context_length=context_length)
         return compress(model, out, dense, triton=triton, threads=threads, force=force, command=command)
     if options is not None:
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
+    check_context(read_config(folder), context_length)
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
     with AtomicFolder(out, force=force) as partial:
         with stages.stage("load", f"opening {model}"):
-            rewritten = load_pretrained(folder)
+            rewritten = _with_context(load_pretrained(folder), context_length)
         probe = make_probe(folder, rewritten.model.config.vocab_size)
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
         return write_bundle(partial, rewritten, folder, request, stages, name=Path(out).name)
+
+
+def _with_context(rewritten: Rewritten, context_length: int | None) -> Rewritten:
+    """Return a checkpoint's model with a context of its own in its plan; None leaves the plan's."""
+    if context_length is None:
+        return rewritten
+    plan = rewritten.plan
+    changed = replace(plan, options=replace(plan.options, context_length=context_length))
+    return replace(rewritten, plan=changed)
 
 
 def verify(

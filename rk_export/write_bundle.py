@@ -23,6 +23,7 @@ from rk_export.bundle import (
     write_manifest,
     write_side_files,
 )
+from rk_export.context import context_notices, context_of, own_context, with_context
 from rk_export.errors import InputError
 from rk_export.folders import library_versions
 from rk_export.graph_export import build_graph, save_graph
@@ -140,7 +141,12 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
-        notices=(*notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
+        notices=(
+            *notices,
+            *context_notices(rewritten.model.config, options.context_length),
+            *_over_budget(folder, options),
+            *_empty_sections(rewritten, origin),
+        ),
     )
     _write_report(folder, rewritten, report, golden, name)
     return report
@@ -153,11 +159,11 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
 
 
 def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> GenerationConfig:
-    config = rewritten.model.config
+    config = with_context(rewritten.model.config, rewritten.plan.options.context_length)
     generation = write_side_files(folder, source=source, config=config)
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
-        context = int(config.max_position_embeddings)
+        context = own_context(config)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
 
@@ -245,7 +251,7 @@ def _write_report(
         name=name,
         base_model=report.model,
         ep="cuda" if options.ep == "cuda" else "cpu",
-        context_length=int(rewritten.model.config.max_position_embeddings),
+        context_length=context_of(rewritten.model.config, options.context_length),
         summary=_summary(options),
         results=_results(report),
     )

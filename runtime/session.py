@@ -216,11 +216,20 @@ class Session:
             raise InputError(
                 f"{len(tokens)} tokens leave no room in a context of {self.max_length}",
                 where=f"prompt {index}",
-                fix="shorten the prompt, or open the session with a larger max_length",
+                fix=self._more_room,
             )
         needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
         codec = self.text_codec if needs_text else None
         return Row(tokens, options, codec, self.config.eos_ids, index)
+
+    @property
+    def _more_room(self) -> str:
+        """What a user can do about a prompt that is too long."""
+        shorter = f"shorten the prompt to {self.max_length - 1} tokens or less"
+        context = self.config.context_length
+        if context is None or self.max_length < context:
+            return f"{shorter}, or open the session with a larger max_length"
+        return f"{shorter}, or export the model again with a larger --context-length, where it allows one"
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))
