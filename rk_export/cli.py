@@ -259,7 +259,7 @@ def run_compress(args: argparse.Namespace) -> int:
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
     if args.dry_run:
-        report = dry_run(args.model, options, plan=plan)
+        report = dry_run(args.model, options, plan=plan, out=args.output)
         _print_json(report.to_json()) if args.json else print(planned_text(report))
         return 0
     report = compress(

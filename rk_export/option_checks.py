@@ -14,7 +14,7 @@ from rk_export.method_options import PruneOptions
 from rk_export.method_plans import sparse_budget, stored_prices
 from rk_export.options import CompressOptions
 from rk_export.plan import Pruning
-from rk_export.planner import check_groups, with_default_groups
+from rk_export.planner import check_groups, check_size, with_default_groups
 from rk_export.pruned import check_blocks, kept_width
 from rk_export.pruned_config import check_decoder, pruned_config
 
@@ -59,6 +59,8 @@ def _check_budget(source: ModelSource, options: CompressOptions) -> None:
             where="--metric",
             fix="choose self or corpus:FILE, or give --uniform",
         )
+    if budget.kind == "size" and options.cap is None and options.prune is None:
+        check_size(source, options)
     if budget.kind == "speed_up":
         _check_speed_up(source, options)
 

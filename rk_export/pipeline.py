@@ -20,7 +20,7 @@ from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
-from rk_export.folders import check_replaceable
+from rk_export.folders import check_free_space, check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
@@ -40,7 +40,8 @@ from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.sites import canonical_layers
-from rk_export.sizes import planned_findings
+from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
+from rk_export.storage import FLOAT_BYTES
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 
@@ -103,15 +104,42 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
-def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: Plan | None = None) -> Report:
-    """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
+def dry_run(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    out: str | Path | None = None,
+) -> Report:
+    """Return what `compress` would do, with sizes from shapes alone; nothing is written.
+
+    Args:
+        model: As in `compress`.
+        options: As in `compress`.
+        plan: As in `compress`.
+        out: Where the bundle would go: refused if it will not fit there.
+
+    Raises:
+        InputError: As `compress`.
+    """
     source = open_source(model)
     options = _checked_options(source, options, plan)
+    if out is not None:
+        check_free_space(out, _least_bytes(source, options, plan))
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
     plan = plan or _plan(ground, None)
+    if out is not None:
+        check_free_space(out, planned_bytes(ground.source, plan))
     findings = (*ground.findings, *planned_findings(ground.source, plan))
     notices = context_notices(source.config, options.context_length)
     return new_report(source.title, source.config.model_type, findings=findings, notices=notices)
+
+
+def _least_bytes(source: ModelSource, options: CompressOptions, plan: Plan | None) -> int:
+    """Return what a run will write at least, as far as that is known before it."""
+    if plan is not None and plan.pruning is None:
+        return planned_bytes(source, plan)
+    return least_bytes(source, options)
 
 
 def _checked_options(
@@ -173,6 +201,8 @@ def compress(
     with stages.stage("load", f"opening {model}"):
         source = open_source(model)
         options = _checked_options(source, options, plan)
+        check_replaceable(Path(out), force)
+        check_free_space(out, _least_bytes(source, options, plan))
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
         if speed is not None:
@@ -185,7 +215,7 @@ def compress(
         ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
     with stages.stage("plan", "choosing ranks and bits"):
         plan = plan or _plan(ground, threads)
-        needed = sum(finding.bytes_after for finding in planned_findings(ground.source, plan))
+        needed = planned_bytes(ground.source, plan)
     with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = make_probe(source.folder, source.config.vocab_size)
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
@@ -259,11 +289,13 @@ def export(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
     check_context(read_config(folder), context_length)
+    check_replaceable(Path(out), force)
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
-    with AtomicFolder(out, force=force) as partial:
-        with stages.stage("load", f"opening {model}"):
-            rewritten = _with_context(load_pretrained(folder), context_length)
+    with stages.stage("load", f"opening {model}"):
+        rewritten = _with_context(load_pretrained(folder), context_length)
+    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
+    with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = make_probe(folder, rewritten.model.config.vocab_size)
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})

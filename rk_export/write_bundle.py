@@ -25,6 +25,7 @@ from rk_export.bundle import (
 )
 from rk_export.context import context_notices, context_of, own_context, with_context
 from rk_export.errors import InputError
+from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import library_versions
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.humanize import share, size
@@ -34,7 +35,7 @@ from rk_export.options import CompressOptions
 from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
 from rk_export.probe import Probe, make_probe
 from rk_export.render import html
-from rk_export.report import ParityTier, Report, SizeSummary
+from rk_export.report import Finding, ParityTier, Report, SizeSummary
 from rk_export.rewrite import DENSE, Rewritten
 from rk_export.runtime import Session
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
@@ -133,7 +134,7 @@ def write_bundle(
         origin.title if isinstance(origin, ModelSource) else origin.name,
         rewritten.plan.model_type,
         command=request.command,
-        findings=rewritten.findings,
+        findings=_findings(rewritten, origin),
         fusions=fusions,
         parity=tiers,
         layer_errors=rewritten.layer_errors,
@@ -150,6 +151,13 @@ def write_bundle(
     )
     _write_report(folder, rewritten, report, golden, name)
     return report
+
+
+def _findings(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[Finding, ...]:
+    """Return what became of each matrix, and what stands beside the matrices; a checkpoint tells neither."""
+    if not isinstance(origin, ModelSource):
+        return rewritten.findings
+    return (*rewritten.findings, *fixed_findings(rewritten.model.config, rewritten.plan.options))
 
 
 def new_report(model: str, model_type: str, **fields: Any) -> Report:
