@@ -293,13 +293,16 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
+    from rk_export.fixed_parts import fixed_parts, in_words
+    from rk_export.load import open_source
     from rk_export.pipeline import make_plan
 
     if args.output.exists() and not args.force:
         raise InputError("exists already", where=str(args.output), fix="choose another name or give --force")
     plan = make_plan(args.model, compress_options(args))
     plan.save(args.output)
-    print(f"{len(plan.sites)} sites\nplan  {args.output}")
+    parts = in_words(fixed_parts(open_source(args.model).config, plan.options))
+    print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
 
 

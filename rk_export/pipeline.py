@@ -201,7 +201,7 @@ def compress(
     with stages.stage("load", f"opening {model}"):
         source = open_source(model)
         options = _checked_options(source, options, plan)
-        check_replaceable(Path(out), force)
+        check_replaceable(Path(out).expanduser(), force)
         check_free_space(out, _least_bytes(source, options, plan))
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
@@ -289,7 +289,7 @@ def export(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
     check_context(read_config(folder), context_length)
-    check_replaceable(Path(out), force)
+    check_replaceable(Path(out).expanduser(), force)
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
@@ -323,7 +323,7 @@ def verify(
     Args:
         bundle: The bundle folder.
         against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
-            measured. None measures what the bundle can show alone: tiers d to g.
+            measured. None measures what the bundle can show alone: tiers d to h.
         provider: Execution provider.
         threads: Threads of ONNX Runtime.
 
@@ -381,7 +381,7 @@ def prepare(
         InputError: If the model, a name or the output cannot be used.
     """
     source, peaks = open_source(model), {}
-    check_replaceable(Path(out), force)
+    check_replaceable(Path(out).expanduser(), force)
     if "scale" in names:
         device = resolve_device("auto")
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)

@@ -129,7 +129,8 @@ class Session:
 
         Returns:
             One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
-            graph does not allow for padding, prompts of equal length run together instead.
+            graph does not allow for padding, prompts of equal length run together instead. A padded row is the
+            single row up to rounding: at accuracy level 4 its tokens may differ from those of a call of its own.
 
         Raises:
             InputError: A prompt is empty or leaves no room for a new token.
