@@ -20,6 +20,7 @@ from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
+from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import check_free_space, check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.groundwork import Groundwork, groundwork
@@ -130,7 +131,8 @@ def dry_run(
     plan = plan or _plan(ground, None)
     if out is not None:
         check_free_space(out, planned_bytes(ground.source, plan))
-    findings = (*ground.findings, *planned_findings(ground.source, plan))
+    fixed = fixed_findings(ground.source.config, plan.options)
+    findings = (*ground.findings, *planned_findings(ground.source, plan), *fixed)
     notices = context_notices(source.config, options.context_length)
     return new_report(source.title, source.config.model_type, findings=findings, notices=notices)
 

@@ -23,7 +23,7 @@ from rk_export.storage import FLOAT_BYTES, matrix_bytes, stored_shapes
 
 
 def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
-    """Return what a plan would do to each site, to the embedding and to the head, and what stays beside them."""
+    """Return what a plan would do to each site, to the embedding and to the head, from shapes alone."""
     findings = []
     for dense in canonical_layers(source.config):
         layer, removed = planned_shape(dense, plan.shape_of(dense.index), plan.of_layer(dense.index))
@@ -31,12 +31,13 @@ def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
         findings += [_planned(layer, site, plan.options.float_dtype) for site in plan.of_layer(layer.index)]
     if not source.architecture.is_encoder:
         findings += [_planned_table(path, source, plan.options) for path in _tables(source)]
-    return findings + fixed_findings(source.config, plan.options)
+    return findings
 
 
 def planned_bytes(source: ModelSource, plan: Plan) -> int:
     """Return the bytes that a plan leaves, graph and configs left out."""
-    return sum(finding.bytes_after for finding in planned_findings(source, plan))
+    fixed = fixed_findings(source.config, plan.options)
+    return sum(finding.bytes_after for finding in (*planned_findings(source, plan), *fixed))
 
 
 def least_bytes(source: ModelSource, options: CompressOptions) -> int:
