@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli_methods import add_method_arguments
-from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
+from rk_export.cli_options import (
+    add_context_argument,
+    add_format_arguments,
+    add_rank_arguments,
+    compress_options,
+)
 from rk_export.cli_run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
 
@@ -128,6 +133,7 @@ def _add_model_commands(add: AddCommand) -> None:
     export.add_argument(
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
+    add_context_argument(export)
     _add_bundle_arguments(export)
 
 
@@ -258,13 +264,13 @@ def run_compress(args: argparse.Namespace) -> int:
     from rk_export.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
-    from rk_export.render import findings_table, text_table
+    from rk_export.render import planned_text, text_table
 
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
     if args.dry_run:
-        report = dry_run(args.model, options, plan=plan, base=args.base)
-        _print_json(report.to_json()) if args.json else print(findings_table(report.findings))
+        report = dry_run(args.model, options, plan=plan, base=args.base, out=args.output)
+        _print_json(report.to_json()) if args.json else print(planned_text(report))
         return 0
     report = compress(
         args.model,
@@ -303,13 +309,16 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
+    from rk_export.fixed_parts import fixed_parts, in_words
+    from rk_export.load import open_source
     from rk_export.pipeline import make_plan
 
     if args.output.exists() and not args.force:
         raise InputError("exists already", where=str(args.output), fix="choose another name or give --force")
     plan = make_plan(args.model, compress_options(args), base=args.base)
     plan.save(args.output)
-    print(f"{len(plan.sites)} sites\nplan  {args.output}")
+    parts = in_words(fixed_parts(open_source(args.model, args.base).config, plan.options))
+    print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
 
 
@@ -336,6 +345,7 @@ def run_export(args: argparse.Namespace) -> int:
         args.output,
         None if args.ep is None else CompressOptions(ep=args.ep),
         base=args.base,
+        context_length=args.context_length,
         triton=args.triton,
         threads=args.threads,
         force=args.force,

@@ -120,7 +120,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     family = config.model_type
     check_options(config)
     heads = architecture_of(config).heads(config)
-    _check_heads(heads, is_rotated=family not in _LEARNED_POSITIONS)
+    _check_heads(heads, is_rotated=not has_learned_positions(config))
     return DecoderSpec(
         heads=heads,
         layers=tuple(_layer_spec(config, index) for index in range(config.num_hidden_layers)),
@@ -136,7 +136,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
         on_values=_ON_VALUES.get(family, ""),
         # Gemma 3's config has the field too, but its attention does not use it.
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family == "gemma2" else 0.0,
-        learned_positions=config.max_position_embeddings if family in _LEARNED_POSITIONS else 0,
+        learned_positions=config.max_position_embeddings if has_learned_positions(config) else 0,
         embedding_scale=_embedding_scale(config),
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
@@ -144,6 +144,11 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
         tied=bool(config.tie_word_embeddings),
         experts=_expert_spec(config),
     )
+
+
+def has_learned_positions(config: PretrainedConfig) -> bool:
+    """Whether a decoder adds a learned table of positions, and rotates nothing."""
+    return config.model_type in _LEARNED_POSITIONS
 
 
 def check_options(config: PretrainedConfig) -> None:
@@ -233,7 +238,7 @@ def _optional_int(value: int | None) -> int | None:
 
 
 def _rotary_name(config: PretrainedConfig, index: int) -> str | None:
-    if config.model_type in _LEARNED_POSITIONS:
+    if has_learned_positions(config):
         return None
     if config.model_type == "smollm3" and not config.no_rope_layers[index]:
         return None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from rk_export.architectures import architecture_of
 from rk_export.errors import InputError
 
 # Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type
@@ -30,6 +31,12 @@ _GENAI_TYPES = frozenset(
 )
 
 
+# GenAI allocates keys and values for `search.max_length` positions before the first token, whatever the text needs.
+MOST_BUFFER_BYTES = 512 * 2**20
+MOST_POSITIONS = 4096
+_ROUND_TO = 64
+
+
 def genai_config(
     config: PretrainedConfig,
     *,
@@ -43,7 +50,7 @@ def genai_config(
     Args:
         config: Configuration of the exported model.
         ep: Execution provider that the session is made with.
-        context_length: Tokens of prompt and answer together; the shared KV buffer has this length by default.
+        context_length: Tokens of prompt and answer together; a search may ask for as many.
         generation: Defaults of sampling and the token ids that end a text; the config's own where None.
         filename: The graph, relative to the bundle.
     """
@@ -64,8 +71,26 @@ def genai_config(
             "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
             "vocab_size": config.vocab_size,
         },
-        "search": _search(defaults, context_length),
+        "search": _search(defaults, default_length(config, ep, context_length)),
     }
+
+
+def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context_length: int) -> int:
+    """Return the length of a search that does not name one: its buffer of keys and values stays affordable.
+
+    Args:
+        config: Configuration of the exported model.
+        ep: Execution provider; numbers count as float16 on CUDA and as float32 elsewhere.
+        context_length: The most that a search may ask for.
+
+    Returns:
+        Positions: at most `MOST_POSITIONS`, and as many as `MOST_BUFFER_BYTES` hold for one row.
+    """
+    heads = architecture_of(config).heads(config)
+    float_bytes = 4 if ep == "cpu" else 2
+    position_bytes = 2 * config.num_hidden_layers * heads.kv_heads * heads.head_dim * float_bytes
+    held = max(_ROUND_TO, MOST_BUFFER_BYTES // position_bytes // _ROUND_TO * _ROUND_TO)
+    return int(min(context_length, MOST_POSITIONS, held))
 
 
 def write_genai_config(folder: Path, values: dict[str, Any]) -> None:
@@ -114,11 +139,11 @@ def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str
     }
 
 
-def _search(defaults: GenerationConfig, context_length: int) -> dict[str, Any]:
+def _search(defaults: GenerationConfig, max_length: int) -> dict[str, Any]:
     return {
         "do_sample": bool(defaults.do_sample),
         "early_stopping": True,
-        "max_length": context_length,
+        "max_length": max_length,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,

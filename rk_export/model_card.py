@@ -38,7 +38,8 @@ def model_card(card: ModelCard) -> str:
     results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
     ends = f"\nA text ends at {' or '.join(card.ends)}.\n" if card.ends else ""
-    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{ends}{results}\n"
+    context = f"It takes {card.context_length:,} tokens at most, those that it writes included."
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{ends}{results}\n"
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

@@ -27,6 +27,9 @@ PARTS_OF_FOLD = ("fold-attention", "fold-mlp")
 DEFAULT_GROUPS = ("qk", "gate_up")
 SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
 
+# Parity is measured on prompts of 32 tokens, and on what follows them.
+SHORTEST_CONTEXT = 64
+
 Provider = Literal["cpu", "cuda", "portable"]
 Gauge = Literal["orthogonal", "balanced"]
 # How a kept share is spread over the matrices by their spectra alone.
@@ -216,6 +219,7 @@ class CompressOptions:
         prune: Whole structures that go first; None keeps all.
         basel: Selects singular directions by training on a task's text; `rank` says how many, by `keep` or `energy`.
         cap: Splits matrices into low rank and sparse parts; `budget` says how much stays, by `keep` or `size`.
+        context_length: Tokens of prompt and answer together that the bundle takes; None takes the model's context.
     """
 
     groups: tuple[str, ...] | None = None
@@ -239,6 +243,7 @@ class CompressOptions:
     prune: PruneOptions | None = None
     basel: BaselOptions | None = None
     cap: CapOptions | None = None
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -269,6 +274,12 @@ class CompressOptions:
         self._check_methods()
         if self.heal < 0:
             raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
+        if self.context_length is not None and self.context_length < SHORTEST_CONTEXT:
+            raise InputError(
+                f"a context of {self.context_length} tokens is too short to verify a bundle in",
+                where="--context-length",
+                fix=f"give at least {SHORTEST_CONTEXT}",
+            )
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise InputError(
                 f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"

@@ -11,6 +11,7 @@
 | e | prefill | cached decode | a fault of the cache |
 | f | single rows | left-padded batch | a fault of the padding |
 | g | greedy tokens of PyTorch | greedy tokens of ONNX Runtime | a visible difference |
+| h | single rows, as shipped | left-padded batch, as shipped | other rounding of int8 inputs |
 
 Rounding to int8 tells apart inputs that differ by 1e-7, so two exact computations of a W8A8 model may differ by a
 good part of what its rounding costs (a tiny random GPT-2: a tenth). Tiers c, e, f and g therefore read those inputs in
@@ -37,7 +38,7 @@ from rk_export.report import Outcome, ParityTier
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
-from rk_export.session_tiers import LEVEL_TIER, encoder_padding_tier, session_tiers
+from rk_export.session_tiers import LEVEL_TIER, encoder_padding_tier, session_tiers, shipped_padding_tier
 
 # Some models lose more than the common bound whoever computes: in half precision SmolLM2-135M (1.4e-2 in PyTorch, for
 # its activations reach the thousands), in single precision models whose massive activations cancel. A graph may then
@@ -106,7 +107,7 @@ def runtime_tiers(
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> tuple[tuple[ParityTier, ...], Golden | None]:
-    """Compare a bundle with the PyTorch model it was exported from: tiers c to g.
+    """Compare a bundle with the PyTorch model it was exported from: tiers c to h.
 
     Returns:
         The tiers, and the greedy tokens of tier g (None for an encoder).
@@ -133,6 +134,7 @@ def runtime_tiers(
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     rounded = shipped.prefill_logits(probe.batch)
     tiers.insert(1, compare("d", LEVEL_TIER, logits, rounded, bound=level_bound, note=level_note))
+    tiers.append(shipped_padding_tier(shipped, probe))
     return tuple(tiers), golden
 
 
@@ -204,7 +206,7 @@ def runtime_bound(rewritten: Rewritten, probe: Probe, error: float = 0.0) -> tup
 def bundle_tiers(
     bundle: Path, golden: Golden, float_dtype: str, *, provider: Provider = "auto", threads: int | None = None
 ) -> tuple[ParityTier, ...]:
-    """Verify a decoder bundle on its own: tiers d, e and f, and g against the tokens that travel with it."""
+    """Verify a decoder bundle on its own: tiers d, e, f and h, and g against the tokens that travel with it."""
     probe = golden.probe
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
@@ -214,4 +216,5 @@ def bundle_tiers(
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     rounded = shipped.prefill_logits(probe.batch)
     level = compare("d", LEVEL_TIER, logits, rounded, bound=golden.level_bound)
-    return (level, *tiers, stored_greedy_tier(golden, again, float_dtype))
+    greedy = stored_greedy_tier(golden, again, float_dtype)
+    return (level, *tiers, greedy, shipped_padding_tier(shipped, probe))

@@ -17,17 +17,19 @@ from rk_export.changes import SCALE_ALPHA
 from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.comparison import require_parity
+from rk_export.context import check_context, context_notices
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
-from rk_export.folders import check_replaceable
+from rk_export.fixed_parts import fixed_findings
+from rk_export.folders import check_free_space, check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.greedy import Golden
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
-from rk_export.load import ModelSource, open_source
+from rk_export.load import ModelSource, open_source, read_config
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
 from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
@@ -44,7 +46,8 @@ from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.sites import canonical_layers
-from rk_export.sizes import planned_findings
+from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
+from rk_export.storage import FLOAT_BYTES
 from rk_export.switches import switches_of
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
@@ -120,17 +123,43 @@ def dry_run(
     *,
     plan: Plan | None = None,
     base: str | Path | None = None,
+    out: str | Path | None = None,
 ) -> Report:
-    """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
+    """Return what `compress` would do, with sizes from shapes alone; nothing is written.
+
+    Args:
+        model: As in `compress`.
+        options: As in `compress`.
+        plan: As in `compress`.
+        base: As in `compress`.
+        out: Where the bundle would go: refused if it will not fit there.
+
+    Raises:
+        InputError: As `compress`.
+        ParityError: As `compress`, before any work.
+    """
     source = open_source(model, base)
     options = _checked_options(source, options, plan)
+    if out is not None:
+        check_free_space(out, _least_bytes(source, options, plan))
     before = preflight(source, options)
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
     plan = plan or _plan(ground, None)
-    findings = (*ground.findings, *planned_findings(ground.source, plan))
-    model_type, parity = source.config.model_type, (before.tier,)
-    notices = (*source.notices, *before.notices)
-    return new_report(source.title, model_type, findings=findings, parity=parity, notices=notices)
+    if out is not None:
+        check_free_space(out, planned_bytes(ground.source, plan))
+    fixed = fixed_findings(ground.source.config, plan.options)
+    findings = (*ground.findings, *planned_findings(ground.source, plan), *fixed)
+    notices = (*source.notices, *before.notices, *context_notices(source.config, options.context_length))
+    return new_report(
+        source.title, source.config.model_type, findings=findings, parity=(before.tier,), notices=notices
+    )
+
+
+def _least_bytes(source: ModelSource, options: CompressOptions, plan: Plan | None) -> int:
+    """Return what a run will write at least, as far as that is known before it."""
+    if plan is not None and plan.pruning is None:
+        return planned_bytes(source, plan)
+    return least_bytes(source, options)
 
 
 def _checked_options(
@@ -196,12 +225,15 @@ def compress(
     with stages.stage("load", f"opening {model}"):
         source = open_source(model, base)
         options = _checked_options(source, options, plan)
+        check_replaceable(Path(out).expanduser(), force)
+        check_free_space(out, _least_bytes(source, options, plan))
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
         if speed is not None:
             context_length(source.config, "--speed")
         if text is not None:
-            check_text(text, source.folder, context_length(source.config, "--text"))
+            longest = context_length(source.config, "--text", options.context_length)
+            check_text(text, source.folder, longest)
     with stages.stage("check", "comparing with transformers"):
         before = preflight(source, options)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
@@ -209,7 +241,7 @@ def compress(
         ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
     with stages.stage("plan", "choosing ranks and bits"):
         plan = plan or _plan(ground, threads)
-        needed = sum(finding.bytes_after for finding in planned_findings(ground.source, plan))
+        needed = planned_bytes(ground.source, plan)
     with AtomicFolder(out, force=force, needed=needed) as partial:
         probe = before.probe
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
@@ -255,6 +287,7 @@ def export(
     options: CompressOptions | None = None,
     *,
     base: str | Path | None = None,
+    context_length: int | None = None,
     triton: str | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -267,6 +300,7 @@ def export(
         out: Bundle folder.
         options: For a dense model, its execution provider and device; a checkpoint carries its own.
         base: As in `compress`.
+        context_length: As in `CompressOptions`; for a checkpoint too.
         triton: As in `compress`.
         threads: As in `compress`.
         force: Replace an existing output.
@@ -278,6 +312,8 @@ def export(
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
         dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
+        if context_length is not None:
+            dense = replace(dense, context_length=context_length)
         return compress(
             model, out, dense, base=base, triton=triton, threads=threads, force=force, command=command
         )
@@ -287,19 +323,31 @@ def export(
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
+    check_context(read_config(folder), context_length)
+    check_replaceable(Path(out).expanduser(), force)
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
-    with AtomicFolder(out, force=force) as partial:
-        with stages.stage("load", f"opening {model}"):
-            rewritten = load_pretrained(folder)
-            if not rewritten.architecture.is_encoder:
-                check_ends(folder, rewritten.model.config)
+    with stages.stage("load", f"opening {model}"):
+        rewritten = _with_context(load_pretrained(folder), context_length)
+        if not rewritten.architecture.is_encoder:
+            check_ends(folder, rewritten.model.config)
+    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
+    with AtomicFolder(out, force=force, needed=needed) as partial:
         config = rewritten.model.config
         probe = make_probe(folder, config.vocab_size, switches_of(config))
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
         name = Path(out).name
         return write_bundle(partial, rewritten, folder, request, stages, name=name, probe=probe)
+
+
+def _with_context(rewritten: Rewritten, context_length: int | None) -> Rewritten:
+    """Return a checkpoint's model with a context of its own in its plan; None leaves the plan's."""
+    if context_length is None:
+        return rewritten
+    plan = rewritten.plan
+    changed = replace(plan, options=replace(plan.options, context_length=context_length))
+    return replace(rewritten, plan=changed)
 
 
 def verify(
@@ -315,7 +363,7 @@ def verify(
     Args:
         bundle: The bundle folder.
         against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
-            measured. None measures what the bundle can show alone: tiers d to g.
+            measured. None measures what the bundle can show alone: tiers d to h.
         base: Of `against`, as in `compress`.
         provider: Execution provider.
         threads: Threads of ONNX Runtime.
@@ -380,7 +428,7 @@ def prepare(
         ParityError: If the prepared model computes other logits; nothing is written.
     """
     source, peaks = open_source(model, base), {}
-    check_replaceable(Path(out), force)
+    check_replaceable(Path(out).expanduser(), force)
     before = preflight(source, CompressOptions(prepare=names))
     if "scale" in names:
         device = resolve_device("auto")

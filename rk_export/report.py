@@ -19,7 +19,7 @@ from rk_export.errors import InputError
 
 FORMAT = "rk-export report"
 VERSION = 1
-TIERS = "0pabcdefg"
+TIERS = "0pabcdefgh"
 
 RecordT = TypeVar("RecordT", bound="Record")
 

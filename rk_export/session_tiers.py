@@ -33,6 +33,16 @@ def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: fl
     yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)
 
 
+def shipped_padding_tier(shipped: Session, probe: Probe) -> ParityTier:
+    """Return tier h: what left padding changes in the bundle as shipped; measured, for no bound would be honest.
+
+    A padded row has other rotary positions than the single row, exact computations differ by 1e-7 for it, and that
+    is enough to round single inputs to another int8 number.
+    """
+    rows, padded = _padded_logits(shipped, probe.unequal())
+    return compare("h", "single rows vs left-padded batch, as shipped", rows, padded, bound=None)
+
+
 def _crossed(session: Session, crossing: Crossing) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.array([crossing.tokens], np.int64)
     at_once = session.prefill_logits(tokens, start=crossing.start)

@@ -13,7 +13,12 @@ from rk_export.render import parity_text
 from rk_export.report import TIERS, ParityTier
 from rk_export.runtime.providers import Provider
 
-INFORMATIONAL = "ab"  # the method's own error: large by intent, so that no bound fits every compression
+# Large by intent or by chance, so that no bound fits every bundle.
+INFORMATIONAL = {
+    "a": "the error of the compression itself",
+    "b": "the error of the compression itself",
+    "h": "what left padding changes in int8 inputs",
+}
 NEED_THE_MODEL = "0pabc"
 
 
@@ -72,7 +77,7 @@ def _check_answerable(wanted: tuple[str, ...] | None, *, has_model: bool, bound:
     for letter in wanted or ():
         if letter in INFORMATIONAL and bound is None:
             raise InputError(
-                f"tier {letter} is the error of the compression itself and has no bound",
+                f"tier {letter} is {INFORMATIONAL[letter]} and has no bound",
                 where="tier",
                 fix="say how much is acceptable: bound=0.2 allows a fifth of the largest logit",
             )

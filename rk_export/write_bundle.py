@@ -26,7 +26,9 @@ from rk_export.bundle import (
     write_side_files,
 )
 from rk_export.comparison import require_parity
+from rk_export.context import context_notices, context_of, own_context, with_context
 from rk_export.errors import InputError
+from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import library_versions
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.greedy import Golden
@@ -39,7 +41,7 @@ from rk_export.preflight import Preflight
 from rk_export.probe import Probe
 from rk_export.quality_warning import far_from_dense
 from rk_export.render import html
-from rk_export.report import ParityTier, Report, SizeSummary
+from rk_export.report import Finding, ParityTier, Report, SizeSummary
 from rk_export.rewrite import Rewritten
 from rk_export.runtime import Session
 from rk_export.runtime.ends import read_ends
@@ -148,7 +150,7 @@ def write_bundle(
         origin.title if isinstance(origin, ModelSource) else origin.name,
         rewritten.plan.model_type,
         command=request.command,
-        findings=rewritten.findings,
+        findings=_findings(rewritten, origin),
         fusions=fusions,
         parity=tiers,
         layer_errors=rewritten.layer_errors,
@@ -161,6 +163,7 @@ def write_bundle(
             *loaded,
             *known,
             *notices,
+            *context_notices(rewritten.model.config, options.context_length),
             *_over_budget(folder, options),
             *_empty_sections(rewritten, origin),
         ),
@@ -171,6 +174,13 @@ def write_bundle(
     return report
 
 
+def _findings(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[Finding, ...]:
+    """Return what became of each matrix, and what stands beside the matrices; a checkpoint tells neither."""
+    if not isinstance(origin, ModelSource):
+        return rewritten.findings
+    return (*rewritten.findings, *fixed_findings(rewritten.model.config, rewritten.plan.options))
+
+
 def new_report(model: str, model_type: str, **fields: Any) -> Report:
     """Return a report stamped with the present time and the libraries' versions."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -178,11 +188,11 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
 
 
 def _write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
-    config = rewritten.model.config
+    config = with_context(rewritten.model.config, rewritten.plan.options.context_length)
     generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
-        context = int(config.max_position_embeddings)
+        context = own_context(config)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
 
@@ -262,7 +272,7 @@ def _write_report(
         name=name,
         base_model=report.model,
         ep="cuda" if options.ep == "cuda" else "cpu",
-        context_length=int(rewritten.model.config.max_position_embeddings),
+        context_length=context_of(rewritten.model.config, options.context_length),
         summary=_summary(options),
         results=_results(report),
         ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,

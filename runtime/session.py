@@ -139,7 +139,8 @@ class Session:
 
         Returns:
             One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
-            graph does not allow for padding, prompts of equal length run together instead.
+            graph does not allow for padding, prompts of equal length run together instead. A padded row is the
+            single row up to rounding: at accuracy level 4 its tokens may differ from those of a call of its own.
 
         Raises:
             InputError: A prompt is empty or leaves no room for a new token.
@@ -237,7 +238,7 @@ class Session:
             raise InputError(
                 f"{len(tokens)} tokens leave no room in a context of {self.max_length}",
                 where=f"prompt {index}",
-                fix="shorten the prompt, or open the session with a larger max_length",
+                fix=self._more_room,
             )
         self._check_stop_tokens(options)
         needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
@@ -253,6 +254,15 @@ class Session:
                 where="stop_token_ids",
                 fix=f"give ids below {size}",
             )
+
+    @property
+    def _more_room(self) -> str:
+        """What a user can do about a prompt that is too long."""
+        shorter = f"shorten the prompt to {self.max_length - 1} tokens or less"
+        context = self.config.context_length
+        if context is None or self.max_length < context:
+            return f"{shorter}, or open the session with a larger max_length"
+        return f"{shorter}, or export the model again with a larger --context-length, where it allows one"
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))

@@ -29,6 +29,7 @@ from rk_export.preflight import preflight
 from rk_export.probe import Probe, make_probe
 from rk_export.report import ParityTier
 from rk_export.rewrite import Rewritten, rewrite
+from rk_export.runtime import Session
 
 Damage = Callable[[onnx.ModelProto], None]
 
@@ -117,8 +118,8 @@ def rewritten(llama: Path, bundle: Path, probe: Probe) -> Rewritten:
 
 def failed_tiers(bundle: Path, rewritten: Rewritten, probe: Probe) -> str:
     tiers, _ = runtime_tiers(bundle, rewritten, probe, provider="cpu", threads=1)
-    assert [tier.tier for tier in tiers] == list("cdefg")
-    return "".join(tier.tier for tier in tiers if not tier.passed)
+    assert [tier.tier for tier in tiers] == list("cdefgh")
+    return "".join(tier.tier for tier in tiers if tier.passed is False)
 
 
 def damage(bundle: Path, change: Damage) -> None:
@@ -214,9 +215,30 @@ def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
     golden = Golden.from_json(check_manifest(own_bundle)["golden"])
     damage(own_bundle, wrong_scale)
     tiers = parity.bundle_tiers(own_bundle, golden, "fp32", provider="cpu", threads=1)
-    assert [tier.tier for tier in tiers] == list("defg")
-    assert [tier.tier for tier in tiers if not tier.passed] == ["g"]
-    assert tiers[-1].top1_agreement == 1 - tiers[-1].max_error / tiers[-1].scale
+    assert [tier.tier for tier in tiers] == list("defgh")
+    assert [tier.tier for tier in tiers if tier.passed is False] == ["g"]
+    assert tiers[-2].top1_agreement == 1 - tiers[-2].max_error / tiers[-2].scale
+
+
+def test_left_padding_is_measured_as_shipped_too(
+    own_bundle: Path, rewritten: Rewritten, probe: Probe
+) -> None:
+    def measured() -> dict[str, ParityTier]:
+        tiers, _ = runtime_tiers(own_bundle, rewritten, probe, provider="cpu", threads=1)
+        return {tier.tier: tier for tier in tiers}
+
+    sound = measured()
+    shipped = Session.from_pretrained(own_bundle, provider="cpu", threads=1)
+    rows = [shipped.prefill_logits(np.array([prompt]))[:, -1] for prompt in probe.unequal()]
+    assert sound["h"].scale == pytest.approx(np.abs(rows).max())
+    assert sound["h"].scale != pytest.approx(sound["f"].scale, rel=1e-4), (
+        "level 4 has other logits than level 0"
+    )
+    assert (sound["h"].passed, sound["h"].bound) == (None, None)
+    with pytest.raises(InputError, match="tier h is what left padding changes"):
+        assert_parity(own_bundle, tier="h")
+    damage(own_bundle, no_mask)
+    assert measured()["h"].relative_error > 100 * sound["h"].relative_error
 
 
 def test_no_bundle_is_left_when_parity_fails(

@@ -39,10 +39,11 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_keeps_parity(llama: Path, tmp_path: Path, form: str) -> None:
     report = compress(llama, tmp_path / "out", tiny_options(**FORMS[form]), threads=1)
-    assert "".join(tier.tier for tier in report.parity) == "0pabcdefg"
+    assert "".join(tier.tier for tier in report.parity) == "0pabcdefgh"
     assert all(tier.passed for tier in report.parity if tier.bound is not None)
     assert all(fusion.found == fusion.planned for fusion in report.fusions)
-    assert all(tier.passed for tier in verify(tmp_path / "out", provider="cpu", threads=1))
+    again = verify(tmp_path / "out", provider="cpu", threads=1)
+    assert all(tier.passed for tier in again if tier.bound is not None)
 
 
 @pytest.mark.parametrize("ep", ["cpu", "portable", "cuda"])
@@ -115,7 +116,8 @@ def test_an_edited_plan_is_what_is_done(llama: Path, tmp_path: Path) -> None:
 
 def test_a_group_beyond_break_even_stays_dense_and_says_so(llama: Path) -> None:
     report = dry_run(llama, tiny_options(rank_multiple=64))
-    refused = [finding for finding in report.findings if finding.outcome is Outcome.SKIPPED]
+    skipped = [finding for finding in report.findings if finding.outcome is Outcome.SKIPPED]
+    refused = [finding for finding in skipped if finding.target.startswith("layers.")]
     assert [finding.target for finding in refused][:1] == ["layers.0.qk"]
     assert all("break-even" in finding.reason for finding in refused)
 
