@@ -1,0 +1,13 @@
+"""Inputs as people bring them, each with what should become of it; `measure_inputs.py` runs them all."""
+
+from __future__ import annotations
+
+from input_cases import adapters, files, gguf_sources, texts
+from input_cases.case import Case
+
+CASES: tuple[Case, ...] = (
+    *files.CASES,
+    *adapters.CASES,
+    *gguf_sources.CASES,
+    *texts.CASES,
+)
