@@ -83,9 +83,9 @@ class Groundwork:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was reparameterized, pruned and tuned, what was not, and what else was left out."""
+        """What was dequantized, reparameterized, pruned and tuned, what was not, and what else was left out."""
         tuned = () if self.selection is None else (self.selection.finding,)
-        return (*self.source.findings, *tuned, *self.left_out)
+        return (*self.dense.on_reading, *self.source.findings, *tuned, *self.left_out)
 
     def layer_statistics(self) -> LayerStatistics:
         """Return where the statistics of the layers' sites come from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,12 +19,14 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
+from rk_export.quantized_tensors import DequantizedTensors, dequantized
 from rk_export.report import Finding
 from rk_export.tensor_files import StoredTensors, open_tensors
 
@@ -54,6 +57,7 @@ class ModelSource:
     findings: tuple[Finding, ...] = ()
     variant: str = ""
     pruning: Pruning | None = None
+    _quantized: DequantizedTensors | None = None
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -61,7 +65,27 @@ class ModelSource:
         self.config = read_config(folder)
         self.architecture: Architecture = architecture_of(self.config)
         self._whole = self.config.model_type in CONVERTED_ON_LOAD
-        self._stored: StoredTensors = open_tensors(folder)
+        self._stored: StoredTensors = dequantized(open_tensors(folder), self.config)
+        if isinstance(self._stored, DequantizedTensors):
+            self._quantized = self._stored
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config  # the model that is built and exported is in floats
+
+    @property
+    def on_reading(self) -> tuple[Finding, ...]:
+        """What is done to the tensors while they are read."""
+        return () if self._quantized is None else (self._quantized.finding,)
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether the checkpoint stores any matrix on an integer grid."""
+        return self._quantized is not None and self._quantized.has_grids
+
+    def grid(self, name: str) -> Grid | None:
+        """Return the stored codes (out, in) of a matrix, by its name in the model; None where there are none."""
+        names = (name, name.partition(".")[2], f"{self.config.model_type}.{name}")
+        grids = (self._quantized.grid(each) for each in names) if self._quantized else ()
+        return next((grid for grid in grids if grid is not None), None)
 
     @cached_property
     def layer_count(self) -> int:
@@ -159,10 +183,20 @@ class ModelSource:
         )
 
     def _load_whole(self) -> PreTrainedModel:
+        tensors = {}
         for key in self._stored.shapes:
-            self.tensor(key)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            tensor = self.tensor(key)
+            if self._quantized is not None:
+                tensors[key] = tensor
+        folder, given = (None, tensors) if tensors else (self.folder, None)
+        # The class itself: an auto class takes no state dict without a folder.
+        model, info = type(empty_model(self.config)).from_pretrained(
+            folder,
+            config=copy.deepcopy(self.config),
+            state_dict=given,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         for name, stored, expected in info["mismatched_keys"]:
             raise InputError(
@@ -186,6 +220,13 @@ def open_source(model: str | Path) -> ModelSource:
     Raises:
         InputError: If nothing usable is there.
     """
+    source = _opened(model)
+    for finding in source.on_reading:
+        logger.warning("%s: %s", source.title, (finding.details or {})["notice"])
+    return source
+
+
+def _opened(model: str | Path) -> ModelSource:
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

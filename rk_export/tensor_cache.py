@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rk_export.folders import sha256_of
 from rk_export.load import ModelSource
+from rk_export.quantized_tensors import OLD_CONFIGS
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,10 @@ CACHE = Path("~/.cache/rk-export")
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """Return the SHA-256 over config.json and the safetensors files of a source, and over its variant."""
+    """Return the SHA-256 over the configs and the safetensors files of a source, and over its variant."""
+    configs = [source.folder / name for name in ("config.json", *OLD_CONFIGS)]
     files = sorted(source.folder.glob("*.safetensors"))
-    digests = [sha256_of(path) for path in (source.folder / "config.json", *files)]
+    digests = [sha256_of(path) for path in (*configs, *files) if path.is_file()]
     if source.variant:
         digests.append(source.variant)
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

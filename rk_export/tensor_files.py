@@ -82,9 +82,9 @@ def open_tensors(folder: Path) -> StoredTensors:
     index = folder / INDEX_FILE
     if index.is_file():
         return SafetensorFiles(_indexed(index))
-    path = folder / "model.safetensors"
-    if path.is_file():
-        return SafetensorFiles({name: path for name, _ in _shapes(path)})
+    for path in (folder / "model.safetensors", *sorted(folder.glob("gptq_model-*bit*.safetensors"))[:1]):
+        if path.is_file():
+            return SafetensorFiles({name: path for name, _ in _shapes(path)})
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern))
     if pickles:
         raise InputError(
