@@ -22,6 +22,7 @@ from rk_export.quantized_matrix import (
     check_shape,
     contiguous_groups,
     group_count,
+    matrix_shape,
     number,
     part,
     prefixes,
@@ -64,7 +65,7 @@ def read_awq(tensors: StoredTensors, config: Mapping[str, Any], *, transposed: b
 
 def _stored(tensors: StoredTensors, module: str, size: int) -> StoredMatrix:
     qweight, qzeros, scales = (part(tensors, module, leaf) for leaf in _PARTS)
-    columns, rows = tensors.shapes[qweight][0], tensors.shapes[scales][-1]
+    (columns, _), (_, rows) = matrix_shape(tensors, qweight), matrix_shape(tensors, scales)
     groups = group_count(columns, size)
     check_shape(tensors, scales, (groups, rows))
     check_shape(tensors, qweight, (columns, rows // 8))

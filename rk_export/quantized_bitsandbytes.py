@@ -24,6 +24,7 @@ from rk_export.quantized_matrix import (
     StoredMatrix,
     check_dtype,
     check_shape,
+    matrix_shape,
     mismatch,
 )
 from rk_export.tensor_files import StoredTensors
@@ -130,7 +131,7 @@ def _int8(functions: Any, tensors: StoredTensors, weight: str, scales: str, tran
     _require(tensors, weight, scales)
     check_dtype(tensors, weight, {torch.int8}, "int8")
     check_dtype(tensors, scales, FLOATS, "floats")
-    rows, columns = tensors.shapes[weight]
+    rows, columns = matrix_shape(tensors, weight)
     check_shape(tensors, scales, (rows,))
     parts = {weight, scales}
     if f"{weight}_format" in tensors.shapes:

@@ -76,9 +76,14 @@ def read_compressed(tensors: StoredTensors, config: Mapping[str, Any], *, transp
     Raises:
         InputError: If a format is not read, a part is missing, or parts do not fit each other or the config.
     """
-    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    _check_formats(config, groups)
-    schemes = list(_schemes(groups))
+    try:
+        groups = list(dict(config.get("config_groups") or {}).values())
+        _check_formats(config, groups)
+        schemes = list(_schemes(groups))
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config_groups cannot be read: {error!r}", where="quantization_config", fix="check the file"
+        ) from error
     modules = prefixes(tensors, "weight_packed", "weight_scale", "weight_shape")
     matrices = {f"{module}.weight": _stored(tensors, module, schemes) for module in modules}
     ignored = frozenset(name for name in tensors.shapes if name.rpartition(".")[2] in _RUN_TIME)
@@ -177,7 +182,8 @@ class _Packed(_Integers):
     def __init__(self, tensors: StoredTensors, module: str, schemes: list[_Scheme]) -> None:
         packed = f"{module}.weight_packed"
         shape_name = part(tensors, module, "weight_shape")
-        rows, columns = shape = tuple(int(size) for size in tensors.read(shape_name).flatten())
+        check_shape(tensors, shape_name, (2,))
+        rows, columns = shape = tuple(int(size) for size in tensors.read(shape_name))
         words = tensors.shapes[packed]
         fitting = [scheme for scheme in schemes if words == (rows, math.ceil(columns * scheme.bits / 32))]
         if not fitting:

@@ -25,6 +25,7 @@ from rk_export.quantized_matrix import (
     contiguous_groups,
     group_count,
     group_index,
+    matrix_shape,
     mismatch,
     number,
     part,
@@ -75,10 +76,9 @@ class _Module:
     ) -> None:
         self._tensors, self._module, self._is_first = tensors, module, is_first_version
         names = [part(tensors, module, leaf) for leaf in _PARTS[:3]]
-        shapes = [tensors.shapes[name] for name in names]
-        if any(len(shape) != 2 for shape in shapes):
-            raise mismatch(tensors, names[0], f"its parts have shapes {shapes}, not two dimensions each")
-        (words, self.rows), (_, zero_words), (self._groups, _) = shapes
+        (words, self.rows), (_, zero_words), (self._groups, _) = (
+            matrix_shape(tensors, name) for name in names
+        )
         self.bits = self._checked_bits(names[1], zero_words, config)
         self.columns = words * 32 // self.bits
         check_shape(tensors, names[2], (self._groups, self.rows))
@@ -146,6 +146,8 @@ class _Module:
         name, index = f"{self._module}.g_idx", None
         if name in self._tensors.shapes:
             index = group_index(self._tensors, name, self.columns, self._groups)
+            if index is None and config.get("desc_act"):
+                raise mismatch(self._tensors, name, "it names group 0 for every input, in spite of act order")
         elif config.get("desc_act") and self._groups > 1:
             part(self._tensors, self._module, "g_idx")
         return contiguous_groups(self.columns, size if size > 0 else self.columns) if index is None else index

@@ -132,6 +132,18 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
+def matrix_shape(tensors: StoredTensors, name: str) -> tuple[int, int]:
+    """Return the shape of a part that has two dimensions.
+
+    Raises:
+        InputError: If it has others.
+    """
+    shape = tensors.shapes[name]
+    if len(shape) != 2:
+        raise mismatch(tensors, name, f"it has shape {list(shape)}, two dimensions were expected")
+    return shape[0], shape[1]
+
+
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Return the codes in int32 words (..., n), low bits first, as uint8 (..., n * 32 // bits).
 

@@ -73,7 +73,9 @@ class DequantizedTensors:
         )
         notice = "; ".join((told, *quantized.notes))
         self.finding = Finding(
-            "quantized source", Outcome.APPLIED, details={"pass": "dequantize", "notice": notice}
+            "quantized source",
+            Outcome.APPLIED,
+            details={"pass": "dequantize", "format": quantized.format, "notice": notice},
         )
 
     @property
@@ -156,8 +158,13 @@ def _quantization_of(tensors: StoredTensors, config: PretrainedConfig) -> Mappin
     found = getattr(config, "quantization_config", None)
     if found is None:
         return next(_old_configs(tensors), None)
-    stated = found if isinstance(found, Mapping) else found.to_dict()
-    return dict(stated)
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"quantization_config is {found!r}, an object was expected",
+            where="config.json",
+            fix="check the file",
+        )
+    return found
 
 
 def _old_configs(tensors: StoredTensors) -> Iterator[dict[str, Any]]:
@@ -181,15 +188,16 @@ def _reader_of(quantization: Mapping[str, Any]) -> _Reader:
     Raises:
         InputError: If nothing does.
     """
-    method = quantization.get("quant_method") or quantization.get("method")
-    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+    method = str(quantization.get("quant_method") or quantization.get("method") or "").lower()
+    if not method and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
     if method == "modelopt" and quantization.get("quant_algo") == "FP8":
         method = "fp8"
-    if (reader := _READERS.get(str(method))) is None:
+    if (reader := _READERS.get(method)) is None:
         algorithm = quantization.get("quant_algo")
         raise InputError(
-            f"the checkpoint is quantized by {method}{f' ({algorithm})' if algorithm else ''}, which is not read",
+            f"the checkpoint is quantized by {method or 'no method that is named'}"
+            f"{f' ({algorithm})' if algorithm else ''}, which is not read",
             where="config.json: quantization_config",
             fix="use the original checkpoint, or dequantize it once with transformers: model.dequantize(), then "
             f"save_pretrained (read here: {', '.join(_READERS)})",

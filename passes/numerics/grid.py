@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,9 +55,8 @@ class Grid:
     @property
     def group_size(self) -> int | None:
         """Columns of a group: all of them where there is one group, None where groups are not contiguous."""
-        columns = len(self.groups)
-        size = math.ceil(columns / self.scales.shape[1])
-        contiguous = torch.arange(columns, device=self.groups.device) // size
+        size = int((self.groups == 0).sum())
+        contiguous = torch.arange(len(self.groups), device=self.groups.device) // max(size, 1)
         return size if torch.equal(self.groups, contiguous) else None
 
 
@@ -83,6 +81,18 @@ def why_not_carried(grid: Grid, float_dtype: str) -> str:
     return ""
 
 
+def block_spec(grid: Grid) -> QuantSpec:
+    """Return the bits, blocks and symmetry with which MatMulNBits holds a grid.
+
+    Raises:
+        ValueError: If it cannot hold it, see `why_not_carried`.
+    """
+    block, reason = _block_size(grid), why_not_carried(grid, "fp32")
+    if reason or block is None:
+        raise ValueError(reason)
+    return QuantSpec(grid.bits, block, symmetric=grid.is_symmetric)
+
+
 def as_blocks(grid: Grid) -> QuantizedMatrix:
     """Return a grid in MatMulNBits' layout: equal codes, scales and zero points.
 
@@ -91,17 +101,15 @@ def as_blocks(grid: Grid) -> QuantizedMatrix:
     Raises:
         ValueError: If MatMulNBits cannot hold it, see `why_not_carried`.
     """
-    block = _block_size(grid)
-    if why_not_carried(grid, "fp32") or block is None:
-        raise ValueError(why_not_carried(grid, "fp32"))
+    spec = block_spec(grid)
     rows, columns = grid.codes.shape
+    block = spec.block_size
     groups = grid.groups[::block]  # of each block
     middle = torch.full_like(grid.scales, 2 ** (grid.bits - 1), dtype=torch.int16)
     zero_points = (middle if grid.zero_points is None else grid.zero_points)[:, groups]
     padding = zero_points[:, -1:].expand(rows, len(groups) * block - columns)
     codes = torch.cat([grid.codes, padding.to(torch.uint8)], dim=1).view(rows, len(groups), block)
     scales = grid.scales.to(torch.float16 if _is_half(grid.scales) else torch.float32)[:, groups]
-    spec = QuantSpec(grid.bits, block, symmetric=grid.is_symmetric)
     return packed_matrix(codes, scales.contiguous(), zero_points, columns, spec)
 
 
