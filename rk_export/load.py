@@ -268,7 +268,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"cannot be read: {str(error).splitlines()[0]}",
             where=str(folder / "config.json"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,13 +106,17 @@ class DequantizedTensors:
         return None if matrix is None or matrix.grid is None else matrix.grid()
 
 
-def dequantized(tensors: StoredTensors, config: PretrainedConfig) -> StoredTensors:
+def dequantized(
+    tensors: StoredTensors, config: PretrainedConfig, has_place: Callable[[str], bool] | None = None
+) -> StoredTensors:
     """Return the tensors of a checkpoint in floats: `DequantizedTensors` where it is quantized, else as they are.
 
     Args:
         tensors: The stored tensors.
         config: The model's config; its `quantization_config`, or the file beside the weights that older tools
             wrote, says how they are quantized.
+        has_place: Whether the model has a tensor of a name. AutoGPTQ gave every quantized module a bias: those of zeros
+            that have no place are left out. None leaves all of them in.
 
     Raises:
         InputError: If the method or the layout is not read, parts are missing, or they do not fit each other.
@@ -129,7 +134,18 @@ def dequantized(tensors: StoredTensors, config: PretrainedConfig) -> StoredTenso
     reader = _reader_of(quantization)
     found = reader(tensors, quantization, transposed=config.model_type in _TRANSPOSED)
     _check_complete(tensors, found, parts)
+    if has_place is not None:
+        idle = frozenset(_idle_biases(tensors, found, has_place))
+        found = replace(found, ignored=found.ignored | idle)
     return DequantizedTensors(tensors, found)
+
+
+def _idle_biases(tensors: StoredTensors, found: Quantized, has_place: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the biases of quantized modules that the model does not have and that add nothing."""
+    for matrix in found.matrices:
+        bias = f"{matrix.removesuffix('.weight')}.bias"
+        if bias in tensors.shapes and not has_place(bias) and not bool(tensors.read(bias).any()):
+            yield bias
 
 
 def _check_complete(tensors: StoredTensors, found: Quantized, parts: list[str]) -> None:

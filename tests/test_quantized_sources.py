@@ -36,9 +36,11 @@ from transformers import (
 
 from rk_export import CompressOptions, compress, export
 from rk_export.errors import InputError
-from rk_export.load import open_source
+from rk_export.load import open_source, read_config
 from rk_export.options import CalibrationOptions
+from rk_export.quantized_tensors import dequantized
 from rk_export.report import Report
+from rk_export.tensor_files import open_tensors
 
 TOLERANCE = 1e-6
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -138,6 +140,25 @@ def test_configs_beside_the_weights(tmp_path: Path, name: str, config: str, quan
     if quantize is not awq:
         (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
     check_equal(tmp_path, reference)
+
+
+def test_biases_of_zeros_that_the_model_does_not_have_are_left_out(tmp_path: Path) -> None:
+    save_quantized(small(), tmp_path, gptq_config(), gptq())
+    down, up = (f"model.layers.0.mlp.{name}_proj.bias" for name in ("down", "up"))
+    change_tensors(tmp_path, lambda tensors: tensors.update({down: torch.zeros(128), up: torch.ones(128)}))
+    config = read_config(tmp_path)
+    without = dequantized(open_tensors(tmp_path), config, lambda name: not name.endswith(".bias"))
+    assert up in without.shapes  # it adds something: to be refused as a tensor without a place
+    assert down not in without.shapes
+    assert down in dequantized(open_tensors(tmp_path), config).shapes
+
+
+@pytest.mark.parametrize("stated", ["gptq", [1], 4, {}])
+def test_a_malformed_quantization_config_is_refused(tmp_path: Path, stated: Any) -> None:
+    save_quantized(small(), tmp_path, None, gptq())
+    set_config(tmp_path, quantization_config=stated)
+    with pytest.raises(InputError, match=r"config\.json"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("version", ["gemm", "exllama"])
