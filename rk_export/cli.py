@@ -9,16 +9,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli_methods import add_method_arguments
 from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
+from rk_export.cli_run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:
     from rk_export.measure import EvalText
-    from rk_export.runtime import GenerationOptions
 
 Command = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rk-export",
         description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_own_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
@@ -84,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_commands(add)
     _add_bundle_commands(add)
     return parser
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("rk-export")
+    except metadata.PackageNotFoundError:
+        return "of a source tree that is not installed"
 
 
 def _add_model_commands(add: AddCommand) -> None:
@@ -139,12 +148,9 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_runtime_arguments(evaluate)
     _add_json(evaluate)
 
-    run = add("run", run_run, "generate text with a bundle, streaming")
+    run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
     run.add_argument("bundle", type=Path)
-    run.add_argument("-p", "--prompt", required=True)
-    run.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
-    run.add_argument("--system", help="system message, with --chat")
-    _add_sampling_arguments(run)
+    add_run_arguments(run)
     _add_runtime_arguments(run)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
@@ -223,16 +229,6 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
-
-
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
-    parser.add_argument("--seed", type=int)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -365,35 +361,6 @@ def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[s
     loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
     print(f"{value}  ({loss}, {result.tokens} tokens, context {result.context})")
     return 0
-
-
-def run_run(args: argparse.Namespace) -> int:
-    """`run`: the text as it comes."""
-    from rk_export.runtime import Session
-
-    session = Session.from_pretrained(args.bundle, provider=args.provider, threads=args.threads)
-    prompt: str | list[int] = args.prompt
-    if args.chat:
-        messages = [{"role": "system", "content": args.system}] if args.system else []
-        prompt = session.chat_tokens([*messages, {"role": "user", "content": args.prompt}])
-    for piece in session.stream(prompt, _generation_options(args)):
-        print(piece, end="", flush=True)
-    print()
-    return 0
-
-
-def _generation_options(args: argparse.Namespace) -> GenerationOptions:
-    from rk_export.runtime import GenerationOptions
-
-    return GenerationOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=tuple(args.stop),
-        seed=args.seed,
-    )
 
 
 def run_bench(args: argparse.Namespace) -> int:

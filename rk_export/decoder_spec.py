@@ -78,6 +78,7 @@ class DecoderSpec:
         norm_names: Which norms a layer has.
         norm_epsilon: Added to the variance.
         query_key_norm: Norm of queries and keys: ``head`` by head, ``all`` heads together, or None.
+        on_values: What is done to the values beside mixing them over tokens (a norm, a clip); empty for nothing.
         attention_softcap: ``cap * tanh(score / cap)``; 0 = none.
         learned_positions: Rows of a learned table of positions; 0 = none.
         embedding_scale: Factor on the token embedding.
@@ -99,6 +100,7 @@ class DecoderSpec:
     norm_names: NormNames
     norm_epsilon: float
     query_key_norm: Literal["head", "all"] | None
+    on_values: str
     attention_softcap: float
     learned_positions: int
     embedding_scale: float
@@ -131,6 +133,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
         norm_names=_NORM_NAMES.get(family, PRE_NORM),
         norm_epsilon=_norm_epsilon(config),
         query_key_norm=_query_key_norm(config),
+        on_values=_ON_VALUES.get(family, ""),
         # Gemma 3's config has the field too, but its attention does not use it.
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family == "gemma2" else 0.0,
         learned_positions=config.max_position_embeddings if family in _LEARNED_POSITIONS else 0,
@@ -275,6 +278,8 @@ def _expert_spec(config: PretrainedConfig) -> ExpertSpec | None:
 
 _GEMMA = ("gemma2", "gemma3_text")
 _NORM_NAMES = {"gemma2": SANDWICH_NORM, "gemma3_text": SANDWICH_NORM, "olmo2": POST_NORM}
+# Of the supported families none does; the graph's attention has no place for it either.
+_ON_VALUES: dict[str, str] = {}
 _LAYER_NORM = ("gpt2", "opt", "starcoder2")
 _LEARNED_POSITIONS = ("gpt2", "opt")
 _UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")

@@ -15,7 +15,8 @@ from rk_export.measure import EvalText, check_text, context_length, perplexity_o
 from rk_export.multiple_choice import TaskResult, score_task
 from rk_export.perplexity import LogitsFn, PerplexityResult
 from rk_export.runtime import Session
-from rk_export.runtime.bundle_config import MODEL_FILE, TOKENIZER_FILE, BundleConfig
+from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
 from rk_export.tasks import Task

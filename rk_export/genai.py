@@ -48,18 +48,18 @@ def genai_config(
         filename: The graph, relative to the bundle.
     """
     defaults = generation if generation is not None else GenerationConfig.from_model_config(config)
-    eos = _first_set(defaults.eos_token_id, config.eos_token_id)
-    if eos is None:
+    ends = _tokens("eos_token_id", config, defaults)
+    if not ends:
         raise InputError(
             "no eos_token_id: generation could not stop", where="config.json", fix="add eos_token_id to it"
         )
-    pad = _first_set(defaults.pad_token_id, config.pad_token_id, eos[0] if isinstance(eos, list) else eos)
+    pad = next(iter(_tokens("pad_token_id", config, defaults)), ends[0])
     return {
         "model": {
-            "bos_token_id": _first_set(defaults.bos_token_id, config.bos_token_id, pad),
+            "bos_token_id": next(iter(_tokens("bos_token_id", config, defaults)), pad),
             "context_length": context_length,
             "decoder": _decoder(config, ep, filename),
-            "eos_token_id": eos,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
             "vocab_size": config.vocab_size,
@@ -71,6 +71,16 @@ def genai_config(
 def write_genai_config(folder: Path, values: dict[str, Any]) -> None:
     """Write ``genai_config.json`` into a bundle."""
     (folder / "genai_config.json").write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+
+
+def _tokens(name: str, config: PretrainedConfig, defaults: GenerationConfig) -> list[int]:
+    """Return the ids of a special token, the generation defaults' before the config's; -1 and the like are none."""
+    for source in (defaults, config):
+        value = getattr(source, name, None)
+        ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
+        if valid := [token for token in ids if 0 <= token < config.vocab_size]:
+            return valid
+    return []
 
 
 def _first_set(*values: Any) -> Any:

@@ -24,9 +24,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.gguf_header import begins_as_gguf
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.quantized_tensors import DequantizedTensors, dequantized
+from rk_export.remote_code import refuse_remote_code
 from rk_export.report import Finding
 from rk_export.tensor_files import StoredTensors, open_tensors
 
@@ -52,11 +54,13 @@ class ModelSource:
         findings: What was done to the model on the way from its files.
         variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
         pruning: What whole structures the source leaves out; None for none.
+        changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
     """
 
     findings: tuple[Finding, ...] = ()
     variant: str = ""
     pruning: Pruning | None = None
+    changed: str = ""
     _quantized: DequantizedTensors | None = None
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -67,7 +71,7 @@ class ModelSource:
         self._whole = self.config.model_type in CONVERTED_ON_LOAD
         self._stored: StoredTensors = dequantized(open_tensors(folder), self.config)
         if isinstance(self._stored, DequantizedTensors):
-            self._quantized = self._stored
+            self._quantized, self.changed = self._stored, "the matrices are stored quantized"
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config  # the model that is built and exported is in floats
 
@@ -91,6 +95,11 @@ class ModelSource:
     def layer_count(self) -> int:
         """Number of decoder (or encoder) layers."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def stored(self) -> StoredTensors:
+        """The checkpoint's tensors by name."""
+        return self._stored
 
     def structure(self) -> str:
         """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""
@@ -197,6 +206,7 @@ class ModelSource:
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         for name, stored, expected in info["mismatched_keys"]:
             raise InputError(
@@ -229,7 +239,7 @@ def open_source(model: str | Path) -> ModelSource:
 def _opened(model: str | Path) -> ModelSource:
     path = Path(model).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix != ".gguf" and not begins_as_gguf(path):
             raise InputError(
                 "is a file but not a GGUF file",
                 where=str(path),
@@ -249,6 +259,7 @@ def _download(name: str) -> Path:
             fix="name an HF folder, a .gguf file or a hub id like org/name",
         )
     try:
+        refuse_remote_code(Path(snapshot_download(name, allow_patterns=["*.json"])))  # before gigabytes come
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
@@ -262,18 +273,22 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read config.json.
 
     Raises:
-        InputError: If it is missing, broken or of an unknown model type.
+        InputError: If it is missing, broken or of an unknown model type, or the folder names code of its own.
     """
     if not (folder / "config.json").is_file():
         raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
+    refuse_remote_code(folder)
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"cannot be read: {str(error).splitlines()[0]}",
             where=str(folder / "config.json"),
             fix="check the file",
         ) from error
+    # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
+    config._attn_implementation = config._experts_implementation = None
+    return config
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -19,6 +19,7 @@ class ModelCard:
         summary: One paragraph: what was done to the model.
         results: Rows of measured values, label and text.
         license: License of the weights, None when unknown.
+        ends: Tokens that end a text, as text and id.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelCard:
     summary: str
     results: tuple[tuple[str, str], ...] = ()
     license: str | None = None
+    ends: tuple[str, ...] = ()
 
 
 def model_card(card: ModelCard) -> str:
@@ -35,7 +37,8 @@ def model_card(card: ModelCard) -> str:
     rows = "".join(f"| {label} | {value} |\n" for label, value in card.results)
     results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
-    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{results}\n"
+    ends = f"\nA text ends at {' or '.join(card.ends)}.\n" if card.ends else ""
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{ends}{results}\n"
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

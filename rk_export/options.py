@@ -21,6 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 # Exact reparameterizations, in the order in which they are applied.
 PREPARATIONS = ("fold", "rotate", "rotate-heads", "scale")
+# `fold` for the norms in front of one kind of block alone.
+PARTS_OF_FOLD = ("fold-attention", "fold-mlp")
 
 DEFAULT_GROUPS = ("qk", "gate_up")
 SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -205,8 +207,8 @@ class CompressOptions:
         device: Where factorization and quantization run: auto, cpu, cuda or cuda:N.
         form: `plain` factor pairs, or `identity`: rows of the matrix itself and coefficients for the others. None
             is plain for a rank rule, and lets a budget choose.
-        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS`. None takes those that
-            pay, see `preparations`.
+        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS` or `PARTS_OF_FOLD`. None
+            takes those that lower the predicted loss; the plan names them.
         quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also spreads each column's
             error over the columns to come, which needs the metric self or corpus.
         calibration: The metric and its text.
@@ -265,7 +267,7 @@ class CompressOptions:
             )
         require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
         for name in self.prepare or ():
-            require_choice("preparation", name, PREPARATIONS, "--prepare")
+            require_choice("preparation", name, (*PREPARATIONS, *PARTS_OF_FOLD), "--prepare")
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
             raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
         require_choice("choice", self.recompute, ("all", "none"), "--recompute")
@@ -405,20 +407,24 @@ class CompressOptions:
 
     @property
     def preparations(self) -> tuple[str, ...]:
-        """What `prepare` stands for.
+        """The reparameterizations that were named, or decided on."""
+        return self.prepare or ()
 
-        Rotations pay where rounding errors are spread under a second moment; rounded to nearest they lose. Evening
-        out FFN neurons pays where int8 holds them as inputs.
+    @property
+    def prepared_for(self) -> QuantSpec | None:
+        """The format that reparameterizations are to be chosen for; None where they are named or nothing is rounded.
+
+        A budget offers several formats: the one that rounds most of the model then stands for all.
         """
-        if self.prepare is not None:
-            return self.prepare
+        if self.prepare is not None or not self.calibration.uses_text:
+            return None
         if self.recompute == "none":
-            return ()  # they would move the values off their grid
-        by_size = self.budget is not None and self.budget.kind != "keep"
-        if not (by_size or self.quant) or self.quantizer != "gptq" or not self.calibration.uses_text:
-            return ()
-        int8 = self.quant == W8A8 or (self.budget is not None and self.budget.kind == "speed_up")
-        return PREPARATIONS if int8 else PREPARATIONS[:3]
+            return None  # they would move the values off their grid
+        if self.budget is not None and self.budget.kind == "speed_up":
+            return W8A8
+        if self.budget is not None and self.budget.kind in ("size", "bits"):
+            return QuantSpec(4, 32)
+        return self.quant
 
     @property
     def float_dtype(self) -> Literal["fp32", "fp16"]:

@@ -10,10 +10,13 @@ from tempfile import TemporaryDirectory
 import torch
 
 from rk_export import planner
+from rk_export.accuracy_levels import choose_levels
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
+from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
+from rk_export.comparison import require_parity
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
@@ -21,6 +24,7 @@ from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
 from rk_export.folders import check_replaceable
 from rk_export.frontend import check_supported
+from rk_export.greedy import Golden
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
 from rk_export.load import ModelSource, open_source
@@ -29,10 +33,11 @@ from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
 from rk_export.options import CalibrationOptions, CompressOptions
-from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
+from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
-from rk_export.prepared import save_prepared
+from rk_export.preflight import dense_logits, preflight
+from rk_export.prepared import PreparedSource, save_prepared
 from rk_export.probe import Probe, make_probe
 from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
@@ -40,6 +45,7 @@ from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.sites import canonical_layers
 from rk_export.sizes import planned_findings
+from rk_export.switches import switches_of
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 
@@ -54,6 +60,7 @@ def make_plan(
     """
     source = open_source(model)
     options = _checked_options(source, options, None)
+    preflight(source, options)
     return _plan(groundwork(source, options), threads)
 
 
@@ -106,10 +113,12 @@ def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: 
     """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
     source = open_source(model)
     options = _checked_options(source, options, plan)
+    before = preflight(source, options)
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
     plan = plan or _plan(ground, None)
     findings = (*ground.findings, *planned_findings(ground.source, plan))
-    return new_report(source.title, source.config.model_type, findings=findings)
+    model_type, parity = source.config.model_type, (before.tier,)
+    return new_report(source.title, model_type, findings=findings, parity=parity, notices=before.notices)
 
 
 def _checked_options(
@@ -126,6 +135,8 @@ def _checked_options(
     options = options or CompressOptions()
     check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
+    if not source.architecture.is_encoder:
+        check_ends(source.folder, source.config)
     resolve_device(options.device)
     return options
 
@@ -177,6 +188,8 @@ def compress(
             context_length(source.config, "--speed")
         if text is not None:
             check_text(text, source.folder, context_length(source.config, "--text"))
+    with stages.stage("check", "comparing with transformers"):
+        before = preflight(source, options)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
         training = _state(Path(out), "basel")
         ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
@@ -184,7 +197,7 @@ def compress(
         plan = plan or _plan(ground, threads)
         needed = sum(finding.bytes_after for finding in planned_findings(ground.source, plan))
     with AtomicFolder(out, force=force, needed=needed) as partial:
-        probe = make_probe(source.folder, source.config.vocab_size)
+        probe = before.probe
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
             rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
         if options.heal:
@@ -192,7 +205,10 @@ def compress(
                 rewritten = _healed(rewritten, ground, probe, Path(out))
         if checkpoint is not None:
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=source.folder, force=force)
-        report = write_bundle(partial, rewritten, source, request, stages, name=Path(out).name)
+        name = Path(out).name
+        report = write_bundle(
+            partial, rewritten, source, request, stages, name=name, probe=probe, before=before
+        )
     for stage in ("basel", "heal"):
         _state(Path(out), stage).unlink(missing_ok=True)
     return report
@@ -256,10 +272,14 @@ def export(
     with AtomicFolder(out, force=force) as partial:
         with stages.stage("load", f"opening {model}"):
             rewritten = load_pretrained(folder)
-        probe = make_probe(folder, rewritten.model.config.vocab_size)
+            if not rewritten.architecture.is_encoder:
+                check_ends(folder, rewritten.model.config)
+        config = rewritten.model.config
+        probe = make_probe(folder, config.vocab_size, switches_of(config))
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
-        return write_bundle(partial, rewritten, folder, request, stages, name=Path(out).name)
+        name = Path(out).name
+        return write_bundle(partial, rewritten, folder, request, stages, name=name, probe=probe)
 
 
 def verify(
@@ -304,11 +324,12 @@ def verify(
             fix="verify it without --against; its report holds the tiers against the dense model",
         )
     source = open_source(against)
-    probe = make_probe(source.folder, source.config.vocab_size)
+    before = preflight(source, plan.options)
     ground = groundwork(source, plan.options, pruning=plan.pruning)
-    rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
-    tiers, _ = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
-    return (*method_tiers(rewritten, probe), *tiers)
+    rewritten = ground.rewrite(plan, torch.from_numpy(before.probe.batch))
+    rewritten = choose_levels(rewritten, torch.from_numpy(before.probe.batch))
+    tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
+    return (*method_tiers(rewritten, before), *tiers)
 
 
 def prepare(
@@ -330,13 +351,18 @@ def prepare(
 
     Raises:
         InputError: If the model, a name or the output cannot be used.
+        ParityError: If the prepared model computes other logits; nothing is written.
     """
     source, peaks = open_source(model), {}
     check_replaceable(Path(out), force)
+    before = preflight(source, CompressOptions(prepare=names))
     if "scale" in names:
         device = resolve_device("auto")
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
+    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
+    logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
+    require_parity((prepared_tier(before, logits.numpy(), prepared.prepared),), source.name)
     return save_prepared(source, names, Path(out), seed=seed, peaks=peaks, alpha=SCALE_ALPHA, force=force)
 
 

@@ -20,7 +20,8 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 def text_table(report: Report) -> str:
     """Return the compact summary for a terminal; everything that was skipped is in it, with its reason."""
-    blocks = [humanize.plain(headline(report)), _summary(report)]
+    warnings = "\n".join(f"WARNING: {humanize.plain(warning)}" for warning in report.warnings)
+    blocks = [warnings, humanize.plain(headline(report)), _summary(report)]
     if report.parity:
         blocks.append("Parity\n" + tables.parity_table(report.parity).text())
     if report.fusions:
@@ -62,6 +63,7 @@ def _size_lines(size: SizeSummary) -> dict[str, str]:
 def markdown(report: Report) -> str:
     """Return the report as Markdown, without plots."""
     lines = [f"# {tables.escape_markdown(headline(report))}"]
+    lines += [f"**Warning: {tables.escape_markdown(warning)}**" for warning in report.warnings]
     if report.notices:
         lines.append("\n".join(f"- {tables.escape_markdown(notice)}" for notice in report.notices))
     for section in sections(report):

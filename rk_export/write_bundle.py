@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import GenerationConfig
 
+from rk_export.accuracy_levels import choose_levels
 from rk_export.bundle import (
     ModelCard,
     genai_config,
@@ -23,19 +25,24 @@ from rk_export.bundle import (
     write_manifest,
     write_side_files,
 )
+from rk_export.comparison import require_parity
 from rk_export.errors import InputError
 from rk_export.folders import library_versions
 from rk_export.graph_export import build_graph, save_graph
+from rk_export.greedy import Golden
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
 from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of, torch_logits
 from rk_export.options import CompressOptions
-from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
-from rk_export.probe import Probe, make_probe
+from rk_export.parity import checkpoint_tiers, method_tiers, runtime_tiers
+from rk_export.preflight import Preflight
+from rk_export.probe import Probe
+from rk_export.quality_warning import far_from_dense
 from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
-from rk_export.rewrite import DENSE, Rewritten
+from rk_export.rewrite import Rewritten
 from rk_export.runtime import Session
+from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.sizes import size_summary
 
@@ -97,6 +104,8 @@ def write_bundle(
     stages: Stages,
     *,
     name: str,
+    probe: Probe,
+    before: Preflight | None = None,
 ) -> Report:
     """Export a rewritten model into a folder, verify it there, and write every other file.
 
@@ -107,6 +116,8 @@ def write_bundle(
         request: What else to measure and write.
         stages: Receives the times.
         name: Name of the bundle.
+        probe: The prompts.
+        before: The untouched dense model on them; None for a checkpoint.
 
     Raises:
         FusionError: If a planned graph pattern is missing.
@@ -115,15 +126,18 @@ def write_bundle(
     """
     origin_folder = origin.folder if isinstance(origin, ModelSource) else origin
     options = rewritten.plan.options
+    rewritten = choose_levels(rewritten, torch.from_numpy(probe.batch))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
         _write_configs(folder, rewritten, origin_folder)
     provider, notices = _provider(options)
+    known = () if before is None else before.notices
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
-        probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
-        tiers, golden = _tiers(folder, rewritten, probe, provider, request.threads)
+        method = checkpoint_tiers() if before is None else method_tiers(rewritten, before)
+        runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=request.threads)
+        tiers = (*method, *runtime)
         require_parity(tiers, str(folder))
     measured = _measure(folder, origin, request, stages, provider)
     if request.triton is not None:
@@ -140,8 +154,11 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
-        notices=(*notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
+        warnings=far_from_dense(rewritten),
+        notices=(*known, *notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
     )
+    for warning in report.warnings:
+        logger.warning("WARNING: %s", warning)
     _write_report(folder, rewritten, report, golden, name)
     return report
 
@@ -170,14 +187,6 @@ def _provider(options: CompressOptions) -> tuple[Provider, tuple[str, ...]]:
     if obstacle is None:
         return "cuda", ()
     return "cpu", (f"verified on the CPU execution provider, not on CUDA: {obstacle}",)
-
-
-def _tiers(
-    folder: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None
-) -> tuple[tuple[ParityTier, ...], Golden | None]:
-    method = tuple(method_tiers(rewritten, probe)) if DENSE in rewritten.probe_logits else ()
-    runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
-    return (*method, *runtime), golden
 
 
 def _measure(
@@ -248,6 +257,7 @@ def _write_report(
         context_length=int(rewritten.model.config.max_position_embeddings),
         summary=_summary(options),
         results=_results(report),
+        ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
@@ -291,5 +301,7 @@ def _results(report: Report) -> tuple[tuple[str, str], ...]:
 
 
 def _verdict(tier: ParityTier) -> str:
+    if tier.max_error is None:
+        return tier.note
     outcome = {True: "passed", False: "FAILED", None: "measured"}[tier.passed]
     return f"{outcome}, largest error {tier.max_error:.3g} on a scale of {tier.scale:.3g}"

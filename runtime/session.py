@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError, ProviderError
-from rk_export.runtime.bundle_config import TOKENIZER_FILE, BundleConfig
+from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.cache import Cache, GrowingCache, SharedCache
 from rk_export.runtime.chat import ChatTemplate, Message
 from rk_export.runtime.decoder import Decoder, position_ids
 from rk_export.runtime.generate import Row, run_rows
 from rk_export.runtime.graph_proto import GraphFacts, read_facts
-from rk_export.runtime.layout import DecoderLayout
+from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 from rk_export.runtime.options import Generation, GenerationOptions
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.text import TextCodec
@@ -104,10 +105,19 @@ class Session:
         logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
         return logits, tuple(present)
 
-    def prefill_logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Return the logits of all positions, [batch, length, vocabulary], in the type of the graph."""
-        logits: np.ndarray = self._session.run(["logits"], self._feeds(input_ids, attention_mask, None))[0]
-        return logits
+    def prefill_logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, start: int = 0
+    ) -> np.ndarray:
+        """Return the logits of the positions from ``start`` on, [batch, length - start, vocabulary].
+
+        They have the type of the graph. A graph that can leave out positions does not compute those before.
+        """
+        feeds = self._feeds(input_ids, attention_mask, None)
+        skips = start > 0 and self.layout.logits_start
+        if skips:
+            feeds[LOGITS_START] = np.array([start], np.int64)
+        logits: np.ndarray = self._session.run(["logits"], feeds)[0]
+        return logits if skips else logits[:, start:]
 
     def decoder(self, *, batch: int, capacity: int) -> Decoder:
         """Return fresh decoding state for ``batch`` rows of at most ``capacity`` positions."""
@@ -140,8 +150,13 @@ class Session:
                 pass
         return [row.result() for row in rows]
 
-    def stream(self, prompt: Prompt, options: GenerationOptions = _GREEDY) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, options: GenerationOptions = _GREEDY
+    ) -> Generator[str, None, Generation]:
         """Continue one prompt and yield the pieces of the text that ``generate`` returns.
+
+        Returns:
+            What ``generate`` returns, as the generator's value.
 
         Raises:
             InputError: The prompt is empty or leaves no room for a new token.
@@ -150,23 +165,29 @@ class Session:
         for _ in self._run([row], options):
             if piece := row.new_text():
                 yield piece
+        return row.result()
 
-    def chat(self, messages: Sequence[Message], options: GenerationOptions = _GREEDY) -> Generation:
+    def chat(
+        self, messages: Sequence[Message], options: GenerationOptions = _GREEDY, **template_args: Any
+    ) -> Generation:
         """Answer a conversation.
 
         Args:
             messages: Dictionaries with ``role`` and ``content``, as the bundle's chat template takes them.
             options: How to choose tokens and when to end.
+            **template_args: As in `ChatTemplate.render`: ``tools``, ``documents``, ``continue_final_message`` and
+                what else the template reads, such as ``enable_thinking``.
 
         Raises:
             InputError: The bundle has no chat template, or the template refuses the messages.
         """
-        return self.generate([self.chat_tokens(messages)], options=options)[0]
+        return self.generate([self.chat_tokens(messages, **template_args)], options=options)[0]
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt tokens of a conversation, ready for ``generate`` or ``stream``."""
+    def chat_tokens(self, messages: Sequence[Message], **template_args: Any) -> list[int]:
+        """Return the prompt tokens of a conversation, ready for ``generate`` or ``stream``; arguments as in `chat`."""
         # The template writes the special tokens itself.
-        return self.text_codec.encode(self.chat_template.render(messages), special_tokens=False)
+        text = self.chat_template.render(messages, **template_args)
+        return self.text_codec.encode(text, special_tokens=False)
 
     @cached_property
     def text_codec(self) -> TextCodec:
@@ -218,9 +239,20 @@ class Session:
                 where=f"prompt {index}",
                 fix="shorten the prompt, or open the session with a larger max_length",
             )
+        self._check_stop_tokens(options)
         needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
         codec = self.text_codec if needs_text else None
         return Row(tokens, options, codec, self.config.eos_ids, index)
+
+    def _check_stop_tokens(self, options: GenerationOptions) -> None:
+        size = self.config.vocab_size
+        outside = [token for token in options.stop_token_ids if size is not None and token >= size]
+        if outside:
+            raise InputError(
+                f"{outside[0]} is not in a vocabulary of {size}",
+                where="stop_token_ids",
+                fix=f"give ids below {size}",
+            )
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))

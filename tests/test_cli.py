@@ -173,7 +173,7 @@ def test_analyze(cli: Cli, llama: Path, tmp_path: Path) -> None:
 def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
     assert "pass" in ok(cli("verify", bundle, "--threads", 1)).out
     tiers = json.loads(ok(cli("verify", bundle, "--against", llama, "--threads", 1, "--json")).out)
-    assert "".join(tier["tier"] for tier in tiers) == "abcdefg"
+    assert "".join(tier["tier"] for tier in tiers) == "0pabcdefg"
 
 
 def test_verify_ends_with_one_when_parity_fails(
