@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 
-def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) -> GenerationConfig:
+def write_side_files(
+    folder: Path, *, source: Path, config: PretrainedConfig, generation_from: Path | None = None
+) -> GenerationConfig:
     """Write tokenizer, ``config.json`` and ``generation_config.json`` of the source model into a bundle.
 
     The generation config names every end of `read_ends`, so that each runtime ends a text at the same tokens.
@@ -46,6 +48,7 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
         folder: The bundle.
         source: Hugging Face folder of the model; the bundle of one without a tokenizer gets none either.
         config: Configuration of the exported model.
+        generation_from: Folder of the generation config; None takes `source`.
 
     Returns:
         The generation defaults, as written.
@@ -53,7 +56,7 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
     Raises:
         InputError: The source's generation config or tokenizer cannot be read.
     """
-    generation = write_own_files(folder, source=source, config=config)
+    generation = write_own_files(folder, source=source, config=config, generation_from=generation_from)
     generation.eos_token_id = read_ends(folder).eos_token_id
     if generation.bos_token_id is None:
         tokens = SpecialTokens.read(folder)
@@ -62,11 +65,13 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
     return generation
 
 
-def write_own_files(folder: Path, *, source: Path, config: PretrainedConfig) -> GenerationConfig:
+def write_own_files(
+    folder: Path, *, source: Path, config: PretrainedConfig, generation_from: Path | None = None
+) -> GenerationConfig:
     """Write the files of `write_side_files` with the ends as the model itself names them in each."""
     write_model_config(folder, config)
     copy_tokenizer(source, folder)
-    generation = _generation_config(source, config)
+    generation = _generation_config(generation_from or source, config)
     generation.save_pretrained(folder)
     return generation
 

@@ -15,7 +15,7 @@ from rk_export.runtime.ends import Ends, read_ends
 logger = logging.getLogger(__name__)
 
 
-def check_ends(folder: Path, config: PretrainedConfig) -> Ends:
+def check_ends(folder: Path, config: PretrainedConfig, generation_from: Path | None = None) -> Ends:
     """Return the ends that a decoder's bundle will have, and warn of what names one in vain.
 
     The bundle's tokenizer and configs are written to a temporary place, so what cannot be written is refused too.
@@ -23,13 +23,14 @@ def check_ends(folder: Path, config: PretrainedConfig) -> Ends:
     Args:
         folder: Hugging Face folder of the model.
         config: Its configuration.
+        generation_from: Folder of the generation config; None takes `folder`.
 
     Raises:
         InputError: No file names a token at which a text ends, or a file of the tokenizer cannot be used.
     """
     with TemporaryDirectory() as scratch:
         try:
-            write_own_files(Path(scratch), source=folder, config=config)
+            write_own_files(Path(scratch), source=folder, config=config, generation_from=generation_from)
             ends = read_ends(Path(scratch))
         except InputError as error:
             where = error.where and error.where.replace(scratch, str(folder))

@@ -28,7 +28,7 @@ from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.preparable import has_rotated_head
 from rk_export.rewrite import Rewritten
-from rk_export.tensor_files import open_tensors
+from rk_export.weight_files import open_tensors
 
 SECTION = "rk_export"
 GENERATION_FILE = "generation_config.json"

@@ -123,7 +123,7 @@ def _add_model_commands(add: AddCommand) -> None:
     prepare.add_argument("--seed", type=int, default=0, help="of the rotations (default 0)")
 
     export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
-    _add_model(export, "checkpoint folder, HF folder, hub id or .gguf file")
+    _add_model(export, "checkpoint folder, HF folder, hub id, .gguf file or LoRA adapter")
     _add_output(export, "bundle folder")
     export.add_argument(
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
@@ -136,11 +136,13 @@ def _add_bundle_commands(add: AddCommand) -> None:
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
+    _add_base(verify)
     _add_runtime_arguments(verify)
     _add_json(verify)
 
     evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
+    _add_base(evaluate)
     evaluate.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts")
     _add_text_arguments(evaluate)
     evaluate.add_argument("--tasks", help="comma separated: names such as openbookqa, or files NAME.jsonl")
@@ -176,13 +178,14 @@ def _add_bundle_commands(add: AddCommand) -> None:
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compress`."""
-    _add_model(parser)
+    parser.add_argument("model", help="HF folder, hub id, .gguf file or LoRA adapter")
     parser.add_argument("-o", "--output", type=Path, required=True, help="bundle folder")
     add_compress_options(parser)
 
 
 def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
+    _add_base(parser)
     _add_force(parser)
     add_rank_arguments(parser)
     add_method_arguments(parser)
@@ -202,8 +205,19 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     _add_bundle_arguments(parser)
 
 
-def _add_model(parser: argparse.ArgumentParser, text: str = "HF folder, hub id or .gguf file") -> None:
+def _add_model(
+    parser: argparse.ArgumentParser, text: str = "HF folder, hub id, .gguf file or LoRA adapter"
+) -> None:
     parser.add_argument("model", help=text)
+    _add_base(parser)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model of a LoRA adapter (default: the one that its adapter_config.json names)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
@@ -249,7 +263,7 @@ def run_compress(args: argparse.Namespace) -> int:
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
     if args.dry_run:
-        report = dry_run(args.model, options, plan=plan)
+        report = dry_run(args.model, options, plan=plan, base=args.base)
         _print_json(report.to_json()) if args.json else print(findings_table(report.findings))
         return 0
     report = compress(
@@ -257,6 +271,7 @@ def run_compress(args: argparse.Namespace) -> int:
         args.output,
         options,
         plan=plan,
+        base=args.base,
         text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
         speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
@@ -275,7 +290,12 @@ def run_analyze(args: argparse.Namespace) -> int:
     from rk_export.spectra import analyze
 
     report = analyze(
-        args.model, args.output, compress_options(args), command=args.command_line, force=args.force
+        args.model,
+        args.output,
+        compress_options(args),
+        base=args.base,
+        command=args.command_line,
+        force=args.force,
     )
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
@@ -287,7 +307,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
     if args.output.exists() and not args.force:
         raise InputError("exists already", where=str(args.output), fix="choose another name or give --force")
-    plan = make_plan(args.model, compress_options(args))
+    plan = make_plan(args.model, compress_options(args), base=args.base)
     plan.save(args.output)
     print(f"{len(plan.sites)} sites\nplan  {args.output}")
     return 0
@@ -299,7 +319,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     from rk_export.render import findings_table
 
     names = tuple(args.passes.split(","))
-    print(findings_table(prepare(args.model, args.output, names, seed=args.seed, force=args.force)))
+    findings = prepare(args.model, args.output, names, base=args.base, seed=args.seed, force=args.force)
+    print(findings_table(findings))
     print(f"\nmodel  {args.output}", file=sys.stderr)
     return 0
 
@@ -314,6 +335,7 @@ def run_export(args: argparse.Namespace) -> int:
         args.model,
         args.output,
         None if args.ep is None else CompressOptions(ep=args.ep),
+        base=args.base,
         triton=args.triton,
         threads=args.threads,
         force=args.force,
@@ -328,7 +350,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from rk_export.pipeline import verify
     from rk_export.render import parity_text
 
-    tiers = verify(args.bundle, args.against, provider=args.provider, threads=args.threads)
+    tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, threads=args.threads)
     _print_json([tier.to_json() for tier in tiers]) if args.json else print(parity_text(tiers))
     return int(any(tier.passed is False for tier in tiers))
 
@@ -341,7 +363,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from rk_export.task_data import load_tasks
 
     texts = [EvalText(path, args.context, args.tokens) for path in args.text]
-    runtime = {"provider": args.provider, "threads": args.threads}
+    runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
     if not args.tasks and len(args.models) == len(texts) == 1:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []

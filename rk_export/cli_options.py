@@ -84,7 +84,8 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prepare",
-        help="exact reparameterizations first: fold,rotate,rotate-heads,scale or none (default: those that pay)",
+        help="exact reparameterizations first: fold,rotate,rotate-heads,scale or none (default: those that lower "
+        "the predicted loss)",
     )
     parser.add_argument(
         "--embedding-bits", type=int, help="bits of embedding and lm_head (default 8; 16 with --bits 16)"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rk_export.adapter import is_adapter
 from rk_export.checkpoint import is_checkpoint, load_pretrained
 from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
@@ -57,13 +58,19 @@ class ModelScores:
 
 
 def open_candidate(
-    model: str | Path, option: str, *, provider: Provider = "auto", threads: int | None = None
+    model: str | Path,
+    option: str,
+    *,
+    base: str | Path | None = None,
+    provider: Provider = "auto",
+    threads: int | None = None,
 ) -> Candidate:
     """Return a dense model or checkpoint, to run in PyTorch, or a bundle, to run in ONNX Runtime.
 
     Args:
-        model: HF folder, hub id, GGUF file, checkpoint or bundle.
+        model: HF folder, hub id, GGUF file, LoRA adapter, checkpoint or bundle.
         option: The option that asks for a decoder, for messages.
+        base: Base model of a LoRA adapter; None takes the one that it names.
         provider: Execution provider, of a bundle.
         threads: Threads of ONNX Runtime, of a bundle.
 
@@ -71,6 +78,13 @@ def open_candidate(
         InputError: Nothing usable is there, or the model is an encoder.
     """
     folder = Path(model).expanduser()
+    made_here = (folder / MODEL_FILE).is_file() or (folder.is_dir() and is_checkpoint(folder))
+    if base is not None and made_here:
+        raise InputError(
+            "goes with a LoRA adapter",
+            where="--base",
+            fix=f"drop it: {folder.name} is a checkpoint or bundle",
+        )
     if (folder / MODEL_FILE).is_file():
         SessionSettings(provider, threads)  # refuses what it cannot take before any work
 
@@ -81,7 +95,7 @@ def open_candidate(
     if folder.is_dir() and is_checkpoint(folder):
         length = context_length(read_config(folder), option)
         return Candidate(str(model), folder, length, lambda: torch_logits(load_pretrained(folder).model))
-    source = open_source(model)
+    source = open_source(model, base)
     length = context_length(source.config, option)
     return Candidate(str(model), source.folder, length, lambda: torch_logits(source.load()))
 
@@ -98,6 +112,7 @@ def evaluate_models(
     *,
     texts: Sequence[EvalText] = (),
     tasks: Sequence[Task] = (),
+    base: str | Path | None = None,
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> list[ModelScores]:
@@ -107,6 +122,7 @@ def evaluate_models(
         models: As in `open_candidate`.
         texts: Texts to measure perplexity on.
         tasks: Tasks to ask; `rk_export.tasks.load_tasks` reads them.
+        base: Base model of the LoRA adapters among the models; None takes the one that each names.
         provider: Execution provider of bundles.
         threads: Threads of ONNX Runtime.
 
@@ -117,12 +133,21 @@ def evaluate_models(
     if not texts and not tasks:
         raise InputError("nothing to measure", where="eval", fix="give --text FILE or --tasks NAME")
     option = "--text" if texts else "--tasks"
-    candidates = [open_candidate(model, option, provider=provider, threads=threads) for model in models]
+    candidates = [
+        open_candidate(model, option, base=_base_of(model, models, base), provider=provider, threads=threads)
+        for model in models
+    ]
     for candidate in candidates:
         TextCodec(candidate.folder / TOKENIZER_FILE)
         for text in texts:
             check_text(text, candidate.folder, candidate.max_length)
     return [_scores(candidate, texts, tasks) for candidate in candidates]
+
+
+def _base_of(model: str | Path, models: Sequence[str | Path], base: str | Path | None) -> str | Path | None:
+    """Return the base model where one of several models is an adapter; where none is, all are asked to take it."""
+    adapters = [other for other in models if is_adapter(Path(other).expanduser())]
+    return base if model in adapters or not adapters else None
 
 
 def _scores(candidate: Candidate, texts: Sequence[EvalText], tasks: Sequence[Task]) -> ModelScores:

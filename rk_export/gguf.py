@@ -74,7 +74,7 @@ def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[st
 
 
 def _format(source: GgufFile) -> int:
-    rule = source.get("tokenizer.ggml.pre")
+    rule = str(source.get("tokenizer.ggml.pre"))
     return _FORMAT_OF_WHOLE_WORDS if rule in WHOLE_WORDS_FIRST else _FORMAT
 
 

@@ -66,7 +66,8 @@ class StoredTensor:
             begin += index * size
         raw = np.memmap(self.path, dtype=np.uint8, mode="r", offset=begin, shape=(size,))
         rows = raw.reshape(gguf.quant_shape_to_byte_shape(shape, self.kind))
-        return np.array(gguf.dequantize(rows, self.kind), dtype=np.float32).reshape(shape)
+        values: np.ndarray = gguf.dequantize(rows, self.kind).reshape(shape)
+        return values if values.flags.writeable else values.copy()  # floats come as a view of the file
 
 
 @dataclass(frozen=True)

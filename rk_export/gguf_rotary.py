@@ -61,6 +61,7 @@ def _rotation(source: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
             where=f"{source.path}, key {source.architecture}.rope.scaling.type",
             fix="use the Hugging Face checkpoint of this model",
         )
+    _check_unscaled_cosines(source)
     factor = source.number("rope.scaling.factor") or source.number("rope.scale_linear")
     if kind != "none" and factor not in (None, 1.0):
         return base | {"rope_type": "linear", "factor": float(factor)}
@@ -77,6 +78,17 @@ def _check_scaled_once(source: GgufFile, kind: Any) -> None:
         raise UnsupportedModelError(
             f"the rotation is scaled in more than one way: {', '.join(ways)}",
             where=str(source.path),
+            fix="use the Hugging Face checkpoint of this model",
+        )
+
+
+def _check_unscaled_cosines(source: GgufFile) -> None:
+    """Only YaRN and LongRoPE have a factor on the cosines in transformers; llama.cpp applies it to any rotation."""
+    factor = source.number("rope.scaling.attn_factor")
+    if factor not in (None, 1.0):
+        raise UnsupportedModelError(
+            f"a rotation scaled by {factor} without YaRN or LongRoPE cannot be converted",
+            where=f"{source.path}, key {source.architecture}.rope.scaling.attn_factor",
             fix="use the Hugging Face checkpoint of this model",
         )
 
@@ -114,6 +126,13 @@ def _check_yarn(source: GgufFile, factor: float) -> None:
                 where=f"{source.path}, key {source.architecture}.rope.scaling.{name}",
                 fix="use the Hugging Face checkpoint of this model",
             )
+
+    if source.number("rope.scaling.yarn_attn_factor") == 1.0:
+        logger.warning(
+            "%s: yarn_attn_factor is 1; the cosines are scaled by %.4f all the same, as llama.cpp does",
+            source.path.name,
+            _yarn_scale(factor),
+        )
 
 
 def _positive(source: GgufFile, suffix: str) -> float:

@@ -21,17 +21,21 @@ logger = logging.getLogger(__name__)
 
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 _GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo"})
-_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell"})
-_LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"})
+_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
+_LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"})
 _QWEN2 = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
 _TEKKEN, _GPT4O = "tekken", "gpt-4o"
+_DEEPSEEK_CODER, _SEED_CODER = "deepseek-coder", "seed-coder"
 _DEFAULT = (None, "default")
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen"})
-WHOLE_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+WHOLE_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"})
 _OWN_SPACES = frozenset({"gemma2", "gemma3", "phi3"})  # transformers knows what these do with spaces
-_KNOWN = _GPT2 | _SINGLE_DIGITS | _LLAMA3 | _QWEN2 | {_TEKKEN, _GPT4O, "default"}
+_KNOWN = (
+    _GPT2 | _SINGLE_DIGITS | _LLAMA3 | _QWEN2 | {_TEKKEN, _GPT4O, _DEEPSEEK_CODER, _SEED_CODER, "default"}
+)
 
 _CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
+_DEEPSEEK_CODER_RULES = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
 _SPACES = (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
 
 
@@ -55,7 +59,6 @@ def check_tokenizer(source: GgufFile) -> None:
             where=f"{source.path}, key tokenizer.ggml.pre",
             fix=f"use the Hugging Face checkpoint; known: {', '.join(sorted(_KNOWN))}",
         )
-
     _check_lists(source)
 
 
@@ -122,9 +125,7 @@ def _split_words(tokenizer: Any, source: GgufFile) -> None:
         backend.normalizer = normalizers.NFC()
     if rule in WHOLE_WORDS_FIRST:
         if isinstance(backend.model, models.BPE):
-            backend.model.ignore_merges = (
-                True  # a word of the vocabulary is one token, whatever the merges give
-            )
+            backend.model.ignore_merges = True  # what is in the vocabulary is one token
         if "tokenizer.ggml.add_bos_token" not in source.metadata:  # these families begin with it all the same
             tokenizer.add_bos_token = tokenizer.bos_token is not None
 
@@ -152,6 +153,10 @@ def splitter(rule: str | None) -> Any:
         return _splits(_cased_words(r"\p{N}", contraction=""))
     if rule == _GPT4O:
         return _splits(_cased_words(r"\p{N}{1,3}", contraction=f"(?i:{_CONTRACTION})?"))
+    if rule == _DEEPSEEK_CODER:
+        return _splits(*_DEEPSEEK_CODER_RULES)
+    if rule == _SEED_CODER:
+        return _splits(_words(r"\p{N}", punctuation=r" ?[^\s\p{L}\p{N}\r\n]+"))
     return _splits(_words(r"\p{N}{1,3}" if rule in _LLAMA3 else r"\p{N}"))
 
 
@@ -163,20 +168,16 @@ def _splits(*rules: str) -> Any:
     )
 
 
-def _words(numbers: str) -> str:
+def _words(numbers: str, punctuation: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
     """Contractions, words with one leading mark, ``numbers``, punctuation, line breaks, other white space."""
     word = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-    punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     return "|".join([f"(?i:{_CONTRACTION})", word, numbers, punctuation, *_SPACES])
 
 
 def _cased_words(numbers: str, contraction: str) -> str:
     """Like ``_words``, but words end where lower case turns into upper case, and take their contraction along."""
-    mark, upper, lower = (
-        r"[^\r\n\p{L}\p{N}]?",
-        r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
-        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
-    )
+    mark = r"[^\r\n\p{L}\p{N}]?"
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
     word, capitals = f"{mark}{upper}*{lower}+{contraction}", f"{mark}{upper}+{lower}*{contraction}"
     return "|".join([word, capitals, numbers, punctuation, *_SPACES])

@@ -90,7 +90,7 @@ class Groundwork:
         tuned = () if self.selection is None else (self.selection.finding,)
         told = {finding.target for finding in self.choice}
         others = (finding for finding in self.source.findings if finding.target not in told)
-        return (*self.dense.on_reading, *self.choice, *others, *tuned, *self.left_out)
+        return (*self.choice, *others, *tuned, *self.left_out)
 
     def layer_statistics(self) -> LayerStatistics:
         """Return where the statistics of the layers' sites come from."""

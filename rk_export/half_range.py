@@ -16,8 +16,9 @@ from rk_export.errors import InputError
 logger = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float16).max
-# Other texts reach further than the probe does: within this factor of the end of the range, that is said.
-_MARGIN = 4.0
+# Other texts reach further than the probe does: within this factor of the end of the range, that is said. SmolLM2-135M,
+# whose fp16 graphs are fine, reaches 24,400.
+_MARGIN = 2.0
 _FIX = "export for the CPU provider, whose graphs are in fp32: --ep cpu"
 
 

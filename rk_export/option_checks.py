@@ -32,7 +32,8 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
             "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
         )
     if options.recompute == "none" and not source.has_grids:
-        stored = "; ".join(str((finding.details or {})["format"]) for finding in source.on_reading)
+        details = [finding.details or {} for finding in source.findings]
+        stored = next((str(one["format"]) for one in details if "format" in one), "")
         raise InputError(
             f"there are no codes to carry over: the model is stored {f'as {stored}' if stored else 'in floats'}",
             where="--recompute",

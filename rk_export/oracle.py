@@ -85,7 +85,7 @@ def _from_folder(source: ModelSource) -> PreTrainedModel:
     return _complete(
         source,
         lambda: auto.from_pretrained(
-            source.folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
+            source.origin[0], use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
         ),
     )
 

@@ -50,15 +50,19 @@ from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bund
 
 
 def make_plan(
-    model: str | Path, options: CompressOptions | None = None, *, threads: int | None = None
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    base: str | Path | None = None,
+    threads: int | None = None,
 ) -> Plan:
-    """Return the plan that `compress` would apply.
+    """Return the plan that `compress` would apply; `base` as there.
 
     Raises:
         InputError: If the model or an option cannot be used.
         UnsupportedModelError: If the family cannot be exported exactly.
     """
-    source = open_source(model)
+    source = open_source(model, base)
     options = _checked_options(source, options, None)
     preflight(source, options)
     return _plan(groundwork(source, options), threads)
@@ -97,7 +101,8 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     ]
     table = measure_costs(shapes, TIMED_FORMATS, phase, threads=threads)
     with TemporaryDirectory() as folder:
-        export(source.folder, Path(folder) / "dense", threads=threads)
+        model, base = source.origin
+        export(model, Path(folder) / "dense", base=base, threads=threads)
         result = bench(
             [Path(folder) / "dense"],
             prompt_tokens=TOKENS["prefill"],
@@ -109,16 +114,23 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
-def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: Plan | None = None) -> Report:
+def dry_run(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    base: str | Path | None = None,
+) -> Report:
     """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
-    source = open_source(model)
+    source = open_source(model, base)
     options = _checked_options(source, options, plan)
     before = preflight(source, options)
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
     plan = plan or _plan(ground, None)
     findings = (*ground.findings, *planned_findings(ground.source, plan))
     model_type, parity = source.config.model_type, (before.tier,)
-    return new_report(source.title, model_type, findings=findings, parity=parity, notices=before.notices)
+    notices = (*source.notices, *before.notices)
+    return new_report(source.title, model_type, findings=findings, parity=parity, notices=notices)
 
 
 def _checked_options(
@@ -136,7 +148,7 @@ def _checked_options(
     check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
     if not source.architecture.is_encoder:
-        check_ends(source.folder, source.config)
+        check_ends(source.folder, source.config, source.origin[1])
     resolve_device(options.device)
     return options
 
@@ -147,6 +159,7 @@ def compress(
     options: CompressOptions | None = None,
     *,
     plan: Plan | None = None,
+    base: str | Path | None = None,
     text: EvalText | None = None,
     speed: SpeedTest | None = None,
     checkpoint: str | Path | None = None,
@@ -158,10 +171,11 @@ def compress(
     """Compress a model and write a verified ONNX bundle.
 
     Args:
-        model: HF folder, hub id or GGUF file.
+        model: HF folder, hub id, GGUF file or LoRA adapter.
         out: Bundle folder; written beside its place and moved in once everything passed.
         options: What to do; the defaults quantize to INT4 under statistics of self-written text.
         plan: A plan made earlier, instead of options.
+        base: Of a LoRA adapter, the model that it is merged into; None takes the one that the adapter names.
         text: Also measure the perplexity of the dense and of the compressed model on it.
         speed: Also measure the bundle's tokens per second.
         checkpoint: Also save the compressed PyTorch model there.
@@ -180,7 +194,7 @@ def compress(
     request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
-        source = open_source(model)
+        source = open_source(model, base)
         options = _checked_options(source, options, plan)
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
@@ -240,6 +254,7 @@ def export(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    base: str | Path | None = None,
     triton: str | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -251,6 +266,7 @@ def export(
         model: A checkpoint folder that rk-export saved, or a dense model.
         out: Bundle folder.
         options: For a dense model, its execution provider and device; a checkpoint carries its own.
+        base: As in `compress`.
         triton: As in `compress`.
         threads: As in `compress`.
         force: Replace an existing output.
@@ -262,7 +278,11 @@ def export(
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
         dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
-        return compress(model, out, dense, triton=triton, threads=threads, force=force, command=command)
+        return compress(
+            model, out, dense, base=base, triton=triton, threads=threads, force=force, command=command
+        )
+    if base is not None:
+        raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
     if options is not None:
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
@@ -286,6 +306,7 @@ def verify(
     bundle: str | Path,
     against: str | Path | None = None,
     *,
+    base: str | Path | None = None,
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> tuple[ParityTier, ...]:
@@ -295,6 +316,7 @@ def verify(
         bundle: The bundle folder.
         against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
             measured. None measures what the bundle can show alone: tiers d to g.
+        base: Of `against`, as in `compress`.
         provider: Execution provider.
         threads: Threads of ONNX Runtime.
 
@@ -308,6 +330,8 @@ def verify(
     manifest = check_manifest(folder)
     plan = Plan.load(folder / "plan.json")
     if against is None:
+        if base is not None:
+            raise InputError("goes with --against", where="--base", fix="give --against ADAPTER, or drop it")
         if manifest["golden"] is None:
             raise InputError(
                 "an encoder bundle can only be verified against its model",
@@ -323,7 +347,7 @@ def verify(
             where=str(folder),
             fix="verify it without --against; its report holds the tiers against the dense model",
         )
-    source = open_source(against)
+    source = open_source(against, base)
     before = preflight(source, plan.options)
     ground = groundwork(source, plan.options, pruning=plan.pruning)
     rewritten = ground.rewrite(plan, torch.from_numpy(before.probe.batch))
@@ -337,6 +361,7 @@ def prepare(
     out: str | Path,
     names: tuple[str, ...] = ("fold", "rotate-heads", "scale"),
     *,
+    base: str | Path | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> tuple[Finding, ...]:
@@ -346,6 +371,7 @@ def prepare(
         model: HF folder, hub id or GGUF file.
         out: Folder to write; `rotate` unties a tied embedding there.
         names: Names from `rk_export.options.PREPARATIONS`.
+        base: As in `compress`.
         seed: Of the rotations, and of the text whose peaks `scale` evens out.
         force: Replace an existing output.
 
@@ -353,7 +379,7 @@ def prepare(
         InputError: If the model, a name or the output cannot be used.
         ParityError: If the prepared model computes other logits; nothing is written.
     """
-    source, peaks = open_source(model), {}
+    source, peaks = open_source(model, base), {}
     check_replaceable(Path(out), force)
     before = preflight(source, CompressOptions(prepare=names))
     if "scale" in names:
@@ -400,13 +426,25 @@ def _planned_only(site: SitePlan) -> Finding:
 
 
 def evaluate(
-    model: str | Path, text: EvalText, *, provider: Provider = "auto", threads: int | None = None
+    model: str | Path,
+    text: EvalText,
+    *,
+    base: str | Path | None = None,
+    provider: Provider = "auto",
+    threads: int | None = None,
 ) -> PerplexityResult:
     """Return the perplexity of a dense model or checkpoint in PyTorch, or of a bundle in ONNX Runtime.
+
+    Args:
+        model: As in `rk_export.evaluation.open_candidate`.
+        text: What to measure on.
+        base: As in `compress`.
+        provider: Execution provider, of a bundle.
+        threads: Threads of ONNX Runtime, of a bundle.
 
     Raises:
         InputError: If the model or the text cannot be used.
     """
-    candidate = open_candidate(model, "--text", provider=provider, threads=threads)
+    candidate = open_candidate(model, "--text", base=base, provider=provider, threads=threads)
     check_text(text, candidate.folder, candidate.max_length)
     return perplexity_of(candidate.load(), text, candidate.folder)

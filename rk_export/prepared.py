@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import architecture_of
 from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
+from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
 from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
@@ -85,7 +85,7 @@ class LayerPreparation:
             scale_layer(layer, wiring, peaks, self.alpha)
 
 
-class PreparedSource(ModelSource):
+class PreparedSource(DerivedSource):
     """A model source whose layers are reparameterized as they are loaded; logits stay the same.
 
     A rotated model whose head is tied to its embedding gets a `RotatedHead` in place of its output projection.
@@ -100,7 +100,7 @@ class PreparedSource(ModelSource):
         alpha: For `scale`: how far peaks are evened out, from 0 to 1.
 
     Attributes:
-        findings: One per preparation: applied, or skipped with the reason.
+        findings: Those of the source, and one per preparation: applied, or skipped with the reason.
 
     Raises:
         InputError: If the names do not go together, or peaks are missing or do not fit.
@@ -117,11 +117,10 @@ class PreparedSource(ModelSource):
     ) -> None:
         if isinstance(source, PreparedSource):
             raise InputError("is prepared already", where=source.name, fix="name all preparations at once")
-        super().__init__(source.folder, source.name)
+        super().__init__(source)
         self._preparations = preparations_of(self.config, names)
         self._layers = LayerPreparation(self.config, self.prepared, seed, peaks or {}, alpha)
-        self._done: WeakSet[nn.Module] = WeakSet()
-        self.variant = self._layers.variant
+        self.variant = f"{source.variant} {self._layers.variant}".strip()
         if "scale" in self.prepared:
             check_scale(self.config, peaks or {}, alpha)
 
@@ -132,8 +131,8 @@ class PreparedSource(ModelSource):
 
     @property
     def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
-        """One per preparation, and one per part that is left out."""
-        return self._preparations.findings
+        """What the source says, one per preparation, and one per part that is left out."""
+        return (*super().findings, *self._preparations.findings)
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
         """Fill one layer of a skeleton in float32, in canonical form and reparameterized, and return it."""
@@ -152,12 +151,6 @@ class PreparedSource(ModelSource):
         super().load_rest(model)
         if norm is not None:
             self._prepare_outer(model, norm)
-
-    def _is_fresh(self, module: nn.Module) -> bool:
-        """Whether a module has its weights still to come; a second rotation would be one too many."""
-        fresh = module not in self._done or any(item.is_meta for item in module.parameters())
-        self._done.add(module)
-        return fresh
 
     @property
     def _final_norm_path(self) -> str:
@@ -210,7 +203,7 @@ def save_prepared(
     """
     prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=alpha)
     if not prepared.prepared:
-        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings))
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings if finding.reason))
         raise InputError(
             f"nothing to prepare: {reasons or 'no preparation was named'}",
             where=source.name,
@@ -219,7 +212,7 @@ def save_prepared(
     with AtomicFolder(folder, force=force) as partial:
         plain = plain_model(_with_plain_head(prepared.load(), prepared))
         plain.save_pretrained(partial)
-        write_side_files(partial, source=source.folder, config=plain.config)
+        write_side_files(partial, source=source.folder, config=plain.config, generation_from=source.origin[1])
         write_manifest(
             partial,
             {

@@ -130,4 +130,5 @@ def _texts(tokenizer_folder: Path, vocabulary: int) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))
-    return [list(tokenizer.encode(text, add_special_tokens=False).ids) for text in TEXTS]
+    # With the tokens that the tokenizer adds: some models (Gemma 3) write nonsense without the one that begins a text.
+    return [list(tokenizer.encode(text).ids) for text in TEXTS]

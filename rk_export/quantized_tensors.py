@@ -72,11 +72,11 @@ class DequantizedTensors:
         told = (
             f"{quantized.format}: {len(self._matrices)} matrices are dequantized to float32, layer by layer"
         )
-        notice = "; ".join((told, *quantized.notes))
+        self.notice = "; ".join((told, *quantized.notes)) + "."
         self.finding = Finding(
             "quantized source",
             Outcome.APPLIED,
-            details={"pass": "dequantize", "format": quantized.format, "notice": notice},
+            details={"pass": "dequantize", "format": quantized.format, "notice": self.notice},
         )
 
     @property
@@ -121,19 +121,12 @@ def dequantized(
     Raises:
         InputError: If the method or the layout is not read, parts are missing, or they do not fit each other.
     """
-    quantization = _quantization_of(tensors, config)
-    parts = sorted(name for name in tensors.shapes if name.rpartition(".")[2] in _LEAVES)
+    quantization = quantization_of(tensors, config)
     if quantization is None:
-        if parts:
-            raise InputError(
-                f"tensor {parts[0]!r} is part of a quantized matrix, but nothing says how it is quantized",
-                where=tensors.place(parts[0]),
-                fix="add the quantization_config of the original to config.json, or use the unquantized checkpoint",
-            )
         return tensors
     reader = _reader_of(quantization)
     found = reader(tensors, quantization, transposed=config.model_type in _TRANSPOSED)
-    _check_complete(tensors, found, parts)
+    _check_complete(tensors, found)
     if has_place is not None:
         idle = frozenset(_idle_biases(tensors, found, has_place))
         found = replace(found, ignored=found.ignored | idle)
@@ -148,7 +141,8 @@ def _idle_biases(tensors: StoredTensors, found: Quantized, has_place: Callable[[
             yield bias
 
 
-def _check_complete(tensors: StoredTensors, found: Quantized, parts: list[str]) -> None:
+def _check_complete(tensors: StoredTensors, found: Quantized) -> None:
+    """Refuse a checkpoint without a quantized matrix, and parts of one that the format does not have."""
     if not found.matrices:
         raise InputError(
             f"config.json says {found.format}, but not one tensor is stored so",
@@ -156,7 +150,9 @@ def _check_complete(tensors: StoredTensors, found: Quantized, parts: list[str]) 
             fix="if the weights are floats, remove quantization_config from config.json",
         )
     known = found.ignored | {part for matrix in found.matrices.values() for part in matrix.parts}
-    if left := [name for name in parts if name not in known]:
+    if left := sorted(
+        name for name in tensors.shapes if name.rpartition(".")[2] in _LEAVES and name not in known
+    ):
         raise InputError(
             f"tensor {left[0]!r} does not belong to {found.format}, which config.json names",
             where=tensors.place(left[0]),
@@ -170,7 +166,12 @@ def _check_complete(tensors: StoredTensors, found: Quantized, parts: list[str]) 
         )
 
 
-def _quantization_of(tensors: StoredTensors, config: PretrainedConfig) -> Mapping[str, Any] | None:
+def quantization_of(tensors: StoredTensors, config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """Return what the config, or the file beside the weights that older tools wrote, says; None for nothing.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return next(_old_configs(tensors), None)

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from rk_export.folders import sha256_of
 from rk_export.load import ModelSource
-from rk_export.quantized_tensors import OLD_CONFIGS
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +27,8 @@ CACHE = Path("~/.cache/rk-export")
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """Return the SHA-256 over the configs and the safetensors files of a source, and over its variant."""
-    configs = [source.folder / name for name in ("config.json", *OLD_CONFIGS)]
-    files = sorted(source.folder.glob("*.safetensors"))
-    digests = [sha256_of(path) for path in (*configs, *files) if path.is_file()]
+    """Return the SHA-256 over the files that decide what a source's tensors are, and over its variant."""
+    digests = [sha256_of(path) for path in source.files]
     if source.variant:
         digests.append(source.variant)
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

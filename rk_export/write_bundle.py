@@ -131,7 +131,9 @@ def write_bundle(
         graph, fusions = build_graph(rewritten)
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
-        _write_configs(folder, rewritten, origin_folder)
+        base = origin.origin[1] if isinstance(origin, ModelSource) else None
+        _write_configs(folder, rewritten, origin_folder, base)
+    loaded = origin.notices if isinstance(origin, ModelSource) else ()
     provider, notices = _provider(options)
     known = () if before is None else before.notices
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
@@ -155,7 +157,13 @@ def write_bundle(
         **measured,
         timings=dict(stages.seconds),
         warnings=far_from_dense(rewritten),
-        notices=(*known, *notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
+        notices=(
+            *loaded,
+            *known,
+            *notices,
+            *_over_budget(folder, options),
+            *_empty_sections(rewritten, origin),
+        ),
     )
     for warning in report.warnings:
         logger.warning("WARNING: %s", warning)
@@ -169,9 +177,9 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
     return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
 
 
-def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> GenerationConfig:
+def _write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
     config = rewritten.model.config
-    generation = write_side_files(folder, source=source, config=config)
+    generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
         context = int(config.max_position_embeddings)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from conftest import Cli, Ended
 
 import rk_export
 from rk_export import cli as command_line
-from rk_export import parity
 from rk_export.folders import sha256_of
+from rk_export.greedy import Golden
 from rk_export.report import Report
 
 COMMANDS = (
@@ -179,7 +180,8 @@ def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
 def test_verify_ends_with_one_when_parity_fails(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "LEVEL4_BOUND", 1e-9)
+    read = Golden.from_json
+    monkeypatch.setattr(Golden, "from_json", lambda data: replace(read(data), level_bound=1e-9))
     ended = cli("verify", bundle, "--provider", "cpu", "--threads", 1, "--json")
     assert ended.code == 1
     assert [tier["tier"] for tier in json.loads(ended.out) if tier["passed"] is False] == ["d"]

@@ -282,6 +282,36 @@ def test_a_checkpoint_keeps_the_ends_of_the_generation_config(cli: Cli, tmp_path
         assert read_ends(tmp_path / out).ids == (7, 8, EOS, IM_END)
 
 
+def test_every_runtime_ends_at_the_token_that_only_the_tokenizer_names(cli: Cli, tmp_path: Path) -> None:
+    """The model is made to meet its end: the tokenizer names a token that greedy decoding is known to write."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    source, prompt = with_generation(5)(tmp_path / "source"), [1, 70, 80, 90]
+    model = AutoModelForCausalLM.from_pretrained(source)
+    free = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+    written = [token for token in free[0, len(prompt) :].tolist() if token < 256 and token != 5]
+    end = written[3]
+    text = next(text for text, index in byte_tokenizer().get_vocab().items() if index == end)
+    write_tokenizer(source, None, eos_token=text)
+
+    assert cli("export", source, "-o", tmp_path / "out").code == 0
+    ours = Session.from_pretrained(tmp_path / "out", provider="cpu").generate([prompt])[0]
+    assert (ours.finish_reason, ours.token_ids[-1]) == (FinishReason.EOS, end)
+    ends = GenerationConfig.from_pretrained(tmp_path / "out")
+    theirs = model.generate(
+        torch.tensor([prompt]), generation_config=ends, max_new_tokens=40, do_sample=False
+    )
+    assert tuple(theirs[0, len(prompt) :].tolist()) == ours.token_ids
+    onnx_model = genai.Model(str(tmp_path / "out"))
+    parameters = genai.GeneratorParams(onnx_model)
+    parameters.set_search_options(max_length=60, do_sample=False)
+    generator = genai.Generator(onnx_model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    made = generator.get_sequence(0)[len(prompt) :].tolist()
+    assert made in (list(ours.token_ids), list(ours.token_ids[:-1]))
+
+
 # --- refused before work
 
 

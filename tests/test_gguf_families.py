@@ -160,9 +160,12 @@ def test_yarn_that_llama_cpp_and_transformers_read_differently_is_refused(tmp_pa
 
 
 @pytest.mark.parametrize("value", [1.0, 1.0 + 0.1 * math.log(4.0)])
-def test_yarn_whose_factor_changes_nothing_is_read(tmp_path: Path, value: float) -> None:
+def test_yarn_whose_factor_changes_nothing_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
     folder = gguf_to_folder(with_yarn(tmp_path / "tiny.gguf", "yarn_attn_factor", value), tmp_path)
     assert AutoConfig.from_pretrained(folder).rope_parameters == YARN
+    assert ("scaled by 1.1386 all the same" in caplog.text) == (value == 1.0)
 
 
 def test_a_further_factor_of_the_rotation_is_multiplied_on(tmp_path: Path) -> None:
@@ -178,6 +181,16 @@ def test_a_rotation_scaled_twice_is_refused(tmp_path: Path, rotary: dict[str, An
         tmp_path / "tiny.gguf", model, tensors={"rope_freqs.weight": np.ones(8, dtype=np.float32)}
     )
     with pytest.raises(UnsupportedModelError, match=r"more than one way: rope_freqs\.weight, rope\.scaling"):
+        gguf_to_folder(path, tmp_path)
+
+
+def test_a_factor_on_an_ordinary_rotation_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        model_for_gguf("llama"),
+        extend=lambda writer: writer.add_rope_scaling_attn_factors(1.5),
+    )
+    with pytest.raises(UnsupportedModelError, match=r"scaled by 1\.5 without YaRN"):
         gguf_to_folder(path, tmp_path)
 
 

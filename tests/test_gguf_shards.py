@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.load import open_source
 
 
 @pytest.fixture
@@ -38,6 +39,13 @@ def test_any_shard_stands_for_all(tmp_path: Path, shards: list[Path]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
     for name in ("config.json", "tokenizer.json"):
         assert (folder / name).read_text() == (whole / name).read_text()
+
+
+def test_a_folder_of_gguf_files_is_told_to_name_one(shards: list[Path]) -> None:
+    with pytest.raises(
+        InputError, match=r"no config\.json(?s:.)*name the GGUF file: tiny-00001-of-00003\.gguf"
+    ):
+        open_source(shards[0].parent)
 
 
 def test_another_content_of_one_shard_is_another_folder(tmp_path: Path, shards: list[Path]) -> None:

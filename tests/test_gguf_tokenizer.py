@@ -88,6 +88,20 @@ def test_the_default_rule_is_llama_cpps(rule: str | None, text: str, expected: l
 
 
 @pytest.mark.parametrize(
+    ("rule", "text", "expected"),
+    [
+        ("deepseek-coder", "x = f(12)\n\n", ["x", " =", " f", "(", "1", "2", ")", "\n", "\n"]),
+        ("deepseek-coder", "a  don't. 中文b", ["a", " ", " don", "'", "t", ".", " ", "中文", "b"]),
+        ("seed-coder", "x = f(12)\n\n", ["x", " =", " f", "(", "1", "2", ")", "\n\n"]),
+        ("seed-coder", "don't;\n  y", ["don", "'t", ";", "\n", " ", " y"]),
+        ("llama-bpe", "don't;\n  y", ["don", "'t", ";\n", " ", " y"]),
+    ],
+)
+def test_rules_of_models_for_code(rule: str, text: str, expected: list[str]) -> None:
+    assert pieces(rule, text) == expected
+
+
+@pytest.mark.parametrize(
     ("rule", "tokens"),
     [
         ("smollm", ["hello", "Ġ", "2", "0", "1", "2"]),

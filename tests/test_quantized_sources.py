@@ -40,7 +40,7 @@ from rk_export.load import open_source, read_config
 from rk_export.options import CalibrationOptions
 from rk_export.quantized_tensors import dequantized
 from rk_export.report import Report
-from rk_export.tensor_files import open_tensors
+from rk_export.weight_files import open_tensors
 
 TOLERANCE = 1e-6
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -134,7 +134,7 @@ def test_an_output_projection_may_be_quantized(tmp_path: Path) -> None:
 )
 def test_configs_beside_the_weights(tmp_path: Path, name: str, config: str, quantize: Quantizer) -> None:
     reference = save_quantized(small(), tmp_path, None, quantize)
-    with pytest.raises(InputError, match="nothing says how it is quantized"):
+    with pytest.raises(InputError, match="no quantization_config in config.json says"):
         open_source(tmp_path)
     (tmp_path / name).write_text(config)
     if quantize is not awq:

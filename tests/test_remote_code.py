@@ -13,7 +13,7 @@ import pytest
 from conftest import Cli
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-from rk_export import load
+from rk_export import find_model
 from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
 from rk_export.remote_code import refuse_remote_code
@@ -275,11 +275,11 @@ def test_of_the_hub_only_small_files_come_before_the_refusal(
     model.plant("config")
     patterns: list[list[str]] = []
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, allow_patterns: list[str], **_: object) -> str:
         patterns.append(allow_patterns)
         return str(model.folder)
 
-    monkeypatch.setattr(load, "snapshot_download", snapshot)
+    monkeypatch.setattr(find_model, "snapshot_download", snapshot)
     with pytest.raises(InputError, match="names code"):
         open_source("org/name")
     assert patterns == [["*.json"]]
