@@ -78,6 +78,11 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantizer", help="rtn, search or gptq (default gptq)")
     parser.add_argument(
+        "--recompute",
+        help="of a quantized checkpoint: none carries its codes over where the graph can hold them, all quantizes "
+        "anew (default all)",
+    )
+    parser.add_argument(
         "--prepare",
         help="exact reparameterizations first: fold,rotate,rotate-heads,scale or none (default: those that lower "
         "the predicted loss)",
@@ -144,6 +149,7 @@ _PLAIN = (
     "ep",
     "accuracy_level",
     "quantizer",
+    "recompute",
     "heal",
     "correction",
     "context_length",

@@ -165,12 +165,6 @@ def check_options(config: PretrainedConfig) -> None:
                 where="config.json",
                 fix=f"use a model with {option}={supported!r}",
             )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "the checkpoint is quantized already",
-            where="config.json: quantization_config",
-            fix="start from the unquantized checkpoint",
-        )
     activation_of(config)
 
 

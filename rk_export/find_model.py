@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter
 from rk_export.errors import InputError
 from rk_export.gguf import gguf_to_folder
+from rk_export.gguf_file import models_in
 from rk_export.gguf_header import begins_as_gguf
 from rk_export.remote_code import refuse_remote_code
 from rk_export.weight_files import MISTRAL_OWN
@@ -37,7 +38,7 @@ def find_folder(model: str | Path) -> Path:
         return gguf_to_folder(path)
     if not path.is_dir():
         return _download(str(model))
-    files = sorted(path.glob("*.gguf"))
+    files = models_in(path)
     if not files or (path / "config.json").is_file() or is_adapter(path):
         return path
     if len(files) > 1:

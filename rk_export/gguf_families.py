@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.gguf_file import GgufFile
+from rk_export.gguf_file import GgufFile, models_in
 
 Settings = dict[str, Any]
 
@@ -197,11 +197,7 @@ def family_of(source: GgufFile) -> Family:
 
 
 def _language_model_beside(source: GgufFile) -> str:
-    others = sorted(
-        path.name
-        for path in source.path.parent.glob("*.gguf")
-        if path not in source.paths and "mmproj" not in path.name.lower()
-    )
+    others = [path.name for path in models_in(source.path.parent) if path not in source.paths]
     return (
         f"name the language model's file: {', '.join(others[:4])}"
         if others

@@ -81,6 +81,16 @@ class GgufFile:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def models_in(folder: Path) -> list[Path]:
+    """Return a file for each GGUF language model in a folder: one shard stands for all of its model."""
+    models: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.gguf")):
+        if "mmproj" not in path.name.lower():  # an image encoder, by the name that llama.cpp gives it
+            match = _SHARD.fullmatch(path.stem)
+            models.setdefault(f"{match['stem']} of {match['count']}" if match else path.name, path)
+    return list(models.values())
+
+
 def open_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file, and of all its shards when it is one of several.
 

@@ -86,7 +86,7 @@ class Groundwork:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was reparameterized, pruned and tuned, what was not, and what else was left out."""
+        """What was dequantized, reparameterized, pruned and tuned, what was not, and what else was left out."""
         tuned = () if self.selection is None else (self.selection.finding,)
         told = {finding.target for finding in self.choice}
         others = (finding for finding in self.source.findings if finding.target not in told)

@@ -21,7 +21,9 @@ from rk_export.errors import InputError
 from rk_export.find_model import find_base, find_folder
 from rk_export.leftovers import check_kind
 from rk_export.model_tensors import model_tensors
+from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
+from rk_export.quantized_tensors import OLD_CONFIGS, DequantizedTensors
 from rk_export.remote_code import refuse_remote_code
 from rk_export.report import Finding, Outcome
 from rk_export.tensor_files import StoredTensors
@@ -60,6 +62,7 @@ class ModelSource:
     variant: str = ""
     pruning: Pruning | None = None
     changed: str = ""
+    _quantized: DequantizedTensors | None = None
 
     def __init__(self, folder: Path, name: str, adapter: Adapter | None = None) -> None:
         self.name, self._weights = name, folder
@@ -74,6 +77,8 @@ class ModelSource:
         self._model_class = type(opened.names.model)
         self._stored: StoredTensors = opened.tensors
         self._adapter = adapter
+        if opened.quantized is not None:
+            self._say_dequantized(opened.quantized)
         if adapter is not None:
             self._say_merged(adapter)
         for notice in opened.notices:
@@ -83,12 +88,24 @@ class ModelSource:
     def files(self) -> tuple[Path, ...]:
         """The files that decide what the tensors are."""
         adapter = () if self._adapter is None else (self._adapter.folder / ADAPTER_CONFIG,)
-        return (self._weights / "config.json", *adapter, *sorted(self._stored.files))
+        old = (path for name in OLD_CONFIGS if (path := self._weights / name).is_file())
+        return (self._weights / "config.json", *adapter, *old, *sorted(self._stored.files))
 
     @property
     def origin(self) -> tuple[Path, Path | None]:
         """What `open_source` opens this source by: a folder, and the base model's folder where it is an adapter."""
         return (self._weights, None) if self._adapter is None else (self._adapter.folder, self._weights)
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether the checkpoint stores any matrix on an integer grid."""
+        return self._quantized is not None and self._quantized.has_grids
+
+    def grid(self, name: str) -> Grid | None:
+        """Return the stored codes (out, in) of a matrix, by its name in the model; None where there are none."""
+        names = (name, name.partition(".")[2], f"{self.config.model_type}.{name}")
+        grids = (self._quantized.grid(each) for each in names) if self._quantized else ()
+        return next((grid for grid in grids if grid is not None), None)
 
     @cached_property
     def layer_count(self) -> int:
@@ -179,9 +196,14 @@ class ModelSource:
             if parameter.is_meta:
                 _assign(model, prefix + name, self.tensor(prefix + name))
 
+    def _say_dequantized(self, quantized: DequantizedTensors) -> None:
+        """Note among findings and notices that the matrices are dequantized."""
+        self._quantized, self.changed = quantized, "the matrices are stored quantized"
+        self.findings = (quantized.finding,)
+
     def _say_merged(self, adapter: Adapter) -> None:
         """Note the merged adapter among findings and notices."""
-        self.changed = "a LoRA adapter is merged"
+        self.changed = "; ".join(filter(None, (self.changed, "a LoRA adapter is merged")))
         matrices, replaced, rule = len(adapter.pairs), len(adapter.whole), adapter.rule
         details = {
             "pass": "merge",
@@ -190,6 +212,7 @@ class ModelSource:
             "replaced": replaced,
         }
         self.findings = (
+            *self.findings,
             Finding("adapter", Outcome.APPLIED, details=details | {"r": rule.rank, "lora_alpha": rule.alpha}),
         )
         whole = f", and {replaced} trained tensors taken from it" if replaced else ""

@@ -16,6 +16,7 @@ from rk_export.errors import InputError
 from rk_export.leftovers import classes_of, is_backbone, missing, no_place
 from rk_export.lora import merged
 from rk_export.model_names import ModelNames, Target
+from rk_export.quantized_tensors import DequantizedTensors, dequantized, quantization_of
 from rk_export.renamed_tensors import RenamedTensors, renamed, unwrapped
 from rk_export.tensor_files import SafetensorFiles, StoredTensors
 from rk_export.weight_files import open_tensors
@@ -32,12 +33,14 @@ class ModelTensors:
         names: Of the model's parameters.
         tensors: By those names; parts of a parameter, which transformers joins, by their stored names.
         notices: What a reader of config.json alone would not expect.
+        quantized: The matrices that the checkpoint stores quantized; None where it stores floats.
     """
 
     config: PretrainedConfig
     names: ModelNames
     tensors: StoredTensors
     notices: tuple[str, ...]
+    quantized: DequantizedTensors | None = None
 
 
 def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | None = None) -> ModelTensors:
@@ -51,13 +54,19 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
     Raises:
         InputError: If a tensor is missing, left over, of another shape or type, or the adapter does not fit.
     """
-    config = copy.deepcopy(config)
+    stated, config = config, copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the model that is built and exported is in floats
     files = open_tensors(folder, getattr(config, "transformers_weights", None))
     names = ModelNames(config)
-    if getattr(config, "quantization_config", None) is None:
+    if quantization_of(files, stated) is None:
         check_types(files, names)
     tensors, notices = without_prefixes(files, names)
-    # Quantized tensors become floats here: their names are the model's own, and nothing was merged into them.
+    # Here the names are the model's own, and nothing is merged into the tensors yet.
+    tensors = dequantized(tensors, stated, lambda name: names.target(name) is not None)
+    quantized = tensors if isinstance(tensors, DequantizedTensors) else None
+    if quantized is not None:
+        notices = [*notices, quantized.notice]
     tensors, passed_over = named(tensors, names, config)
     notices += passed_over
     if adapter is not None:
@@ -65,7 +74,7 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
         tensors, merging = merged(tensors, names, adapter)
         notices += resized + merging
     tensors, ties = settled(tensors, names, config)
-    return ModelTensors(config, names, tensors, (*notices, *ties, *_backbone(names, config)))
+    return ModelTensors(config, names, tensors, (*notices, *ties, *_backbone(names, config)), quantized)
 
 
 def _backbone(names: ModelNames, config: PretrainedConfig) -> list[str]:

@@ -33,6 +33,14 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
         raise InputError(
             "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
         )
+    if options.recompute == "none" and not source.has_grids:
+        details = [finding.details or {} for finding in source.findings]
+        stored = next((str(one["format"]) for one in details if "format" in one), "")
+        raise InputError(
+            f"there are no codes to carry over: the model is stored {f'as {stored}' if stored else 'in floats'}",
+            where="--recompute",
+            fix="drop it, or name a checkpoint that GPTQ, AWQ or compressed-tensors quantized to integers",
+        )
     if options.prune is not None:
         _check_prune(source, options, options.prune)
     if options.basel is not None and options.rank is not None:

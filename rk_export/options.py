@@ -30,6 +30,8 @@ SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
 # Parity is measured on prompts of 32 tokens, and on what follows them.
 SHORTEST_CONTEXT = 64
 
+# Whether matrices that come quantized are quantized anew, or keep their codes.
+Recompute = Literal["all", "none"]
 Provider = Literal["cpu", "cuda", "portable"]
 Gauge = Literal["orthogonal", "balanced"]
 # How a kept share is spread over the matrices by their spectra alone.
@@ -220,6 +222,8 @@ class CompressOptions:
         basel: Selects singular directions by training on a task's text; `rank` says how many, by `keep` or `energy`.
         cap: Splits matrices into low rank and sparse parts; `budget` says how much stays, by `keep` or `size`.
         context_length: Tokens of prompt and answer together that the bundle takes; None takes the model's context.
+        recompute: `none` carries the codes, scales and zero points of a quantized checkpoint over as they are, where
+            MatMulNBits can hold them; `all` quantizes the values that they stand for anew.
     """
 
     groups: tuple[str, ...] | None = None
@@ -244,6 +248,7 @@ class CompressOptions:
     basel: BaselOptions | None = None
     cap: CapOptions | None = None
     context_length: int | None = None
+    recompute: Recompute = "all"
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -270,6 +275,9 @@ class CompressOptions:
             require_choice("preparation", name, (*PREPARATIONS, *PARTS_OF_FOLD), "--prepare")
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
             raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
+        require_choice("choice", self.recompute, ("all", "none"), "--recompute")
+        if self.recompute == "none":
+            self._check_carried()
         self._check_int8()
         self._check_methods()
         if self.heal < 0:
@@ -300,6 +308,28 @@ class CompressOptions:
                         fix="name each matrix once",
                     )
                 seen[role] = group
+
+    def _check_carried(self) -> None:
+        """Refuse what would change matrices whose codes are to stay."""
+        changes = {
+            "--groups": self.groups,
+            "--form": self.form,
+            "--qk": self.qk != "whole",
+            "--allocation": self.allocation != "uniform",
+            "--keep, --rank or --energy": self.rank,
+            "a budget": self.budget,
+            "--prepare": self.prepare,
+            "pruning": self.prune,
+            "--method": self.basel or self.cap,
+            "--correction": self.correction,
+            "--heal": self.heal,
+        }
+        if asked := [name for name, value in changes.items() if value]:
+            raise InputError(
+                f"codes that are carried over cannot be changed, which {asked[0]} does",
+                where="--recompute",
+                fix=f"drop {asked[0]}, or --recompute none",
+            )
 
     def _check_int8(self) -> None:
         if self.quant is not None and self.quant.activations == 8 and self.ep != "cpu":
@@ -399,6 +429,8 @@ class CompressOptions:
         """
         if self.prepare is not None or not self.calibration.uses_text:
             return None
+        if self.recompute == "none":
+            return None  # they would move the values off their grid
         if self.budget is not None and self.budget.kind == "speed_up":
             return W8A8
         if self.budget is not None and self.budget.kind in ("size", "bits"):

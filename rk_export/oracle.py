@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from rk_export.architectures import empty_model
@@ -68,7 +67,7 @@ def transformers_logits(source: ModelSource, tokens: Tensor) -> Reference:
 
 
 def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
-    reason = _other_model(source)
+    reason = source.changed
     if not reason:
         try:
             model = _from_folder(source)
@@ -79,14 +78,6 @@ def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
     note = f"{type(model).__name__} filled by name with the tensors as rk-export read them: {reason}"
     logger.warning("%s", note)
     return model, note
-
-
-def _other_model(source: ModelSource) -> str:
-    """Return why the folder is another model than the source, or an empty string."""
-    if source.changed:
-        return source.changed
-    stored = json.loads((source.origin[0] / "config.json").read_text(encoding="utf-8"))
-    return "the matrices are stored quantized" if "quantization_config" in stored else ""
 
 
 def _from_folder(source: ModelSource) -> PreTrainedModel:
@@ -102,7 +93,7 @@ def _from_folder(source: ModelSource) -> PreTrainedModel:
 def _filled(source: ModelSource) -> PreTrainedModel:
     family = type(empty_model(source.config))
     tensors = {name: source.tensor(name) for name in source.stored.shapes}
-    config = _plain(source.config)
+    config = copy.deepcopy(source.config)
     return _complete(
         source,
         lambda: family.from_pretrained(
@@ -146,11 +137,3 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bar:
             hf_logging.enable_progress_bar()
-
-
-def _plain(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a config that asks for no quantizer: the tensors are floats already."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    return plain

@@ -32,6 +32,7 @@ class SitePlan:
         correction: Rank of a float branch that corrects the quantization error of a dense matrix; 0 for none.
         runner_up: What the planner would have chosen next and what it would have cost; empty without a budget.
         entries: Of the sparse form: how many entries the sparse matrix has, those in full columns included.
+        carried: `quant` says how the checkpoint stores the matrices, and their codes are taken over as they are.
     """
 
     site: str
@@ -45,6 +46,7 @@ class SitePlan:
     correction: int = 0
     runner_up: str = ""
     entries: int = 0
+    carried: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in ("dense", "joint", "per_head", "identity", "sparse"):
@@ -77,6 +79,12 @@ class SitePlan:
                 f"{self.entries} sparse entries do not fit the form {self.form!r}",
                 where=self.site,
                 fix="only the sparse form has entries, 0 or more",
+            )
+        if self.carried and (self.form != "dense" or self.quant is None or self.correction):
+            raise InputError(
+                "codes are carried over by dense quantized matrices only, and not corrected",
+                where=self.site,
+                fix="set carried to false",
             )
         if self.form == "sparse" and not self.rank and self.quant is not None:
             raise InputError(

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from rk_export.architectures import Projection, architecture_of
 from rk_export.budget import Table, spend, too_small
 from rk_export.candidates import least_price
+from rk_export.carried import carried_sites
 from rk_export.cost_table import CostTable
 from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
@@ -58,6 +59,10 @@ def make_plan(
     """
     options = with_default_groups(source, options)
     check_groups(source, options.groups or ())
+    if options.recompute == "none":
+        return Plan(
+            source.config.model_type, source.structure(), options, tuple(carried_sites(source, options))
+        )
     if options.allocation != "uniform":
         return spectral_plan(source, options, statistics)
     if options.budget is not None:
@@ -166,6 +171,12 @@ def check_plan(source: ModelSource, plan: Plan) -> None:
             f"the plan was made for another model ({plan.model_type}, structure {plan.structure})",
             where=source.name,
             fix="make one for this model with `rk-export plan`",
+        )
+    if (carried := [site.site for site in plan.sites if site.carried]) and not source.has_grids:
+        raise InputError(
+            "its codes are to be carried over, but the model's matrices are not on integer grids",
+            where=carried[0],
+            fix="apply the plan to the quantized checkpoint that it was made for",
         )
     config = source.config
     if plan.pruning is not None and source.pruning is None:

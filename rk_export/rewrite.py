@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
+from rk_export.carried import head_findings, source_grids
 from rk_export.dense_statistics import Place
 from rk_export.device import resolve_device
 from rk_export.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.weights.carry import Carry
 from rk_export.passes.weights.embedding import quantize_embedding
 from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.joint_rank import JointRank
@@ -90,7 +92,7 @@ def rewrite(
     carried = _Carried(model, architecture, probe)
     carried.start(DENSE)
     statistics.begin(model)
-    findings: list[Finding] = []
+    findings: list[Finding] = list(head_findings(source, options))
     if options.embedding_quant is not None and not architecture.is_encoder:
         findings += quantize_embedding(
             model,
@@ -102,7 +104,8 @@ def rewrite(
         )
     carried.start(QUANTIZED)
     statistics.embedded()
-    passes = _LayerPasses(plan, dict(architecture.mlp), quantize, parts or {})
+    carry = Carry(source_grids(source), options.float_dtype)
+    passes = _LayerPasses(plan, dict(architecture.mlp), carry, quantize, parts or {})
     kv_groups = architecture.heads(source.config).kv_heads
     for index in range(source.layer_count):
         logger.info("layer %d of %d", index + 1, source.layer_count)
@@ -130,17 +133,23 @@ class _LayerPasses:
     Args:
         plan: What to do.
         mlp: Path of each of the MLP's matrices by role.
+        carry: Takes the source's own codes over.
         quantize: The weight-only quantization.
         parts: Of the matrices in the sparse form.
     """
 
     def __init__(
-        self, plan: Plan, mlp: dict[str, str], quantize: Quantize, parts: Mapping[Place, Parts]
+        self,
+        plan: Plan,
+        mlp: dict[str, str],
+        carry: Carry,
+        quantize: Quantize,
+        parts: Mapping[Place, Parts],
     ) -> None:
         self._plan, self._device = plan, quantize.device
         self._joint = JointRank(plan.options.gauge, self._device, mlp)
         self._sparse = Sparse(parts)
-        self._rounding: tuple[WeightPass, ...] = (quantize, Int8(self._device))
+        self._rounding: tuple[WeightPass, ...] = (carry, quantize, Int8(self._device))
         self._layer: Layer | None = None
         self._known: dict[str, SiteStatistics] = {}
 

@@ -186,7 +186,7 @@ def check_known_layout(folder: Path, config: dict[str, Any]) -> None:
         config: Its config.json as it is.
 
     Raises:
-        InputError: If it is a quantized MLX or an old AutoGPTQ checkpoint.
+        InputError: If it is a quantized MLX checkpoint.
     """
     mlx = config.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
@@ -194,13 +194,4 @@ def check_known_layout(folder: Path, config: dict[str, Any]) -> None:
             f"an MLX checkpoint (mlx_lm), quantized to {mlx['bits']} bits in groups of {mlx.get('group_size')}",
             where=str(folder),
             fix="use the original model that it was converted from",
-        )
-    old = folder / "quantize_config.json"
-    if old.is_file() and "quantization_config" not in config:
-        weights = sorted(path.name for path in folder.glob("*.safetensors"))
-        raise InputError(
-            "an old AutoGPTQ checkpoint: its quantization is described in quantize_config.json only"
-            + (f", its weights are {weights[0]}" if weights else ""),
-            where=str(folder),
-            fix="use the original model, or one whose config.json holds quantization_config",
         )

@@ -473,11 +473,6 @@ def test_folders_of_other_tools_say_what_they_are(saved: Folder) -> None:
     folder = saved()
     edit_config(folder, quantization={"group_size": 64, "bits": 4})
     assert "an MLX checkpoint (mlx_lm), quantized to 4 bits in groups of 64" in refusal(folder)
-    edit_config(folder, quantization=None)
-    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
-    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
-    assert "an old AutoGPTQ checkpoint" in refusal(folder)
-    assert "gptq_model-4bit-128g.safetensors" in refusal(folder)
 
 
 def test_packed_tensors_of_mlx_are_recognized(saved: Folder) -> None:

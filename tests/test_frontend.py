@@ -292,7 +292,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "8 values of each head"),
     ("llama", {"num_key_value_heads": 3}, "whole groups of heads"),
     ("llama", {"hidden_act": "mish"}, "activation 'mish'"),
-    ("llama", {"quantization_config": {"quant_method": "awq"}}, "quantized already"),
     ("gpt2", {"hidden_size": 48}, "multiples of 8"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),

@@ -41,10 +41,15 @@ def test_any_shard_stands_for_all(tmp_path: Path, shards: list[Path]) -> None:
         assert (folder / name).read_text() == (whole / name).read_text()
 
 
-def test_a_folder_of_gguf_files_is_told_to_name_one(shards: list[Path]) -> None:
-    with pytest.raises(
-        InputError, match=r"no config\.json(?s:.)*name the GGUF file: tiny-00001-of-00003\.gguf"
-    ):
+def test_a_folder_of_shards_is_one_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: list[Path]
+) -> None:
+    monkeypatch.setattr("rk_export.gguf.CACHE", tmp_path / "cache")
+    shards[0].with_name("mmproj-tiny.gguf").write_bytes(b"GGUF")  # never opened
+    assert open_source(shards[0].parent).folder == gguf_to_folder(shards[0])
+
+    write_gguf(shards[0].with_name("other.gguf"), model_for_gguf("llama"))
+    with pytest.raises(InputError, match=r"2 GGUF files: other\.gguf, tiny-00001-of-00003\.gguf"):
         open_source(shards[0].parent)
 
 

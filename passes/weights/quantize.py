@@ -53,7 +53,7 @@ class Quantize:
         self.quantizer = Quantizer(quantizer, scale_dtype)
 
     def applies(self, plan: SitePlan) -> bool:
-        return plan.quant is not None and plan.quant.activations == 16
+        return plan.quant is not None and plan.quant.activations == 16 and not plan.carried
 
     @torch.no_grad()
     def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:

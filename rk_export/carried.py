@@ -1,0 +1,97 @@
+"""Which matrices of a quantized checkpoint keep their codes, and where those are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import cast
+
+from rk_export.canonical import JoinedLinear
+from rk_export.load import ModelSource
+from rk_export.options import CompressOptions
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.grid import Grid, block_spec
+from rk_export.passes.weights.carry import Grids, why_not
+from rk_export.plan import SitePlan
+from rk_export.report import Finding, Outcome
+from rk_export.sites import dense_sites, loaded_layers
+
+# Checkpoints name some experts in another way than the modules that transformers 5 makes of them.
+_STORED_NAMES = {
+    "mixtral": {
+        "mlp.experts": "block_sparse_moe.experts",
+        "gate_proj": "w1",
+        "up_proj": "w3",
+        "down_proj": "w2",
+    }
+}
+
+
+def carried_sites(source: ModelSource, options: CompressOptions) -> Iterator[SitePlan]:
+    """Yield every site of a model: carried over where its codes can be, else as the options say, with the reason.
+
+    Args:
+        source: A quantized checkpoint; its weights are read.
+        options: What becomes of matrices that cannot be carried over, and the graph's float type.
+    """
+    grids = source_grids(source)
+    for layer in loaded_layers(source):
+        projections = source.architecture.projections(source.config, layer.index)
+        for site in dense_sites(layer, projections, options):
+            yield _carried(layer, site, grids, options)
+
+
+def source_grids(source: ModelSource) -> Grids:
+    """Return where the codes of a layer's matrices come from: the rows of the stored matrix that each is cut from."""
+    layers, names = source.architecture.layers, _STORED_NAMES.get(source.config.model_type, {})
+
+    def find(layer: Layer, path: str) -> Grid | None:
+        parent, _, role = path.rpartition(".")
+        joined = layer.module.get_submodule(parent)
+        stored = parent if isinstance(joined, JoinedLinear) else path
+        for ours, theirs in names.items():
+            stored = stored.replace(ours, theirs)
+        grid = source.grid(f"{layers}.{layer.index}.{stored}.weight")
+        if grid is None or not isinstance(joined, JoinedLinear):
+            return grid
+        first, count = _rows(joined, role)
+        return grid.rows(first, count)
+
+    return find
+
+
+def head_findings(source: ModelSource, options: CompressOptions) -> Iterator[Finding]:
+    """Yield that the codes of an output projection are not carried over, where there are any."""
+    head = source.architecture.lm_head
+    if options.recompute == "none" and head and source.grid(f"{head}.weight") is not None:
+        reason = "its codes are not carried over: it is stored in the format of the embedding"
+        yield Finding(head, Outcome.SKIPPED, reason)
+
+
+def _rows(joined: JoinedLinear, role: str) -> tuple[int, int]:
+    """Return the first row of a child in the joined matrix, and how many it has."""
+    first = 0
+    for name, child in joined.named_children():
+        count = cast(int, child.out_features)
+        if name == role:
+            return first, count
+        first += count
+    raise KeyError(role)
+
+
+def _carried(layer: Layer, site: SitePlan, grids: Grids, options: CompressOptions) -> SitePlan:
+    specs = set()
+    for path in site.paths:
+        grid = grids(layer, path)
+        reason = why_not(grid, layer.linear(path), options.float_dtype)
+        if reason or grid is None:
+            return _anew(site, f"{path}: {reason}")
+        specs.add(block_spec(grid))
+    if len(specs) != 1:
+        return _anew(site, "its matrices are stored in different bits, blocks or symmetry")
+    return replace(site, quant=specs.pop(), carried=True)
+
+
+def _anew(site: SitePlan, reason: str) -> SitePlan:
+    instead = "stays in floats" if site.quant is None else "is quantized anew"
+    return replace(site, reason=f"not carried over, {instead}: {reason}")
