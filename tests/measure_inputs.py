@@ -1,7 +1,7 @@
 """What becomes of inputs as people bring them: every case is made, read, and compared with transformers.
 
     python tests/measure_inputs.py                       every case
-    python tests/measure_inputs.py --case 'GPTQ*'        some of them; the rows of the others stay
+    python tests/measure_inputs.py --case 'GPTQ*' AWQ    some of them; the rows of the others stay
 
 Writes ``docs/results/inputs.json``, one row a case, and ``inputs.md`` from it. Ends with status 1 if a case does not
 end as expected, or if its logits differ from transformers' by more than 1e-4 of the largest.
@@ -118,7 +118,7 @@ def _line(row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the cases that are asked for and write the results."""
     parser = argparse.ArgumentParser(description="Measure what becomes of inputs as people bring them.")
-    parser.add_argument("--case", default="*", help="pattern of the cases' names")
+    parser.add_argument("--case", nargs="+", default=["*"], help="patterns of the cases' names")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
@@ -126,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    rows, wrong = measure(case for case in CASES if fnmatch(case.name, options.case))
+    rows, wrong = measure(
+        case for case in CASES if any(fnmatch(case.name, pattern) for pattern in options.case)
+    )
     save(rows, options.output)
     for line in wrong:
         print(line, file=sys.stderr)

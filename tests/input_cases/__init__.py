@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from input_cases import adapters, files, gguf_sources, texts
+from input_cases import adapters, files, gguf_sources, quantized, texts
 from input_cases.case import Case
 
 CASES: tuple[Case, ...] = (
     *files.CASES,
     *adapters.CASES,
+    *quantized.CASES,
     *gguf_sources.CASES,
     *texts.CASES,
 )

@@ -115,20 +115,6 @@ def positions(family: str, *, length: int = 24, context: int | None = None, **fi
     return build
 
 
-def linked(folder: Path) -> Given:
-    """A bundle whose files are links, as the hub's cache keeps them."""
-    from test_hub_cache import snapshot
-
-    model = spoken(folder)
-    return Given(
-        model,
-        lambda: transformers_own(model),
-        placed=lambda bundle: snapshot(bundle, folder / "hub"),
-        prompt=PROMPT,
-        ends=(2,),
-    )
-
-
 CASES = (
     Case("no end token", "no file names a token at which a text ends", "refused", no_end),
     Case(
