@@ -42,7 +42,7 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
         probe: Token ids, int64 (batch, length).
 
     Returns:
-        The same with a finding for every matrix that reads floats.
+        The same with a finding for every site with a matrix that reads floats.
     """
     options = rewritten.plan.options
     names = {
@@ -55,28 +55,40 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     costs = _Costs()
     with _watched(rewritten, names, costs):
         _objective(rewritten, probe).backward()  # type: ignore[no-untyped-call]
-    findings = []
+    sites: dict[str, float] = {}
     for group in costs.by_input(tokens=probe.numel()):
         loss = sum(group.values())
         for module in group:
             module.reads_floats = loss > LARGEST_LOSS
             if module.reads_floats:
-                findings.append(_finding(names[module], loss, rewritten.architecture.is_encoder))
-    if findings:
-        logger.info(
-            "%d of %d quantized matrices keep float inputs: see the report", len(findings), len(names)
-        )
+                site = _site_of(rewritten, names[module])
+                sites[site] = max(loss, sites.get(site, 0.0))
+    if sites:
+        logger.info("inputs stay in floats at %s: int8 would cost too much", ", ".join(sites))
+    findings = [_finding(site, loss, rewritten.architecture.is_encoder) for site, loss in sites.items()]
     return replace(rewritten, findings=(*rewritten.findings, *findings))
 
 
-def _finding(name: str, loss: float, is_encoder: bool) -> Finding:
+def _site_of(rewritten: Rewritten, name: str) -> str:
+    """Return the site that a module stands for or in, by its name in the model; the head's own name elsewhere."""
+    inside = f"{rewritten.architecture.layers}."
+    if not name.startswith(inside):
+        return "lm_head"
+    index, _, path = name.removeprefix(inside).partition(".")
+    for site in rewritten.plan.of_layer(int(index)):
+        if any(f"{path}.".startswith(f"{own}.") for own in (*site.paths, factors_path(site))):
+            return site.site
+    raise ValueError(f"{name} is part of no site")
+
+
+def _finding(site: str, loss: float, is_encoder: bool) -> Finding:
     unit = "of half the squared relative error" if is_encoder else "nats a token"
     reason = (
         f"int8 inputs would cost {loss:.2g} {unit}, at most {LARGEST_LOSS} is taken: "
         "it computes in floats, more slowly"
     )
     details = {"pass": "accuracy level", "level": 1, "predicted_loss": loss}
-    return Finding(name, Outcome.APPLIED, reason, details=details)
+    return Finding(site, Outcome.APPLIED, reason, details=details)
 
 
 def _objective(rewritten: Rewritten, probe: Tensor) -> Tensor:

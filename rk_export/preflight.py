@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.comparison import FLOAT_BOUND, compare, not_measured, require_parity
+from rk_export.context import with_context
 from rk_export.half_range import Peaks, check_half_range
 from rk_export.load import ModelSource
 from rk_export.options import CompressOptions
@@ -59,7 +60,11 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
         ParityError: If the model as we read it computes other logits than transformers.
     """
     check_tokenizer(source.folder, source.config.vocab_size)
-    probe = make_probe(source.folder, source.config.vocab_size, switches_of(source.config))
+    probe = make_probe(
+        source.folder,
+        source.config.vocab_size,
+        switches_of(with_context(source.config, options.context_length)),
+    )
     tokens = torch.from_numpy(probe.batch)
     peaks = Peaks() if options.float_dtype == "fp16" else None
     logits, rounding = dense_logits(source, tokens, peaks, shaken=True)

@@ -110,4 +110,4 @@ def unchecked_manifest(bundle: Path) -> Any:
 
 def failed_tiers(bundle: Path, golden: Golden) -> str:
     tiers = bundle_tiers(bundle, golden, "fp32", provider="cpu", threads=1)
-    return "".join(tier.tier for tier in tiers if not tier.passed)
+    return "".join(tier.tier for tier in tiers if tier.passed is False)
