@@ -28,7 +28,8 @@ def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: fl
     # Past its switch a long rotation turns every key anew; a cache holds those of before.
     pairs += [_crossed(session, item) for item in probe.crossings if item.switch.name == WINDOW]
     at_once, decoded = (_rows(list(arrays)) for arrays in zip(*pairs, strict=True))
-    yield compare("e", "prefill vs cached decode", at_once, decoded, bound=bound, note=probe.crossed()[2:])
+    note = probe.crossed(WINDOW).removeprefix("; ")
+    yield compare("e", "prefill vs cached decode", at_once, decoded, bound=bound, note=note)
     rows, padded = _padded_logits(session, probe.unequal())
     yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)
 
