@@ -228,8 +228,13 @@ def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the smallest set of that probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     parser.add_argument("--seed", type=int)
@@ -371,12 +376,13 @@ def run_run(args: argparse.Namespace) -> int:
     """`run`: the text as it comes."""
     from rk_export.runtime import Session
 
+    options = _generation_options(args)
     session = Session.from_pretrained(args.bundle, provider=args.provider, threads=args.threads)
     prompt: str | list[int] = args.prompt
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system else []
         prompt = session.chat_tokens([*messages, {"role": "user", "content": args.prompt}])
-    for piece in session.stream(prompt, _generation_options(args)):
+    for piece in session.stream(prompt, options):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -390,6 +396,7 @@ def _generation_options(args: argparse.Namespace) -> GenerationOptions:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         stop=tuple(args.stop),
         seed=args.seed,

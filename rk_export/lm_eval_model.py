@@ -160,6 +160,7 @@ def _options(kwargs: dict[str, Any], max_new_tokens: int) -> GenerationOptions:
         temperature=float(kwargs.get("temperature", 1.0)) if kwargs.get("do_sample") else 0.0,
         top_k=int(kwargs.get("top_k", 0)),
         top_p=float(kwargs.get("top_p", 1.0)),
+        min_p=float(kwargs.get("min_p", 0.0)),
         repetition_penalty=float(kwargs.get("repetition_penalty", 1.0)),
         stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
         seed=0,
