@@ -19,6 +19,7 @@ class ModelCard:
         summary: One paragraph: what was done to the model.
         results: Rows of measured values, label and text.
         license: License of the weights, None when unknown.
+        length_note: Up to which length which runtime generates exactly; None where all do up to the context length.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelCard:
     summary: str
     results: tuple[tuple[str, str], ...] = ()
     license: str | None = None
+    length_note: str | None = None
 
 
 def model_card(card: ModelCard) -> str:
@@ -35,7 +37,8 @@ def model_card(card: ModelCard) -> str:
     rows = "".join(f"| {label} | {value} |\n" for label, value in card.results)
     results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
-    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{results}\n"
+    length = "" if card.length_note is None else f"\n## Length\n\n{card.length_note}\n"
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{results}{length}\n"
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rk_export.errors import InputError, ParityError
 from rk_export.passes.modules import Int8Linear, float_inputs
@@ -33,7 +32,17 @@ from rk_export.probe import NEW_TOKENS, Probe
 from rk_export.report import ParityTier
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, GenerationOptions, Session
+from rk_export.runtime.bundle_config import rotary_switch
 from rk_export.runtime.providers import Provider
+from rk_export.session_logits import (
+    cached_logits,
+    decoded_across,
+    next_token_logits,
+    one_rotation,
+    padded_logits,
+    prefilled_across,
+    text_across,
+)
 
 # Largest |difference| over the largest |logit| that passes, by the float type of the graph.
 RUNTIME_BOUND = {"fp32": 1e-4, "fp16": 5e-3}
@@ -144,6 +153,8 @@ def runtime_tiers(
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
     tiers = [compare("c", name, reference, logits, bound=bound, note=note)]
+    if (text := text_across(exact, probe)) is not None:
+        tiers.append(_across_tier(rewritten, exact, text, bound))
     tiers += session_tiers(exact, probe, logits, bound)
     golden = greedy(exact, probe, bound)
     tiers.append(greedy_tier(rewritten, golden))
@@ -151,6 +162,19 @@ def runtime_tiers(
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     tiers.insert(1, level_tier(shipped, probe, logits, _int8_note(rewritten, reference)))
     return tuple(tiers), golden
+
+
+@torch.no_grad()
+def _across_tier(rewritten: Rewritten, exact: Session, text: np.ndarray, bound: float) -> ParityTier:
+    """Return tier c of a decoding that crosses the switch of LongRoPE."""
+    switch, decoded = exact.config.rotary_switch, decoded_across(exact, text)
+    with float_inputs(rewritten.model):
+        reference = next_token_logits(rewritten.model, torch.from_numpy(text), switch, decoded.shape[1])
+    name, note = (
+        "PyTorch vs cached decode, across LongRoPE's switch",
+        f"{switch} tokens under the short factors",
+    )
+    return compare("c", name, reference.float().numpy()[None], decoded, bound=bound, note=note)
 
 
 @torch.no_grad()
@@ -207,39 +231,19 @@ def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: fl
         prefill: Its logits on them in one go (prompts, length, vocabulary).
         bound: Largest relative error that passes.
     """
-    decoded = _cached_logits(session, probe.batch)
-    yield compare("e", "prefill vs cached decode", prefill[:, DECODE_FROM:], decoded, bound=bound)
-    rows, padded = _padded_logits(session, probe.unequal())
+    switch = session.config.rotary_switch
+    tokens = probe.batch
+    if switch is not None and DECODE_FROM <= switch < tokens.shape[1]:
+        tokens = tokens[:, :switch]
+        prefill = session.prefill_logits(tokens)
+    start = min(DECODE_FROM, tokens.shape[1] // 2)
+    decoded = cached_logits(session, tokens, start)
+    yield compare("e", "prefill vs cached decode", prefill[:, start:], decoded, bound=bound)
+    if (text := text_across(session, probe)) is not None:
+        name, decoded = "prefill vs cached decode, across LongRoPE's switch", decoded_across(session, text)
+        yield compare("e", name, prefilled_across(session, text), decoded, bound=bound)
+    rows, padded = padded_logits(session, one_rotation(probe.unequal(), switch))
     yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)
-
-
-def _cached_logits(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """Return logits of the positions from `DECODE_FROM` on, each computed with a cache of those before."""
-    _, past = session.forward(tokens[:, :DECODE_FROM])
-    steps = []
-    for position in range(DECODE_FROM, tokens.shape[1]):
-        logits, past = session.forward(tokens[:, position : position + 1], past=past)
-        steps.append(logits)
-    return np.concatenate(steps, axis=1)
-
-
-def _padded_logits(session: Session, prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits of the last position, (prompts, 1, vocabulary), of single rows and of the padded batch."""
-    ids, mask = left_padded(prompts)
-    batch = session.prefill_logits(ids, mask)[:, -1:]
-    rows = [session.prefill_logits(np.array([prompt], dtype=np.int64))[:, -1:] for prompt in prompts]
-    return np.concatenate(rows), batch
-
-
-def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and mask, int64 (prompts, longest), padded on the left with token 0."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), longest), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
 
 
 def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float) -> ParityTier:
@@ -271,12 +275,12 @@ def greedy_tier(rewritten: Rewritten, golden: Golden) -> ParityTier:
     token also passes where PyTorch prefers another by no more than two computations may differ.
     """
     exact = rewritten.plan.options.float_dtype == "fp32"
+    switch = rotary_switch(rewritten.model.config.to_dict())
     same, within, total, widest = 0, 0, 0, 0.0
     for prompt, tokens in zip(golden.prompts, golden.tokens, strict=True):
         ids = torch.tensor([[*prompt, *tokens]])
         with float_inputs(rewritten.model):
-            output = rewritten.model(input_ids=ids, use_cache=False)
-        logits: Tensor = output.logits[0, len(prompt) - 1 : -1]
+            logits = next_token_logits(rewritten.model, ids, switch, len(tokens) + 1)[:-1]
         gaps = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
         allowed = 0.0 if exact else 2 * golden.bound * float(logits.abs().max())
         same += int((gaps == 0).sum())

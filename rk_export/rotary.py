@@ -2,7 +2,9 @@
 
 GroupQueryAttention reads cosines and sines of absolute positions from two tables, so every scaling whose
 frequencies depend on the position alone is exact. LongRoPE (arXiv:2402.13753) has one table for short and one
-for long sequences; they are stored below each other and the graph cuts the one in use out of them.
+for long sequences; they are stored below each other and the graph cuts the one in use out of them, by the length
+of the longest row. Keys in the cache keep the rotation they got: a caller whose text grows past the short table
+must run it anew, as Hugging Face ``generate`` does and our runtime too.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ def _table(
     if parameters["rope_type"] != "longrope":
         return RotaryTable(*_cos_sin(frequencies, positions, scale))
     short_rows = int(parameters["original_max_position_embeddings"])
+    if short_rows >= positions:
+        return RotaryTable(*_cos_sin(frequencies, positions, scale))
     long_frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
         config, None, seq_len=short_rows + 1, layer_type=layer_type
     )

@@ -25,6 +25,7 @@ from rk_export.bundle import (
 )
 from rk_export.errors import InputError
 from rk_export.folders import library_versions
+from rk_export.genai import exact_length, length_note
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
@@ -140,7 +141,12 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
-        notices=(*notices, *_over_budget(folder, options), *_empty_sections(rewritten, origin)),
+        notices=(
+            *notices,
+            *_length_notice(rewritten),
+            *_over_budget(folder, options),
+            *_empty_sections(rewritten, origin),
+        ),
     )
     _write_report(folder, rewritten, report, golden, name)
     return report
@@ -157,7 +163,7 @@ def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> Generati
     generation = write_side_files(folder, source=source, config=config)
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
-        context = int(config.max_position_embeddings)
+        context = exact_length(config)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
 
@@ -206,6 +212,11 @@ def _perplexities(
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
 
 
+def _length_notice(rewritten: Rewritten) -> tuple[str, ...]:
+    note = length_note(rewritten.model.config)
+    return () if note is None else (note,)
+
+
 def _over_budget(folder: Path, options: CompressOptions) -> tuple[str, ...]:
     """Say that files are larger than they were to be: what surrounds the matrices is only estimated before."""
     if options.budget is None or options.budget.kind != "size" or file_bytes(folder) <= options.budget.value:
@@ -246,6 +257,7 @@ def _write_report(
         base_model=report.model,
         ep="cuda" if options.ep == "cuda" else "cpu",
         context_length=int(rewritten.model.config.max_position_embeddings),
+        length_note=length_note(rewritten.model.config),
         summary=_summary(options),
         results=_results(report),
     )
@@ -253,6 +265,7 @@ def _write_report(
     info = {
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.ep,
+        "context_length": int(rewritten.model.config.max_position_embeddings),
         "shared_kv_cache": not rewritten.architecture.is_encoder,
         "parity": [tier.to_json() for tier in report.parity],
         "golden": None if golden is None else golden.to_json(),

@@ -22,6 +22,7 @@ from rk_export.runtime.graph_proto import GraphFacts, read_facts
 from rk_export.runtime.layout import DecoderLayout
 from rk_export.runtime.options import Generation, GenerationOptions
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
+from rk_export.runtime.rotation import check_rotation
 from rk_export.runtime.text import TextCodec
 
 Prompt = str | Sequence[int]
@@ -99,6 +100,9 @@ class Session:
 
         Returns:
             Logits [batch, length, vocabulary] and the present, in the types of the graph.
+
+        Raises:
+            InputError: LongRoPE rotates the rows, or the past and the rest, differently; see `check_rotation`.
         """
         outputs = ["logits", *(slot.present for slot in self.layout.slots)]
         logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
@@ -116,7 +120,8 @@ class Session:
             cache = SharedCache(self.layout, batch=batch, capacity=capacity, device=self.device)
         else:
             cache = GrowingCache(self.layout, batch=batch, device=self.device)
-        return Decoder(self._session, self.layout, cache, capacity=capacity)
+        switch = self.config.rotary_switch
+        return Decoder(self._session, self.layout, cache, capacity=capacity, switch=switch)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, options: GenerationOptions = _GREEDY
@@ -129,13 +134,14 @@ class Session:
 
         Returns:
             One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
-            graph does not allow for padding, prompts of equal length run together instead.
+            graph does not allow for padding, prompts of equal length run together instead. Each row gets the tokens
+            that it gets alone, across the switch of LongRoPE too.
 
         Raises:
             InputError: A prompt is empty or leaves no room for a new token.
         """
         rows = [self._row(prompt, options, index) for index, prompt in enumerate(_as_batch(prompts))]
-        for batch in self._batches(rows):
+        for batch in self._batches(rows, options.max_new_tokens):
             for _ in self._run(batch, options):
                 pass
         return [row.result() for row in rows]
@@ -199,6 +205,7 @@ class Session:
         past = self.layout.empty_past(batch) if past is None else past
         if attention_mask is None:
             attention_mask = np.ones((batch, past[0].shape[2] + length), np.int64)
+        check_rotation(attention_mask, past[0].shape[2], self.config.rotary_switch)
         feeds = {
             "input_ids": input_ids.astype(np.int64, copy=False),
             "attention_mask": attention_mask.astype(np.int64, copy=False),
@@ -222,10 +229,20 @@ class Session:
         codec = self.text_codec if needs_text else None
         return Row(tokens, options, codec, self.config.eos_ids, index)
 
-    def _batches(self, rows: list[Row]) -> list[list[Row]]:
+    def _batches(self, rows: list[Row], new_tokens: int) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))
         groups = [list(group) for _, group in groupby(by_length, key=lambda row: len(row.prompt))]
-        return [rows] if len(groups) > 1 and self._facts.left_padding else groups
+        if len(groups) == 1 or not self._facts.left_padding:
+            return groups
+        switch = self.config.rotary_switch
+        if switch is None:
+            return [rows]
+        # LongRoPE rotates a row as the longest of its batch. Rows that stay on one side of the switch run together,
+        # rows that cross it with those of their own length.
+        short = [row for row in rows if len(row.prompt) + new_tokens <= switch]
+        long = [row for row in rows if len(row.prompt) > switch]
+        crossing = [group for group in groups if group[0] not in short and group[0] not in long]
+        return [batch for batch in (short, long, *crossing) if batch]
 
     def _run(self, rows: list[Row], options: GenerationOptions) -> Iterator[None]:
         longest = max(len(row.prompt) for row in rows)
