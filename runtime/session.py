@@ -141,7 +141,7 @@ class Session:
             InputError: A prompt is empty or leaves no room for a new token.
         """
         rows = [self._row(prompt, options, index) for index, prompt in enumerate(_as_batch(prompts))]
-        for batch in self._batches(rows, options.max_new_tokens):
+        for batch in self._batches(rows):
             for _ in self._run(batch, options):
                 pass
         return [row.result() for row in rows]
@@ -229,17 +229,17 @@ class Session:
         codec = self.text_codec if needs_text else None
         return Row(tokens, options, codec, self.config.eos_ids, index)
 
-    def _batches(self, rows: list[Row], new_tokens: int) -> list[list[Row]]:
+    def _batches(self, rows: list[Row]) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))
         groups = [list(group) for _, group in groupby(by_length, key=lambda row: len(row.prompt))]
-        if len(groups) == 1 or not self._facts.left_padding:
+        if len(groups) < 2 or not self._facts.left_padding:
             return groups
         switch = self.config.rotary_switch
         if switch is None:
             return [rows]
         # LongRoPE rotates a row as the longest of its batch. Rows that stay on one side of the switch run together,
         # rows that cross it with those of their own length.
-        short = [row for row in rows if len(row.prompt) + new_tokens <= switch]
+        short = [row for row in rows if len(row.prompt) + row.new_tokens <= switch]
         long = [row for row in rows if len(row.prompt) > switch]
         crossing = [group for group in groups if group[0] not in short and group[0] not in long]
         return [batch for batch in (short, long, *crossing) if batch]
