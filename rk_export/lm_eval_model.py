@@ -68,7 +68,7 @@ class BundleLM(LM):
             bundle, provider=provider, threads=threads, max_length=max_length
         )
         self.max_gen_toks = max_gen_toks
-        self._encoder = PairEncoder(self.session.text_codec)
+        self._encoder = PairEncoder(self.session.text_codec, self.session.rows)
         self._start = _start_token(self.session)
 
     @property
@@ -137,7 +137,12 @@ class BundleLM(LM):
         return Continuation((self._start,), self._encoder.encode(context + continuation))
 
     def _scores(self, pairs: list[Continuation]) -> list[tuple[float, bool]]:
-        found = log_likelihoods(self.session.prefill_logits, pairs, max_length=self.session.max_length)
+        found = log_likelihoods(
+            self.session.prefill_logits,
+            pairs,
+            max_length=self.session.max_length,
+            rotary_switch=self.session.config.rotary_switch,
+        )
         return [(one.log_likelihood, one.greedy) for one in found]
 
 

@@ -174,9 +174,12 @@ def compress(
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
         if speed is not None:
-            context_length(source.config, "--speed")
+            speed = speed.within(context_length(source.config, "--speed"))
+            request = replace(request, speed=speed)
         if text is not None:
-            check_text(text, source.folder, context_length(source.config, "--text"))
+            rows = int(source.config.vocab_size)
+            check_text(text, source.folder, context_length(source.config, "--text"), rows)
+        probe = make_probe(source.folder, source.config.vocab_size)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
         training = _state(Path(out), "basel")
         ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
@@ -184,7 +187,6 @@ def compress(
         plan = plan or _plan(ground, threads)
         needed = sum(finding.bytes_after for finding in planned_findings(ground.source, plan))
     with AtomicFolder(out, force=force, needed=needed) as partial:
-        probe = make_probe(source.folder, source.config.vocab_size)
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
             rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
         if options.heal:
@@ -382,5 +384,5 @@ def evaluate(
         InputError: If the model or the text cannot be used.
     """
     candidate = open_candidate(model, "--text", provider=provider, threads=threads)
-    check_text(text, candidate.folder, candidate.max_length)
+    check_text(text, candidate.folder, candidate.max_length, candidate.rows)
     return perplexity_of(candidate.load(), text, candidate.folder)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rk_export.runtime.token_gate import TokenGate
+
 PROMPT_LENGTH = 32
 NEW_TOKENS = 64
 _SEED = 20240216
@@ -58,6 +60,9 @@ def make_probe(tokenizer_folder: Path, vocabulary: int) -> Probe:
     Args:
         tokenizer_folder: Where tokenizer.json may lie.
         vocabulary: Number of token ids that the model embeds.
+
+    Raises:
+        InputError: The tokenizer turns plain text into ids that the model does not embed.
     """
     path = tokenizer_folder / "tokenizer.json"
     if not path.is_file():
@@ -67,5 +72,8 @@ def make_probe(tokenizer_folder: Path, vocabulary: int) -> Probe:
 
     tokenizer = Tokenizer.from_file(str(path))
     rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    gate = TokenGate(vocabulary, text_of=tokenizer.id_to_token)
+    for row in rows:
+        gate.check(row, where=str(path))
     length = min(PROMPT_LENGTH, *(len(row) for row in rows))
     return Probe(tuple(tuple(row[:length]) for row in rows))

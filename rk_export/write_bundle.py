@@ -37,7 +37,9 @@ from rk_export.render import html
 from rk_export.report import ParityTier, Report, SizeSummary
 from rk_export.rewrite import DENSE, Rewritten
 from rk_export.runtime import Session
+from rk_export.runtime.bundle_config import TOKENIZER_FILE
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
+from rk_export.runtime.text import TextCodec
 from rk_export.sizes import size_summary
 
 logger = logging.getLogger(__name__)
@@ -143,6 +145,7 @@ def write_bundle(
         timings=dict(stages.seconds),
         notices=(
             *notices,
+            *tokens_without_rows(folder, rewritten.model.config.vocab_size),
             *_length_notice(rewritten),
             *_over_budget(folder, options),
             *_empty_sections(rewritten, origin),
@@ -210,6 +213,28 @@ def _perplexities(
         return {"compressed (ONNX Runtime)": compressed}
     dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
+
+
+def tokens_without_rows(folder: Path, rows: int) -> tuple[str, ...]:
+    """Say, also in the log, which tokens of a tokenizer the model has no embedding for; runtimes refuse them.
+
+    Args:
+        folder: A bundle.
+        rows: Rows of its model's embedding.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        return ()
+    tokens = TextCodec(folder / TOKENIZER_FILE).token_ids()
+    beyond = sorted((token, text) for text, token in tokens.items() if token >= rows)
+    if not beyond:
+        return ()
+    shown = ", ".join(f"{text!r} ({token})" for token, text in beyond[:5])
+    notice = (
+        f"tokens of the tokenizer that have no row in the model's embedding of {rows} and are refused: "
+        f"{len(beyond)}, namely {shown}{' ...' if len(beyond) > 5 else ''}"
+    )
+    logger.warning("%s", notice)
+    return (notice,)
 
 
 def _length_notice(rewritten: Rewritten) -> tuple[str, ...]:

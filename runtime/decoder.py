@@ -11,6 +11,7 @@ from rk_export.errors import InputError
 from rk_export.runtime.cache import Cache
 from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 from rk_export.runtime.rotation import check_rotation
+from rk_export.runtime.token_gate import TokenGate
 
 
 class Decoder:
@@ -25,6 +26,7 @@ class Decoder:
         capacity: Most positions, prompt and new tokens together.
         switch: Longest sequence under LongRoPE's short factors. The step past it runs all tokens again, as Hugging
             Face ``generate`` does: the keys in the cache have the short rotation. None where there is no switch.
+        rows: Rows of the embedding; None where nothing tells.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class Decoder:
         *,
         capacity: int,
         switch: int | None = None,
+        rows: int | None = None,
     ) -> None:
         self._session, self._layout, self._cache, self._capacity = session, layout, cache, capacity
-        self._switch = switch
+        self._switch, self._gate = switch, TokenGate(rows)
         self._tokens = np.empty((1, 0), np.int64)  # as far as the switch
         self._binding = session.io_binding()
         self._mask = np.ones((1, capacity), np.int64)
@@ -60,8 +63,10 @@ class Decoder:
             Logits of the last position, [batch, vocabulary], float32.
 
         Raises:
-            InputError: The prompts are longer than the capacity, or LongRoPE rotates them differently.
+            InputError: A token has no row, the prompts are longer than the capacity, or LongRoPE rotates them
+                differently.
         """
+        self._gate.check(input_ids)
         batch, length = input_ids.shape
         self._reserve(length)
         self._mask = np.ones((batch, self._capacity), np.int64)
@@ -90,8 +95,9 @@ class Decoder:
             Logits [batch, vocabulary], float32; valid until the next step.
 
         Raises:
-            InputError: The capacity is used up, or nothing was prefilled.
+            InputError: A token has no row, the capacity is used up, or nothing was prefilled.
         """
+        self._gate.check(tokens, where="tokens")
         if self._logits is None:
             raise InputError("step before prefill", where="Decoder", fix="call prefill first")
         if self._switch is not None and self._length <= self._switch:

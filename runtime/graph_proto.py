@@ -14,32 +14,48 @@ from onnx.external_data_helper import uses_external_data
 
 from rk_export.errors import InputError
 
+_LOOKUPS = ("Gather", "GatherBlockQuantized")  # table, indices
 _ATTENTION_BIAS = 10  # index of the input of GroupQueryAttention
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the attention nodes of a graph allow.
+    """What the nodes of a graph allow.
 
     Args:
         shared_cache: Past and present may be one buffer (every layer is a ``GroupQueryAttention``).
         left_padding: Rows may be padded on the left: the mask reaches the attention scores. A
             ``GroupQueryAttention`` without ``attention_bias`` takes padding for text.
+        embedding_rows: Tokens that the embedding knows; None where no table is read by ``input_ids`` directly.
     """
 
     shared_cache: bool
     left_padding: bool
+    embedding_rows: int | None
 
 
 def read_facts(model: Path) -> GraphFacts:
-    """Look at the attention nodes of a graph file.
+    """Look at the embedding and the attention nodes of a graph file.
 
     Raises:
         InputError: The file is not an ONNX graph.
     """
-    grouped = [node for node in _nodes(load_proto(model).graph) if node.op_type == "GroupQueryAttention"]
+    graph = load_proto(model).graph
+    grouped = [node for node in _nodes(graph) if node.op_type == "GroupQueryAttention"]
     biased = [len(node.input) > _ATTENTION_BIAS and bool(node.input[_ATTENTION_BIAS]) for node in grouped]
-    return GraphFacts(shared_cache=bool(grouped), left_padding=all(biased))
+    return GraphFacts(
+        shared_cache=bool(grouped), left_padding=all(biased), embedding_rows=_embedding_rows(graph)
+    )
+
+
+def _embedding_rows(graph: Any) -> int | None:
+    tables = {initializer.name: initializer.dims for initializer in graph.initializer}
+    rows = [
+        tables[node.input[0]][0]
+        for node in graph.node
+        if node.op_type in _LOOKUPS and node.input[1] == "input_ids" and node.input[0] in tables
+    ]
+    return min(rows, default=None)
 
 
 def graph_bytes(model: Path, level: int | None) -> tuple[bytes, Path]:

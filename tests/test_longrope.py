@@ -13,6 +13,9 @@ from tiny_models import tiny_model
 
 from rk_export import export, verify
 from rk_export.errors import InputError
+from rk_export.load import open_source
+from rk_export.log_likelihood import Continuation, log_likelihoods
+from rk_export.measure import torch_logits
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder
 
@@ -123,6 +126,20 @@ def test_other_runtimes_are_told_the_length(phi: Path, session: Session) -> None
     report = json.loads((phi / "bundle" / "report.json").read_text(encoding="utf-8"))
     assert any(f"at token {SWITCH + 1}" in notice for notice in report["notices"])
     assert session.max_length == CONTEXT
+
+
+def test_continuations_are_scored_under_their_own_rotation(phi: Path, session: Session) -> None:
+    """Rows of both sides of the switch, of one task, in PyTorch and in the bundle."""
+    lengths = (12, SWITCH - 2, SWITCH, SWITCH + 3, 70)
+    pairs = [Continuation(tuple(prompt(length, length)), tuple(prompt(3, 99))) for length in lengths]
+    limits = {"max_length": CONTEXT, "rotary_switch": SWITCH}
+    model = torch_logits(open_source(phi / "model").load())
+    alone = [log_likelihoods(model, [pair], **limits)[0].log_likelihood for pair in pairs]
+    for logits in (model, session.prefill_logits):
+        together = [one.log_likelihood for one in log_likelihoods(logits, pairs, **limits)]
+        np.testing.assert_allclose(together, alone, rtol=1e-4)
+    mixed = [one.log_likelihood for one in log_likelihoods(model, pairs, max_length=CONTEXT)]
+    assert np.abs(np.array(mixed) - alone).max() > 1e-2, "the switch matters here"
 
 
 def test_parity_crosses_the_switch(phi: Path) -> None:
