@@ -16,6 +16,10 @@ READY := $(VENV)/ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
+# ONNX Runtime and GenAI would record the device under the user's cache.
+export ORT_DISABLE_TELEMETRY ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types format unit test-optimum results clean
 

@@ -13,15 +13,21 @@ from torch import Tensor, nn
 
 from rk_export.options import W8A8, QuantSpec
 from rk_export.passes.numerics.int8 import Int8Matrix, int8_product
+from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.numerics.quantize import QuantizedMatrix, dequantize
 
 
 class QuantizedLinear(nn.Module):
     """y = W x + b with W (out, in) held as MatMulNBits stores it and dequantized when used.
 
+    Inputs are read in floats; within `level4_inputs` they are rounded as ONNX Runtime's accuracy level 4 does.
+
     Args:
         matrix: The packed matrix, (out, in).
         bias: (out,) or None.
+
+    Attributes:
+        reads_floats: The exported product reads floats whatever the accuracy level of the others, and so does this one.
     """
 
     codes: Tensor
@@ -30,6 +36,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.rounds_inputs = self.reads_floats = False
         self.spec = matrix.spec
         self.in_features = matrix.columns
         self.out_features = matrix.codes.shape[0]
@@ -49,6 +56,8 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.codes, self.scales, self.zero_points, self.in_features, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounds_inputs and not self.reads_floats:
+            x = int8_inputs(x, self.spec)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -130,14 +139,30 @@ class Int8Linear(nn.Module):
 @contextmanager
 def float_inputs(model: nn.Module) -> Iterator[None]:
     """Let the int8 modules of a model read their inputs in floats, as a graph does at accuracy level 0."""
-    modules = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    with _rounding_inputs(model, Int8Linear, False):
+        yield
+
+
+@contextmanager
+def level4_inputs(model: nn.Module) -> Iterator[None]:
+    """Let the quantized matrices of a model round their inputs to int8, as a graph does at accuracy level 4."""
+    with _rounding_inputs(model, QuantizedLinear, True):
+        yield
+
+
+@contextmanager
+def _rounding_inputs(
+    model: nn.Module, kind: type[QuantizedLinear | Int8Linear], rounds: bool
+) -> Iterator[None]:
+    modules = [module for module in model.modules() if isinstance(module, kind)]
+    before = [module.rounds_inputs for module in modules]
     for module in modules:
-        module.rounds_inputs = False
+        module.rounds_inputs = rounds
     try:
         yield
     finally:
-        for module in modules:
-            module.rounds_inputs = True
+        for module, value in zip(modules, before, strict=True):
+            module.rounds_inputs = value
 
 
 class QuantizedEmbedding(nn.Module):

@@ -1,12 +1,19 @@
 """rk-export: compress, export, deploy and verify language models on ONNX Runtime.
 
-Importing the package loads neither PyTorch nor ONNX; a name loads its module when it is first used.
+Importing the package loads neither PyTorch nor ONNX; a name loads its module when it is first used. It turns the
+telemetry of the libraries off unless the environment says otherwise.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read once, when ONNX Runtime, GenAI and huggingface_hub are imported: the first two record the device and their use in
+# a database under the user's cache, the last tells the hub which software asks. Whoever wants that sets them to 0.
+for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_variable, "1")
 
 if TYPE_CHECKING:
     from rk_export.errors import RkExportError

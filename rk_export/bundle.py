@@ -6,17 +6,17 @@ Folder and checksums, GenAI config, Triton repository and model card have a modu
 from __future__ import annotations
 
 import copy
-import json
-import logging
-import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, sha256_of, write_manifest
 from rk_export.genai import genai_config, write_genai_config
 from rk_export.model_card import ModelCard, model_card
+from rk_export.runtime.ends import read_ends
+from rk_export.runtime.special_tokens import SpecialTokens
+from rk_export.tokenizer_files import copy_tokenizer
 from rk_export.triton import triton_repository
 
 __all__ = [
@@ -32,32 +32,23 @@ __all__ = [
     "write_genai_config",
     "write_manifest",
     "write_model_config",
+    "write_own_files",
     "write_side_files",
 ]
 
-logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
-
-
-def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) -> GenerationConfig:
+def write_side_files(
+    folder: Path, *, source: Path, config: PretrainedConfig, generation_from: Path | None = None
+) -> GenerationConfig:
     """Write tokenizer, ``config.json`` and ``generation_config.json`` of the source model into a bundle.
+
+    The generation config names every end of `read_ends`, so that each runtime ends a text at the same tokens.
 
     Args:
         folder: The bundle.
         source: Hugging Face folder of the model; the bundle of one without a tokenizer gets none either.
         config: Configuration of the exported model.
+        generation_from: Folder of the generation config; None takes `source`.
 
     Returns:
         The generation defaults, as written.
@@ -65,9 +56,22 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
     Raises:
         InputError: The source's generation config or tokenizer cannot be read.
     """
+    generation = write_own_files(folder, source=source, config=config, generation_from=generation_from)
+    generation.eos_token_id = read_ends(folder).eos_token_id
+    if generation.bos_token_id is None:
+        tokens = SpecialTokens.read(folder)
+        generation.bos_token_id = tokens.id_of(tokens.named.get("bos_token", ""))
+    generation.save_pretrained(folder)
+    return generation
+
+
+def write_own_files(
+    folder: Path, *, source: Path, config: PretrainedConfig, generation_from: Path | None = None
+) -> GenerationConfig:
+    """Write the files of `write_side_files` with the ends as the model itself names them in each."""
     write_model_config(folder, config)
     copy_tokenizer(source, folder)
-    generation = _generation_config(source, config)
+    generation = _generation_config(generation_from or source, config)
     generation.save_pretrained(folder)
     return generation
 
@@ -75,7 +79,7 @@ def write_side_files(folder: Path, *, source: Path, config: PretrainedConfig) ->
 def write_model_config(folder: Path, config: PretrainedConfig) -> None:
     """Write ``config.json`` without what sends a loader to remote code or to the source's quantization."""
     plain = copy.deepcopy(config)
-    for name in ("quantization_config", "auto_map"):
+    for name in ("quantization_config", "auto_map", "custom_pipelines"):
         if hasattr(plain, name):
             delattr(plain, name)
     plain._name_or_path = ""  # often a private path
@@ -87,38 +91,6 @@ def _generation_config(source: Path, config: PretrainedConfig) -> GenerationConf
         return GenerationConfig.from_model_config(config)
     try:
         return GenerationConfig.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(str(error), where=str(source / "generation_config.json")) from error
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a model folder's tokenizer, converted to ``tokenizer.json`` if need be; having none is a warning.
-
-    Raises:
-        InputError: The tokenizer cannot be converted.
-    """
-    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if not present:
-        logger.warning("%s holds no tokenizer: the bundle takes token ids only", source)
-        return
-    for name in present:
-        shutil.copyfile(source / name, folder / name)
-    if "tokenizer.json" not in present:  # GenAI and `tokenizers` read this form only
-        try:
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
-        except (OSError, ValueError, ImportError) as error:
-            fix = "add the fast tokenizer's tokenizer.json to the model folder"
-            raise InputError("the tokenizer cannot be converted", where=str(source), fix=fix) from error
-    _name_known_class(folder / "tokenizer_config.json")
-
-
-def _name_known_class(path: Path) -> None:
-    """Replace the class name that only transformers 5 knows, so that older loaders take the file too."""
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for private in ("is_local", "local_files_only", "name_or_path"):
-        values.pop(private, None)
-    if values.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # This class makes token_type_ids unless told otherwise, and no decoder graph takes them.
-        values.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: it is no JSON object
+        where = str(source / "generation_config.json")
+        raise InputError(str(error), where=where, fix="repair the file, or remove it") from error

@@ -107,6 +107,29 @@ def candidates(
     return result
 
 
+def least_price(site: SitePlan, shapes: Sequence[Shape], menu: Menu) -> float:
+    """Return what the cheapest thing costs that a site may become; weights and losses do not count.
+
+    Args:
+        site: The site, dense.
+        shapes: (out, in) of each member.
+        menu: What to choose from.
+    """
+    formats = {*menu.formats, menu.unweighed}
+    prices = [sum(menu.price(rows, columns, spec) for rows, columns in shapes) for spec in formats]
+    if site.members in menu.factorized:
+        smallest = [replace(site, form=form, rank=menu.rank_step) for form in menu.forms]
+        prices += [
+            sum(
+                menu.price(rows, columns, spec)
+                for rows, columns in stored_shapes(pair, shapes, menu.kv_groups)
+            )
+            for pair in smallest
+            for spec in menu.pair_formats
+        ]
+    return min(prices)
+
+
 def _rounding_losses(W: Tensor, curvature: Curvature, menu: Menu) -> dict[Format, float]:
     losses: dict[Format, float] = {None: 0.0}
     for spec in {*menu.formats, *menu.pair_formats}:

@@ -13,9 +13,10 @@ from rk_export.load import ModelSource
 from rk_export.method_options import BaselOptions
 from rk_export.model_statistics import model_statistics
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks, shortened
-from rk_export.options import CompressOptions
+from rk_export.options import PREPARATIONS, CompressOptions
 from rk_export.plan import Pruning
-from rk_export.prepared import PreparedSource
+from rk_export.preparation_choice import PreparationChoice, Rounding, choose_preparations
+from rk_export.prepared import LayerPreparation, PreparedSource
 from rk_export.pruned import PrunedSource, chosen_pruning
 from rk_export.redundancy import block_influence
 from rk_export.target_text import target_tokens
@@ -27,6 +28,31 @@ logger = logging.getLogger(__name__)
 SCALE_ALPHA = 0.25
 # Tokens that a sequence of a target task has.
 TASK_LENGTH = 256
+
+
+def decided_preparations(
+    source: ModelSource, options: CompressOptions, tokens: Tensor | None, device: torch.device
+) -> PreparationChoice:
+    """Return the reparameterizations that were named, or those that lower the predicted loss.
+
+    Args:
+        source: The dense model, as it is.
+        options: With `prepared_for`, the format to predict for.
+        tokens: Calibration text; without it nothing is predicted, and nothing is taken that was not named.
+        device: Where the text runs.
+    """
+    spec = options.prepared_for
+    if spec is None or tokens is None or source.architecture.is_encoder:
+        return PreparationChoice(options.preparations, ())
+    names: tuple[str, ...] = PREPARATIONS[:3]
+    peaks: dict[str, Tensor] = {}
+    if spec.activations == 8:
+        names, peaks = PREPARATIONS, neuron_peaks(source, shortened(tokens), device)
+    logger.info("predicting what each reparameterization would save, on %d tokens", shortened(tokens).numel())
+    preparation = LayerPreparation(source.config, names, options.calibration.seed, peaks, SCALE_ALPHA)
+    int8_inputs = options.ep == "cpu" and options.accuracy_level == 4
+    rounding = Rounding(spec, compensated=options.quantizer == "gptq", int8_inputs=int8_inputs)
+    return choose_preparations(source, tokens, rounding, preparation, device)
 
 
 def prepared_source(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.preparable import has_rotated_head
 from rk_export.rewrite import Rewritten
-from rk_export.tensor_files import open_tensors
+from rk_export.weight_files import open_tensors
 
 SECTION = "rk_export"
+GENERATION_FILE = "generation_config.json"
 CHECKPOINT_VERSION = 1
 
 
@@ -42,7 +44,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path, force: bool = False) -> None:
-    """Write a compressed model as safetensors, config with a versioned section, and tokenizer files.
+    """Write a compressed model as safetensors, config with a versioned section, generation config and tokenizer.
 
     Raises:
         InputError: If the folder exists and `force` is not set, or the disk is full.
@@ -52,6 +54,8 @@ def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path,
         config = rewritten.model.config.to_dict()
         config[SECTION] = {"version": CHECKPOINT_VERSION, "plan": rewritten.plan.to_json()}
         copy_tokenizer(tokenizer_from, partial)
+        if (tokenizer_from / GENERATION_FILE).is_file():  # it may name other ends than the config
+            shutil.copyfile(tokenizer_from / GENERATION_FILE, partial / GENERATION_FILE)
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

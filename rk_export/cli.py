@@ -9,16 +9,22 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli_methods import add_method_arguments
-from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
+from rk_export.cli_options import (
+    add_context_argument,
+    add_format_arguments,
+    add_rank_arguments,
+    compress_options,
+)
+from rk_export.cli_run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:
     from rk_export.measure import EvalText
-    from rk_export.runtime import GenerationOptions
 
 Command = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
@@ -74,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rk-export",
         description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_own_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
@@ -84,6 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_commands(add)
     _add_bundle_commands(add)
     return parser
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("rk-export")
+    except metadata.PackageNotFoundError:
+        return "of a source tree that is not installed"
 
 
 def _add_model_commands(add: AddCommand) -> None:
@@ -114,11 +128,12 @@ def _add_model_commands(add: AddCommand) -> None:
     prepare.add_argument("--seed", type=int, default=0, help="of the rotations (default 0)")
 
     export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
-    _add_model(export, "checkpoint folder, HF folder, hub id or .gguf file")
+    _add_model(export, "checkpoint folder, HF folder, hub id, .gguf file or LoRA adapter")
     _add_output(export, "bundle folder")
     export.add_argument(
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
+    add_context_argument(export)
     _add_bundle_arguments(export)
 
 
@@ -127,11 +142,13 @@ def _add_bundle_commands(add: AddCommand) -> None:
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
+    _add_base(verify)
     _add_runtime_arguments(verify)
     _add_json(verify)
 
     evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
+    _add_base(evaluate)
     evaluate.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts")
     _add_text_arguments(evaluate)
     evaluate.add_argument("--tasks", help="comma separated: names such as openbookqa, or files NAME.jsonl")
@@ -139,12 +156,9 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_runtime_arguments(evaluate)
     _add_json(evaluate)
 
-    run = add("run", run_run, "generate text with a bundle, streaming")
+    run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
     run.add_argument("bundle", type=Path)
-    run.add_argument("-p", "--prompt", required=True)
-    run.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
-    run.add_argument("--system", help="system message, with --chat")
-    _add_sampling_arguments(run)
+    add_run_arguments(run)
     _add_runtime_arguments(run)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
@@ -170,13 +184,14 @@ def _add_bundle_commands(add: AddCommand) -> None:
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compress`."""
-    _add_model(parser)
+    parser.add_argument("model", help="HF folder, hub id, .gguf file or LoRA adapter")
     parser.add_argument("-o", "--output", type=Path, required=True, help="bundle folder")
     add_compress_options(parser)
 
 
 def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
+    _add_base(parser)
     _add_force(parser)
     add_rank_arguments(parser)
     add_method_arguments(parser)
@@ -196,8 +211,19 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     _add_bundle_arguments(parser)
 
 
-def _add_model(parser: argparse.ArgumentParser, text: str = "HF folder, hub id or .gguf file") -> None:
+def _add_model(
+    parser: argparse.ArgumentParser, text: str = "HF folder, hub id, .gguf file or LoRA adapter"
+) -> None:
     parser.add_argument("model", help=text)
+    _add_base(parser)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model of a LoRA adapter (default: the one that its adapter_config.json names)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
@@ -225,21 +251,6 @@ def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the smallest set of that probability"
-    )
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one"
-    )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
-    parser.add_argument("--seed", type=int)
-
-
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -253,19 +264,20 @@ def run_compress(args: argparse.Namespace) -> int:
     from rk_export.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
-    from rk_export.render import findings_table, text_table
+    from rk_export.render import planned_text, text_table
 
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
     if args.dry_run:
-        report = dry_run(args.model, options, plan=plan)
-        _print_json(report.to_json()) if args.json else print(findings_table(report.findings))
+        report = dry_run(args.model, options, plan=plan, base=args.base, out=args.output)
+        _print_json(report.to_json()) if args.json else print(planned_text(report))
         return 0
     report = compress(
         args.model,
         args.output,
         options,
         plan=plan,
+        base=args.base,
         text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
         speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
@@ -284,7 +296,12 @@ def run_analyze(args: argparse.Namespace) -> int:
     from rk_export.spectra import analyze
 
     report = analyze(
-        args.model, args.output, compress_options(args), command=args.command_line, force=args.force
+        args.model,
+        args.output,
+        compress_options(args),
+        base=args.base,
+        command=args.command_line,
+        force=args.force,
     )
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
@@ -292,13 +309,16 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
+    from rk_export.fixed_parts import fixed_parts, in_words
+    from rk_export.load import open_source
     from rk_export.pipeline import make_plan
 
     if args.output.exists() and not args.force:
         raise InputError("exists already", where=str(args.output), fix="choose another name or give --force")
-    plan = make_plan(args.model, compress_options(args))
+    plan = make_plan(args.model, compress_options(args), base=args.base)
     plan.save(args.output)
-    print(f"{len(plan.sites)} sites\nplan  {args.output}")
+    parts = in_words(fixed_parts(open_source(args.model, args.base).config, plan.options))
+    print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
 
 
@@ -308,7 +328,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     from rk_export.render import findings_table
 
     names = tuple(args.passes.split(","))
-    print(findings_table(prepare(args.model, args.output, names, seed=args.seed, force=args.force)))
+    findings = prepare(args.model, args.output, names, base=args.base, seed=args.seed, force=args.force)
+    print(findings_table(findings))
     print(f"\nmodel  {args.output}", file=sys.stderr)
     return 0
 
@@ -323,6 +344,8 @@ def run_export(args: argparse.Namespace) -> int:
         args.model,
         args.output,
         None if args.ep is None else CompressOptions(ep=args.ep),
+        base=args.base,
+        context_length=args.context_length,
         triton=args.triton,
         threads=args.threads,
         force=args.force,
@@ -337,7 +360,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from rk_export.pipeline import verify
     from rk_export.render import parity_text
 
-    tiers = verify(args.bundle, args.against, provider=args.provider, threads=args.threads)
+    tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, threads=args.threads)
     _print_json([tier.to_json() for tier in tiers]) if args.json else print(parity_text(tiers))
     return int(any(tier.passed is False for tier in tiers))
 
@@ -350,7 +373,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from rk_export.task_data import load_tasks
 
     texts = [EvalText(path, args.context, args.tokens) for path in args.text]
-    runtime = {"provider": args.provider, "threads": args.threads}
+    runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
     if not args.tasks and len(args.models) == len(texts) == 1:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
@@ -370,37 +393,6 @@ def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[s
     loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
     print(f"{value}  ({loss}, {result.tokens} tokens, context {result.context})")
     return 0
-
-
-def run_run(args: argparse.Namespace) -> int:
-    """`run`: the text as it comes."""
-    from rk_export.runtime import Session
-
-    options = _generation_options(args)
-    session = Session.from_pretrained(args.bundle, provider=args.provider, threads=args.threads)
-    prompt: str | list[int] = args.prompt
-    if args.chat:
-        messages = [{"role": "system", "content": args.system}] if args.system else []
-        prompt = session.chat_tokens([*messages, {"role": "user", "content": args.prompt}])
-    for piece in session.stream(prompt, options):
-        print(piece, end="", flush=True)
-    print()
-    return 0
-
-
-def _generation_options(args: argparse.Namespace) -> GenerationOptions:
-    from rk_export.runtime import GenerationOptions
-
-    return GenerationOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=tuple(args.stop),
-        seed=args.seed,
-    )
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -79,7 +79,8 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantizer", help="rtn, search or gptq (default gptq)")
     parser.add_argument(
         "--prepare",
-        help="exact reparameterizations first: fold,rotate,rotate-heads,scale or none (default: those that pay)",
+        help="exact reparameterizations first: fold,rotate,rotate-heads,scale or none (default: those that lower "
+        "the predicted loss)",
     )
     parser.add_argument(
         "--embedding-bits", type=int, help="bits of embedding and lm_head (default 8; 16 with --bits 16)"
@@ -94,7 +95,18 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RANK",
         help="float branch that corrects every dense quantized matrix",
     )
+    add_context_argument(parser)
     parser.add_argument("--heal", type=int, metavar="STEPS", help="steps of recovery afterwards (default 0)")
+
+
+def add_context_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what says how long a text may be."""
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default the model's own)",
+    )
 
 
 def compress_options(args: argparse.Namespace) -> CompressOptions | None:
@@ -134,6 +146,7 @@ _PLAIN = (
     "quantizer",
     "heal",
     "correction",
+    "context_length",
 )
 
 

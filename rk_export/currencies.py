@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rk_export.architectures import empty_canonical_model
 from rk_export.candidates import Form, Format, Menu, Price
 from rk_export.cost_table import CostTable
+from rk_export.fixed_parts import FixedPart, fixed_parts
 from rk_export.humanize import size
 from rk_export.load import ModelSource
 from rk_export.options import GROUPS, W8A8, Budget, CompressOptions, QuantSpec
 from rk_export.plan import SitePlan
 from rk_export.storage import FLOAT_BYTES, Shape, matrix_bytes
-
-# model.onnx holds nodes, names and shapes: 8.5 to 10.7 kB a layer on SmolLM2; these reserve a little more.
-GRAPH_BYTES, GRAPH_BYTES_PER_LAYER = 100_000, 12_000
 
 WEIGHT_FORMATS: tuple[Format, ...] = (
     QuantSpec(2, 16, symmetric=False),
@@ -52,6 +49,7 @@ class Currency:
         menu: What a site may become, and what that costs.
         tables: Formats of the embedding that are bought from the same budget; empty where it is no part of it.
         fixed: What the model costs beside the sites and the embedding.
+        parts: What `fixed` consists of, in a budget of bytes.
     """
 
     budget: Budget
@@ -59,6 +57,7 @@ class Currency:
     menu: Menu
     tables: tuple[Format, ...] = ()
     fixed: float = 0.0
+    parts: tuple[FixedPart, ...] = ()
 
     def amount(self, sites: Sequence[SitePlan], shapes: Sequence[Sequence[Shape]]) -> float:
         """Return what may be spent on the sites, and on the embedding if it is part of the budget.
@@ -139,27 +138,10 @@ def currency_of(
     )
     if budget.kind == "bits":
         return Currency(budget, "bytes", in_bytes)
-    return Currency(budget, "bytes", in_bytes, TABLE_FORMATS, fixed_bytes(source, options))
+    parts = fixed_parts(source.config, options)
+    return Currency(budget, "bytes", in_bytes, TABLE_FORMATS, sum(part.bytes for part in parts), parts)
 
 
 def table_count(source: ModelSource) -> int:
     """Return how many tables of vocabulary size are stored: one where the output projection is tied, else two."""
     return 1 if source.config.tie_word_embeddings else 2
-
-
-def fixed_bytes(source: ModelSource, options: CompressOptions) -> float:
-    """Return the bytes of a bundle's model files beside the matrices that a plan decides on; a little too many."""
-    architecture, config = source.architecture, source.config
-    decided = {
-        f"{architecture.layers}.{layer}.{item.path}.weight"
-        for layer in range(source.layer_count)
-        for item in architecture.projections(config, layer)
-    } | {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
-    names = empty_canonical_model(config).named_parameters()
-    floats = sum(parameter.numel() for name, parameter in names if name not in decided)
-    if not architecture.is_encoder:
-        floats += int(config.max_position_embeddings) * architecture.heads(config).head_dim  # rotary tables
-    rotated = "rotate" in options.preparations and table_count(source) == 1
-    head = matrix_bytes(config.hidden_size, config.hidden_size, QuantSpec(8, 32), 4) if rotated else 0
-    graph = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * source.layer_count
-    return float(floats * FLOAT_BYTES[options.float_dtype] + head + graph)

@@ -78,6 +78,7 @@ class DecoderSpec:
         norm_names: Which norms a layer has.
         norm_epsilon: Added to the variance.
         query_key_norm: Norm of queries and keys: ``head`` by head, ``all`` heads together, or None.
+        on_values: What is done to the values beside mixing them over tokens (a norm, a clip); empty for nothing.
         attention_softcap: ``cap * tanh(score / cap)``; 0 = none.
         learned_positions: Rows of a learned table of positions; 0 = none.
         embedding_scale: Factor on the token embedding.
@@ -99,6 +100,7 @@ class DecoderSpec:
     norm_names: NormNames
     norm_epsilon: float
     query_key_norm: Literal["head", "all"] | None
+    on_values: str
     attention_softcap: float
     learned_positions: int
     embedding_scale: float
@@ -118,7 +120,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     family = config.model_type
     check_options(config)
     heads = architecture_of(config).heads(config)
-    _check_heads(heads, is_rotated=family not in _LEARNED_POSITIONS)
+    _check_heads(heads, is_rotated=not has_learned_positions(config))
     return DecoderSpec(
         heads=heads,
         layers=tuple(_layer_spec(config, index) for index in range(config.num_hidden_layers)),
@@ -131,9 +133,10 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
         norm_names=_NORM_NAMES.get(family, PRE_NORM),
         norm_epsilon=_norm_epsilon(config),
         query_key_norm=_query_key_norm(config),
+        on_values=_ON_VALUES.get(family, ""),
         # Gemma 3's config has the field too, but its attention does not use it.
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family == "gemma2" else 0.0,
-        learned_positions=config.max_position_embeddings if family in _LEARNED_POSITIONS else 0,
+        learned_positions=config.max_position_embeddings if has_learned_positions(config) else 0,
         embedding_scale=_embedding_scale(config),
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
@@ -141,6 +144,11 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
         tied=bool(config.tie_word_embeddings),
         experts=_expert_spec(config),
     )
+
+
+def has_learned_positions(config: PretrainedConfig) -> bool:
+    """Whether a decoder adds a learned table of positions, and rotates nothing."""
+    return config.model_type in _LEARNED_POSITIONS
 
 
 def check_options(config: PretrainedConfig) -> None:
@@ -230,7 +238,7 @@ def _optional_int(value: int | None) -> int | None:
 
 
 def _rotary_name(config: PretrainedConfig, index: int) -> str | None:
-    if config.model_type in _LEARNED_POSITIONS:
+    if has_learned_positions(config):
         return None
     if config.model_type == "smollm3" and not config.no_rope_layers[index]:
         return None
@@ -281,6 +289,8 @@ def _expert_spec(config: PretrainedConfig) -> ExpertSpec | None:
 
 _GEMMA = ("gemma2", "gemma3_text")
 _NORM_NAMES = {"gemma2": SANDWICH_NORM, "gemma3_text": SANDWICH_NORM, "olmo2": POST_NORM}
+# Of the supported families none does; the graph's attention has no place for it either.
+_ON_VALUES: dict[str, str] = {}
 _LAYER_NORM = ("gpt2", "opt", "starcoder2")
 _LEARNED_POSITIONS = ("gpt2", "opt")
 _UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")

@@ -26,6 +26,7 @@ class DenseStatistics:
         token_peaks: Mean over tokens of the square of a token's largest magnitude, which sets the step of int8 inputs.
         gradients: Sum over tokens of g gᵀ, g the gradient of the mean loss by the matrix' output, float32
             (out, out), or its diagonal (out,). See `loss_increase` for its scale.
+            Empty where nothing ran back.
         tokens: Predicted tokens that the loss is the mean of.
     """
 

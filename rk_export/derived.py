@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class DerivedSource(ModelSource):
         self.folder, self.name, self.title = source.folder, source.name, source.title
         self.config, self.architecture = source.config, source.architecture
         self.variant, self.pruning = source.variant, source.pruning
+        self.notices, self.changed = source.notices, source.changed
         self._done: WeakSet[nn.Module] = WeakSet()
 
     @property
@@ -37,6 +39,16 @@ class DerivedSource(ModelSource):
     def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
         """What was done to the model on the way from its files."""
         return self._source.findings
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide what the tensors are, before any change."""
+        return self._source.files
+
+    @property
+    def origin(self) -> tuple[Path, Path | None]:
+        """What `open_source` opens the wrapped source by."""
+        return self._source.origin
 
     def structure(self) -> str:
         """Return the fingerprint of names and shapes in the checkpoint."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from rk_export.adapter import is_adapter
 from rk_export.checkpoint import is_checkpoint, load_pretrained
 from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
@@ -18,7 +19,8 @@ from rk_export.measure import EvalText, check_text, context_length, perplexity_o
 from rk_export.multiple_choice import TaskResult, score_task
 from rk_export.perplexity import LogitsFn, PerplexityResult
 from rk_export.runtime import Session
-from rk_export.runtime.bundle_config import MODEL_FILE, TOKENIZER_FILE, BundleConfig, rotary_switch
+from rk_export.runtime.bundle_config import BundleConfig, rotary_switch
+from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
 from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
@@ -64,13 +66,19 @@ class ModelScores:
 
 
 def open_candidate(
-    model: str | Path, option: str, *, provider: Provider = "auto", threads: int | None = None
+    model: str | Path,
+    option: str,
+    *,
+    base: str | Path | None = None,
+    provider: Provider = "auto",
+    threads: int | None = None,
 ) -> Candidate:
     """Return a dense model or checkpoint, to run in PyTorch, or a bundle, to run in ONNX Runtime.
 
     Args:
-        model: HF folder, hub id, GGUF file, checkpoint or bundle.
+        model: HF folder, hub id, GGUF file, LoRA adapter, checkpoint or bundle.
         option: The option that asks for a decoder, for messages.
+        base: Base model of a LoRA adapter; None takes the one that it names.
         provider: Execution provider, of a bundle.
         threads: Threads of ONNX Runtime, of a bundle.
 
@@ -78,6 +86,13 @@ def open_candidate(
         InputError: Nothing usable is there, or the model is an encoder.
     """
     folder = Path(model).expanduser()
+    made_here = (folder / MODEL_FILE).is_file() or (folder.is_dir() and is_checkpoint(folder))
+    if base is not None and made_here:
+        raise InputError(
+            "goes with a LoRA adapter",
+            where="--base",
+            fix=f"drop it: {folder.name} is a checkpoint or bundle",
+        )
     if (folder / MODEL_FILE).is_file():
         SessionSettings(provider, threads)  # refuses what it cannot take before any work
 
@@ -89,7 +104,7 @@ def open_candidate(
         config = read_config(folder)
         limits = _limits(config, option)
         return Candidate(str(model), folder, *limits, lambda: torch_logits(load_pretrained(folder).model))
-    source = open_source(model)
+    source = open_source(model, base)
     limits = _limits(source.config, option)
     return Candidate(str(model), source.folder, *limits, lambda: torch_logits(source.load()))
 
@@ -115,6 +130,7 @@ def evaluate_models(
     *,
     texts: Sequence[EvalText] = (),
     tasks: Sequence[Task] = (),
+    base: str | Path | None = None,
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> list[ModelScores]:
@@ -124,6 +140,7 @@ def evaluate_models(
         models: As in `open_candidate`.
         texts: Texts to measure perplexity on.
         tasks: Tasks to ask; `rk_export.tasks.load_tasks` reads them.
+        base: Base model of the LoRA adapters among the models; None takes the one that each names.
         provider: Execution provider of bundles.
         threads: Threads of ONNX Runtime.
 
@@ -134,12 +151,21 @@ def evaluate_models(
     if not texts and not tasks:
         raise InputError("nothing to measure", where="eval", fix="give --text FILE or --tasks NAME")
     option = "--text" if texts else "--tasks"
-    candidates = [open_candidate(model, option, provider=provider, threads=threads) for model in models]
+    candidates = [
+        open_candidate(model, option, base=_base_of(model, models, base), provider=provider, threads=threads)
+        for model in models
+    ]
     for candidate in candidates:
         TextCodec(candidate.folder / TOKENIZER_FILE)
         for text in texts:
             check_text(text, candidate.folder, candidate.max_length, candidate.rows)
     return [_scores(candidate, texts, tasks) for candidate in candidates]
+
+
+def _base_of(model: str | Path, models: Sequence[str | Path], base: str | Path | None) -> str | Path | None:
+    """Return the base model where one of several models is an adapter; where none is, all are asked to take it."""
+    adapters = [other for other in models if is_adapter(Path(other).expanduser())]
+    return base if model in adapters or not adapters else None
 
 
 def _scores(candidate: Candidate, texts: Sequence[EvalText], tasks: Sequence[Task]) -> ModelScores:

@@ -137,7 +137,7 @@ def _is_ours(folder: Path) -> bool:
 
 def check_free_space(path: str | os.PathLike[str], needed: int) -> None:
     """Raise InputError unless the file system that will hold ``path`` has ``needed`` bytes free."""
-    place = Path(os.path.abspath(path))
+    place = Path(os.path.abspath(Path(path).expanduser()))
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

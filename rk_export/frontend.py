@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from mobius import ArchitectureConfig, build_from_module
@@ -34,6 +35,7 @@ Cache = tuple[ir.Value, ir.Value]
 
 _DTYPE_OF: dict[str, str] = {"cpu": "fp32", "cuda": "fp16", "portable": "fp16"}
 _MOBIUS_EP: dict[str, str] = {"cpu": "cpu", "cuda": "cuda", "portable": "cuda"}
+BATCH = "batch_size"
 _IR_DTYPE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 
 
@@ -65,8 +67,16 @@ def check_supported(config: PretrainedConfig, *, ep: str, dtype: str) -> None:
     build_module(config, ep=cast(ExecutionProvider, ep), dtype=cast(Dtype, dtype))
 
 
-def build_module(config: PretrainedConfig, *, ep: ExecutionProvider, dtype: Dtype) -> OnnxModule:
-    """Build the module tree of a model; weights have shapes only, rotary tables have values.
+def build_module(
+    config: PretrainedConfig, *, ep: ExecutionProvider, dtype: Dtype, positions: int | None = None
+) -> OnnxModule:
+    """Build the module tree of a model; weights have shapes only.
+
+    Args:
+        config: The model's config.
+        ep: The execution provider.
+        dtype: The graph's floats.
+        positions: The longest sequence; None takes the config's.
 
     Raises:
         UnsupportedModelError: As ``check_supported``.
@@ -82,7 +92,7 @@ def build_module(config: PretrainedConfig, *, ep: ExecutionProvider, dtype: Dtyp
     else:
         spec = decoder_spec(config)
         onnx_config, task = _decoder_config(spec, shapes), "text-generation"
-        module = _Decoder(spec, onnx_config, _tables(spec, skeleton))
+        module = _Decoder(spec, onnx_config, _tables(spec, skeleton, positions), _IR_DTYPE[dtype])
     _check_structure(module, shapes)
     onnx_config.dtype = _IR_DTYPE[dtype]
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -104,7 +114,21 @@ def trace(onnx_module: OnnxModule) -> ir.Model:
         onnx_module.task,
         execution_provider=_MOBIUS_EP[onnx_module.ep],
     )
-    return cast(ir.Model, package["model"])
+    model = cast(ir.Model, package["model"])
+    for parameter in onnx_module.module.parameters():
+        if isinstance(parameter, _Late):
+            model.graph.initializers[parameter.name].const_value = parameter.late
+    _name_batch(model)
+    return model
+
+
+def _name_batch(model: ir.Model) -> None:
+    """Call the first dimension what transformers.js looks for: it makes its first cache from names of dimensions."""
+    produced = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *produced):
+        if value.shape is not None:
+            dims = [BATCH if str(dim) == "batch" else dim for dim in value.shape]
+            value.shape = ir.Shape(dims)
 
 
 def rename_weights(
@@ -148,10 +172,11 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
 
 
-def _tables(spec: DecoderSpec, skeleton: PreTrainedModel) -> dict[str, RotaryTable]:
+def _tables(spec: DecoderSpec, skeleton: PreTrainedModel, positions: int | None) -> dict[str, RotaryTable]:
     if spec.learned_positions:
         return {}
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule("model.rotary_emb")))
+    rows = positions or int(skeleton.config.max_position_embeddings)
+    return rotary_tables(skeleton.config, type(skeleton.get_submodule("model.rotary_emb")), rows)
 
 
 def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> ArchitectureConfig:
@@ -203,7 +228,7 @@ def _check_structure(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
     built = {
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters()
-        if parameter.const_value is None
+        if parameter.const_value is None and not isinstance(parameter, _Late)
     }
     if built.get("lm_head.weight") and "lm_head.weight" not in shapes:
         del built["lm_head.weight"]  # tied: the same parameter is listed as the embedding
@@ -234,10 +259,14 @@ class _Decoder(nn.Module):
     """Decoder with output projection: input ids and cache to logits and the longer cache."""
 
     def __init__(
-        self, spec: DecoderSpec, config: ArchitectureConfig, tables: Mapping[str, RotaryTable]
+        self,
+        spec: DecoderSpec,
+        config: ArchitectureConfig,
+        tables: Mapping[str, RotaryTable],
+        dtype: ir.DataType,
     ) -> None:
         super().__init__()
-        self.model = _DecoderBody(spec, config, tables)
+        self.model = _DecoderBody(spec, config, tables, dtype)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         if spec.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -261,7 +290,11 @@ class _Decoder(nn.Module):
 
 class _DecoderBody(nn.Module):
     def __init__(
-        self, spec: DecoderSpec, config: ArchitectureConfig, tables: Mapping[str, RotaryTable]
+        self,
+        spec: DecoderSpec,
+        config: ArchitectureConfig,
+        tables: Mapping[str, RotaryTable],
+        dtype: ir.DataType,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
@@ -270,7 +303,7 @@ class _DecoderBody(nn.Module):
             self.embed_positions = Embedding(spec.learned_positions, spec.hidden_size)
         self.layers = nn.ModuleList([_Layer(spec, config, index) for index in range(len(spec.layers))])
         self.norm = _norm(spec, spec.hidden_size)
-        self.rotary = {name: _Rotary(table, f"rotary_{name}") for name, table in tables.items()}
+        self.rotary = {name: _Rotary(table, f"rotary_{name}", dtype) for name, table in tables.items()}
         for rotary in self.rotary.values():
             setattr(self, cast(str, rotary.name), rotary)
         self._embedding_scale = spec.embedding_scale
@@ -391,25 +424,59 @@ class _Attention(nn.Module):
         return normed if self._norm_width is None else op.Reshape(normed, [0, 0, -1])
 
 
-class _Rotary(nn.Module):
-    """Rotary tables as initializers."""
+class _Late(nn.Parameter):
+    """A constant that gets its value after tracing, so that the tracing folds nothing that is computed from it."""
 
-    def __init__(self, table: RotaryTable, name: str) -> None:
+    def __init__(self, value: np.ndarray) -> None:
+        self.late = ir.tensor(value)
+        super().__init__(value.shape, dtype=self.late.dtype)
+        self._keep_float32 = True  # read by mobius: angles in half precision are no angles
+
+
+class _Rotary(nn.Module):
+    """Rotary tables, computed from frequencies.
+
+    All inputs are constants: ONNX Runtime computes the tables once, when it loads the graph. They would take
+    megabytes of the file (33 for 131,072 positions of a head of width 64), the frequencies take bytes.
+    """
+
+    def __init__(self, table: RotaryTable, name: str, dtype: ir.DataType) -> None:
         super().__init__(name)
-        self.cos_cache = nn.Parameter(table.cos.shape, data=ir.tensor(table.cos))
-        self.sin_cache = nn.Parameter(table.sin.shape, data=ir.tensor(table.sin))
-        self._long_from = table.long_from
+        self._scale, self._long_from, self._dtype = table.scale, table.long_from, dtype
+        self._parts = []
+        for part, prefix in zip(table.parts, ("", "long_"), strict=False):
+            rows, frequencies = _Late(np.array(part.rows)), _Late(part.frequencies[None])
+            setattr(self, f"{prefix}rows", rows)
+            setattr(self, f"{prefix}frequencies", frequencies)
+            self._parts.append((rows, frequencies))
 
     def forward(self, op: OpBuilder, key_count: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return cosines and sines (positions, width) for a sequence of ``key_count`` tokens, () int64."""
+        cos_cache, sin_cache = self._tables(op)
         if self._long_from is None:
-            return self.cos_cache, self.sin_cache
+            return cos_cache, sin_cache
         short_rows = op.Constant(value_ints=[self._long_from])
         count = op.Reshape(key_count, [1])
         is_long = op.Cast(op.Greater(count, short_rows), to=ir.DataType.INT64)
         start = op.Mul(is_long, short_rows)
         end = op.Add(start, count)
-        return op.Slice(self.cos_cache, start, end, [0]), op.Slice(self.sin_cache, start, end, [0])
+        return op.Slice(cos_cache, start, end, [0]), op.Slice(sin_cache, start, end, [0])
+
+    def _tables(self, op: OpBuilder) -> tuple[ir.Value, ir.Value]:
+        """Return all cosines and all sines, the parts below each other."""
+        angles = [op.Mul(_positions(op, rows), frequencies) for rows, frequencies in self._parts]
+        below = angles[0] if len(angles) == 1 else op.Concat(*angles, axis=0)
+        cos, sin = (_scaled(op, waves, self._scale) for waves in (op.Cos(below), op.Sin(below)))
+        if self._dtype is ir.DataType.FLOAT:
+            return cos, sin
+        return op.Cast(cos, to=self._dtype), op.Cast(sin, to=self._dtype)
+
+
+def _positions(op: OpBuilder, rows: ir.Value) -> ir.Value:
+    """Return the positions (rows, 1), float32, which holds whole numbers up to 2**24."""
+    whole = op.Range(op.Constant(value_int=0), rows, op.Constant(value_int=1))
+    positions: ir.Value = op.Unsqueeze(op.Cast(whole, to=ir.DataType.FLOAT), [1])
+    return positions
 
 
 class _Encoder(BertModel):

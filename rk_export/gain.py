@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from rk_export.architectures import Architecture
+from rk_export.architectures import architecture_of
+from rk_export.layer_wiring import wiring_of
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, role_paths
 from rk_export.plan import SitePlan
 
@@ -38,7 +40,7 @@ class _Moments:
 
 @torch.no_grad()
 def gain_statistics(
-    layer: Layer, sites: Sequence[SitePlan], architecture: Architecture
+    layer: Layer, sites: Sequence[SitePlan], config: PretrainedConfig
 ) -> dict[str, SiteStatistics]:
     """Estimate the input moments of a dense layer's sites.
 
@@ -50,25 +52,21 @@ def gain_statistics(
     Args:
         layer: The layer, still dense.
         sites: All sites of the layer.
-        architecture: Its family.
+        config: Of its model.
 
     Returns:
         Statistics by site name, with `tokens` 0. Sites that no norm stands in front of have none, and neither
         have experts; both are logged.
     """
     roles = role_paths(sites)
-    attention = _norm_moments(layer, architecture, ("input_layernorm",))
-    mlp = _norm_moments(layer, architecture, ("pre_feedforward_layernorm", "post_attention_layernorm"))
-    known: dict[str, Tensor] = {}
-    if attention is not None:
-        known |= dict.fromkeys(("q", "k", "v"), attention.second)
-        if {"v", "o"} <= roles.keys():
-            known["o"] = _averaged_values(layer, attention.through(layer.linear(roles["v"])), roles["o"])
-    if attention is not None and mlp is not None:  # without a norm before attention, norms stand behind
-        known |= dict.fromkeys(("gate", "up"), mlp.second)
-        squares = [mlp.through(layer.linear(roles[role])) for role in ("gate", "up") if role in roles]
-        if squares:
-            known["down"] = torch.stack([item.second.diagonal() for item in squares]).prod(0).diag()
+    read = _read_moments(layer, config)
+    known = {role: read[path].second for role, path in roles.items() if path in read and role != "expert"}
+    if {"v", "o"} <= roles.keys() and roles["v"] in read:
+        known["o"] = _averaged_values(layer, read[roles["v"]].through(layer.linear(roles["v"])), roles["o"])
+    mlp = [role for role in ("gate", "up") if role in known]
+    if mlp:
+        squares = [read[roles[role]].through(layer.linear(roles[role])) for role in mlp]
+        known["down"] = torch.stack([item.second.diagonal() for item in squares]).prod(0).diag()
     found = {}
     for site in sites:
         if site.members[0] in known:
@@ -78,15 +76,14 @@ def gain_statistics(
     return found
 
 
-def _norm_moments(layer: Layer, architecture: Architecture, exported: Sequence[str]) -> _Moments | None:
-    """Return the moments of the output of the first of some norms that a layer has, by their exported names."""
-    torch_paths = {onnx: path for path, onnx in architecture.renamed.items()}
-    present = dict(layer.module.named_modules())
-    for name in exported:
-        norm = present.get(torch_paths.get(name, name))
-        if norm is not None:
-            return _output_moments(norm)
-    return None
+def _read_moments(layer: Layer, config: PretrainedConfig) -> dict[str, _Moments]:
+    """Return the moments of what each matrix behind a norm reads, by the matrix's path."""
+    if architecture_of(config).is_encoder:
+        return {}  # its norms follow the residual sums
+    read: dict[str, _Moments] = {}
+    for norm, paths in wiring_of(config, layer.index).norms.items():
+        read |= dict.fromkeys(paths, _output_moments(layer.module.get_submodule(norm)))
+    return read
 
 
 def _output_moments(norm: nn.Module) -> _Moments:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from rk_export.architectures import architecture_of
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_config import rotary_switch
 
@@ -31,6 +32,12 @@ _GENAI_TYPES = frozenset(
 )
 
 
+# GenAI allocates keys and values for `search.max_length` positions before the first token, whatever the text needs.
+MOST_BUFFER_BYTES = 512 * 2**20
+MOST_POSITIONS = 4096
+_ROUND_TO = 64
+
+
 def genai_config(
     config: PretrainedConfig,
     *,
@@ -44,28 +51,28 @@ def genai_config(
     Args:
         config: Configuration of the exported model.
         ep: Execution provider that the session is made with.
-        context_length: Tokens of prompt and answer together; the shared KV buffer has this length by default.
+        context_length: Tokens of prompt and answer together; a search may ask for as many.
         generation: Defaults of sampling and the token ids that end a text; the config's own where None.
         filename: The graph, relative to the bundle.
     """
     defaults = generation if generation is not None else GenerationConfig.from_model_config(config)
-    eos = _first_set(defaults.eos_token_id, config.eos_token_id)
-    if eos is None:
+    ends = _tokens("eos_token_id", config, defaults)
+    if not ends:
         raise InputError(
             "no eos_token_id: generation could not stop", where="config.json", fix="add eos_token_id to it"
         )
-    pad = _first_set(defaults.pad_token_id, config.pad_token_id, eos[0] if isinstance(eos, list) else eos)
+    pad = next(iter(_tokens("pad_token_id", config, defaults)), ends[0])
     return {
         "model": {
-            "bos_token_id": _first_set(defaults.bos_token_id, config.bos_token_id, pad),
+            "bos_token_id": next(iter(_tokens("bos_token_id", config, defaults)), pad),
             "context_length": context_length,
             "decoder": _decoder(config, ep, filename),
-            "eos_token_id": eos,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
             "vocab_size": config.vocab_size,
         },
-        "search": _search(defaults, context_length),
+        "search": _search(defaults, default_length(config, ep, context_length)),
     }
 
 
@@ -103,9 +110,37 @@ def _follows_switch(config: PretrainedConfig, switch: int) -> bool:
     return config.model_type == "phi3" and switch == 4096
 
 
+def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context_length: int) -> int:
+    """Return the length of a search that does not name one: its buffer of keys and values stays affordable.
+
+    Args:
+        config: Configuration of the exported model.
+        ep: Execution provider; numbers count as float16 on CUDA and as float32 elsewhere.
+        context_length: The most that a search may ask for.
+
+    Returns:
+        Positions: at most `MOST_POSITIONS`, and as many as `MOST_BUFFER_BYTES` hold for one row.
+    """
+    heads = architecture_of(config).heads(config)
+    float_bytes = 4 if ep == "cpu" else 2
+    position_bytes = 2 * config.num_hidden_layers * heads.kv_heads * heads.head_dim * float_bytes
+    held = max(_ROUND_TO, MOST_BUFFER_BYTES // position_bytes // _ROUND_TO * _ROUND_TO)
+    return int(min(context_length, MOST_POSITIONS, held))
+
+
 def write_genai_config(folder: Path, values: dict[str, Any]) -> None:
     """Write ``genai_config.json`` into a bundle."""
     (folder / "genai_config.json").write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+
+
+def _tokens(name: str, config: PretrainedConfig, defaults: GenerationConfig) -> list[int]:
+    """Return the ids of a special token, the generation defaults' before the config's; -1 and the like are none."""
+    for source in (defaults, config):
+        value = getattr(source, name, None)
+        ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
+        if valid := [token for token in ids if 0 <= token < config.vocab_size]:
+            return valid
+    return []
 
 
 def _first_set(*values: Any) -> Any:
@@ -139,11 +174,11 @@ def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str
     }
 
 
-def _search(defaults: GenerationConfig, context_length: int) -> dict[str, Any]:
+def _search(defaults: GenerationConfig, max_length: int) -> dict[str, Any]:
     return {
         "do_sample": bool(defaults.do_sample),
         "early_stopping": True,
-        "max_length": context_length,
+        "max_length": max_length,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,

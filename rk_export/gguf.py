@@ -1,8 +1,9 @@
 """GGUF file -> Hugging Face folder, one tensor in memory at a time, cached by content.
 
 GGUF stores what llama.cpp computes with, which differs from the checkpoint it was made from: q/k rows of the
-llama family are permuted for interleaved rotary embedding, Gemma norms hold 1 + w, Llama-3 frequency scaling
-is a tensor, and the tokenizer's splitting rule is only a name. Each is undone here; leftovers are refused.
+llama family are permuted for interleaved rotary embedding, Gemma norms hold 1 + w, experts are stacked, Llama-3
+frequency scaling is a tensor, and the tokenizer's splitting rule is only a name. Each is undone here; leftovers
+are refused, from the header alone, before a weight is read.
 """
 
 from __future__ import annotations
@@ -11,147 +12,108 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
-from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.folders import AtomicFolder, check_free_space, sha256_of
-from rk_export.gguf_config import CLASSES, GgufFile, check_magic, config_of, open_gguf
-from rk_export.gguf_tokenizer import write_tokenizer
+from rk_export.folders import AtomicFolder, check_free_space
+from rk_export.gguf_config import config_of
+from rk_export.gguf_families import Family, family_of
+from rk_export.gguf_file import GgufFile, open_gguf
+from rk_export.gguf_tensors import Origin, checkpoint_tensor, origins
+from rk_export.gguf_tokenizer import WHOLE_WORDS_FIRST, check_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/rk-export/gguf")
-_FORMAT = 1  # raise when the conversion changes: cached folders of an older format are then made again
+# Raise what changes: cached folders of an older format are then made again, the others stay.
+_FORMAT, _FORMAT_OF_WHOLE_WORDS = 1, 2
 
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+@dataclass(frozen=True)
+class _Conversion:
+    """What the header says about a file that can be converted."""
+
+    source: GgufFile
+    family: Family
+    config: PretrainedConfig
+    tensors: Mapping[str, Origin]
+
+
 def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Convert a GGUF file into a Hugging Face folder, or return the one made earlier from the same content.
+    """Convert a GGUF model into a Hugging Face folder, or return the one made earlier from the same content.
 
     The folder holds ``config.json``, ``model.safetensors`` (float16 or bfloat16 when every matrix of the file
-    is, else float32, quantized blocks dequantized exactly) and the tokenizer.
+    is, else float32, quantized blocks dequantized exactly) and the tokenizer. All that can be refused is refused
+    from the header, before the weights are read.
 
     Args:
-        path: The ``.gguf`` file.
+        path: The ``.gguf`` file; any shard of a split one stands for all.
         cache_dir: Where converted folders are kept; ``~/.cache/rk-export/gguf`` when None.
 
     Raises:
-        InputError: The file is missing, truncated or no GGUF, or the disk is full.
-        UnsupportedModelError: Its architecture, scaling or tokenizer rule cannot be converted faithfully.
+        InputError: A file is missing, truncated or no GGUF, shards do not belong together, or the disk is full.
+        UnsupportedModelError: Its architecture, scaling, encoding or tokenizer cannot be converted faithfully.
     """
-    source = Path(path).expanduser()
-    check_magic(source)
+    conversion = _read(Path(path).expanduser())
+    source = conversion.source
     root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
-    folder = root / f"{source.stem}-{sha256_of(source)[:16]}-v{_FORMAT}"
+    folder = root / f"{source.stem}-{source.digest()[:16]}-v{_format(source)}"
     if folder.is_dir():
-        logger.info("%s: already converted, %s", source.name, folder)
+        logger.info("%s: already converted, %s", source.path.name, folder)
         return folder
-    opened = open_gguf(source)
-    if opened.architecture not in CLASSES:
-        raise UnsupportedModelError(
-            f"GGUF architecture {opened.architecture!r} cannot be converted",
-            where=str(source),
-            fix=f"use the Hugging Face checkpoint; GGUF is read for {', '.join(sorted(CLASSES))}",
-        )
     with AtomicFolder(folder, force=True) as partial:
-        _convert(opened, partial)
+        _convert(conversion, partial)
     return folder
 
 
-def _convert(source: GgufFile, folder: Path) -> None:
-    """Write config, weights and tokenizer of an opened GGUF file into an empty folder."""
-    config = config_of(source)
-    shapes = _parameter_shapes(config)
-    names = _gguf_names(source, config, shapes)
+def _format(source: GgufFile) -> int:
+    rule = str(source.get("tokenizer.ggml.pre"))
+    return _FORMAT_OF_WHOLE_WORDS if rule in WHOLE_WORDS_FIRST else _FORMAT
+
+
+def _read(path: Path) -> _Conversion:
+    """Read the header and check everything that it shows."""
+    source = open_gguf(path)
+    family = family_of(source)
+    check_tokenizer(source)
+    config = config_of(source, family)
+    return _Conversion(source, family, config, origins(source, config, family))
+
+
+def _convert(conversion: _Conversion, folder: Path) -> None:
+    """Write config, weights and tokenizer of an opened GGUF model into an empty folder."""
+    config, tensors = conversion.config, conversion.tensors
     dtype = config.dtype
+    shapes = {name: origin.shape for name, origin in tensors.items()}
     needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     check_free_space(folder, needed)
-    logger.info("%s: %d tensors to %s, %.0f MB", source.path.name, len(shapes), dtype, needed / 1e6)
-
-    def tensor_of(name: str) -> torch.Tensor:
-        return _tensor(source, config, names[name]).to(dtype)
-
-    _stream_safetensors(folder / "model.safetensors", shapes, dtype, tensor_of)
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    write_tokenizer(
-        source.path,
-        folder,
-        model=source.get("tokenizer.ggml.model"),
-        rule=source.get("tokenizer.ggml.pre"),
-        max_length=config.max_position_embeddings,
+    logger.info(
+        "%s: %d tensors to %s, %.0f MB", conversion.source.path.name, len(shapes), dtype, needed / 1e6
     )
 
+    def tensor_of(name: str) -> torch.Tensor:
+        return checkpoint_tensor(tensors[name], config, conversion.family).to(dtype)
 
-def _parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the checkpoint's tensor names and shapes without allocating them; a tied head is left out."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def _gguf_names(
-    source: GgufFile, config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """Map each parameter to its GGUF tensor; every tensor of the file must be used, with the right shape."""
-    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == source.architecture)
-    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    names = {}
-    for name, shape in shapes.items():
-        stem, suffix = name.rsplit(".", 1)
-        names[name] = f"{table.get_name(stem)}.{suffix}"
-        tensor = source.tensors.get(names[name])
-        if tensor is None:
-            raise InputError(f"tensor {names[name]} ({name}) is missing", where=str(source.path))
-        if tuple(int(n) for n in reversed(tensor.shape)) != shape:
-            raise InputError(
-                f"tensor {names[name]} has shape {tensor.shape[::-1]}, not {shape}", where=str(source.path)
-            )
-    unused = sorted(set(source.tensors) - set(names.values()) - {"rope_freqs.weight"})
-    if unused:
-        raise UnsupportedModelError(
-            f"{len(unused)} tensors have no place in {config.architectures[0]}: {', '.join(unused[:4])}",
-            where=str(source.path),
-            fix="use the Hugging Face checkpoint of this model",
-        )
-    return names
+    write_tokenizer(conversion.source, folder, max_length=config.max_position_embeddings)
+    config.save_pretrained(folder)
+    _generation_defaults(conversion.source, config).save_pretrained(folder)
+    _stream_safetensors(folder / "model.safetensors", shapes, dtype, tensor_of)
 
 
-def _tensor(source: GgufFile, config: PretrainedConfig, name: str) -> torch.Tensor:
-    """Dequantize one tensor and undo llama.cpp's layout."""
-    stored = source.tensors[name]
-    try:
-        values = gguf.dequantize(stored.data, stored.tensor_type)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(
-            f"{name} is stored as {stored.tensor_type.name}, which cannot be dequantized",
-            where=str(source.path),
-        ) from error
-    if source.architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-        heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
-        values = rotary_halves(values, heads)
-    elif source.architecture == "gemma2" and name.endswith("norm.weight"):
-        values = values - 1
-    return torch.from_numpy(np.array(values, copy=True))
-
-
-def rotary_halves(W: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder q or k rows from llama.cpp's interleaved pairs to the two halves that transformers rotates.
-
-    Args:
-        W: (heads * head_dim, hidden).
-        heads: Heads of this projection.
-    """
-    pairs = W.reshape(heads, -1, 2, W.shape[-1])  # (heads, head_dim / 2, 2, hidden)
-    return pairs.swapaxes(1, 2).reshape(W.shape)
+def _generation_defaults(source: GgufFile, config: PretrainedConfig) -> GenerationConfig:
+    """Return the defaults of generation; a chat model stops at the end of its turn as well."""
+    defaults = GenerationConfig.from_model_config(config)
+    turn = source.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != config.eos_token_id:
+        defaults.eos_token_id = [token for token in (config.eos_token_id, turn) if token is not None]
+    return defaults
 
 
 def _stream_safetensors(

@@ -1,28 +1,21 @@
-"""Metadata of a GGUF file and the transformers config that it describes."""
+"""The transformers config that the metadata of a GGUF file describes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import logging
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from rk_export.errors import InputError, UnsupportedModelError
+from rk_export.gguf_families import Family
+from rk_export.gguf_file import GgufFile
+from rk_export.gguf_rotary import rotary_parameters
 
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
-}
+logger = logging.getLogger(__name__)
+
 _CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -37,141 +30,136 @@ _CONFIG_KEYS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_REQUIRED = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+)
 _TOKEN_KEYS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
     "unknown_token_id": "unk_token_id",
     "padding_token_id": "pad_token_id",
 }
+# Read elsewhere, or said by the tensors themselves.
+_OTHER_KEYS = frozenset(
+    (
+        *("vocab_size", "attention.value_length", "attention.causal", "attention.sliding_window_pattern"),
+        *("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
+        *("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_weights_norm"),
+        *("expert_gating_func", "expert_weights_scale"),
+        *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear"),
+    )
+)
 
 
-@dataclass(frozen=True)
-class GgufFile:
-    """An opened GGUF file: architecture, metadata scalars, and its tensors by GGUF name."""
-
-    path: Path
-    reader: Any
-    tensors: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.get("general.architecture", ""))
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a metadata value, floats rounded to the shortest decimal that float32 tells apart."""
-        field = self.reader.fields.get(key)
-        if field is None:
-            return default
-        value = field.contents()
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def model_key(self, suffix: str) -> Any:
-        """Return the value of ``{architecture}.{suffix}``, None when absent."""
-        return self.get(f"{self.architecture}.{suffix}")
-
-
-def check_magic(path: Path) -> None:
-    """Raise InputError unless the file exists and begins as a GGUF file."""
-    if not path.is_file():
-        raise InputError("no such file", where=str(path), fix="give the path of a .gguf file")
-    with path.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise InputError(
-                "not a GGUF file: it does not begin with 'GGUF'", where=str(path), fix="download it again"
-            )
-
-
-def open_gguf(path: Path) -> GgufFile:
-    """Map a GGUF file; InputError when it is truncated or damaged."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        fix = "download it again and compare its size with the publisher's"
-        raise InputError("the GGUF file is truncated or damaged", where=str(path), fix=fix) from error
-    return GgufFile(path, reader, {tensor.name: tensor for tensor in reader.tensors})
-
-
-def config_of(source: GgufFile) -> PretrainedConfig:
+def config_of(source: GgufFile, family: Family) -> PretrainedConfig:
     """Build the transformers config from the file's metadata.
 
     Raises:
-        InputError: A size that every model has is not in the file.
-        UnsupportedModelError: Sizes differ between layers, or the rotary scaling is not known.
+        InputError: A size that every model has is not in the file, or has no sense.
+        UnsupportedModelError: Sizes differ between layers, or the model has an option that is not known.
     """
     values = _stated(source)
-    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"):
-        if name not in values:
-            raise InputError(f"the metadata does not state {name}", where=str(source.path))
+    _check_attention(source, values)
+    _warn_of_unread_keys(source)
     if "token_embd.weight" not in source.tensors:
         raise InputError("the GGUF file holds no token embedding", where=str(source.path))
-    head_dim = values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-    if source.architecture == "gemma2":
-        values["query_pre_attn_scalar"] = _gemma2_scale(values)
-    values["vocab_size"] = int(source.tensors["token_embd.weight"].shape[-1])
+    values["vocab_size"] = _vocabulary(source)
     values["tie_word_embeddings"] = "output.weight" not in source.tensors
-    config = AutoConfig.for_model(source.architecture, rope_parameters=_rope(source, head_dim), **values)
-    config.architectures = [CLASSES[source.architecture]]
+    values |= family.settings(source, values)
+    rotary = rotary_parameters(source, values)
+    try:
+        config = AutoConfig.for_model(family.model_type, rope_parameters=rotary, **values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise InputError(
+            f"the metadata makes no {family.model_type} config: {str(error).splitlines()[0]}",
+            where=str(source.path),
+        ) from error
+    config.architectures = [family.model_class]
     config.dtype = _dtype(source)
     return config
 
 
 def _stated(source: GgufFile) -> dict[str, Any]:
     """Return what the metadata states, under transformers' names; absent token ids are None."""
+    for suffix in _REQUIRED:
+        source.required(suffix)
     values = {name: source.model_key(suffix) for suffix, name in _CONFIG_KEYS.items()}
     for name, value in values.items():
         if isinstance(value, list):
             raise UnsupportedModelError(f"{name} differs between layers", where=str(source.path))
+        if value is not None and not isinstance(value, int | float):
+            raise InputError(f"{name} is {value!r}, no number", where=str(source.path))
+    if values["rms_norm_eps"] is None and values["norm_epsilon"] is None:
+        source.required("attention.layer_norm_rms_epsilon")
     stated = {name: value for name, value in values.items() if value is not None}
-    tokens = {name: source.get(f"tokenizer.ggml.{suffix}") for suffix, name in _TOKEN_KEYS.items()}
-    return stated | tokens
+    heads = stated["num_attention_heads"]
+    stated.setdefault("num_key_value_heads", heads)
+    if not heads or not stated["num_key_value_heads"]:
+        raise InputError("the metadata states no heads", where=str(source.path))
+    stated.setdefault("head_dim", stated["hidden_size"] // heads)
+    _check_layers(source, stated["num_hidden_layers"])
+    if stated.get("sliding_window") == 0:  # llama.cpp's way to say that there is none
+        stated["sliding_window"] = None
+    return stated | {name: source.get(f"tokenizer.ggml.{suffix}") for suffix, name in _TOKEN_KEYS.items()}
 
 
-def _gemma2_scale(values: dict[str, Any]) -> int:
-    """Return Gemma 2's attention scale, absent from GGUF: hidden / heads for 27B, known by its 46 layers."""
-    if values["num_hidden_layers"] == 46:
-        return int(values["hidden_size"] // values["num_attention_heads"])
-    return int(values["head_dim"])
+def _check_layers(source: GgufFile, stated: int) -> None:
+    """A damaged number of layers must not be built."""
+    found = len({name.split(".")[1] for name in source.tensors if name.startswith("blk.")})
+    if not 0 < stated <= found:
+        raise InputError(
+            f"the metadata states {stated} layers, the tensors are of {found}",
+            where=str(source.path),
+            fix="the file is incomplete: take another conversion of this model",
+        )
 
 
-def _rope(source: GgufFile, head_dim: int) -> dict[str, Any]:
-    """Return the rotary parameters: base, share of the head that rotates, and scaling."""
-    rotary = source.model_key("rope.dimension_count") or head_dim
-    base = {"rope_theta": source.model_key("rope.freq_base") or 10000.0}
-    if rotary != head_dim:
-        base["partial_rotary_factor"] = rotary / head_dim
-    kind = source.model_key("rope.scaling.type")
-    if kind not in (None, "none", "linear"):
-        raise UnsupportedModelError(f"rotary scaling {kind!r} cannot be converted", where=str(source.path))
-    if kind == "linear":
-        return base | {"rope_type": "linear", "factor": source.model_key("rope.scaling.factor")}
-    if "rope_freqs.weight" in source.tensors:
-        return base | _llama3_scaling(source, base["rope_theta"], rotary)
-    return base | {"rope_type": "default"}
+def _check_attention(source: GgufFile, values: dict[str, Any]) -> None:
+    """The decoder attends causally, with values as wide as keys."""
+    if source.model_key("attention.causal") is False:
+        raise UnsupportedModelError(
+            "the model attends in both directions: it embeds texts and does not write them",
+            where=f"{source.path}, key {source.architecture}.attention.causal",
+        )
+    width = source.model_key("attention.value_length", values["head_dim"])
+    if width != values["head_dim"]:
+        raise UnsupportedModelError(
+            f"values have {width} entries a head and keys {values['head_dim']}", where=str(source.path)
+        )
 
 
-def _llama3_scaling(source: GgufFile, theta: float, rotary: int) -> dict[str, Any]:
-    """Recover Llama-3 scaling from the file's tensor of frequency divisors, checked against all of them."""
-    divisors = source.tensors["rope_freqs.weight"].data
-    factor = float(np.max(divisors))
-    if not np.allclose(llama3_divisors(theta, rotary, factor), divisors, rtol=1e-3):
-        raise UnsupportedModelError("the rotary divisors are not those of Llama 3", where=str(source.path))
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+def _warn_of_unread_keys(source: GgufFile) -> None:
+    """Say which statements about the model have no reader here: a newer llama.cpp may mean something by them."""
+    prefix = source.architecture + "."
+    suffixes = (key.removeprefix(prefix) for key in source.metadata if key.startswith(prefix))
+    unread = [
+        suffix
+        for suffix in suffixes
+        if suffix not in _CONFIG_KEYS and suffix not in _OTHER_KEYS and not suffix.startswith("rope.scaling.")
+    ]
+    if unread:
+        stated = ", ".join(f"{suffix} = {source.model_key(suffix)}"[:80] for suffix in sorted(unread))
+        logger.warning("%s: not read, and not known to change what it computes: %s", source.path.name, stated)
 
 
-def llama3_divisors(theta: float, rotary: int, factor: float) -> np.ndarray:
-    """Divisors of the rotary frequencies (rotary/2,) under Llama-3 scaling from a context of 8192."""
-    wavelength = 2 * math.pi * theta ** (np.arange(0, rotary, 2) / rotary)
-    share = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)  # 0: slow, fully scaled; 1: fast, kept
-    return np.asarray(1.0 / ((1.0 - share) / factor + share))
+def _vocabulary(source: GgufFile) -> int:
+    """Return the rows of the embedding, which may be more than the tokens that the tokenizer has."""
+    rows = source.tensors["token_embd.weight"].shape[0]
+    tokens = len(source.get("tokenizer.ggml.tokens", ()))
+    if tokens > rows:
+        raise InputError(
+            f"the tokenizer has {tokens} tokens, the embedding {rows} rows",
+            where=str(source.path),
+            fix="the file is damaged: take another conversion of this model",
+        )
+    return rows
 
 
 def _dtype(source: GgufFile) -> torch.dtype:
     """Return the matrices' own half precision, or float32 when any of them is quantized or float32."""
-    kinds = {tensor.tensor_type.name for tensor in source.tensors.values() if len(tensor.shape) > 1}
+    kinds = {tensor.kind.name for tensor in source.tensors.values() if len(tensor.shape) > 1}
     return {("F16",): torch.float16, ("BF16",): torch.bfloat16}.get(tuple(kinds), torch.float32)

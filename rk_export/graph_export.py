@@ -75,7 +75,12 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
         FusionError: If a planned pattern is missing.
     """
     options = rewritten.plan.options
-    module = frontend.build_module(rewritten.model.config, ep=options.ep, dtype=options.float_dtype)
+    module = frontend.build_module(
+        rewritten.model.config,
+        ep=options.ep,
+        dtype=options.float_dtype,
+        positions=options.context_length,
+    )
     swapped = _swap_projections(rewritten, module)
     _swap_outer(rewritten, module)
     model = frontend.trace(module)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rk_export.basis_selection import Selection
 from rk_export.calibration import calibration_tokens
 from rk_export.cap import cap_parts
-from rk_export.changes import prepared_source, pruned_source, selected_bases
+from rk_export.changes import decided_preparations, prepared_source, pruned_source, selected_bases
 from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.device import resolve_device
 from rk_export.layer_statistics import FromDense, FromGains, FromPrefix, LayerStatistics, NoStatistics
@@ -42,11 +42,13 @@ class Groundwork:
     Args:
         dense: The dense model, reparameterized as the options ask.
         source: What is compressed: the dense model, pruned and tuned as the options ask.
+        options: What was asked for, the reparameterizations named.
         statistics: Of `source`; None where the metric uses no text, or the model is an encoder.
         table: What errors of the embedding cost; None like the statistics.
         tokens: The calibration text, int64 (sequences, length); None where the metric uses none.
         selection: The bases that were selected for a task (2405.15877), `source` being folded from them.
         parts: The low rank and sparse parts that were chosen (2505.03801).
+        choice: What each reparameterization would have cost.
         left_out: What was asked for and could not be had, with the reason.
     """
 
@@ -58,6 +60,7 @@ class Groundwork:
     tokens: Tensor | None = None
     selection: Selection | None = None
     parts: Mapping[Place, Parts] | None = None
+    choice: tuple[Finding, ...] = ()
     left_out: tuple[Finding, ...] = ()
 
     def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
@@ -85,13 +88,15 @@ class Groundwork:
     def findings(self) -> tuple[Finding, ...]:
         """What was reparameterized, pruned and tuned, what was not, and what else was left out."""
         tuned = () if self.selection is None else (self.selection.finding,)
-        return (*self.source.findings, *tuned, *self.left_out)
+        told = {finding.target for finding in self.choice}
+        others = (finding for finding in self.source.findings if finding.target not in told)
+        return (*self.choice, *others, *tuned, *self.left_out)
 
     def layer_statistics(self) -> LayerStatistics:
         """Return where the statistics of the layers' sites come from."""
         calibration, architecture = self.options.calibration, self.source.architecture
         if calibration.metric == "gain":
-            return FromGains(architecture)
+            return FromGains(self.source.config)
         if self.statistics is None or self.tokens is None:
             return NoStatistics()
         dense = FromDense(self.statistics)
@@ -123,6 +128,8 @@ def groundwork(
     reads_text = options.calibration.uses_text and not source.architecture.is_encoder
     if reads_text and (weighs or options.prune is not None):
         tokens = calibration_tokens(source, options.calibration, device)
+    choice = decided_preparations(source, options, tokens, device)
+    options = replace(options, prepare=choice.names)
     dense = prepared_source(source, options, tokens, device)
     changed = pruned_source(dense, options, pruning, tokens, device)
     selection = None
@@ -131,10 +138,13 @@ def groundwork(
         changed = TunedSource(changed, selection.tensors)
     if tokens is None or not weighs:
         left_out = tuple(_left_out(source, options))
-        return Groundwork(dense, changed, options, selection=selection, left_out=left_out)
+        return Groundwork(
+            dense, changed, options, selection=selection, choice=choice.findings, left_out=left_out
+        )
     model = changed.load()
     statistics = model_statistics(changed, model, tokens, options)
-    table = table_curvature(model, source.architecture, shortened(tokens), device)
+    priced = options.budget is not None
+    table = table_curvature(model, source.architecture, shortened(tokens), device, gradients=priced)
     del model
     parts = None
     if options.cap is not None:
@@ -148,6 +158,7 @@ def groundwork(
         tokens,
         selection,
         parts,
+        choice.findings,
         (diagonals_finding(changed),) if only_diagonals(changed, options) else (),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import Architecture
 from rk_export.calibration import CalibrationStreams
@@ -60,10 +60,10 @@ class NoStatistics(Stationary):
 class FromGains(Stationary):
     """Moments estimated from the norms' gains and the weights (see `gain.py`)."""
 
-    architecture: Architecture
+    config: PretrainedConfig
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
-        return gain_statistics(layer, sites, self.architecture)
+        return gain_statistics(layer, sites, self.config)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ class FromDense(Stationary):
                 {
                     role: known.gradients[layer.index, path] * known.tokens
                     for role, path in zip(site.members, site.paths, strict=True)
+                    if known.gradients
                 },
             )
             for site in sites
             if "expert" not in site.members
-            and all((layer.index, path) in known.gradients for path in site.paths)
+            and all((layer.index, path) in (known.gradients or known.second) for path in site.paths)
         }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rk_export.errors import InputError
 from rk_export.log_likelihood import Continuation, PairEncoder, log_likelihoods
 from rk_export.runtime import GenerationOptions, Session
-from rk_export.runtime.bundle_config import read_json
+from rk_export.runtime.bundle_files import read_json
 from rk_export.runtime.providers import Provider
 
 try:
@@ -41,12 +41,13 @@ class BundleLM(LM):
         threads: Threads of ONNX Runtime.
         max_length: Most tokens of prompt and answer; None takes the model's context.
         max_gen_toks: Most new tokens where a task does not say.
-        device: lm-eval's ``--device``: ``cpu`` or ``cuda``.
+        device: lm-eval's ``--device``, ``cpu`` or ``cuda``. lm-eval gives ``cuda:0`` where the user gave nothing, so
+            ``cuda`` means CUDA where it works and the CPU, with a notice, elsewhere; ``provider`` insists.
         batch_size: Not used: rows run together as their lengths allow.
         max_batch_size: Not used.
 
     Raises:
-        InputError: The bundle cannot be used.
+        InputError: The bundle cannot be used, or there is no such device.
         ProviderError: CUDA was asked for and cannot run this bundle here.
     """
 
@@ -62,10 +63,8 @@ class BundleLM(LM):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if provider == "auto" and device is not None:
-            provider = "cuda" if device.startswith("cuda") else "cpu"
         self.session = Session.from_pretrained(
-            bundle, provider=provider, threads=threads, max_length=max_length
+            bundle, provider=_provider(provider, device), threads=threads, max_length=max_length
         )
         self.max_gen_toks = max_gen_toks
         self._encoder = PairEncoder(self.session.text_codec, self.session.rows)
@@ -144,6 +143,18 @@ class BundleLM(LM):
             rotary_switch=self.session.config.rotary_switch,
         )
         return [(one.log_likelihood, one.greedy) for one in found]
+
+
+def _provider(provider: Provider, device: str | None) -> Provider:
+    """Return the execution provider for lm-eval's device; a provider that the user named comes first."""
+    if provider != "auto" or device in (None, "cuda", "cuda:0"):
+        return provider
+    if device == "cpu":
+        return "cpu"
+    fix = "give cpu or cuda"
+    if device.startswith("cuda:"):
+        fix = f"choose the card by the environment, CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}, and give cuda"
+    raise InputError(f"a bundle cannot run on {device!r}", where="--device", fix=fix)
 
 
 def _start_token(session: Session) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -10,26 +11,24 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.architectures import Architecture, architecture_of, empty_model
 from rk_export.errors import InputError
-from rk_export.gguf import gguf_to_folder
+from rk_export.find_model import find_base, find_folder
+from rk_export.leftovers import check_kind
+from rk_export.model_tensors import model_tensors
 from rk_export.plan import Pruning
-from rk_export.report import Finding
-from rk_export.tensor_files import StoredTensors, open_tensors
+from rk_export.remote_code import refuse_remote_code
+from rk_export.report import Finding, Outcome
+from rk_export.tensor_files import StoredTensors
+from rk_export.weight_files import ADAPTER_WEIGHTS, check_known_layout
 
 logger = logging.getLogger(__name__)
 
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
 # Families whose checkpoints store tensors in another arrangement than their modules; transformers converts them.
 CONVERTED_ON_LOAD = frozenset({"mixtral", "qwen3_moe"})
 
@@ -40,33 +39,66 @@ class ModelSource:
     Args:
         folder: An HF folder with config.json and safetensors.
         name: What the user called the model; `title`, for reports, leaves out where it lies on this machine.
+        adapter: A LoRA adapter that is merged into it as its tensors are read.
 
     Raises:
-        InputError: If the folder, its config or its weights are missing or broken.
+        InputError: If the folder, its config or its weights are missing or broken, or do not belong together.
         UnsupportedModelError: If the architecture is unknown.
 
     Attributes:
+        folder: Where the tokenizer lies: with the weights, or with an adapter that brings another one.
+        config: As the stored tensors say it is: a model that config.json ties is untied if its head is stored too.
         findings: What was done to the model on the way from its files.
+        notices: What a reader of config.json alone would not expect.
         variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
         pruning: What whole structures the source leaves out; None for none.
+        changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
     """
 
     findings: tuple[Finding, ...] = ()
+    notices: tuple[str, ...] = ()
     variant: str = ""
     pruning: Pruning | None = None
+    changed: str = ""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, adapter: Adapter | None = None) -> None:
+        self.name, self._weights = name, folder
+        self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
-        self.config = read_config(folder)
-        self.architecture: Architecture = architecture_of(self.config)
+        config = read_config(folder)
+        self.architecture: Architecture = architecture_of(config)
+        check_kind(config, is_encoder=self.architecture.is_encoder)
+        opened = model_tensors(folder, config, adapter)
+        self.config, self.notices = opened.config, opened.notices
         self._whole = self.config.model_type in CONVERTED_ON_LOAD
-        self._stored: StoredTensors = open_tensors(folder)
+        self._model_class = type(opened.names.model)
+        self._stored: StoredTensors = opened.tensors
+        self._adapter = adapter
+        if adapter is not None:
+            self._say_merged(adapter)
+        for notice in opened.notices:
+            logger.warning("%s: %s", self.title, notice)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide what the tensors are."""
+        adapter = () if self._adapter is None else (self._adapter.folder / ADAPTER_CONFIG,)
+        return (self._weights / "config.json", *adapter, *sorted(self._stored.files))
+
+    @property
+    def origin(self) -> tuple[Path, Path | None]:
+        """What `open_source` opens this source by: a folder, and the base model's folder where it is an adapter."""
+        return (self._weights, None) if self._adapter is None else (self._adapter.folder, self._weights)
 
     @cached_property
     def layer_count(self) -> int:
         """Number of decoder (or encoder) layers."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def stored(self) -> StoredTensors:
+        """The checkpoint's tensors by name."""
+        return self._stored
 
     def structure(self) -> str:
         """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""
@@ -113,7 +145,7 @@ class ModelSource:
             if self.architecture.is_encoder and owner.startswith(self.architecture.unused):
                 _assign(model, name, torch.zeros(parameter.shape))  # exported nowhere, and often not stored
                 continue
-            _assign(model, name, self.tensor(self._key(model, name)))
+            _assign(model, name, self.tensor(name))
         if tied and self.architecture.lm_head:
             head = model.get_submodule(self.architecture.lm_head)
             head.weight = model.get_submodule(self.architecture.embedding).weight
@@ -145,24 +177,41 @@ class ModelSource:
     def _fill(self, model: PreTrainedModel, module: nn.Module, prefix: str) -> None:
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                _assign(model, prefix + name, self.tensor(self._key(model, prefix + name)))
+                _assign(model, prefix + name, self.tensor(prefix + name))
 
-    def _key(self, model: PreTrainedModel, name: str) -> str:
-        base = model.base_model_prefix + "."
-        for key in (name, name.removeprefix(base), base + name):
-            if key in self._stored.shapes:
-                return key
-        raise InputError(
-            f"tensor {name!r} is missing",
-            where=str(self.folder),
-            fix="the checkpoint is incomplete: download it again",
+    def _say_merged(self, adapter: Adapter) -> None:
+        """Note the merged adapter among findings and notices."""
+        self.changed = "a LoRA adapter is merged"
+        matrices, replaced, rule = len(adapter.pairs), len(adapter.whole), adapter.rule
+        details = {
+            "pass": "merge",
+            "adapter": adapter.folder.name,
+            "matrices": matrices,
+            "replaced": replaced,
+        }
+        self.findings = (
+            Finding("adapter", Outcome.APPLIED, details=details | {"r": rule.rank, "lora_alpha": rule.alpha}),
         )
+        whole = f", and {replaced} trained tensors taken from it" if replaced else ""
+        self.notices = (
+            f"The LoRA adapter {adapter.folder.name} (r {rule.rank}, alpha {rule.alpha:g}) is merged into "
+            f"{matrices} matrices of {self._weights.name}{whole}.",
+            *self.notices,
+        )
+        logger.info("%s", self.notices[0])
 
     def _load_whole(self) -> PreTrainedModel:
+        """Return the model as transformers converts it, from our tensors: renamed, merged, and with what ties hold."""
         for key in self._stored.shapes:
             self.tensor(key)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        model, info = self._model_class.from_pretrained(
+            None,
+            config=copy.deepcopy(self.config),
+            state_dict={key: _Unread(self, key) for key in self._stored.shapes},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         for name, stored, expected in info["mismatched_keys"]:
             raise InputError(
@@ -170,9 +219,9 @@ class ModelSource:
                 where=name,
                 fix="config.json and the weights do not belong together",
             )
-        if info["missing_keys"]:
+        if broken := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
             raise InputError(
-                f"tensor {min(info['missing_keys'])!r} is missing",
+                f"tensor {broken[0]!r} is missing or incomplete",
                 where=str(self.folder),
                 fix="the checkpoint is incomplete: download it again",
             )
@@ -180,59 +229,78 @@ class ModelSource:
         return result
 
 
-def open_source(model: str | Path) -> ModelSource:
-    """Open a dense model: an HF folder, a GGUF file or a hub id.
+class _Unread:
+    """A tensor that transformers reads when it comes to it, as it reads slices of safetensors files."""
+
+    def __init__(self, source: ModelSource, key: str) -> None:
+        self._source, self._key = source, key
+
+    def __getitem__(self, index: object) -> Tensor:
+        return self._source.tensor(self._key)
+
+
+def open_source(model: str | Path, base: str | Path | None = None) -> ModelSource:
+    """Open a dense model: an HF folder, a GGUF file, a hub id, or a LoRA adapter of one of these.
+
+    Args:
+        model: The model, or an adapter's folder or hub id.
+        base: The base model of an adapter; None takes the one that its configuration names.
 
     Raises:
         InputError: If nothing usable is there.
     """
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(
-                "is a file but not a GGUF file",
-                where=str(path),
-                fix="name an HF folder, a .gguf file or a hub id",
-            )
-        return ModelSource(gguf_to_folder(path), str(model))
-    if path.is_dir():
-        return ModelSource(path, str(model))
-    return ModelSource(_download(str(model)), str(model))
-
-
-def _download(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    folder = find_folder(model)
+    if is_adapter(folder):
+        refuse_remote_code(folder)
+        adapter = read_adapter(folder)
+        return ModelSource(find_base(adapter, base), str(model), adapter)
+    if base is not None:
         raise InputError(
-            "no such file or folder",
-            where=name,
-            fix="name an HF folder, a .gguf file or a hub id like org/name",
+            "goes with a LoRA adapter, and the model is none",
+            where="--base",
+            fix=f"drop it, or name a folder with {ADAPTER_CONFIG}",
         )
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"neither a local folder nor a model that the hub delivers ({type(error).__name__})",
-            where=name,
-            fix="check the name, the network and, for gated models, your token",
-        ) from error
+    return ModelSource(folder, str(model))
 
 
 def read_config(folder: Path) -> PretrainedConfig:
     """Read config.json.
 
     Raises:
-        InputError: If it is missing, broken or of an unknown model type.
+        InputError: If it is missing, broken, of an unknown model type, or of a form that only other tools read, or
+            the folder names code of its own.
     """
-    if not (folder / "config.json").is_file():
-        raise InputError("no config.json", where=str(folder), fix="name a folder that save_pretrained wrote")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _no_config(folder)
+    refuse_remote_code(folder)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        check_known_layout(folder, json.loads(path.read_text(encoding="utf-8")))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
-            f"cannot be read: {str(error).splitlines()[0]}",
-            where=str(folder / "config.json"),
+            f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            where=str(path),
             fix="check the file",
         ) from error
+    # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
+def _no_config(folder: Path) -> InputError:
+    """Return the message about a folder without config.json, from what lies there instead."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return InputError(
+            f"{ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}, which holds the scale of the adapter",
+            where=str(folder),
+            fix=f"add the adapter's {ADAPTER_CONFIG} and give --base MODEL",
+        )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    hint = f"; the folder {inner[0]} in it has one" if inner else ""
+    return InputError(
+        f"no config.json{hint}", where=str(folder), fix="name a folder that save_pretrained wrote"
+    )
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

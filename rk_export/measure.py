@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import architecture_of
+from rk_export.context import context_of
 from rk_export.errors import InputError
 from rk_export.perplexity import LogitsFn, PerplexityResult, known_tokens, perplexity, tokens_of
 from rk_export.runtime import bench
@@ -103,12 +104,13 @@ def check_text(text: EvalText, tokenizer_folder: Path, longest: int, rows: int) 
         )
 
 
-def context_length(config: PretrainedConfig, option: str) -> int:
+def context_length(config: PretrainedConfig, option: str, wanted: int | None = None) -> int:
     """Return the most positions that a decoder takes.
 
     Args:
         config: The model's configuration.
         option: The option that asks for a decoder, for the message.
+        wanted: The context that was asked for, or None.
 
     Raises:
         InputError: If the model is an encoder, which predicts no next token.
@@ -119,7 +121,7 @@ def context_length(config: PretrainedConfig, option: str) -> int:
             where=option,
             fix="leave the option out",
         )
-    return int(config.max_position_embeddings)
+    return context_of(config, wanted)
 
 
 def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from rk_export.candidates import Form
 from rk_export.cap_pools import Prices
-from rk_export.currencies import fixed_bytes, table_count
+from rk_export.currencies import table_count
 from rk_export.dense_statistics import Place
 from rk_export.errors import InputError
+from rk_export.fixed_parts import fixed_parts, in_words
+from rk_export.humanize import size
 from rk_export.load import ModelSource
 from rk_export.options import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
@@ -112,10 +114,13 @@ def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
     float_bytes = FLOAT_BYTES[options.float_dtype]
     table = matrix_bytes(config.vocab_size, config.hidden_size, options.embedding_quant, float_bytes)
     matrices = sum(len(source.architecture.projections(config, layer)) for layer in range(source.layer_count))
-    rest = fixed_bytes(source, options) + table_count(source) * table + matrices * SUM_GRAPH_BYTES
+    parts = fixed_parts(config, options)
+    fixed, tables = sum(part.bytes for part in parts), table_count(source) * table
+    rest = fixed + tables + matrices * SUM_GRAPH_BYTES
     if rest >= budget.value:
         raise InputError(
-            f"embedding, norms and graph take {rest / 1e6:.1f} MB alone",
+            f"{size(rest)} are taken by what low rank and sparse parts do not replace: embedding {size(tables)}, "
+            f"nodes of sparse products {size(matrices * SUM_GRAPH_BYTES)}, {in_words(parts)}",
             where="--size",
             fix="give a larger budget, or fewer --embedding-bits",
         )

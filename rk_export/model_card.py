@@ -20,6 +20,7 @@ class ModelCard:
         results: Rows of measured values, label and text.
         license: License of the weights, None when unknown.
         length_note: Up to which length which runtime generates exactly; None where all do up to the context length.
+        ends: Tokens that end a text, as text and id.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ModelCard:
     results: tuple[tuple[str, str], ...] = ()
     license: str | None = None
     length_note: str | None = None
+    ends: tuple[str, ...] = ()
 
 
 def model_card(card: ModelCard) -> str:
@@ -38,7 +40,9 @@ def model_card(card: ModelCard) -> str:
     results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
     length = "" if card.length_note is None else f"\n## Length\n\n{card.length_note}\n"
-    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary}\n{results}{length}\n"
+    ends = f"\nA text ends at {' or '.join(card.ends)}.\n" if card.ends else ""
+    context = f"It takes {card.context_length:,} tokens at most, those that it writes included."
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{ends}{results}{length}\n"
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

@@ -33,7 +33,8 @@ def model_statistics(
         tokens: Calibration text, int64 (sequences, length).
         options: Device, and whether outputs weigh by gradients.
     """
-    device, wanted = resolve_device(options.device), options.calibration.gradients
+    device, weighed = resolve_device(options.device), weighs_outputs(options)
+    wanted = weighed and options.calibration.gradients
     architecture = source.architecture
     statistics = dense_statistics(
         model,
@@ -43,19 +44,24 @@ def model_statistics(
         device=device,
         gradient_tokens=tokens.numel() // 2 if wanted else 0,
     )
-    if wanted:
+    if wanted or not weighed:
         return statistics
     logger.info("outputs weigh by relative error, layer by layer")
     layers = list(model.get_submodule(architecture.layers).children())
-    weights = {
-        (layer, path): layers[layer].get_submodule(path).weight for layer, path in statistics.gradients
-    }
+    weights = {(layer, path): layers[layer].get_submodule(path).weight for layer, path in statistics.second}
     return layerwise(statistics, weights)
+
+
+def weighs_outputs(options: CompressOptions) -> bool:
+    """Whether anything that was asked for weighs the outputs of matrices; rounding weighs their inputs alone."""
+    return bool(options.budget or options.rank or options.groups or options.cap or options.prune)
 
 
 def only_diagonals(source: ModelSource, options: CompressOptions) -> bool:
     """Whether the gradients' whole second moments would take too much memory."""
-    return options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
+    return (
+        weighs_outputs(options) and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
+    )
 
 
 def diagonals_finding(source: ModelSource) -> Finding:

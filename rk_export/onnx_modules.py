@@ -98,14 +98,18 @@ class QuantizedProjection(Bound):
         return y if self.bias is None else op.Add(y, self.bias)
 
 
+FLOAT_LEVEL = 1  # MatMulNBits computes in fp32
+
+
 def nbits_attributes(linear: QuantizedLinear, accuracy_level: int) -> dict[str, int]:
-    """Return the attributes of a MatMulNBits node."""
+    """Return the attributes of a MatMulNBits node; one whose module reads floats has at most level 1."""
+    level = min(accuracy_level, FLOAT_LEVEL) if linear.reads_floats else accuracy_level
     return {
         "K": linear.in_features,
         "N": linear.out_features,
         "bits": linear.spec.bits,
         "block_size": linear.spec.block_size,
-        "accuracy_level": accuracy_level,
+        "accuracy_level": level,
     }
 
 

@@ -6,6 +6,7 @@ from rk_export.basis_selection import check_selection
 from rk_export.cap import amount_of
 from rk_export.cap_pools import check_source
 from rk_export.changes import task_tokens
+from rk_export.context import check_context
 from rk_export.cost_table import TIMED_CONTEXT
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
@@ -13,7 +14,7 @@ from rk_export.method_options import PruneOptions
 from rk_export.method_plans import sparse_budget, stored_prices
 from rk_export.options import CompressOptions
 from rk_export.plan import Pruning
-from rk_export.planner import check_groups, with_default_groups
+from rk_export.planner import check_groups, check_size, with_default_groups
 from rk_export.pruned import check_blocks, kept_width
 from rk_export.pruned_config import check_decoder, pruned_config
 
@@ -25,6 +26,7 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
         InputError: If a group matches nothing, a method or a budget lacks the statistics that it needs, the model
             cannot lose what is to go, or a task's text cannot be used.
     """
+    check_context(source.config, options.context_length)
     check_groups(source, with_default_groups(source, options).groups or ())
     _check_budget(source, options)
     if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
@@ -57,6 +59,8 @@ def _check_budget(source: ModelSource, options: CompressOptions) -> None:
             where="--metric",
             fix="choose self or corpus:FILE, or give --uniform",
         )
+    if budget.kind == "size" and options.cap is None and options.prune is None:
+        check_size(source, options)
     if budget.kind == "speed_up":
         _check_speed_up(source, options)
 

@@ -21,9 +21,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 # Exact reparameterizations, in the order in which they are applied.
 PREPARATIONS = ("fold", "rotate", "rotate-heads", "scale")
+# `fold` for the norms in front of one kind of block alone.
+PARTS_OF_FOLD = ("fold-attention", "fold-mlp")
 
 DEFAULT_GROUPS = ("qk", "gate_up")
 SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
+
+# Parity is measured on prompts of 32 tokens, and on what follows them.
+SHORTEST_CONTEXT = 64
 
 Provider = Literal["cpu", "cuda", "portable"]
 Gauge = Literal["orthogonal", "balanced"]
@@ -203,8 +208,8 @@ class CompressOptions:
         device: Where factorization and quantization run: auto, cpu, cuda or cuda:N.
         form: `plain` factor pairs, or `identity`: rows of the matrix itself and coefficients for the others. None
             is plain for a rank rule, and lets a budget choose.
-        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS`. None takes those that
-            pay, see `preparations`.
+        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS` or `PARTS_OF_FOLD`. None
+            takes those that lower the predicted loss; the plan names them.
         quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also spreads each column's
             error over the columns to come, which needs the metric self or corpus.
         calibration: The metric and its text.
@@ -214,6 +219,7 @@ class CompressOptions:
         prune: Whole structures that go first; None keeps all.
         basel: Selects singular directions by training on a task's text; `rank` says how many, by `keep` or `energy`.
         cap: Splits matrices into low rank and sparse parts; `budget` says how much stays, by `keep` or `size`.
+        context_length: Tokens of prompt and answer together that the bundle takes; None takes the model's context.
     """
 
     groups: tuple[str, ...] | None = None
@@ -237,6 +243,7 @@ class CompressOptions:
     prune: PruneOptions | None = None
     basel: BaselOptions | None = None
     cap: CapOptions | None = None
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -260,13 +267,19 @@ class CompressOptions:
             )
         require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
         for name in self.prepare or ():
-            require_choice("preparation", name, PREPARATIONS, "--prepare")
+            require_choice("preparation", name, (*PREPARATIONS, *PARTS_OF_FOLD), "--prepare")
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
             raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
         self._check_int8()
         self._check_methods()
         if self.heal < 0:
             raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
+        if self.context_length is not None and self.context_length < SHORTEST_CONTEXT:
+            raise InputError(
+                f"a context of {self.context_length} tokens is too short to verify a bundle in",
+                where="--context-length",
+                fix=f"give at least {SHORTEST_CONTEXT}",
+            )
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise InputError(
                 f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
@@ -375,18 +388,22 @@ class CompressOptions:
 
     @property
     def preparations(self) -> tuple[str, ...]:
-        """What `prepare` stands for.
+        """The reparameterizations that were named, or decided on."""
+        return self.prepare or ()
 
-        Rotations pay where rounding errors are spread under a second moment; rounded to nearest they lose. Evening
-        out FFN neurons pays where int8 holds them as inputs.
+    @property
+    def prepared_for(self) -> QuantSpec | None:
+        """The format that reparameterizations are to be chosen for; None where they are named or nothing is rounded.
+
+        A budget offers several formats: the one that rounds most of the model then stands for all.
         """
-        if self.prepare is not None:
-            return self.prepare
-        by_size = self.budget is not None and self.budget.kind != "keep"
-        if not (by_size or self.quant) or self.quantizer != "gptq" or not self.calibration.uses_text:
-            return ()
-        int8 = self.quant == W8A8 or (self.budget is not None and self.budget.kind == "speed_up")
-        return PREPARATIONS if int8 else PREPARATIONS[:3]
+        if self.prepare is not None or not self.calibration.uses_text:
+            return None
+        if self.budget is not None and self.budget.kind == "speed_up":
+            return W8A8
+        if self.budget is not None and self.budget.kind in ("size", "bits"):
+            return QuantSpec(4, 32)
+        return self.quant
 
     @property
     def float_dtype(self) -> Literal["fp32", "fp16"]:

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rk_export.errors import InputError
-from rk_export.runtime.bundle_config import TOKENIZER_FILE
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
 

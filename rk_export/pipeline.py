@@ -10,50 +10,64 @@ from tempfile import TemporaryDirectory
 import torch
 
 from rk_export import planner
+from rk_export.accuracy_levels import choose_levels
 from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
+from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
+from rk_export.comparison import require_parity
+from rk_export.context import check_context, context_notices
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
-from rk_export.folders import check_replaceable
+from rk_export.fixed_parts import fixed_findings
+from rk_export.folders import check_free_space, check_replaceable
 from rk_export.frontend import check_supported
+from rk_export.greedy import Golden
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
-from rk_export.load import ModelSource, open_source
+from rk_export.load import ModelSource, open_source, read_config
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
 from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
 from rk_export.options import CalibrationOptions, CompressOptions
-from rk_export.parity import Golden, bundle_tiers, method_tiers, runtime_tiers
+from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
-from rk_export.prepared import save_prepared
+from rk_export.preflight import dense_logits, preflight
+from rk_export.prepared import PreparedSource, save_prepared
 from rk_export.probe import Probe, make_probe
 from rk_export.report import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.sites import canonical_layers
-from rk_export.sizes import planned_findings
+from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
+from rk_export.storage import FLOAT_BYTES
+from rk_export.switches import switches_of
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 
 def make_plan(
-    model: str | Path, options: CompressOptions | None = None, *, threads: int | None = None
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    base: str | Path | None = None,
+    threads: int | None = None,
 ) -> Plan:
-    """Return the plan that `compress` would apply.
+    """Return the plan that `compress` would apply; `base` as there.
 
     Raises:
         InputError: If the model or an option cannot be used.
         UnsupportedModelError: If the family cannot be exported exactly.
     """
-    source = open_source(model)
+    source = open_source(model, base)
     options = _checked_options(source, options, None)
+    preflight(source, options)
     return _plan(groundwork(source, options), threads)
 
 
@@ -90,7 +104,8 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     ]
     table = measure_costs(shapes, TIMED_FORMATS, phase, threads=threads)
     with TemporaryDirectory() as folder:
-        export(source.folder, Path(folder) / "dense", threads=threads)
+        model, base = source.origin
+        export(model, Path(folder) / "dense", base=base, threads=threads)
         result = bench(
             [Path(folder) / "dense"],
             prompt_tokens=TOKENS["prefill"],
@@ -102,14 +117,49 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
-def dry_run(model: str | Path, options: CompressOptions | None = None, *, plan: Plan | None = None) -> Report:
-    """Return what `compress` would do, with sizes from shapes alone; nothing is written."""
-    source = open_source(model)
+def dry_run(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Report:
+    """Return what `compress` would do, with sizes from shapes alone; nothing is written.
+
+    Args:
+        model: As in `compress`.
+        options: As in `compress`.
+        plan: As in `compress`.
+        base: As in `compress`.
+        out: Where the bundle would go: refused if it will not fit there.
+
+    Raises:
+        InputError: As `compress`.
+        ParityError: As `compress`, before any work.
+    """
+    source = open_source(model, base)
     options = _checked_options(source, options, plan)
+    if out is not None:
+        check_free_space(out, _least_bytes(source, options, plan))
+    before = preflight(source, options)
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
     plan = plan or _plan(ground, None)
-    findings = (*ground.findings, *planned_findings(ground.source, plan))
-    return new_report(source.title, source.config.model_type, findings=findings)
+    if out is not None:
+        check_free_space(out, planned_bytes(ground.source, plan))
+    fixed = fixed_findings(ground.source.config, plan.options)
+    findings = (*ground.findings, *planned_findings(ground.source, plan), *fixed)
+    notices = (*source.notices, *before.notices, *context_notices(source.config, options.context_length))
+    return new_report(
+        source.title, source.config.model_type, findings=findings, parity=(before.tier,), notices=notices
+    )
+
+
+def _least_bytes(source: ModelSource, options: CompressOptions, plan: Plan | None) -> int:
+    """Return what a run will write at least, as far as that is known before it."""
+    if plan is not None and plan.pruning is None:
+        return planned_bytes(source, plan)
+    return least_bytes(source, options)
 
 
 def _checked_options(
@@ -126,6 +176,8 @@ def _checked_options(
     options = options or CompressOptions()
     check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
+    if not source.architecture.is_encoder:
+        check_ends(source.folder, source.config, source.origin[1])
     resolve_device(options.device)
     return options
 
@@ -136,6 +188,7 @@ def compress(
     options: CompressOptions | None = None,
     *,
     plan: Plan | None = None,
+    base: str | Path | None = None,
     text: EvalText | None = None,
     speed: SpeedTest | None = None,
     checkpoint: str | Path | None = None,
@@ -147,10 +200,11 @@ def compress(
     """Compress a model and write a verified ONNX bundle.
 
     Args:
-        model: HF folder, hub id or GGUF file.
+        model: HF folder, hub id, GGUF file or LoRA adapter.
         out: Bundle folder; written beside its place and moved in once everything passed.
         options: What to do; the defaults quantize to INT4 under statistics of self-written text.
         plan: A plan made earlier, instead of options.
+        base: Of a LoRA adapter, the model that it is merged into; None takes the one that the adapter names.
         text: Also measure the perplexity of the dense and of the compressed model on it.
         speed: Also measure the bundle's tokens per second.
         checkpoint: Also save the compressed PyTorch model there.
@@ -169,8 +223,10 @@ def compress(
     request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
-        source = open_source(model)
+        source = open_source(model, base)
         options = _checked_options(source, options, plan)
+        check_replaceable(Path(out).expanduser(), force)
+        check_free_space(out, _least_bytes(source, options, plan))
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
         if speed is not None:
@@ -178,15 +234,18 @@ def compress(
             request = replace(request, speed=speed)
         if text is not None:
             rows = int(source.config.vocab_size)
-            check_text(text, source.folder, context_length(source.config, "--text"), rows)
-        probe = make_probe(source.folder, source.config.vocab_size)
+            longest = context_length(source.config, "--text", options.context_length)
+            check_text(text, source.folder, longest, rows)
+    with stages.stage("check", "comparing with transformers"):
+        before = preflight(source, options)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
         training = _state(Path(out), "basel")
         ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
     with stages.stage("plan", "choosing ranks and bits"):
         plan = plan or _plan(ground, threads)
-        needed = sum(finding.bytes_after for finding in planned_findings(ground.source, plan))
+        needed = planned_bytes(ground.source, plan)
     with AtomicFolder(out, force=force, needed=needed) as partial:
+        probe = before.probe
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
             rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
         if options.heal:
@@ -194,7 +253,10 @@ def compress(
                 rewritten = _healed(rewritten, ground, probe, Path(out))
         if checkpoint is not None:
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=source.folder, force=force)
-        report = write_bundle(partial, rewritten, source, request, stages, name=Path(out).name)
+        name = Path(out).name
+        report = write_bundle(
+            partial, rewritten, source, request, stages, name=name, probe=probe, before=before
+        )
     for stage in ("basel", "heal"):
         _state(Path(out), stage).unlink(missing_ok=True)
     return report
@@ -226,6 +288,8 @@ def export(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    base: str | Path | None = None,
+    context_length: int | None = None,
     triton: str | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -237,6 +301,8 @@ def export(
         model: A checkpoint folder that rk-export saved, or a dense model.
         out: Bundle folder.
         options: For a dense model, its execution provider and device; a checkpoint carries its own.
+        base: As in `compress`.
+        context_length: As in `CompressOptions`; for a checkpoint too.
         triton: As in `compress`.
         threads: As in `compress`.
         force: Replace an existing output.
@@ -248,26 +314,49 @@ def export(
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
         dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
-        return compress(model, out, dense, triton=triton, threads=threads, force=force, command=command)
+        if context_length is not None:
+            dense = replace(dense, context_length=context_length)
+        return compress(
+            model, out, dense, base=base, triton=triton, threads=threads, force=force, command=command
+        )
+    if base is not None:
+        raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
     if options is not None:
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
+    check_context(read_config(folder), context_length)
+    check_replaceable(Path(out).expanduser(), force)
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
-    with AtomicFolder(out, force=force) as partial:
-        with stages.stage("load", f"opening {model}"):
-            rewritten = load_pretrained(folder)
-        probe = make_probe(folder, rewritten.model.config.vocab_size)
+    with stages.stage("load", f"opening {model}"):
+        rewritten = _with_context(load_pretrained(folder), context_length)
+        if not rewritten.architecture.is_encoder:
+            check_ends(folder, rewritten.model.config)
+    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
+    with AtomicFolder(out, force=force, needed=needed) as partial:
+        config = rewritten.model.config
+        probe = make_probe(folder, config.vocab_size, switches_of(config))
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
-        return write_bundle(partial, rewritten, folder, request, stages, name=Path(out).name)
+        name = Path(out).name
+        return write_bundle(partial, rewritten, folder, request, stages, name=name, probe=probe)
+
+
+def _with_context(rewritten: Rewritten, context_length: int | None) -> Rewritten:
+    """Return a checkpoint's model with a context of its own in its plan; None leaves the plan's."""
+    if context_length is None:
+        return rewritten
+    plan = rewritten.plan
+    changed = replace(plan, options=replace(plan.options, context_length=context_length))
+    return replace(rewritten, plan=changed)
 
 
 def verify(
     bundle: str | Path,
     against: str | Path | None = None,
     *,
+    base: str | Path | None = None,
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> tuple[ParityTier, ...]:
@@ -276,7 +365,8 @@ def verify(
     Args:
         bundle: The bundle folder.
         against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
-            measured. None measures what the bundle can show alone: tiers d to g.
+            measured. None measures what the bundle can show alone: tiers d to h.
+        base: Of `against`, as in `compress`.
         provider: Execution provider.
         threads: Threads of ONNX Runtime.
 
@@ -290,6 +380,8 @@ def verify(
     manifest = check_manifest(folder)
     plan = Plan.load(folder / "plan.json")
     if against is None:
+        if base is not None:
+            raise InputError("goes with --against", where="--base", fix="give --against ADAPTER, or drop it")
         if manifest["golden"] is None:
             raise InputError(
                 "an encoder bundle can only be verified against its model",
@@ -305,12 +397,13 @@ def verify(
             where=str(folder),
             fix="verify it without --against; its report holds the tiers against the dense model",
         )
-    source = open_source(against)
-    probe = make_probe(source.folder, source.config.vocab_size)
+    source = open_source(against, base)
+    before = preflight(source, plan.options)
     ground = groundwork(source, plan.options, pruning=plan.pruning)
-    rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
-    tiers, _ = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
-    return (*method_tiers(rewritten, probe), *tiers)
+    rewritten = ground.rewrite(plan, torch.from_numpy(before.probe.batch))
+    rewritten = choose_levels(rewritten, torch.from_numpy(before.probe.batch))
+    tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
+    return (*method_tiers(rewritten, before), *tiers)
 
 
 def prepare(
@@ -318,6 +411,7 @@ def prepare(
     out: str | Path,
     names: tuple[str, ...] = ("fold", "rotate-heads", "scale"),
     *,
+    base: str | Path | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> tuple[Finding, ...]:
@@ -327,18 +421,24 @@ def prepare(
         model: HF folder, hub id or GGUF file.
         out: Folder to write; `rotate` unties a tied embedding there.
         names: Names from `rk_export.options.PREPARATIONS`.
+        base: As in `compress`.
         seed: Of the rotations, and of the text whose peaks `scale` evens out.
         force: Replace an existing output.
 
     Raises:
         InputError: If the model, a name or the output cannot be used.
+        ParityError: If the prepared model computes other logits; nothing is written.
     """
-    source, peaks = open_source(model), {}
-    check_replaceable(Path(out), force)
+    source, peaks = open_source(model, base), {}
+    check_replaceable(Path(out).expanduser(), force)
+    before = preflight(source, CompressOptions(prepare=names))
     if "scale" in names:
         device = resolve_device("auto")
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
+    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
+    logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
+    require_parity((prepared_tier(before, logits.numpy(), prepared.prepared),), source.name)
     return save_prepared(source, names, Path(out), seed=seed, peaks=peaks, alpha=SCALE_ALPHA, force=force)
 
 
@@ -376,13 +476,25 @@ def _planned_only(site: SitePlan) -> Finding:
 
 
 def evaluate(
-    model: str | Path, text: EvalText, *, provider: Provider = "auto", threads: int | None = None
+    model: str | Path,
+    text: EvalText,
+    *,
+    base: str | Path | None = None,
+    provider: Provider = "auto",
+    threads: int | None = None,
 ) -> PerplexityResult:
     """Return the perplexity of a dense model or checkpoint in PyTorch, or of a bundle in ONNX Runtime.
+
+    Args:
+        model: As in `rk_export.evaluation.open_candidate`.
+        text: What to measure on.
+        base: As in `compress`.
+        provider: Execution provider, of a bundle.
+        threads: Threads of ONNX Runtime, of a bundle.
 
     Raises:
         InputError: If the model or the text cannot be used.
     """
-    candidate = open_candidate(model, "--text", provider=provider, threads=threads)
+    candidate = open_candidate(model, "--text", base=base, provider=provider, threads=threads)
     check_text(text, candidate.folder, candidate.max_length, candidate.rows)
     return perplexity_of(candidate.load(), text, candidate.folder)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rk_export.architectures import Projection, architecture_of
-from rk_export.budget import Table, spend
+from rk_export.budget import Table, spend, too_small
+from rk_export.candidates import least_price
 from rk_export.cost_table import CostTable
 from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
@@ -77,9 +78,7 @@ def _budgeted_plan(
 ) -> Plan:
     if statistics is None:
         raise ValueError("a budget needs the statistics of the dense model")
-    width = source.config.hidden_size
-    step = options.rank_multiple or default_multiple(width, width, options.quant)
-    currency = currency_of(source, options, step, costs)
+    currency = currency_of(source, options, _rank_step(source, options), costs)
     table = None
     if currency.tables and curvature is not None:
         table = Table(embedding_weight(source), curvature, table_count(source))
@@ -98,6 +97,33 @@ def _budgeted_plan(
         bought.sites,
         predicted_loss=bought.predicted_loss,
     )
+
+
+def check_size(source: ModelSource, options: CompressOptions) -> None:
+    """Refuse, from shapes alone, a size that no plan can meet.
+
+    Raises:
+        InputError: Lists what the smallest model consists of.
+    """
+    options = with_default_groups(source, options)
+    currency = currency_of(source, options, _rank_step(source, options))
+    least, sites, shapes = 0.0, [], []
+    for layer in canonical_layers(source.config):
+        for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
+            linears = [layer.linear(path) for path in site.paths]
+            sites.append(site)
+            shapes.append([(linear.out_features, linear.in_features) for linear in linears])
+            least += least_price(site, shapes[-1], currency.menu)
+    vocabulary, width = source.config.vocab_size, source.config.hidden_size
+    tables = [currency.menu.price(vocabulary, width, spec) for spec in currency.tables]
+    least += table_count(source) * min(tables)
+    if least > (amount := currency.amount(sites, shapes)):
+        raise too_small(currency, least, amount)
+
+
+def _rank_step(source: ModelSource, options: CompressOptions) -> int:
+    width = source.config.hidden_size
+    return options.rank_multiple or default_multiple(width, width, options.quant)
 
 
 def embedding_weight(source: ModelSource) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of, empty_canonical_model, has_experts
+from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.decoder_spec import DecoderSpec, decoder_spec
 from rk_export.errors import InputError
-from rk_export.options import PREPARATIONS
+from rk_export.layer_wiring import wiring_of
+from rk_export.options import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report import Finding, Outcome
 
-ROUTER = "mlp.gate"
-NORM_MINUS_ONE = ("gemma2", "gemma3_text")
 # f(s x) = s f(x) for s > 0.
 HOMOGENEOUS_ACTIVATIONS = ("relu",)
 
@@ -28,7 +27,7 @@ class Preparations:
     """What is done to one model.
 
     Args:
-        names: The preparations that apply, in the order of `PREPARATIONS`.
+        names: The preparations that apply, in their order.
         final_norm: Where the final norm's gain goes: it is kept, folded into the head's own matrix, or moved
             into the d x d rotation in front of a tied head.
         findings: One per preparation that was asked for, and one per part that is left out.
@@ -47,7 +46,8 @@ def preparations_of(config: PretrainedConfig, names: Sequence[str]) -> Preparati
         UnsupportedModelError: If the family is unknown.
     """
     check_names(names)
-    reasons = {name: _reason(config, name) for name in PREPARATIONS if name in names}
+    wanted = [name for name in (*PARTS_OF_FOLD, *PREPARATIONS) if name in names]
+    reasons = {name: _reason(config, name) for name in wanted}
     applied = tuple(name for name, reason in reasons.items() if not reason)
     final, kept = _final_norm(config, applied)
     findings = [_finding(f"prepare.{name}", reason) for name, reason in reasons.items()]
@@ -68,11 +68,11 @@ def check_names(names: Iterable[str]) -> None:
     Raises:
         InputError: Names the option and the fix.
     """
-    if unknown := set(names) - set(PREPARATIONS):
+    if unknown := set(names) - {*PREPARATIONS, *PARTS_OF_FOLD}:
         raise InputError(
             f"unknown preparation {min(unknown)!r}",
             where="--prepare",
-            fix=f"choose from {', '.join(PREPARATIONS)}",
+            fix=f"choose from {', '.join((*PREPARATIONS, *PARTS_OF_FOLD))}",
         )
     if "rotate" in names and "fold" not in names:
         raise InputError(
@@ -128,32 +128,11 @@ def has_rotated_head(config: PretrainedConfig, names: Sequence[str]) -> bool:
     return bool(names) and preparations_of(config, names).final_norm == "rotated head"
 
 
-def wiring_of(config: PretrainedConfig, index: int) -> Wiring:
-    """Return what reads and writes the residual stream in decoder layer `index`."""
-    architecture, spec = architecture_of(config), decoder_spec(config)
-    projections = architecture.projections(config, index)
-    path = {item.role: item.path for item in projections if item.role != "expert"}
-    experts = [item.path for item in projections if item.role == "expert"]
-    triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
-    reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
-    reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
-    if has_experts(config, index):
-        reads_mlp.append(ROUTER)
-    torch_path = {onnx: torch for torch, onnx in architecture.renamed.items()}
-    before = {
-        spec.norm_names.before_attention: (path["q"], path["k"], path["v"]),
-        spec.norm_names.before_mlp: tuple(reads_mlp),
-    }
-    mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)
-    return Wiring(
-        norms={torch_path.get(name, name): paths for name, paths in before.items() if name},
-        writers=(path["o"], *(down for _, down in mlps)),
-        value=path["v"],
-        output=path["o"],
-        kv_heads=spec.heads.kv_heads,
-        mlps=mlps,
-        unit_offset=config.model_type in NORM_MINUS_ONE,
-    )
+def folded_norms(wiring: Wiring, names: Collection[str]) -> tuple[str, ...]:
+    """Return the paths of the norms of a layer that some preparations fold into what reads them."""
+    wanted = {"fold-attention": True, "fold-mlp": False}
+    kinds = {kind for name, kind in wanted.items() if name in names or "fold" in names}
+    return tuple(norm for norm, paths in wiring.norms.items() if (wiring.value in paths) in kinds)
 
 
 def _reason(config: PretrainedConfig, name: str) -> str:
@@ -165,10 +144,12 @@ def _reason(config: PretrainedConfig, name: str) -> str:
             "not among the matrices that are rewritten"
         )
     spec = decoder_spec(config)
-    if name == "fold":
+    if name == "fold" or name in PARTS_OF_FOLD:
         return _no_fold(config, spec)
     if name == "rotate":
         return _no_rotation(family, spec)
+    if name == "rotate-heads" and spec.on_values:
+        return f"{spec.on_values} stands between the values of {family} and its output projection"
     if name == "scale" and not spec.gated_mlp and spec.activation not in HOMOGENEOUS_ACTIVATIONS:
         return f"the MLP of {family} has no gate, and {spec.activation} of a scaled input is not the scaled output"
     return ""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from rk_export.architectures import architecture_of
 from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
+from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
+from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
 from rk_export.options import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
@@ -23,12 +26,66 @@ from rk_export.passes.prepare.heads import rotate_heads
 from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal
 from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated_tied_head
 from rk_export.passes.prepare.scale import scale_layer
-from rk_export.preparable import check_scale, preparations_of, wiring_of
+from rk_export.passes.prepare.wiring import Wiring
+from rk_export.preparable import check_scale, folded_norms, preparations_of
 from rk_export.report import Finding
 from rk_export.stored_form import plain_model
 
 
-class PreparedSource(ModelSource):
+@dataclass(frozen=True)
+class LayerPreparation:
+    """How the layers of one model are reparameterized.
+
+    Args:
+        config: The model's config.
+        names: The preparations, names from `rk_export.options.PREPARATIONS` or a part of `fold`.
+        seed: Of the rotations.
+        peaks: As in `PreparedSource`.
+        alpha: As in `PreparedSource`.
+    """
+
+    config: PretrainedConfig
+    names: tuple[str, ...]
+    seed: int
+    peaks: Mapping[str, Tensor]
+    alpha: float
+
+    @property
+    def variant(self) -> str:
+        """Tells preparations that give other tensors apart; empty where nothing is done."""
+        peaks = hashlib.sha256()
+        for name, peak in sorted(self.peaks.items()):
+            peaks.update(name.encode() + peak.float().cpu().numpy().tobytes())
+        return f"{self.names} {self.seed} {self.alpha} {peaks.hexdigest()}" if self.names else ""
+
+    @cached_property
+    def rotation(self) -> Orthogonal:
+        """The rotation of the residual stream."""
+        return orthogonal(self.config.hidden_size, torch.Generator().manual_seed(self.seed))
+
+    def head_rotations(self, index: int, kv_heads: int) -> list[Orthogonal]:
+        """Return the rotation of each KV head's values in layer `index`."""
+        generator = torch.Generator().manual_seed(self.seed + 1 + index)
+        head_dim = architecture_of(self.config).heads(self.config).head_dim
+        return [orthogonal(head_dim, generator) for _ in range(kv_heads)]
+
+    def peaks_of(self, index: int, down: str) -> Tensor:
+        """Return the peaks of what a down matrix of layer `index` reads (neurons,)."""
+        return self.peaks[f"layers.{index}.{down}"]
+
+    def apply(self, layer: nn.Module, wiring: Wiring, index: int, names: Collection[str]) -> None:
+        """Reparameterize a layer in place by some of the preparations."""
+        fold_layer(layer, wiring, folded_norms(wiring, names))
+        if "rotate" in names:
+            rotate_layer(layer, wiring, self.rotation)
+        if "rotate-heads" in names:
+            rotate_heads(layer, wiring, self.head_rotations(index, wiring.kv_heads))
+        if "scale" in names:
+            peaks = {down: self.peaks_of(index, down) for _, down in wiring.mlps}
+            scale_layer(layer, wiring, peaks, self.alpha)
+
+
+class PreparedSource(DerivedSource):
     """A model source whose layers are reparameterized as they are loaded; logits stay the same.
 
     A rotated model whose head is tied to its embedding gets a `RotatedHead` in place of its output projection.
@@ -43,7 +100,7 @@ class PreparedSource(ModelSource):
         alpha: For `scale`: how far peaks are evened out, from 0 to 1.
 
     Attributes:
-        findings: One per preparation: applied, or skipped with the reason.
+        findings: Those of the source, and one per preparation: applied, or skipped with the reason.
 
     Raises:
         InputError: If the names do not go together, or peaks are missing or do not fit.
@@ -60,13 +117,12 @@ class PreparedSource(ModelSource):
     ) -> None:
         if isinstance(source, PreparedSource):
             raise InputError("is prepared already", where=source.name, fix="name all preparations at once")
-        super().__init__(source.folder, source.name)
+        super().__init__(source)
         self._preparations = preparations_of(self.config, names)
-        self._seed, self._peaks, self._alpha = seed, peaks or {}, alpha
-        self._done: WeakSet[nn.Module] = WeakSet()
-        self.variant = self._variant()
+        self._layers = LayerPreparation(self.config, self.prepared, seed, peaks or {}, alpha)
+        self.variant = f"{source.variant} {self._layers.variant}".strip()
         if "scale" in self.prepared:
-            check_scale(self.config, self._peaks, alpha)
+            check_scale(self.config, peaks or {}, alpha)
 
     @property
     def prepared(self) -> tuple[str, ...]:
@@ -75,22 +131,16 @@ class PreparedSource(ModelSource):
 
     @property
     def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
-        """One per preparation, and one per part that is left out."""
-        return self._preparations.findings
-
-    def _variant(self) -> str:
-        peaks = hashlib.sha256()
-        for name, peak in sorted(self._peaks.items()):
-            peaks.update(name.encode() + peak.float().cpu().numpy().tobytes())
-        return f"{self.prepared} {self._seed} {self._alpha} {peaks.hexdigest()}" if self.prepared else ""
+        """What the source says, one per preparation, and one per part that is left out."""
+        return (*super().findings, *self._preparations.findings)
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
         """Fill one layer of a skeleton in float32, in canonical form and reparameterized, and return it."""
         layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
         fresh = self._is_fresh(layer)
         super().load_layer(model, index)
-        if fresh:
-            self._prepare_layer(layer, index)
+        if fresh and self.prepared:
+            self._layers.apply(layer, wiring_of(self.config, index), index, self.prepared)
         return layer
 
     def load_rest(self, model: PreTrainedModel) -> None:
@@ -102,35 +152,9 @@ class PreparedSource(ModelSource):
         if norm is not None:
             self._prepare_outer(model, norm)
 
-    def _is_fresh(self, module: nn.Module) -> bool:
-        """Whether a module has its weights still to come; a second rotation would be one too many."""
-        fresh = module not in self._done or any(item.is_meta for item in module.parameters())
-        self._done.add(module)
-        return fresh
-
-    @cached_property
-    def _rotation(self) -> Orthogonal:
-        return orthogonal(self.config.hidden_size, torch.Generator().manual_seed(self._seed))
-
     @property
     def _final_norm_path(self) -> str:
         return next(path for path, onnx in self.architecture.outer.items() if onnx == "model.norm")
-
-    def _prepare_layer(self, layer: nn.Module, index: int) -> None:
-        if not self.prepared:
-            return
-        wiring = wiring_of(self.config, index)
-        if "fold" in self.prepared:
-            fold_layer(layer, wiring)
-        if "rotate" in self.prepared:
-            rotate_layer(layer, wiring, self._rotation)
-        if "rotate-heads" in self.prepared:
-            generator = torch.Generator().manual_seed(self._seed + 1 + index)
-            head_dim = self.architecture.heads(self.config).head_dim
-            rotate_heads(layer, wiring, [orthogonal(head_dim, generator) for _ in range(wiring.kv_heads)])
-        if "scale" in self.prepared:
-            peaks = {down: self._peaks[f"layers.{index}.{down}"] for _, down in wiring.mlps}
-            scale_layer(layer, wiring, peaks, self._alpha)
 
     def _prepare_outer(self, model: PreTrainedModel, norm: nn.Module) -> None:
         embedding = cast(nn.Embedding, model.get_submodule(self.architecture.embedding))
@@ -140,11 +164,11 @@ class PreparedSource(ModelSource):
             fold_norm(norm, [head], unit_offset=wiring_of(self.config, 0).unit_offset)
         if "rotate" not in self.prepared:
             return
-        rotate_reader(embedding, self._rotation)
+        rotate_reader(embedding, self._layers.rotation)
         if self._preparations.final_norm == "rotated head":
-            model.set_submodule(path, rotated_tied_head(norm, embedding, self._rotation))
+            model.set_submodule(path, rotated_tied_head(norm, embedding, self._layers.rotation))
         else:
-            rotate_reader(head, self._rotation)
+            rotate_reader(head, self._layers.rotation)
 
 
 def save_prepared(
@@ -179,7 +203,7 @@ def save_prepared(
     """
     prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=alpha)
     if not prepared.prepared:
-        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings))
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings if finding.reason))
         raise InputError(
             f"nothing to prepare: {reasons or 'no preparation was named'}",
             where=source.name,
@@ -188,7 +212,7 @@ def save_prepared(
     with AtomicFolder(folder, force=force) as partial:
         plain = plain_model(_with_plain_head(prepared.load(), prepared))
         plain.save_pretrained(partial)
-        write_side_files(partial, source=source.folder, config=plain.config)
+        write_side_files(partial, source=source.folder, config=plain.config, generation_from=source.origin[1])
         write_manifest(
             partial,
             {

@@ -18,18 +18,30 @@ def findings_table(findings: Sequence[Finding]) -> str:
     return tables.matrices_table(findings).text()
 
 
+def planned_text(report: Report) -> str:
+    """Return what a dry run found: the table of matrix groups, and the notices."""
+    return "\n\n".join(filter(None, (findings_table(report.findings), _notices(report))))
+
+
 def text_table(report: Report) -> str:
     """Return the compact summary for a terminal; everything that was skipped is in it, with its reason."""
-    blocks = [humanize.plain(headline(report)), _summary(report)]
+    warnings = "\n".join(f"WARNING: {humanize.plain(warning)}" for warning in report.warnings)
+    blocks = [warnings, humanize.plain(headline(report)), _summary(report)]
     if report.parity:
         blocks.append("Parity\n" + tables.parity_table(report.parity).text())
     if report.fusions:
         blocks.append("Fused patterns\n" + tables.fusions_table(report.fusions).text())
     if (skipped := tables.not_applied_table(report.findings)).rows:
         blocks.append("Not applied\n" + skipped.text())
-    if report.notices:
-        blocks.append("Notices\n" + "\n".join(f"- {humanize.plain(notice)}" for notice in report.notices))
+    blocks.append(_notices(report))
     return "\n\n".join(block for block in blocks if block)
+
+
+def _notices(report: Report) -> str:
+    """Return the notices under their heading, or an empty string."""
+    if not report.notices:
+        return ""
+    return "Notices\n" + "\n".join(f"- {humanize.plain(notice)}" for notice in report.notices)
 
 
 def _summary(report: Report) -> str:
@@ -62,6 +74,7 @@ def _size_lines(size: SizeSummary) -> dict[str, str]:
 def markdown(report: Report) -> str:
     """Return the report as Markdown, without plots."""
     lines = [f"# {tables.escape_markdown(headline(report))}"]
+    lines += [f"**Warning: {tables.escape_markdown(warning)}**" for warning in report.warnings]
     if report.notices:
         lines.append("\n".join(f"- {tables.escape_markdown(notice)}" for notice in report.notices))
     for section in sections(report):

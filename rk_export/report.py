@@ -19,7 +19,7 @@ from rk_export.errors import InputError
 
 FORMAT = "rk-export report"
 VERSION = 1
-TIERS = "abcdefg"
+TIERS = "0pabcdefgh"
 
 RecordT = TypeVar("RecordT", bound="Record")
 
@@ -170,10 +170,10 @@ class ParityTier(Record):
     """One comparison of two ways to compute the same logits.
 
     Args:
-        tier: ``a`` to ``g``.
+        tier: One of `TIERS`.
         name: What is compared, e.g. ``PyTorch quantized vs ONNX Runtime``.
-        max_error: Largest absolute difference of a logit.
-        scale: Largest absolute logit of the reference, which makes ``max_error`` relative.
+        max_error: Largest absolute difference of a logit, or None where the tier was not measured; the note says why.
+        scale: Largest absolute logit of the reference, which makes ``max_error`` relative; None like ``max_error``.
         bound: Largest ``max_error / scale`` that passes, or None where the error is the method's and no bug.
         kl: Mean Kullback-Leibler divergence of the next-token distributions, in nats.
         top1_agreement: Share of positions with the same most likely token, 0 to 1.
@@ -183,8 +183,8 @@ class ParityTier(Record):
 
     tier: str
     name: str
-    max_error: float
-    scale: float
+    max_error: float | None
+    scale: float | None
     bound: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
@@ -197,8 +197,8 @@ class ParityTier(Record):
 
     @property
     def relative_error(self) -> float | None:
-        """``max_error / scale``, or None where the scale is zero."""
-        return self.max_error / self.scale if self.scale else None
+        """``max_error / scale``, or None where the scale is zero or nothing was measured."""
+        return self.max_error / self.scale if self.scale and self.max_error is not None else None
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,7 @@ class Report(Record):
         perplexity: By model, e.g. ``dense``, ``compressed (PyTorch)``, ``compressed (ONNX Runtime)``.
         speed: Tokens per second by phase, e.g. ``prefill``, ``decode``.
         timings: Seconds by stage, in the order they ran.
+        warnings: What went badly although the run ended: it is shown before everything else.
         notices: What the reader must know. One that begins with the name of a section and a colon
             (``spectra: not computed, the model came from a checkpoint``) says why that section is empty.
     """
@@ -294,6 +295,7 @@ class Report(Record):
     speed: dict[str, float] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary that names its format and version."""

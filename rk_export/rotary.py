@@ -1,10 +1,11 @@
-"""Rotary position tables, computed by the model family's own Hugging Face module.
+"""Rotary positions, as the model family's own Hugging Face module has them.
 
 GroupQueryAttention reads cosines and sines of absolute positions from two tables, so every scaling whose
-frequencies depend on the position alone is exact. LongRoPE (arXiv:2402.13753) has one table for short and one
-for long sequences; they are stored below each other and the graph cuts the one in use out of them, by the length
-of the longest row. Keys in the cache keep the rotation they got: a caller whose text grows past the short table
-must run it anew, as Hugging Face ``generate`` does and our runtime too.
+frequencies depend on the position alone is exact. The graph holds the frequencies and computes the tables from
+them, in the arithmetic of transformers: the angle is a product in float32. LongRoPE (arXiv:2402.13753) has
+frequencies for short and for long sequences; both tables lie below each other and the graph cuts the one in use
+out of them. Keys in the cache keep the rotation they got: a caller whose
+text grows past the short table must run it anew, as Hugging Face ``generate`` does and our runtime too.
 """
 
 from __future__ import annotations
@@ -26,27 +27,50 @@ ALL_LAYERS = "all"
 
 
 @dataclass(frozen=True)
+class RotaryPart:
+    """Rows of a table that share their frequencies.
+
+    Args:
+        frequencies: (rotated width / 2), float32, in radians a position.
+        rows: Positions from 0 on.
+    """
+
+    frequencies: npt.NDArray[np.float32]
+    rows: int
+
+
+@dataclass(frozen=True)
 class RotaryTable:
     """Cosines and sines by position.
 
     Args:
-        cos: (rows, rotated width / 2), float32.
-        sin: As ``cos``.
-        long_from: None, or the number of rows of the table for short sequences, which come first; sequences
-            with more tokens than that use the rows after them.
+        parts: One part; or two, for short and for long sequences: sequences with more tokens than the first
+            part has rows use the second.
+        scale: Factor on cosines and sines.
     """
 
-    cos: npt.NDArray[np.float32]
-    sin: npt.NDArray[np.float32]
-    long_from: int | None = None
+    parts: tuple[RotaryPart, ...]
+    scale: float
+
+    @property
+    def long_from(self) -> int | None:
+        """Rows of the table for short sequences where there is one for long sequences too, else None."""
+        return self.parts[0].rows if len(self.parts) > 1 else None
+
+    def computed_bytes(self, float_bytes: int) -> int:
+        """Return the memory of both tables once they are computed."""
+        return sum(2 * part.rows * len(part.frequencies) * float_bytes for part in self.parts)
 
 
-def rotary_tables(config: PretrainedConfig, module_class: type[nn.Module]) -> dict[str, RotaryTable]:
-    """Compute the tables of a model, up to ``max_position_embeddings``.
+def rotary_tables(
+    config: PretrainedConfig, module_class: type[nn.Module], positions: int
+) -> dict[str, RotaryTable]:
+    """Return the tables of a model.
 
     Args:
         config: The model's config.
         module_class: The family's rotary embedding class.
+        positions: Rows of a table, the longest sequence.
 
     Returns:
         Layer type -> table where ``rope_parameters`` is given by layer type, else one table ``ALL_LAYERS``.
@@ -62,29 +86,36 @@ def rotary_tables(config: PretrainedConfig, module_class: type[nn.Module]) -> di
         _check_exact(parameters)
     module = module_class(config=config)
     return {
-        name or ALL_LAYERS: _table(config, parameters, module, name) for name, parameters in by_type.items()
+        name or ALL_LAYERS: _table(config, parameters, module, name, positions)
+        for name, parameters in by_type.items()
     }
 
 
 def _table(
-    config: PretrainedConfig, parameters: dict[str, Any], module: nn.Module, layer_type: str | None
+    config: PretrainedConfig,
+    parameters: dict[str, Any],
+    module: nn.Module,
+    layer_type: str | None,
+    positions: int,
 ) -> RotaryTable:
     prefix = "" if layer_type is None else f"{layer_type}_"
     frequencies = cast(torch.Tensor, getattr(module, f"{prefix}inv_freq"))
     scale = cast(float, getattr(module, f"{prefix}attention_scaling"))
     _check_width(2 * len(frequencies))
-    positions = config.max_position_embeddings
     if parameters["rope_type"] != "longrope":
-        return RotaryTable(*_cos_sin(frequencies, positions, scale))
-    short_rows = int(parameters["original_max_position_embeddings"])
-    if short_rows >= positions:
-        return RotaryTable(*_cos_sin(frequencies, positions, scale))
+        return RotaryTable((_part(frequencies, positions),), scale)
+    switch = int(parameters["original_max_position_embeddings"])
+    short = _part(frequencies, min(switch, positions))
+    if positions <= switch:
+        return RotaryTable((short,), scale)
     long_frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
-        config, None, seq_len=short_rows + 1, layer_type=layer_type
+        config, None, seq_len=switch + 1, layer_type=layer_type
     )
-    short, long = _cos_sin(frequencies, short_rows, scale), _cos_sin(long_frequencies, positions, scale)
-    cos, sin = (np.concatenate(pair) for pair in zip(short, long, strict=True))
-    return RotaryTable(cos, sin, long_from=short_rows)
+    return RotaryTable((short, _part(long_frequencies, positions)), scale)
+
+
+def _part(frequencies: torch.Tensor, rows: int) -> RotaryPart:
+    return RotaryPart(frequencies.float().numpy(), rows)
 
 
 def _check_exact(parameters: dict[str, Any]) -> None:
@@ -102,10 +133,3 @@ def _check_width(rotated: int) -> None:
             f"{rotated} values of each head are rotated; GroupQueryAttention rotates multiples of 16",
             where="config.json: head_dim, partial_rotary_factor",
         )
-
-
-def _cos_sin(
-    frequencies: torch.Tensor, positions: int, scale: float
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies.float())
-    return (angles.cos() * scale).numpy(), (angles.sin() * scale).numpy()

@@ -75,7 +75,7 @@ def dense_statistics(
         diagonal: Keep the diagonals of the gradients' moments only, which costs next to nothing.
         device: Where the passes run.
         gradient_tokens: How many of the first tokens run back too, in whole sequences and at least one; the
-            others run forward only.
+            others run forward only. 0 runs none back: the statistics then hold no gradients.
         labels: `model` draws the tokens to predict from the model's distribution (the Fisher information), `text`
             takes the text's own (the empirical one).
         seed: Of the drawn labels.
@@ -93,16 +93,44 @@ def dense_statistics(
     if (known := read_tensors(path)) is not None:
         return DenseStatistics.from_tensors(known)
     inputs, gradients = InputRecorder(), GradientRecorder(diagonal=diagonal)
-    sequences = max(1, gradient_tokens // tokens.shape[1])
-    with noted(modules, inputs.note, gradients.note):
-        predicted = _run_back(model, architecture, tokens[:sequences], passes)
+    sequences = max(1, gradient_tokens // tokens.shape[1]) if gradient_tokens else 0
+    predicted = 0
+    if sequences:
+        with noted(modules, inputs.note, gradients.note):
+            predicted = _run_back(model, architecture, tokens[:sequences], passes)
     with noted(modules, inputs.note):
         _run_forward(model, tokens[sequences:], passes)
     statistics = DenseStatistics(
-        inputs.second(), inputs.peaks(), inputs.token_peaks(), gradients.moments(predicted), predicted
+        inputs.second(),
+        inputs.peaks(),
+        inputs.token_peaks(),
+        gradients.moments(predicted),
+        predicted or tokens.numel(),
     )
     _keep(path, statistics.to_tensors())
     return statistics
+
+
+def output_weights(
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+) -> dict[Place, Tensor]:
+    """Return the mean over tokens of the squared gradient of a token's loss by what each matrix puts out, (out,).
+
+    Args:
+        model: The dense model in canonical form; its parameters are frozen and moved to `device`.
+        architecture: Its family.
+        tokens: Text, int64 (sequences, length); labels are drawn from the model's distribution.
+        device: Where the passes run.
+
+    Raises:
+        InputError: If the model is an encoder, or its logits are not finite.
+    """
+    modules = _matrices(model, architecture, device)
+    gradients = GradientRecorder(diagonal=True)
+    with noted(modules, gradients.note):
+        passes = _Passes(True, tokens.numel(), "model", 0, matmul_dtype(device))
+        predicted = _run_back(model, architecture, tokens, passes)
+    return {place: moment * predicted for place, moment in gradients.moments(predicted).items()}
 
 
 def _matrices(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from rk_export.fixed_parts import fixed_bytes, fixed_findings, graph_bytes
 from rk_export.load import ModelSource
 from rk_export.options import CompressOptions
 from rk_export.passes.base import Layer
@@ -14,6 +15,7 @@ from rk_export.passes.sparse import SparseSum
 from rk_export.passes.weights.shapes import planned_shape
 from rk_export.passes.weights.sparse import ENTRY_BYTES
 from rk_export.plan import Plan, SitePlan
+from rk_export.planner import make_plan
 from rk_export.report import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten
 from rk_export.sites import canonical_layers
@@ -30,6 +32,24 @@ def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
     if not source.architecture.is_encoder:
         findings += [_planned_table(path, source, plan.options) for path in _tables(source)]
     return findings
+
+
+def planned_bytes(source: ModelSource, plan: Plan) -> int:
+    """Return the bytes that a plan leaves, graph and configs left out."""
+    fixed = fixed_findings(source.config, plan.options)
+    return sum(finding.bytes_after for finding in (*planned_findings(source, plan), *fixed))
+
+
+def least_bytes(source: ModelSource, options: CompressOptions) -> int:
+    """Return what the bundle of a model takes at least, known before any work.
+
+    Where shapes alone make the plan it is what the plan leaves; else what no plan touches.
+    """
+    methods = (options.budget, options.prune, options.basel, options.cap)
+    by_shapes = options.allocation == "uniform" and (options.rank_rule.kind != "energy" or not options.groups)
+    if by_shapes and all(method is None for method in methods):
+        return planned_bytes(source, make_plan(source, options))
+    return round(fixed_bytes(source.config, options)) - graph_bytes(source.config)
 
 
 def _planned_table(path: str, source: ModelSource, options: CompressOptions) -> Finding:
@@ -81,12 +101,12 @@ def size_summary(source: ModelSource, rewritten: Rewritten, file_bytes: int | No
         dense_parameters=dense,
         kept_parameters=kept_parameters(rewritten.model),
         dense_bytes=source.stored_bytes(),
-        compressed_bytes=_model_bytes(rewritten.model, float_bytes),
+        compressed_bytes=model_bytes(rewritten.model, float_bytes),
         file_bytes=file_bytes,
     )
 
 
-def _model_bytes(model: nn.Module, float_bytes: int) -> int:
+def model_bytes(model: nn.Module, float_bytes: int) -> int:
     """Return the bytes of all tensors in the graph, shared ones once."""
     sums = [module for module in model.modules() if isinstance(module, SparseSum)]
     entries = {id(tensor) for module in sums for tensor in (module.indices, module.values)}

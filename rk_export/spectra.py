@@ -43,6 +43,7 @@ def analyze(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    base: str | Path | None = None,
     command: str = "",
     force: bool = False,
 ) -> Report:
@@ -52,13 +53,14 @@ def analyze(
         model: HF folder, hub id or GGUF file.
         out: Folder for report.json, report.html and the plots.
         options: Groups to stack, and the rank rule whose ranks are marked.
+        base: Base model of a LoRA adapter; None takes the one that it names.
         command: Command line to note in the report.
         force: Replace an existing output.
 
     Raises:
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
-    source = open_source(model)
+    source = open_source(model, base)
     with AtomicFolder(out, force=force) as partial:
         report = Report(
             model=source.title,
@@ -67,6 +69,7 @@ def analyze(
             command=command,
             versions=library_versions(),
             spectra=tuple(spectra(source, options or CompressOptions())),
+            notices=source.notices,
         )
         report.save(partial / "report.json")
         (partial / "report.html").write_text(html(report), encoding="utf-8")

@@ -17,7 +17,12 @@ CHUNK = 512  # tokens of one pass
 
 
 def table_curvature(
-    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+    model: PreTrainedModel,
+    architecture: Architecture,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    gradients: bool = True,
 ) -> TableCurvature:
     """Gather the curvature of the embedding and the output projection of a dense decoder.
 
@@ -29,6 +34,7 @@ def table_curvature(
         architecture: Its family.
         tokens: Calibration text, int64 (sequences, length), without padding.
         device: Where the passes run.
+        gradients: Run back too, for what errors of the embedding's rows cost; else those count as nothing.
 
     Raises:
         InputError: If the model is an encoder.
@@ -40,13 +46,12 @@ def table_curvature(
     recorder = _Recorder(model.config.vocab_size, model.config.hidden_size)
     inner = head.head if isinstance(head, RotatedHead) else head
     embedding = model.get_submodule(architecture.embedding)
-    handles = [
-        inner.register_forward_pre_hook(recorder.reads),
-        embedding.register_forward_hook(recorder.writes),
-    ]
+    handles = [inner.register_forward_pre_hook(recorder.reads)]
+    if gradients:
+        handles.append(embedding.register_forward_hook(recorder.writes))
     try:
         for ids in torch.split(tokens, max(1, CHUNK // tokens.shape[1])):
-            with matmuls_in(matmul_dtype(device), device):
+            with matmuls_in(matmul_dtype(device), device), torch.set_grad_enabled(gradients):
                 logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
             recorder.see(ids, logits)
     finally:
@@ -77,10 +82,12 @@ class _Recorder:
         self._gradients += gradient.flatten(0, -2).double().square().sum(0).cpu()
 
     def see(self, ids: Tensor, logits: Tensor) -> None:
-        """Note the probabilities, and run back from the loss of labels drawn from them (the Fisher information)."""
+        """Note the probabilities; if asked, run back from the loss of labels drawn from them (Fisher information)."""
         probabilities = logits.detach().softmax(-1)
         self._outputs += (probabilities * (1 - probabilities)).sum(0).double().cpu()
         self._counts += torch.bincount(ids.flatten().cpu(), minlength=len(self._counts))
+        if not logits.requires_grad:
+            return
         labels = torch.multinomial(probabilities, 1, generator=_generator(probabilities.device))[:, 0]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
 

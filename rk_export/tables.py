@@ -115,7 +115,7 @@ def parity_table(tiers: Iterable[ParityTier]) -> Table:
 def _parity_row(tier: ParityTier) -> tuple[str, ...]:
     return (
         tier.tier,
-        VERDICTS[tier.passed],
+        "not measured" if tier.max_error is None else VERDICTS[tier.passed],
         tier.name,
         *map(humanize.number, (tier.max_error, tier.relative_error, tier.bound, tier.kl)),
         humanize.share(tier.top1_agreement),

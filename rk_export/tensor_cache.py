@@ -27,9 +27,8 @@ CACHE = Path("~/.cache/rk-export")
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """Return the SHA-256 over config.json and the safetensors files of a source, and over its variant."""
-    files = sorted(source.folder.glob("*.safetensors"))
-    digests = [sha256_of(path) for path in (source.folder / "config.json", *files)]
+    """Return the SHA-256 over the files that decide what a source's tensors are, and over its variant."""
+    digests = [sha256_of(path) for path in source.files]
     if source.variant:
         digests.append(source.variant)
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rk_export.errors import InputError
-
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class StoredTensors(Protocol):
@@ -38,75 +36,64 @@ class StoredTensors(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What a file's header says about a tensor: its file, shape, and type as safetensors names it (F32, U8 ...)."""
+
+    path: Path
+    shape: tuple[int, ...]
+    type: str
+
+
 class SafetensorFiles:
-    """Tensors in safetensors files.
+    """Every tensor of some safetensors files.
 
     Args:
-        files: File of each tensor by name.
+        paths: The files.
 
     Raises:
-        InputError: If a file is missing, truncated or no safetensors file, or lacks a tensor.
+        InputError: If a file is missing, truncated or no safetensors file, or two hold a tensor of one name.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = dict(files)
-        present = {path: dict(_shapes(path)) for path in self.files}
-        for name, path in sorted(self._files.items()):
-            if name not in present[path]:
-                raise InputError(f"tensor {name!r} is missing", where=str(path), fix="download it again")
-        self._shapes = {name: present[path][name] for name, path in self._files.items()}
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._entries: dict[str, _Entry] = {}
+        for path in paths:
+            for name, entry in _entries(path):
+                if (other := self._entries.get(name)) is not None:
+                    raise InputError(
+                        f"tensor {name!r} lies in two files, {other.path.name} and {path.name}",
+                        where=str(path.parent),
+                        fix="leave one set of weights in the folder: move the other files away",
+                    )
+                self._entries[name] = entry
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """Stored type of every tensor by name, as safetensors writes it: F32, BF16, I8 ..."""
+        return {name: entry.type for name, entry in self._entries.items()}
 
     @property
     def files(self) -> frozenset[Path]:
-        return frozenset(self._files.values())
+        return frozenset(entry.path for entry in self._entries.values())
 
     def place(self, name: str) -> str:
-        return str(self._files[name])
+        return str(self._entries[name].path)
 
     def read(self, name: str) -> Tensor:
-        with _open(self._files[name]) as file:
+        with _open(self._entries[name].path) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
-def open_tensors(folder: Path) -> StoredTensors:
-    """Find the safetensors files of a model folder.
-
-    Raises:
-        InputError: If there are none, or one is missing or broken.
-    """
-    index = folder / INDEX_FILE
-    if index.is_file():
-        return SafetensorFiles(_indexed(index))
-    path = folder / "model.safetensors"
-    if path.is_file():
-        return SafetensorFiles({name: path for name, _ in _shapes(path)})
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"only pickle weights ({pickles[0]}), which can run code when loaded and are never read",
-            where=str(folder),
-            fix="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
-        )
-    raise InputError("no model.safetensors", where=str(folder), fix="name a folder with safetensors weights")
-
-
-def _indexed(index: Path) -> dict[str, Path]:
-    try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {key: index.parent / name for key, name in names.items()}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise InputError("is not a weight index", where=str(index), fix="download it again") from error
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _entries(path: Path) -> Iterator[tuple[str, _Entry]]:
     with _open(path) as file:
         for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-            yield name, tuple(file.get_slice(name).get_shape())
+            header = file.get_slice(name)
+            yield name, _Entry(path, tuple(header.get_shape()), str(header.get_dtype()))
 
 
 @contextmanager

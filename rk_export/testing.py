@@ -13,8 +13,13 @@ from rk_export.render import parity_text
 from rk_export.report import TIERS, ParityTier
 from rk_export.runtime.providers import Provider
 
-INFORMATIONAL = "ab"  # the method's own error: large by intent, so that no bound fits every compression
-NEED_THE_MODEL = "abc"
+# Large by intent or by chance, so that no bound fits every bundle.
+INFORMATIONAL = {
+    "a": "the error of the compression itself",
+    "b": "the error of the compression itself",
+    "h": "what left padding changes in int8 inputs",
+}
+NEED_THE_MODEL = "0pabc"
 
 
 def assert_parity(
@@ -30,7 +35,7 @@ def assert_parity(
 
     Args:
         bundle: The bundle folder.
-        model: The dense model it was made from: HF folder, hub id or GGUF file. Tiers a to c need it.
+        model: The dense model it was made from: HF folder, hub id or GGUF file. Tiers 0 to c need it.
         tier: Letters, as `"c"`, `"cg"` or `["c", "g"]`; None takes every tier that has a bound.
         bound: Largest error relative to the largest logit (for tier g: the share of greedy tokens that may
             differ), instead of each tier's own. Tiers a and b have none, so they need it.
@@ -72,7 +77,7 @@ def _check_answerable(wanted: tuple[str, ...] | None, *, has_model: bool, bound:
     for letter in wanted or ():
         if letter in INFORMATIONAL and bound is None:
             raise InputError(
-                f"tier {letter} is the error of the compression itself and has no bound",
+                f"tier {letter} is {INFORMATIONAL[letter]} and has no bound",
                 where="tier",
                 fix="say how much is acceptable: bound=0.2 allows a fifth of the largest logit",
             )
@@ -98,6 +103,8 @@ def _choose(
 
 
 def _judged(tier: ParityTier, bound: float | None) -> ParityTier:
+    if tier.max_error is None or tier.scale is None:
+        raise InputError(f"tier {tier.tier} was {tier.note}", where="tier", fix="choose another tier")
     if bound is None:
         return tier
     return replace(tier, bound=bound, passed=tier.max_error <= bound * tier.scale)

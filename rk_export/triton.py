@@ -81,9 +81,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _config(graph: onnx.GraphProto, name: str, ep: str, max_batch_size: int) -> str:
-    tensors = [_tensor("input", value) for value in graph.input] + [
-        _tensor("output", v) for v in graph.output
-    ]
+    # The server counts the inputs of the session, and an initializer that may be overridden is none of them.
+    optional = {tensor.name for tensor in graph.initializer}
+    required = [value for value in graph.input if value.name not in optional]
+    tensors = [_tensor("input", v) for v in required] + [_tensor("output", v) for v in graph.output]
     kind = "KIND_GPU" if ep == "cuda" else "KIND_CPU"
     return (
         f'name: "{name}"\nbackend: "onnxruntime"\nmax_batch_size: {max_batch_size}\n'

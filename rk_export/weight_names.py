@@ -22,8 +22,8 @@ def rename_tensors(
         tied: The output projection is the embedding's initializer and is left out.
 
     Returns:
-        Initializer name -> tensor. Modules that the exported model lacks are left out. Gemma's norm weights
-        come out as 1 + weight, OPT's positions without the rows before position 0.
+        Initializer name -> tensor. Modules that the exported model lacks are left out. Norms that
+        store their gain minus one come out as 1 + weight, OPT's positions without the rows before position 0.
 
     Raises:
         InputError: A name that the family does not have.
@@ -56,7 +56,7 @@ def _onnx_name(architecture: Architecture, name: str) -> str:
 
 def _exported_value(architecture: Architecture, name: str, tensor: torch.Tensor) -> torch.Tensor:
     module = name.rpartition(".")[0]
-    if architecture.model_type in ("gemma2", "gemma3_text") and module.endswith("norm"):
+    if architecture.unit_offset and module.endswith("norm"):
         return (1.0 + tensor.float()).to(tensor.dtype)
     if architecture.model_type == "opt" and module.endswith("embed_positions"):
         return tensor[OPT_POSITION_OFFSET:]

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import GenerationConfig
 
+from rk_export.accuracy_levels import choose_levels
 from rk_export.bundle import (
     ModelCard,
     genai_config,
@@ -23,21 +25,28 @@ from rk_export.bundle import (
     write_manifest,
     write_side_files,
 )
+from rk_export.comparison import require_parity
+from rk_export.context import context_notices, context_of, with_context
 from rk_export.errors import InputError
+from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import library_versions
 from rk_export.genai import exact_length, length_note
 from rk_export.graph_export import build_graph, save_graph
+from rk_export.greedy import Golden
 from rk_export.humanize import share, size
 from rk_export.load import ModelSource
 from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of, torch_logits
 from rk_export.options import CompressOptions
-from rk_export.parity import Golden, method_tiers, require_parity, runtime_tiers
-from rk_export.probe import Probe, make_probe
+from rk_export.parity import checkpoint_tiers, method_tiers, runtime_tiers
+from rk_export.preflight import Preflight
+from rk_export.probe import Probe
+from rk_export.quality_warning import far_from_dense
 from rk_export.render import html
-from rk_export.report import ParityTier, Report, SizeSummary
-from rk_export.rewrite import DENSE, Rewritten
+from rk_export.report import Finding, ParityTier, Report, SizeSummary
+from rk_export.rewrite import Rewritten
 from rk_export.runtime import Session
-from rk_export.runtime.bundle_config import TOKENIZER_FILE
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
+from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.runtime.text import TextCodec
 from rk_export.sizes import size_summary
@@ -100,6 +109,8 @@ def write_bundle(
     stages: Stages,
     *,
     name: str,
+    probe: Probe,
+    before: Preflight | None = None,
 ) -> Report:
     """Export a rewritten model into a folder, verify it there, and write every other file.
 
@@ -110,6 +121,8 @@ def write_bundle(
         request: What else to measure and write.
         stages: Receives the times.
         name: Name of the bundle.
+        probe: The prompts.
+        before: The untouched dense model on them; None for a checkpoint.
 
     Raises:
         FusionError: If a planned graph pattern is missing.
@@ -118,15 +131,20 @@ def write_bundle(
     """
     origin_folder = origin.folder if isinstance(origin, ModelSource) else origin
     options = rewritten.plan.options
+    rewritten = choose_levels(rewritten, torch.from_numpy(probe.batch))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
-        _write_configs(folder, rewritten, origin_folder)
+        base = origin.origin[1] if isinstance(origin, ModelSource) else None
+        _write_configs(folder, rewritten, origin_folder, base)
+    loaded = origin.notices if isinstance(origin, ModelSource) else ()
     provider, notices = _provider(options)
+    known = () if before is None else before.notices
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
-        probe = make_probe(origin_folder, rewritten.model.config.vocab_size)
-        tiers, golden = _tiers(folder, rewritten, probe, provider, request.threads)
+        method = checkpoint_tiers() if before is None else method_tiers(rewritten, before)
+        runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=request.threads)
+        tiers = (*method, *runtime)
         require_parity(tiers, str(folder))
     measured = _measure(folder, origin, request, stages, provider)
     if request.triton is not None:
@@ -135,7 +153,7 @@ def write_bundle(
         origin.title if isinstance(origin, ModelSource) else origin.name,
         rewritten.plan.model_type,
         command=request.command,
-        findings=rewritten.findings,
+        findings=_findings(rewritten, origin),
         fusions=fusions,
         parity=tiers,
         layer_errors=rewritten.layer_errors,
@@ -143,16 +161,29 @@ def write_bundle(
         size=_size(folder, rewritten, origin),
         **measured,
         timings=dict(stages.seconds),
+        warnings=far_from_dense(rewritten),
         notices=(
+            *loaded,
+            *known,
             *notices,
+            *context_notices(rewritten.model.config, options.context_length),
             *tokens_without_rows(folder, rewritten.model.config.vocab_size),
             *_length_notice(rewritten),
             *_over_budget(folder, options),
             *_empty_sections(rewritten, origin),
         ),
     )
+    for warning in report.warnings:
+        logger.warning("WARNING: %s", warning)
     _write_report(folder, rewritten, report, golden, name)
     return report
+
+
+def _findings(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[Finding, ...]:
+    """Return what became of each matrix, and what stands beside the matrices; a checkpoint tells neither."""
+    if not isinstance(origin, ModelSource):
+        return rewritten.findings
+    return (*rewritten.findings, *fixed_findings(rewritten.model.config, rewritten.plan.options))
 
 
 def new_report(model: str, model_type: str, **fields: Any) -> Report:
@@ -161,9 +192,9 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
     return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
 
 
-def _write_configs(folder: Path, rewritten: Rewritten, source: Path) -> GenerationConfig:
-    config = rewritten.model.config
-    generation = write_side_files(folder, source=source, config=config)
+def _write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
+    config = with_context(rewritten.model.config, rewritten.plan.options.context_length)
+    generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
         context = exact_length(config)
@@ -179,14 +210,6 @@ def _provider(options: CompressOptions) -> tuple[Provider, tuple[str, ...]]:
     if obstacle is None:
         return "cuda", ()
     return "cpu", (f"verified on the CPU execution provider, not on CUDA: {obstacle}",)
-
-
-def _tiers(
-    folder: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None
-) -> tuple[tuple[ParityTier, ...], Golden | None]:
-    method = tuple(method_tiers(rewritten, probe)) if DENSE in rewritten.probe_logits else ()
-    runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=threads)
-    return (*method, *runtime), golden
 
 
 def _measure(
@@ -238,7 +261,7 @@ def tokens_without_rows(folder: Path, rows: int) -> tuple[str, ...]:
 
 
 def _length_notice(rewritten: Rewritten) -> tuple[str, ...]:
-    note = length_note(rewritten.model.config)
+    note = length_note(with_context(rewritten.model.config, rewritten.plan.options.context_length))
     return () if note is None else (note,)
 
 
@@ -281,16 +304,16 @@ def _write_report(
         name=name,
         base_model=report.model,
         ep="cuda" if options.ep == "cuda" else "cpu",
-        context_length=int(rewritten.model.config.max_position_embeddings),
-        length_note=length_note(rewritten.model.config),
+        context_length=context_of(rewritten.model.config, options.context_length),
+        length_note=length_note(with_context(rewritten.model.config, options.context_length)),
         summary=_summary(options),
         results=_results(report),
+        ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.ep,
-        "context_length": int(rewritten.model.config.max_position_embeddings),
         "shared_kv_cache": not rewritten.architecture.is_encoder,
         "parity": [tier.to_json() for tier in report.parity],
         "golden": None if golden is None else golden.to_json(),
@@ -329,5 +352,7 @@ def _results(report: Report) -> tuple[tuple[str, str], ...]:
 
 
 def _verdict(tier: ParityTier) -> str:
+    if tier.max_error is None:
+        return tier.note
     outcome = {True: "passed", False: "FAILED", None: "measured"}[tier.passed]
     return f"{outcome}, largest error {tier.max_error:.3g} on a scale of {tier.scale:.3g}"

@@ -1,17 +1,16 @@
-"""Reads the JSON files of a bundle: context length, special tokens, cache layout, chat template."""
+"""Reads the JSON files of a bundle: context length, sizes, cache layout, ends."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
-
-MODEL_FILE = "model.onnx"
-TOKENIZER_FILE = "tokenizer.json"
+from rk_export.runtime.bundle_files import MODEL_FILE, read_json
+from rk_export.runtime.ends import Ends, read_ends
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class BundleConfig:
         vocab_size: Rows of the embedding, or None where no file says so.
         head_size: Elements of one attention head, or None where no file says so.
         kv_heads: Key/value heads of a layer, or None where no file says so.
-        eos_ids: Tokens that end a generation.
         shared_cache: Whether past and present may be one buffer, or None where no file says so.
     """
 
@@ -35,7 +33,6 @@ class BundleConfig:
     vocab_size: int | None
     head_size: int | None
     kv_heads: int | None
-    eos_ids: frozenset[int]
     shared_cache: bool | None
 
     @property
@@ -43,9 +40,23 @@ class BundleConfig:
         """The graph; its external data lies beside it."""
         return self.folder / MODEL_FILE
 
+    @cached_property
+    def ends(self) -> Ends:
+        """Tokens that end a generation, read when they are first asked for.
+
+        Raises:
+            InputError: A file that names one is malformed.
+        """
+        return read_ends(self.folder)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a generation."""
+        return frozenset(self.ends.ids)
+
     @classmethod
     def read(cls, folder: str | Path) -> BundleConfig:
-        """Read ``config.json``, ``generation_config.json``, ``genai_config.json`` and ``rk_manifest.json``.
+        """Read ``config.json``, ``genai_config.json`` and ``rk_manifest.json``.
 
         Raises:
             InputError: The folder or its graph is missing, or a file is not valid JSON.
@@ -61,12 +72,10 @@ class BundleConfig:
         model = genai.get("model", {})
         decoder = model.get("decoder", {})
         manifest = read_json(folder / "rk_manifest.json")
-        generation = read_json(folder / "generation_config.json")
         switch = rotary_switch(text_config)
         return cls(
             folder=folder,
             context_length=_first(
-                manifest.get("context_length"),
                 # GenAI is told the switch where it cannot follow it; this runtime can.
                 None if model.get("context_length") == switch else model.get("context_length"),
                 text_config.get("max_position_embeddings"),
@@ -75,11 +84,6 @@ class BundleConfig:
             vocab_size=_first(model.get("vocab_size"), text_config.get("vocab_size")),
             head_size=_first(decoder.get("head_size"), text_config.get("head_dim"), _head_size(text_config)),
             kv_heads=_first(decoder.get("num_key_value_heads"), text_config.get("num_key_value_heads")),
-            eos_ids=_ids(
-                _first(
-                    generation.get("eos_token_id"), text_config.get("eos_token_id"), model.get("eos_token_id")
-                )
-            ),
             shared_cache=_first(
                 manifest.get("shared_kv_cache"),
                 genai.get("search", {}).get("past_present_share_buffer"),
@@ -107,25 +111,6 @@ def rotary_switch(config: Mapping[str, Any]) -> int | None:
     return min((switch for switch in switches if switch and switch < longest), default=None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one where there is no such file.
-
-    Raises:
-        InputError: The file holds something else than a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"not valid JSON ({error})", where=str(path), fix="export the bundle again"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", where=str(path), fix="export the bundle again")
-    return value
-
-
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
@@ -133,9 +118,3 @@ def _first(*values: Any) -> Any:
 def _head_size(config: dict[str, Any]) -> int | None:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     return hidden // heads if hidden and heads else None
-
-
-def _ids(value: int | list[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset([value] if isinstance(value, int) else value)

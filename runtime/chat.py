@@ -3,91 +3,139 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rk_export.errors import InputError
-from rk_export.runtime.bundle_config import read_json
+from rk_export.runtime.chat_files import DEFAULT, TOOL_USE, TemplateFiles
+from rk_export.runtime.messages import continued, opened, plain_messages
+from rk_export.runtime.special_tokens import SpecialTokens
 
 Message = Mapping[str, Any]
 
+logger = logging.getLogger(__name__)
+
+# What a template may do wrong while it runs; it is a program that came with the model.
+_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 
 class ChatTemplate:
-    """A compiled chat template; it runs in a sandbox, since it comes with the model.
+    """The chat templates of a folder; they run in a sandbox, since they come with the model.
 
     Args:
-        source: The Jinja text.
-        special_tokens: ``bos_token``, ``eos_token`` ... as the template names them.
-        where: The file, for error messages.
+        files: The templates' texts by name.
+        special_tokens: ``bos_token``, ``eos_token`` ... as the templates name them.
 
     Raises:
-        InputError: The template has a syntax error.
+        InputError: The default template has a syntax error.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._special_tokens, self._where = dict(special_tokens), where
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(
-                f"not a valid template: {error}", where=where, fix="repair the template"
-            ) from error
+    def __init__(self, files: TemplateFiles, special_tokens: Mapping[str, str]) -> None:
+        self._files, self._special_tokens = files, dict(special_tokens)
+        self._warned: set[str] = set()
+        if DEFAULT in files.sources:
+            self._compiled(DEFAULT)
 
     @classmethod
     def read(cls, folder: Path) -> ChatTemplate:
-        """Read ``chat_template.jinja``, or the template in ``tokenizer_config.json``.
+        """Read the templates of a folder; see `TemplateFiles.read` for where they may lie.
 
         Raises:
-            InputError: The bundle has no chat template, or a broken one.
+            InputError: The folder has no chat template, or a broken one.
         """
-        config = read_json(folder / "tokenizer_config.json")
-        file = folder / "chat_template.jinja"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), _special_tokens(config), str(file))
-        source = _default_template(config.get("chat_template"))
-        if source is None:
-            raise InputError("no chat template", where=str(file), fix="use generate with a plain prompt")
-        return cls(source, _special_tokens(config), str(folder / "tokenizer_config.json"))
+        files = TemplateFiles.read(folder)
+        if not files.sources:
+            raise InputError(
+                "no chat template",
+                where=str(folder / "chat_template.jinja"),
+                fix="use generate with a plain prompt (on the command line: -p without --chat)",
+            )
+        return cls(files, SpecialTokens.read(folder).named)
 
     def render(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **arguments: Any,
     ) -> str:
         """Return the prompt text of a conversation; it already holds its special tokens.
 
+        Args:
+            messages: Dictionaries with ``role``, ``content`` and what else the template reads.
+            add_generation_prompt: End with what introduces an answer.
+            continue_final_message: End within the last message instead, so that the model goes on with it.
+            tools: JSON schemas of functions that the model may call; a template named ``tool_use`` is then taken.
+            documents: Dictionaries with ``title`` and ``text``.
+            **arguments: Anything else the template reads, such as ``enable_thinking``. They override the special
+                tokens. One that the template does not read is warned of.
+
         Raises:
-            InputError: The template refuses the messages.
+            InputError: The template refuses the messages, or an argument is no list of dictionaries.
         """
+        for name, value in (("messages", messages), ("tools", tools), ("documents", documents)):
+            _require_mappings(name, value)
+        name = self._name(with_tools=tools is not None)
+        given = {"tools": tools, "documents": documents, **arguments}
+        self._warn_of_unread(name, {key for key, value in given.items() if value is not None})
+        values = {**self._special_tokens, **given, "add_generation_prompt": add_generation_prompt}
+        chat = plain_messages(messages)
+        if continue_final_message:
+            return continued(self._run(name, opened(chat), {**values, "add_generation_prompt": False}), chat)
+        return self._run(name, chat, values)
+
+    def _run(self, name: str, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> str:
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            return self._compiled(name).render({**values, "messages": messages})
+        except (*_FAILURES, RecursionError, MemoryError) as error:
             raise InputError(
                 f"the template refuses the messages: {error}",
-                where=self._where,
+                where=self._files.where(name),
                 fix="give messages with the roles and fields that this model knows",
             ) from error
+
+    def _name(self, *, with_tools: bool) -> str:
+        if with_tools and TOOL_USE in self._files.sources:
+            return TOOL_USE
+        if DEFAULT not in self._files.sources:
+            raise InputError(
+                f"no template is named {DEFAULT!r}, only {', '.join(sorted(self._files.sources))}",
+                where=self._files.where(DEFAULT),
+                fix="name one of them so" + ("" if with_tools else ", or give tools"),
+            )
+        return DEFAULT
+
+    def _compiled(self, name: str) -> jinja2.Template:
+        try:
+            return _compile(self._files.sources[name])
+        except (jinja2.TemplateError, RecursionError) as error:
+            where = self._files.where(name)
+            raise InputError(
+                f"not a valid template: {error}", where=where, fix="repair the template"
+            ) from error
+
+    def _warn_of_unread(self, name: str, given: set[str]) -> None:
+        """Say once which arguments have no effect."""
+        if not given - self._warned:
+            return
+        read = meta.find_undeclared_variables(_environment().parse(self._files.sources[name]))
+        for argument in sorted(given - read - self._warned):
+            logger.warning("%s does not read %r: it has no effect", self._files.where(name), argument)
+        self._warned |= given
 
 
 class _GenerationBlock(Extension):
@@ -100,6 +148,22 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
@@ -108,15 +172,7 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {
-        name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()
-    }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _default_template(value: str | list[dict[str, str]] | None) -> str | None:
-    if isinstance(value, list):
-        return next((entry["template"] for entry in value if entry.get("name") == "default"), None)
-    return value
+def _require_mappings(name: str, value: Any) -> None:
+    fits = isinstance(value, Sequence) and all(isinstance(item, Mapping) for item in value)
+    if value is not None and not fits:
+        raise InputError(f"{value!r} is no list of dictionaries", where=name, fix="give a list of them")

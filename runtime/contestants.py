@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rk_export.errors import InputError, ProviderError
+from rk_export.runtime.bundle_files import read_json
 from rk_export.runtime.decoder import Decoder
 from rk_export.runtime.providers import Provider
 from rk_export.runtime.session import Session
+
+_NATIVE_CODE = re.compile(r"librar|_lib_|plugin")  # custom_ops_library, trt_extra_plugin_lib_paths ...
 
 
 class Contestant(Protocol):
@@ -81,7 +86,7 @@ class GenAIContestant:
         threads: Threads within one operator.
 
     Raises:
-        InputError: The folder is no GenAI bundle.
+        InputError: The folder is no GenAI bundle, or its configuration names a library of native code.
         ProviderError: onnxruntime-genai is not installed.
     """
 
@@ -91,7 +96,9 @@ class GenAIContestant:
         config_file = Path(path) / "genai_config.json"
         if not config_file.is_file():
             raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
-        model = json.loads(config_file.read_text(encoding="utf-8"))["model"]
+        settings = read_json(config_file)
+        _refuse_native_code(settings, config_file)
+        model = settings["model"]
         self.vocab_size, self.max_length = int(model["vocab_size"]), int(model["context_length"])
         self._model = self._og.Model(self._config(str(path), provider, threads))
         self._generator: Any = None
@@ -123,6 +130,27 @@ class GenAIContestant:
             overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
             config.overlay(json.dumps(overlay))
         return config
+
+
+def _refuse_native_code(settings: dict[str, Any], config_file: Path) -> None:
+    """GenAI loads the libraries that its configuration names, and loading one runs what is in it."""
+    for entry, value in _entries(settings):
+        if _NATIVE_CODE.search(entry) and value:
+            raise InputError(
+                f"{entry} names native code, {json.dumps(value)}, which is never loaded",
+                where=str(config_file),
+                fix="delete the entry; what rk-export writes needs none",
+            )
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of each entry of a JSON object and of the objects inside it."""
+    inside = value if isinstance(value, list) else []
+    if isinstance(value, dict):
+        yield from value.items()
+        inside = list(value.values())
+    for item in inside:
+        yield from _entries(item)
 
 
 def _import_genai() -> Any:

@@ -119,7 +119,7 @@ class Decoder:
             raise InputError(
                 f"{self._length + count} positions do not fit into {self._capacity}",
                 where="KV cache",
-                fix="shorten the prompt, or open the session with a larger max_length",
+                fix="shorten the prompt, or make the decoder with a larger capacity",
             )
         self._length += count
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError
-from rk_export.runtime.bundle_config import TOKENIZER_FILE, BundleConfig
+from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.text import TextCodec

@@ -19,7 +19,7 @@ class Row:
         prompt: Tokens of the prompt.
         options: How to choose tokens and when to end.
         codec: The tokenizer, or None where the bundle has none: the text then stays empty.
-        eos_ids: Tokens that end the row.
+        eos_ids: Tokens that end the row, beside those that the options name.
         index: Place in the batch.
     """
 
@@ -38,7 +38,9 @@ class Row:
         self._sampler = Sampler(options, prompt, index)
         self._stream = None if codec is None else TextStream(codec)
         self._matcher = StopMatcher(options.stop)
-        self._eos_ids = eos_ids
+        self._ends = dict.fromkeys(options.stop_token_ids, FinishReason.STOP)
+        self._ends |= dict.fromkeys(eos_ids, FinishReason.EOS)
+        self._codec = codec
         self._text = ""
         self._taken = 0  # characters already given out by new_text
 
@@ -48,20 +50,21 @@ class Row:
             return self.tokens[-1]
         token = self._sampler.choose(logits)
         self.tokens.append(token)
-        if token in self._eos_ids:
-            self.finish(FinishReason.EOS)
-        elif self._stream is not None:
+        special = "" if self._codec is None else self._codec.hidden_text(token)
+        if token in self._ends:
+            self._close(self._ends[token], special)
+            return token
+        self._show(special, shown=False)
+        if self._stream is not None:
             self._show(self._stream.push(token))
+        if self._matcher.stopped:
+            self.finish_reason = FinishReason.STOP
         return token
 
     def finish(self, reason: FinishReason) -> None:
         """End the row and give out the text that was held back."""
-        if self.finish_reason is not None:
-            return
-        self.finish_reason = reason
-        if self._stream is not None:
-            self._show(self._stream.flush())
-        self._text += self._matcher.flush()
+        if self.finish_reason is None:
+            self._close(reason)
 
     def new_text(self) -> str:
         """Return the text that came since the last call."""
@@ -78,10 +81,17 @@ class Row:
             prompt_tokens=len(self.prompt),
         )
 
-    def _show(self, piece: str) -> None:
-        self._text += self._matcher.push(piece)
-        if self._matcher.stopped:
-            self.finish_reason = FinishReason.STOP
+    def _close(self, reason: FinishReason, special: str = "") -> None:
+        """End the row; the text of the special token that ends it may complete a stop string."""
+        if self._stream is not None:
+            self._show(self._stream.flush())
+        self._show(special, shown=False)
+        self._text += self._matcher.flush()
+        stopped = self._matcher.stopped and reason is not FinishReason.EOS
+        self.finish_reason = FinishReason.STOP if stopped else reason
+
+    def _show(self, piece: str, *, shown: bool = True) -> None:
+        self._text += self._matcher.push(piece, shown=shown)
 
 
 def run_rows(decoder: Decoder, rows: Sequence[Row], budget: int) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 from rk_export.errors import InputError
 
@@ -23,7 +24,9 @@ class GenerationOptions:
         top_p: Sample among the smallest set of tokens whose probability reaches p; 1 keeps all.
         min_p: Leave out tokens whose probability is below this share of the likeliest one's; 0 keeps all.
         repetition_penalty: Above 1 lowers the score of every token of the prompt and of the text so far.
-        stop: Generation ends where one of these strings appears; the string itself is not returned.
+        stop: Generation ends where one of these strings appears; the string itself is not returned. Special tokens
+            count as their text here, though they are left out of what is returned: ``<|im_end|>`` is found.
+        stop_token_ids: Tokens that end the generation beside those of the model; their text is not returned.
         seed: Seed of the random draws; the same seed gives the same text. None draws a fresh one.
 
     Raises:
@@ -37,6 +40,7 @@ class GenerationOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +57,10 @@ class GenerationOptions:
         )
         _require(not isinstance(self.stop, str), "stop", self.stop, "give a tuple of strings")
         _require(all(self.stop), "stop", self.stop, "remove the empty string")
+        fits = not isinstance(self.stop_token_ids, (Integral, str)) and all(
+            map(_is_token, self.stop_token_ids)
+        )
+        _require(fits, "stop_token_ids", self.stop_token_ids, "give a tuple of token ids, 0 or more")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "give 0 or more")
 
     @property
@@ -62,7 +70,11 @@ class GenerationOptions:
 
 
 class FinishReason(enum.StrEnum):
-    """Why a generation ended."""
+    """Why a generation ended.
+
+    ``eos``: a token that the bundle names as an end, also where the caller named it too. ``stop``: a string or token
+    that the caller named. ``length``: no tokens were left to spend.
+    """
 
     EOS = "eos"
     STOP = "stop"
@@ -75,8 +87,8 @@ class Generation:
 
     Args:
         text: The new text, without the prompt, special tokens and the stop string.
-        token_ids: The new tokens, with the end-of-sequence token if there was one.
-        finish_reason: End-of-sequence token, stop string, or no tokens left to spend.
+        token_ids: The new tokens, with the one that ended the text if there was one.
+        finish_reason: End-of-sequence token, stop string or token, or no tokens left to spend.
         prompt_tokens: Length of the prompt.
     """
 
@@ -89,3 +101,7 @@ class Generation:
 def _require(holds: bool, option: str, value: object, fix: str) -> None:
     if not holds:
         raise InputError(f"{value!r} is out of range", where=option, fix=fix)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0

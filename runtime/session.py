@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError, ProviderError
-from rk_export.runtime.bundle_config import TOKENIZER_FILE, BundleConfig
+from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.cache import Cache, GrowingCache, SharedCache
 from rk_export.runtime.chat import ChatTemplate, Message
 from rk_export.runtime.decoder import Decoder, position_ids
 from rk_export.runtime.generate import Row, run_rows
 from rk_export.runtime.graph_proto import GraphFacts, read_facts
-from rk_export.runtime.layout import DecoderLayout
+from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 from rk_export.runtime.options import Generation, GenerationOptions
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.rotation import check_rotation
@@ -110,14 +111,22 @@ class Session:
         logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
         return logits, tuple(present)
 
-    def prefill_logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Return the logits of all positions, [batch, length, vocabulary], in the type of the graph.
+    def prefill_logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, start: int = 0
+    ) -> np.ndarray:
+        """Return the logits of the positions from ``start`` on, [batch, length - start, vocabulary].
+
+        They have the type of the graph. A graph that can leave out positions does not compute those before.
 
         Raises:
             InputError: As `forward`.
         """
-        logits: np.ndarray = self._session.run(["logits"], self._feeds(input_ids, attention_mask, None))[0]
-        return logits
+        feeds = self._feeds(input_ids, attention_mask, None)
+        skips = start > 0 and self.layout.logits_start
+        if skips:
+            feeds[LOGITS_START] = np.array([start], np.int64)
+        logits: np.ndarray = self._session.run(["logits"], feeds)[0]
+        return logits if skips else logits[:, start:]
 
     def decoder(self, *, batch: int, capacity: int) -> Decoder:
         """Return fresh decoding state for ``batch`` rows of at most ``capacity`` positions.
@@ -150,8 +159,9 @@ class Session:
 
         Returns:
             One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
-            graph does not allow for padding, prompts of equal length run together instead. Each row gets the tokens
-            that it gets alone, across the switch of LongRoPE too.
+            graph does not allow for padding, prompts of equal length run together instead. A padded row is the
+            single row up to rounding: at accuracy level 4 its tokens may differ from those of a call of its own.
+            Across the switch of LongRoPE, too, each row is computed as it is alone.
 
         Raises:
             InputError: A prompt is empty, has a token without a row in the embedding, or leaves no room for a new
@@ -163,8 +173,13 @@ class Session:
                 pass
         return [row.result() for row in rows]
 
-    def stream(self, prompt: Prompt, options: GenerationOptions = _GREEDY) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, options: GenerationOptions = _GREEDY
+    ) -> Generator[str, None, Generation]:
         """Continue one prompt and yield the pieces of the text that ``generate`` returns.
+
+        Returns:
+            What ``generate`` returns, as the generator's value.
 
         Raises:
             InputError: The prompt is empty or leaves no room for a new token.
@@ -173,23 +188,29 @@ class Session:
         for _ in self._run([row], options):
             if piece := row.new_text():
                 yield piece
+        return row.result()
 
-    def chat(self, messages: Sequence[Message], options: GenerationOptions = _GREEDY) -> Generation:
+    def chat(
+        self, messages: Sequence[Message], options: GenerationOptions = _GREEDY, **template_args: Any
+    ) -> Generation:
         """Answer a conversation.
 
         Args:
             messages: Dictionaries with ``role`` and ``content``, as the bundle's chat template takes them.
             options: How to choose tokens and when to end.
+            **template_args: As in `ChatTemplate.render`: ``tools``, ``documents``, ``continue_final_message`` and
+                what else the template reads, such as ``enable_thinking``.
 
         Raises:
             InputError: The bundle has no chat template, or the template refuses the messages.
         """
-        return self.generate([self.chat_tokens(messages)], options=options)[0]
+        return self.generate([self.chat_tokens(messages, **template_args)], options=options)[0]
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt tokens of a conversation, ready for ``generate`` or ``stream``."""
+    def chat_tokens(self, messages: Sequence[Message], **template_args: Any) -> list[int]:
+        """Return the prompt tokens of a conversation, ready for ``generate`` or ``stream``; arguments as in `chat`."""
         # The template writes the special tokens itself.
-        return self.text_codec.encode(self.chat_template.render(messages), special_tokens=False)
+        text = self.chat_template.render(messages, **template_args)
+        return self.text_codec.encode(text, special_tokens=False)
 
     @cached_property
     def rows(self) -> int | None:
@@ -247,8 +268,9 @@ class Session:
             raise InputError(
                 f"{len(tokens)} tokens leave no room in a context of {self.max_length}",
                 where=f"prompt {index}",
-                fix="shorten the prompt, or open the session with a larger max_length",
+                fix=self._more_room,
             )
+        self._check_stop_tokens(options)
         needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
         codec = self.text_codec if needs_text else None
         return Row(tokens, options, codec, self.config.eos_ids, index)
@@ -256,6 +278,25 @@ class Session:
     def _token_text(self, token: int) -> str | None:
         has_tokenizer = (self.config.folder / TOKENIZER_FILE).is_file()
         return self.text_codec.token_text(token) if has_tokenizer else None
+
+    def _check_stop_tokens(self, options: GenerationOptions) -> None:
+        size = self.config.vocab_size
+        outside = [token for token in options.stop_token_ids if size is not None and token >= size]
+        if outside:
+            raise InputError(
+                f"{outside[0]} is not in a vocabulary of {size}",
+                where="stop_token_ids",
+                fix=f"give ids below {size}",
+            )
+
+    @property
+    def _more_room(self) -> str:
+        """What a user can do about a prompt that is too long."""
+        shorter = f"shorten the prompt to {self.max_length - 1} tokens or less"
+        context = self.config.context_length
+        if context is None or self.max_length < context:
+            return f"{shorter}, or open the session with a larger max_length"
+        return f"{shorter}, or export the model again with a larger --context-length, where it allows one"
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))

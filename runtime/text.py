@@ -35,9 +35,19 @@ class TextCodec:
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._hidden = {index: str(token.content) for index, token in added.items() if token.special}
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return the tokens of a text, with the special tokens that the post-processor adds."""
+        """Return the tokens of a text, with the special tokens that the post-processor adds.
+
+        Raises:
+            InputError: The text holds halves of surrogate pairs, which no UTF-8 has.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"not UTF-8 ({error})", where="prompt", fix="encode it as UTF-8") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def token_text(self, token: int) -> str | None:
@@ -52,6 +62,10 @@ class TextCodec:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special tokens left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def hidden_text(self, token: int) -> str:
+        """Return the text of a special token, which `decode` leaves out; empty for every other token."""
+        return self._hidden.get(token, "")
 
 
 class TextStream:
@@ -90,30 +104,51 @@ class TextStream:
 class StopMatcher:
     """Holds text back as long as it may be the beginning of a stop string.
 
+    A stop string is looked for in the text with its special tokens, and in the text that is shown, without them.
+
     Args:
         stops: The stop strings, none empty.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
-        self._held = ""
+        self._held: list[tuple[str, bool]] = []  # characters, and whether they are shown
         self.stopped = False
 
-    def push(self, piece: str) -> str:
-        """Add text and return what can be shown; sets ``stopped`` once a stop string is complete."""
-        text = self._held + piece
-        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
-        if found:
-            self._held, self.stopped = "", True
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+    def push(self, piece: str, *, shown: bool = True) -> str:
+        """Add text and return what can be shown; sets ``stopped`` once a stop string is complete.
+
+        Args:
+            piece: The text.
+            shown: False for a special token: it is matched and never returned.
+
+        Returns:
+            What can be shown now; nothing once a stop string was complete.
+        """
+        if self.stopped:
+            return ""
+        held = [*self._held, *((character, shown) for character in piece)]
+        places = [index for index, (_, visible) in enumerate(held) if visible]  # of the shown characters
+        texts = (("".join(one for one, _ in held), range(len(held))), (_shown(held), places))
+        cuts = [where[text.find(stop)] for text, where in texts for stop in self._stops if stop in text]
+        self.stopped = bool(cuts)
+        if not cuts:
+            overlaps = (
+                (where, len(text) - _overlap(text, stop)) for text, where in texts for stop in self._stops
+            )
+            cuts = [len(held), *(where[start] for where, start in overlaps if start < len(where))]
+        cut = min(cuts)
+        self._held = [] if self.stopped else held[cut:]
+        return _shown(held[:cut])
 
     def flush(self) -> str:
         """Return the text held back; nothing more will come."""
-        held, self._held = self._held, ""
-        return held
+        held, self._held = self._held, []
+        return _shown(held)
+
+
+def _shown(characters: list[tuple[str, bool]]) -> str:
+    return "".join(character for character, visible in characters if visible)
 
 
 def _overlap(text: str, stop: str) -> int:

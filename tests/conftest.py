@@ -6,6 +6,7 @@ Nothing of ours is imported at the head: the tests of `optimum_env` run where rk
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Runtime before rk-export
 
 if TYPE_CHECKING:
     from rk_export.load import ModelSource

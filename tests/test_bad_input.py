@@ -103,6 +103,7 @@ def test_truncated_weights(refused: Refused, model: Path, out: Path, kept: int) 
 
 def test_missing_shard(refused: Refused, model: Path, out: Path) -> None:
     names = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     message = refused("compress", model, "-o", out)

@@ -342,7 +342,7 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
 def test_a_file_beyond_the_budget_is_said_aloud(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rk_export.currencies.fixed_bytes", lambda *_: 0.0)
+    monkeypatch.setattr("rk_export.currencies.fixed_parts", lambda *_: ())
     report = compress(llama, tmp_path / "out", options("size", 150_000), threads=1)
     assert any(notice.startswith("the files take") for notice in report.notices)
 

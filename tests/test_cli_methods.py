@@ -97,8 +97,8 @@ def test_a_method_ends_in_a_verified_bundle(
     report = Report.load(out / "report.json")
     assert report.size is not None
     assert report.size.kept_parameters < report.size.dense_parameters
-    assert report.parity[0].tier == "a"
-    assert report.parity[0].max_error > 0
+    (method_error,) = (tier.max_error for tier in report.parity if tier.tier == "a")
+    assert method_error > 0
     assert "rank" in done(cli("explain", out)).out
 
 

@@ -26,7 +26,7 @@ def estimate(source: ModelSource) -> tuple[Layer, dict[str, SiteStatistics]]:
     model = source.skeleton()
     kv_groups = source.architecture.heads(source.config).kv_heads
     layer = Layer(1, source.load_layer(model, 1), kv_groups)
-    found = gain_statistics(layer, sites, source.architecture)
+    found = gain_statistics(layer, sites, source.config)
     roles = {site.site: site.members[0] for site in sites}
     return layer, {roles[name]: statistics for name, statistics in found.items()}
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import tiny_options
-from genai_tokens import genai_tokens, our_tokens
+from genai_tokens import engine_tokens, genai_tokens, generator_tokens, our_tokens
 from tiny_models import tiny_model
 
 from rk_export import compress
 from rk_export.probe import make_probe
 
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: pip install 'rk-export[genai]'")
+
+Together = Callable[[Path, Sequence[Sequence[int]], int], list[list[int]]]
 
 NEW_TOKENS = 24
 FAMILIES = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "granite", "smollm3", "starcoder2", "opt", "gpt2")
@@ -27,6 +30,15 @@ def test_tiny_bundle(bundle: Path) -> None:
     ours = our_tokens(bundle, prompts, NEW_TOKENS)
     assert len({tuple(row) for row in ours}) > 1, "one text for every prompt would prove nothing"
     assert genai_tokens(bundle, prompts, NEW_TOKENS) == ours
+
+
+@pytest.mark.parametrize("together", [generator_tokens, engine_tokens])
+def test_unequal_prompts_together_get_the_tokens_of_each_alone(bundle: Path, together: Together) -> None:
+    prompts = [prompt[:length] for prompt, length in zip(prompts_of(bundle, 320), (14, 5, 9, 2), strict=True)]
+    alone = our_tokens(bundle, prompts, NEW_TOKENS)
+    assert sum(map(len, alone)) > 2 * NEW_TOKENS, "texts that end at once would prove nothing"
+    found = together(bundle, prompts, NEW_TOKENS)
+    assert [row[: len(wanted)] for row, wanted in zip(found, alone, strict=True)] == alone
 
 
 @pytest.mark.real_model

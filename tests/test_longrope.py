@@ -144,9 +144,10 @@ def test_continuations_are_scored_under_their_own_rotation(phi: Path, session: S
 
 def test_parity_crosses_the_switch(phi: Path) -> None:
     report = json.loads((phi / "bundle" / "report.json").read_text(encoding="utf-8"))
-    across = {tier["tier"]: tier for tier in report["parity"] if "across" in tier["name"]}
-    assert set(across) == {"c", "e"}
-    assert all(tier["passed"] and tier["max_error"] < 1e-4 * tier["scale"] for tier in across.values())
+    across = {tier["tier"]: tier for tier in report["parity"] if f"at {SWITCH} tokens" in tier["note"]}
+    assert {"e", "g"} <= set(across)
+    assert all(tier["passed"] and "is not crossed" not in tier["note"] for tier in across.values())
+    assert across["e"]["max_error"] < 1e-4 * across["e"]["scale"]
 
 
 def test_parity_notices_a_cache_that_keeps_the_short_rotation(
@@ -154,7 +155,7 @@ def test_parity_notices_a_cache_that_keeps_the_short_rotation(
 ) -> None:
     monkeypatch.setattr("rk_export.runtime.decoder.Decoder._start_anew", _step_without_looking_back)
     failed = [tier for tier in verify(phi / "bundle", provider="cpu", threads=1) if tier.passed is False]
-    assert any("across" in tier.name for tier in failed)
+    assert {tier.tier for tier in failed} == {"e", "g"}
 
 
 def _step_without_looking_back(decoder: Decoder) -> np.ndarray:
@@ -175,7 +176,8 @@ def test_parity_holds_wherever_the_switch_lies(tmp_path: Path, switch: int) -> N
     assert all(tier.passed is not False for tier in report.parity)
     genai = json.loads((tmp_path / "bundle" / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == min(switch, CONTEXT)
-    assert any("across" in tier.name for tier in report.parity) is (switch < CONTEXT)
+    crossed = [tier for tier in report.parity if f"at {switch} tokens" in tier.note and tier.tier in "eg"]
+    assert len(crossed) == (2 if switch < CONTEXT else 0)
 
 
 def test_genai_follows_the_switch_of_phi3(tmp_path: Path) -> None:

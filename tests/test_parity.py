@@ -13,18 +13,23 @@ import pytest
 import torch
 from conftest import tiny_options
 from onnx import helper, numpy_helper
+from tiny_models import tiny_model
 
 from rk_export import assert_parity, parity, pipeline, write_bundle
+from rk_export.comparison import compare, require_parity
 from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
 from rk_export.graph_export import save_graph
+from rk_export.greedy import Golden
 from rk_export.load import open_source
-from rk_export.parity import compare, method_tiers, require_parity, runtime_tiers
+from rk_export.parity import method_tiers, runtime_tiers
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
+from rk_export.preflight import preflight
 from rk_export.probe import Probe, make_probe
 from rk_export.report import ParityTier
 from rk_export.rewrite import Rewritten, rewrite
+from rk_export.runtime import Session
 
 Damage = Callable[[onnx.ModelProto], None]
 
@@ -74,13 +79,19 @@ def test_half_floats_are_compared_in_full_precision() -> None:
 
 def test_method_tiers_tell_factorization_and_quantization_apart(llama: Path) -> None:
     source = open_source(llama)
-    probe = make_probe(llama, source.config.vocab_size)
+    before = preflight(source, tiny_options())
 
     def errors(**changes: object) -> list[float]:
         plan = make_plan(source, tiny_options(**changes))
-        tiers = list(method_tiers(rewrite(source, plan, probe=torch.from_numpy(probe.batch)), probe))
-        assert [(tier.tier, tier.passed) for tier in tiers] == [("a", None), ("b", None)]
-        return [tier.max_error for tier in tiers]
+        rewritten = rewrite(source, plan, probe=torch.from_numpy(before.probe.batch))
+        tiers = list(method_tiers(rewritten, before))
+        assert [(tier.tier, tier.passed) for tier in tiers] == [
+            ("0", True),
+            ("p", True),
+            ("a", None),
+            ("b", None),
+        ]
+        return [tier.max_error for tier in tiers[2:]]
 
     factorized, quantized = errors(quant=None, embedding_quant=None)
     assert factorized > 0
@@ -107,8 +118,8 @@ def rewritten(llama: Path, bundle: Path, probe: Probe) -> Rewritten:
 
 def failed_tiers(bundle: Path, rewritten: Rewritten, probe: Probe) -> str:
     tiers, _ = runtime_tiers(bundle, rewritten, probe, provider="cpu", threads=1)
-    assert [tier.tier for tier in tiers] == list("cdefg")
-    return "".join(tier.tier for tier in tiers if not tier.passed)
+    assert [tier.tier for tier in tiers] == list("cdefgh")
+    return "".join(tier.tier for tier in tiers if tier.passed is False)
 
 
 def damage(bundle: Path, change: Damage) -> None:
@@ -183,13 +194,51 @@ def test_a_fault_shows_in_its_tier(
     assert failed_tiers(own_bundle, rewritten, probe) == failed
 
 
+def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -> None:
+    """One neuron a thousand times as loud: its block of inputs is coarse, in the runtime as in the emulation."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3] *= 1000
+    model.save_pretrained(tmp_path / "model")
+    report = pipeline.compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=()), threads=1)
+    (tier,) = (tier for tier in report.parity if tier.tier == "d")
+    emulated = float(tier.note.removeprefix("PyTorch's own int8 inputs differ from floats by ").split(";")[0])
+    assert tier.bound == pytest.approx(2 * emulated, rel=0.05)
+    assert tier.relative_error == pytest.approx(emulated, rel=0.2)
+    exact = replace(tiny_options(groups=()), accuracy_level=0)
+    report = pipeline.compress(tmp_path / "model", tmp_path / "exact", exact, threads=1)
+    (tier,) = (tier for tier in report.parity if tier.tier == "d")
+    assert (tier.max_error, tier.bound, tier.note) == (0, 1e-4, "no inputs are rounded to int8")
+
+
 def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
-    golden = parity.Golden.from_json(check_manifest(own_bundle)["golden"])
+    golden = Golden.from_json(check_manifest(own_bundle)["golden"])
     damage(own_bundle, wrong_scale)
     tiers = parity.bundle_tiers(own_bundle, golden, "fp32", provider="cpu", threads=1)
-    assert [tier.tier for tier in tiers] == list("defg")
-    assert [tier.tier for tier in tiers if not tier.passed] == ["g"]
-    assert tiers[-1].top1_agreement == 1 - tiers[-1].max_error / tiers[-1].scale
+    assert [tier.tier for tier in tiers] == list("defgh")
+    assert [tier.tier for tier in tiers if tier.passed is False] == ["g"]
+    assert tiers[-2].top1_agreement == 1 - tiers[-2].max_error / tiers[-2].scale
+
+
+def test_left_padding_is_measured_as_shipped_too(
+    own_bundle: Path, rewritten: Rewritten, probe: Probe
+) -> None:
+    def measured() -> dict[str, ParityTier]:
+        tiers, _ = runtime_tiers(own_bundle, rewritten, probe, provider="cpu", threads=1)
+        return {tier.tier: tier for tier in tiers}
+
+    sound = measured()
+    shipped = Session.from_pretrained(own_bundle, provider="cpu", threads=1)
+    rows = [shipped.prefill_logits(np.array([prompt]))[:, -1] for prompt in probe.unequal()]
+    assert sound["h"].scale == pytest.approx(np.abs(rows).max())
+    assert sound["h"].scale != pytest.approx(sound["f"].scale, rel=1e-4), (
+        "level 4 has other logits than level 0"
+    )
+    assert (sound["h"].passed, sound["h"].bound) == (None, None)
+    with pytest.raises(InputError, match="tier h is what left padding changes"):
+        assert_parity(own_bundle, tier="h")
+    damage(own_bundle, no_mask)
+    assert measured()["h"].relative_error > 100 * sound["h"].relative_error
 
 
 def test_no_bundle_is_left_when_parity_fails(
@@ -220,7 +269,7 @@ def test_require_parity_names_what_failed() -> None:
 
 def test_assert_parity_returns_what_it_judged(llama: Path, bundle: Path) -> None:
     assert "".join(tier.tier for tier in assert_parity(bundle)) == "defg"
-    assert "".join(tier.tier for tier in assert_parity(bundle, llama)) == "cdefg"
+    assert "".join(tier.tier for tier in assert_parity(bundle, llama)) == "0pcdefg"
     (tier,) = assert_parity(bundle, llama, tier="c")
     assert tier.tier == "c"
     assert "".join(tier.tier for tier in assert_parity(bundle, llama, tier=["g", "c"])) == "cg"
@@ -231,7 +280,7 @@ def test_assert_parity_with_a_bound_of_ones_own(llama: Path, bundle: Path) -> No
     assert (tier.bound, tier.passed) == (1e6, True)
     with pytest.raises(AssertionError, match=r"out of bound on tier a, c\n") as caught:
         assert_parity(bundle, llama, tier="ac", bound=1e-12)
-    assert "PyTorch dense vs factorized" in str(caught.value)
+    assert "PyTorch prepared vs factorized" in str(caught.value)
     assert "fail" in str(caught.value).lower()
     assert "left-padded" not in str(caught.value)
 

@@ -88,3 +88,19 @@ def test_a_metric_whitens_the_spectra(llama: Path) -> None:
 def test_ranks_are_rounded_down(source_of: SourceOf) -> None:
     plan = plan_of(source_of("llama"), allocation="effective-rank", rank_multiple=8)
     assert {site.rank % 8 for site in plan.sites} == {0}
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_zero_matrices_get_the_least(source_of: SourceOf, tmp_path: Path, allocation: str) -> None:
+    """No rule sees anything in them; before, their spectra gave NaN and the plan failed."""
+    model = source_of("llama").load()
+    with torch.no_grad():
+        for role in ("q", "k"):
+            model.get_submodule(f"model.layers.0.self_attn.{role}_proj").weight.zero_()  # type: ignore[operator]
+    plain_model(model).save_pretrained(tmp_path / "zero")
+    plan = plan_of(ModelSource(tmp_path / "zero", "zero"), allocation=allocation)
+    ranks = {site.site: site.rank or 64 for site in plan.sites if len(site.members) > 1}
+    least = min(ranks.values())
+    noise_counts = allocation not in ("uniform", "gavish-donoho")
+    assert not noise_counts or ranks["layers.0.qk"] == least < ranks["layers.1.qk"]
+    assert all(rank >= 1 for rank in ranks.values())

@@ -105,6 +105,27 @@ def rounding_loss(W: Tensor, spec: QuantSpec, curvature: Curvature, columns: Ten
     return loss
 
 
+def block_peaks(x: Tensor, block_size: int) -> Tensor:
+    """Return the mean over tokens of the squared largest input of each block (blocks,), for inputs (tokens, in)."""
+    return _blocks(x.to(torch.float32), block_size).abs().amax(-1).square().mean(0)
+
+
+def input_rounding_loss(W: Tensor, block_size: int, peaks: Tensor, out_weights: Tensor) -> float:
+    """Return the predicted loss of rounding what W (out, in) reads to int8, block by block.
+
+    That is what MatMulNBits does at accuracy level 4: the step of a block is its largest input over 127.
+
+    Args:
+        W: The matrix.
+        block_size: Inputs of a block.
+        peaks: Of `block_peaks`.
+        out_weights: Mean square of the loss' gradient by the outputs (out,).
+    """
+    energy = _blocks(W.to(torch.float32).square(), block_size).sum(-1)
+    rows = product(energy, peaks.to(energy)[:, None])[:, 0]
+    return 0.5 * _UNIFORM / _INT8_LEVELS**2 * float(out_weights.to(rows) @ rows)
+
+
 @dataclass(frozen=True)
 class TableCurvature:
     """What errors of a token embedding that is also the output projection cost, by row and by column.

@@ -41,8 +41,8 @@ def break_even_rank(in_features: int, out_features: int, *, identity: bool = Fal
 
 
 def rank_of_energy(singular_values: Tensor, energy: float) -> int:
-    """Return the smallest rank that keeps `energy` (0 to 1] of the squared singular values."""
-    share = singular_values.square().cumsum(0)
+    """Return the smallest rank that keeps `energy` (0 to 1] of the squared singular values, 1 for a zero matrix."""
+    share = _relative(singular_values).square().cumsum(0)
     return min(int((share < energy * share[-1]).sum()) + 1, len(singular_values))
 
 
@@ -52,15 +52,23 @@ def round_rank(rank: int, multiple: int, largest: int) -> int:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """Return exp of the entropy of the normalized singular values (Roy and Vetterli, 2007)."""
-    share = singular_values / singular_values.sum()
-    share = share[share > 0]
+    """Return exp of the entropy of the normalized singular values (Roy and Vetterli, 2007), 0 for a zero matrix."""
+    values = _relative(singular_values)
+    share = values[values > 0] / values.sum()
+    if not len(share):
+        return 0.0
     return float(torch.exp(-(share * share.log()).sum()))
 
 
 def stable_rank(singular_values: Tensor) -> float:
-    """Return the squared Frobenius norm over the squared spectral norm."""
-    return float(singular_values.square().sum() / singular_values[0].square())
+    """Return the squared Frobenius norm over the squared spectral norm, 0 for a zero matrix."""
+    return float(_relative(singular_values).square().sum())
+
+
+def _relative(singular_values: Tensor) -> Tensor:
+    """Return descending values over the largest, whose squares neither overflow nor vanish; zeros stay zeros."""
+    largest = singular_values[0]
+    return singular_values / largest if largest > 0 else torch.zeros_like(singular_values)
 
 
 def gavish_donoho_rank(singular_values: Tensor) -> int:

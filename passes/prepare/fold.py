@@ -34,8 +34,8 @@ def fold_norm(norm: nn.Module, readers: Iterable[nn.Module], *, unit_offset: boo
         put(norm, "bias", torch.zeros_like(shift))
 
 
-def fold_layer(layer: nn.Module, wiring: Wiring) -> None:
-    """Fold the norms in front of a layer's blocks, in place."""
-    for norm, readers in wiring.norms.items():
-        modules = [layer.get_submodule(path) for path in readers]
+def fold_layer(layer: nn.Module, wiring: Wiring, norms: Iterable[str]) -> None:
+    """Fold norms in front of a layer's blocks, in place; `norms` are paths from `wiring.norms`."""
+    for norm in norms:
+        modules = [layer.get_submodule(path) for path in wiring.norms[norm]]
         fold_norm(layer.get_submodule(norm), modules, unit_offset=wiring.unit_offset)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
 pytest.importorskip("optimum.onnxruntime", reason="needs optimum-onnx: run `make test-optimum`")
 
 import onnx
@@ -62,11 +63,11 @@ def exact_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def tokenizer(bundle: Path) -> Any:
-    return AutoTokenizer.from_pretrained(bundle, padding_side="left")
+    return AutoTokenizer.from_pretrained(bundle, padding_side="left", trust_remote_code=False)
 
 
 def _model(folder: Path) -> Any:
-    return ORTModelForCausalLM.from_pretrained(folder, session_options=_options())
+    return ORTModelForCausalLM.from_pretrained(folder, session_options=_options(), trust_remote_code=False)
 
 
 def _session(folder: Path) -> Any:

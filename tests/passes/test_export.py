@@ -128,7 +128,7 @@ def test_the_fusions_found_are_those_planned(exported: Exported) -> None:
         return
     layers = rewritten.model.config.num_hidden_layers
     assert exported.onnx.fusion("GroupQueryAttention").found == layers
-    assert exported.onnx.fusion("left-padding mask").found == layers
+    assert exported.onnx.fusion("padding mask").found == layers
     assert exported.onnx.fusion("logits of the last positions").found == 1
     assert exported.onnx.fusion("residual sum with norm").found >= 1
     normed = decoder_spec(rewritten.model.config).query_key_norm is not None

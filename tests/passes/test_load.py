@@ -193,7 +193,9 @@ def test_a_lost_shard_and_a_broken_index(source_of: SourceOf, tmp_path: Path) ->
     assert str(shard) == refusal(tmp_path, load=False).where
     tensors = load_file(sorted(tmp_path.glob("model-*.safetensors"))[0])
     save_file(tensors, shard)
-    assert "is missing" in refusal(tmp_path, load=False).what
+    assert "lies in two files" in refusal(tmp_path, load=False).what
+    save_file({"model.other.weight": torch.zeros(1)}, shard)
+    assert "is missing, which the index puts there" in refusal(tmp_path, load=False).what
     shard.write_bytes(kept)
     open_source(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
@@ -250,4 +252,6 @@ def test_an_unknown_family_lists_the_known_ones(folder: Path) -> None:
 
 def test_more_layers_in_the_config_than_in_the_file(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=3)
-    assert "model.layers.2." in refusal(folder).what
+    error = refusal(folder, load=False)
+    assert "config.json says 3 layers (num_hidden_layers), the files hold 2" in error.what
+    assert "model.layers.2." in error.what

@@ -17,6 +17,7 @@ from rk_export.passes.numerics.ranks import (
     rank_of_energy,
     rank_of_ratio,
     round_rank,
+    spectrum,
     stable_rank,
 )
 
@@ -75,6 +76,18 @@ def test_effective_and_stable_rank_of_flat_and_single_spectra() -> None:
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert effective_rank(two) == pytest.approx(math.exp(entropy))
     assert stable_rank(two) == pytest.approx(10 / 9)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 4, [1e25] * 4, [1e-25] * 4, [1e30, 1e-30, 1e-30, 1e-30]])
+def test_no_spectrum_gives_nan(values: list[float]) -> None:
+    """Zero matrices, and those whose squares overflow or vanish in float32."""
+    found = spectrum("x", torch.tensor(values), None)
+    flat = values[0] == values[-1] > 0
+    expected = 4.0 if flat else float(values[0] > 0)
+    assert found.effective_rank == pytest.approx(expected, rel=1e-5)
+    assert found.stable_rank == pytest.approx(expected)
+    assert found.energy_rank_99 == (4 if flat else 1)
+    assert found.gavish_donoho_rank == 1
 
 
 def test_gavish_donoho_finds_the_planted_rank() -> None:

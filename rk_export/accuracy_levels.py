@@ -1,0 +1,147 @@
+"""Which quantized matrices keep float inputs: those where rounding inputs to int8 would cost too much.
+
+At accuracy level 4 MatMulNBits rounds what it reads to int8, block by block, which is what makes it fast. One massive
+input makes its whole block coarse. What that costs is predicted to second order: with E the error of a product and g
+the gradient of the loss by it, the loss grows by half the mean of (g · E)² (Fisher information, 1503.05671). Where
+that is too much, the product is exported at level 1, which computes in floats.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.numerics.int8_inputs import int8_inputs
+from rk_export.report import Finding, Outcome
+from rk_export.rewrite import Rewritten
+
+logger = logging.getLogger(__name__)
+
+# Nats a token, or half the squared relative error of an encoder's output, that int8 inputs of the matrices which read
+# one tensor may cost. SmolLM2-135M in INT4: 3e-3 for all 122 such tensors together, where rounding its weights costs
+# a hundred times as much; its largest is 2e-4.
+LARGEST_LOSS = 1e-3
+
+
+def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
+    """Let matrices read their inputs in floats where int8 inputs would cost more than `LARGEST_LOSS`.
+
+    The model runs once on the probe, forward and back. Matrices that read the same input are decided together, since
+    the exported graph may pack them into one product.
+
+    Args:
+        rewritten: A quantized model; `reads_floats` of its matrices is set in place.
+        probe: Token ids, int64 (batch, length).
+
+    Returns:
+        The same with a finding for every matrix that reads floats.
+    """
+    options = rewritten.plan.options
+    names = {
+        module: name
+        for name, module in rewritten.model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    if options.ep != "cpu" or options.accuracy_level != 4 or not names:
+        return rewritten
+    costs = _Costs()
+    with _watched(rewritten, names, costs):
+        _objective(rewritten, probe).backward()  # type: ignore[no-untyped-call]
+    findings = []
+    for group in costs.by_input(tokens=probe.numel()):
+        loss = sum(group.values())
+        for module in group:
+            module.reads_floats = loss > LARGEST_LOSS
+            if module.reads_floats:
+                findings.append(_finding(names[module], loss, rewritten.architecture.is_encoder))
+    if findings:
+        logger.info(
+            "%d of %d quantized matrices keep float inputs: see the report", len(findings), len(names)
+        )
+    return replace(rewritten, findings=(*rewritten.findings, *findings))
+
+
+def _finding(name: str, loss: float, is_encoder: bool) -> Finding:
+    unit = "of half the squared relative error" if is_encoder else "nats a token"
+    reason = (
+        f"int8 inputs would cost {loss:.2g} {unit}, at most {LARGEST_LOSS} is taken: "
+        "it computes in floats, more slowly"
+    )
+    details = {"pass": "accuracy level", "level": 1, "predicted_loss": loss}
+    return Finding(name, Outcome.APPLIED, reason, details=details)
+
+
+def _objective(rewritten: Rewritten, probe: Tensor) -> Tensor:
+    """Return the sum over tokens of what errors are judged by.
+
+    For a decoder that is the loss of labels drawn from its own distribution. For an encoder it is its output along a
+    random direction, relative to how much outputs differ, so that its square stands for the relative error.
+    """
+    output = rewritten.model(input_ids=probe.to(rewritten.model.device), use_cache=False)
+    generator = torch.Generator().manual_seed(0)
+    if rewritten.architecture.is_encoder:
+        states = output.last_hidden_state.float().flatten(0, 1)
+        spread = (states - states.mean(0)).detach().square().sum(1).mean().sqrt()
+        along = torch.randn(states.shape, generator=generator).to(states)
+        total: Tensor = (states * along).sum() / spread
+        return total
+    logits = output.logits.float().flatten(0, 1)
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    loss: Tensor = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+    return loss
+
+
+@dataclass
+class _Costs:
+    """Predicted loss of int8 inputs by matrix, summed over tokens, and which tensor each matrix reads."""
+
+    losses: defaultdict[QuantizedLinear, float] = field(default_factory=lambda: defaultdict(float))
+    reads: dict[QuantizedLinear, Tensor] = field(default_factory=dict)
+
+    def note(self, module: QuantizedLinear, x: Tensor, output: Tensor) -> None:
+        """Look at a product once the gradient by its output flows back."""
+        self.reads[module] = x
+
+        def add(gradient: Tensor) -> None:
+            seen = x.detach()
+            error = nn.functional.linear(int8_inputs(seen, module.spec) - seen, module.weight.to(x.dtype))
+            felt = (error * gradient).flatten(0, -2).double().sum(1)
+            self.losses[module] += 0.5 * float(felt.square().sum())
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def by_input(self, *, tokens: int) -> list[dict[QuantizedLinear, float]]:
+        """Return the mean loss a token of the matrices, those that read the same tensor together."""
+        groups: defaultdict[int, dict[QuantizedLinear, float]] = defaultdict(dict)
+        for module, x in self.reads.items():
+            groups[id(x)][module] = self.losses[module] / tokens
+        return list(groups.values())
+
+
+@contextmanager
+def _watched(rewritten: Rewritten, names: dict[QuantizedLinear, str], costs: _Costs) -> Iterator[None]:
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(module, QuantizedLinear) and output.requires_grad:
+            costs.note(module, arguments[0], output)
+
+    handles = [module.register_forward_hook(note) for module in names]
+    embedding = rewritten.model.get_submodule(rewritten.architecture.embedding)
+    handles.append(embedding.register_forward_hook(_require_gradient))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _require_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    # Weights are frozen: the graph that gradients flow back through begins at the embedding's output.
+    return output.detach().requires_grad_(True)

@@ -1,0 +1,98 @@
+"""How many positions a bundle takes: the model's own context, or what `--context-length` asks for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from rk_export.architectures import architecture_of
+from rk_export.decoder_spec import has_learned_positions
+from rk_export.errors import InputError
+
+OPTION = "--context-length"
+# Positions become float32 in the rotary tables, which holds no larger whole number exactly.
+MOST_POSITIONS = 2**24
+# Scalings that name the length that they were made for: factor times the original length.
+_MADE_FOR_A_LENGTH = ("yarn", "longrope")
+
+
+def own_context(config: PretrainedConfig) -> int:
+    """Return the context that a model states."""
+    return int(config.max_position_embeddings)
+
+
+def context_of(config: PretrainedConfig, wanted: int | None) -> int:
+    """Return the context of a bundle, in tokens; ``wanted`` None takes the model's own."""
+    return own_context(config) if wanted is None else wanted
+
+
+def check_context(config: PretrainedConfig, wanted: int | None) -> None:
+    """Refuse a context that the model cannot take.
+
+    Raises:
+        InputError: Names the longest that it can.
+    """
+    longest, reason = _longest(config)
+    if wanted is not None and wanted > longest:
+        raise InputError(
+            f"a context of {wanted} tokens is too long: {reason}", where=OPTION, fix=f"give at most {longest}"
+        )
+
+
+def context_notices(config: PretrainedConfig, wanted: int | None) -> tuple[str, ...]:
+    """Return what a user must know of a context that is not the model's own, or could be longer."""
+    own, (longest, reason) = own_context(config), _longest(config)
+    if wanted is not None and wanted > own and _allowed_by_scaling(config) is None:
+        return (
+            f"the context of {wanted} tokens is longer than the {own} that the model was made for: the graph computes "
+            "what PyTorch computes, but how good the text is there nobody trained; measure it",
+        )
+    if wanted is None and own < longest < MOST_POSITIONS:
+        return (f"the bundle takes {own} tokens; {reason}: give {OPTION} {longest} for all of them",)
+    return ()
+
+
+def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConfig:
+    """Return a config that states a context; how its positions are rotated stays as it was."""
+    if wanted is None:
+        return config
+    stated = copy.deepcopy(config)
+    for parameters in _scalings(stated):
+        if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
+            # transformers derives it from the length that is about to change, and attention's scale from it.
+            parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
+    stated.max_position_embeddings = wanted
+    return stated
+
+
+def _longest(config: PretrainedConfig) -> tuple[int, str]:
+    """Return the longest context that a model can take, and why."""
+    own = own_context(config)
+    if architecture_of(config).is_encoder or has_learned_positions(config):
+        return own, f"the model has learned {own} positions"
+    if (allowed := _allowed_by_scaling(config)) is not None:
+        return allowed, f"its rotary scaling is made for {allowed}"
+    return MOST_POSITIONS, "float32 tells no more positions apart"
+
+
+def _allowed_by_scaling(config: PretrainedConfig) -> int | None:
+    """Return the length that rotary scalings were made for, or None where none names one."""
+    own, lengths = own_context(config), []
+    for parameters in _scalings(config):
+        if parameters["rope_type"] in _MADE_FOR_A_LENGTH:
+            original = parameters["original_max_position_embeddings"]
+            factor = parameters.get("factor") or own / original
+            lengths.append(max(own, int(factor * original)))
+    return min(lengths, default=None)
+
+
+def _scalings(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
+    """Yield the rotary parameters of each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in given:
+        yield given
+        return
+    yield from (parameters for parameters in given.values() if isinstance(parameters, dict))

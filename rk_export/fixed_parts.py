@@ -1,0 +1,127 @@
+"""What a bundle's model files hold beside the matrices that a plan decides on, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from rk_export.architectures import architecture_of, empty_canonical_model
+from rk_export.context import context_of
+from rk_export.decoder_spec import has_learned_positions
+from rk_export.humanize import size
+from rk_export.options import CompressOptions, QuantSpec
+from rk_export.preparable import has_rotated_head
+from rk_export.report import Finding, Outcome
+from rk_export.rotary import rotary_tables
+from rk_export.storage import FLOAT_BYTES, matrix_bytes
+from rk_export.weight_names import rename_tensors
+
+# model.onnx holds nodes, names and shapes: 8.5 to 10.7 kB a layer on SmolLM2; these reserve a little more.
+GRAPH_BYTES, GRAPH_BYTES_PER_LAYER = 100_000, 12_000
+
+
+@dataclass(frozen=True)
+class FixedPart:
+    """One kind of what is stored whatever the plan says.
+
+    Args:
+        name: What it is.
+        parameters: Of the dense model.
+        bytes: In the exported files; those of the graph itself are an upper estimate.
+        why: Why nothing is saved here.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    why: str = "stays in floats"
+
+
+def fixed_parts(config: PretrainedConfig, options: CompressOptions) -> tuple[FixedPart, ...]:
+    """Return the parts of a bundle beside the decided matrices, those that are absent left out."""
+    float_bytes = FLOAT_BYTES[options.float_dtype]
+    parts = [
+        FixedPart(kind, count, count * float_bytes) for kind, count in _undecided_parameters(config).items()
+    ]
+    if (rotary := _rotary(config, options)) is not None:
+        parts.append(rotary)
+    if has_rotated_head(config, options.preparations):
+        rotation = matrix_bytes(config.hidden_size, config.hidden_size, QuantSpec(8, 32), 4)
+        parts.append(FixedPart("rotation of the head", 0, rotation, "a preparation puts it there"))
+    return (*parts, FixedPart("graph", 0, graph_bytes(config), "nodes and names"))
+
+
+def graph_bytes(config: PretrainedConfig) -> int:
+    """Return an upper estimate of the graph without weights."""
+    return int(GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.num_hidden_layers)
+
+
+def fixed_findings(config: PretrainedConfig, options: CompressOptions) -> list[Finding]:
+    """Return a line for each fixed part that holds numbers of the model."""
+    return [
+        Finding(part.name, Outcome.SKIPPED, part.why, part.parameters * 4, part.bytes)
+        for part in fixed_parts(config, options)
+        if part.parameters or part.name == _ROTARY
+    ]
+
+
+def fixed_bytes(config: PretrainedConfig, options: CompressOptions) -> float:
+    """Return the bytes of all fixed parts; a little too many."""
+    return float(sum(part.bytes for part in fixed_parts(config, options)))
+
+
+def in_words(parts: Sequence[FixedPart]) -> str:
+    """Return ``norms 4.6 kB, graph 124 kB``."""
+    return ", ".join(f"{part.name} {size(part.bytes)}" for part in parts)
+
+
+_ROTARY = "rotary frequencies"
+
+
+def _undecided_parameters(config: PretrainedConfig) -> dict[str, int]:
+    """Return kind -> parameters of what is no decided matrix."""
+    architecture = architecture_of(config)
+    decided = {
+        f"{architecture.layers}.{layer}.{item.path}.weight"
+        for layer in range(config.num_hidden_layers)
+        for item in architecture.projections(config, layer)
+    }
+    if not architecture.is_encoder:
+        decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
+    counts: dict[str, int] = {}
+    for module_name, module in empty_canonical_model(config).named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            path = f"{module_name}.{name}"
+            if path in decided:
+                continue
+            # What the exported model lacks is left out, whole modules and rows of tables.
+            exported = rename_tensors(architecture, {path: parameter.detach()}, tied=False)
+            for tensor in exported.values():
+                kind = _kind(module, name)
+                counts[kind] = counts.get(kind, 0) + tensor.numel()
+    return counts
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    if "norm" in type(module).__name__.lower():
+        return "norms"
+    if isinstance(module, nn.Embedding):
+        return "embeddings of positions"
+    return "biases" if name.endswith("bias") else "routers"
+
+
+def _rotary(config: PretrainedConfig, options: CompressOptions) -> FixedPart | None:
+    """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
+    if architecture_of(config).is_encoder or has_learned_positions(config):
+        return None
+    positions = context_of(config, options.context_length)
+    module = type(empty_canonical_model(config).get_submodule("model.rotary_emb"))
+    tables = rotary_tables(config, module, positions).values()
+    stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
+    memory = sum(table.computed_bytes(FLOAT_BYTES[options.float_dtype]) for table in tables)
+    return FixedPart(
+        _ROTARY, 0, stored, f"the tables of {positions:,} positions, {size(memory)}, are computed on loading"
+    )

@@ -1,0 +1,48 @@
+"""Which matrices of a decoder layer read which norm, and which write to the residual stream."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from rk_export.architectures import Architecture, architecture_of, has_experts
+from rk_export.decoder_spec import NormNames, decoder_spec
+from rk_export.passes.prepare.wiring import Wiring
+
+ROUTER = "mlp.gate"
+
+
+def wiring_of(config: PretrainedConfig, index: int) -> Wiring:
+    """Return what reads and writes the residual stream in decoder layer `index`."""
+    architecture, spec = architecture_of(config), decoder_spec(config)
+    projections = architecture.projections(config, index)
+    path = {item.role: item.path for item in projections if item.role != "expert"}
+    experts = [item.path for item in projections if item.role == "expert"]
+    triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
+    reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
+    reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
+    if has_experts(config, index):
+        reads_mlp.append(ROUTER)
+    readers = (path["q"], path["k"], path["v"]), tuple(reads_mlp)
+    mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)
+    return Wiring(
+        norms=_norms(architecture, spec.norm_names, *readers),
+        writers=(path["o"], *(down for _, down in mlps)),
+        value=path["v"],
+        output=path["o"],
+        kv_heads=spec.heads.kv_heads,
+        mlps=mlps,
+        unit_offset=architecture.unit_offset,
+    )
+
+
+def _norms(
+    architecture: Architecture, names: NormNames, attention: tuple[str, ...], mlp: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Return the readers of each norm in front of a block; one norm may stand in front of both."""
+    torch_path = {onnx: torch for torch, onnx in architecture.renamed.items()}
+    norms: dict[str, tuple[str, ...]] = {}
+    for name, readers in ((names.before_attention, attention), (names.before_mlp, mlp)):
+        if name is not None:
+            path = torch_path.get(name, name)
+            norms[path] = (*norms.get(path, ()), *readers)
+    return norms

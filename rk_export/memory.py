@@ -1,0 +1,42 @@
+"""How much memory a process may still take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int | None:
+    """Return the bytes that can be had without swapping, or None where the system does not tell.
+
+    Linux tells for the machine, and for a container under control groups of version 2; the smaller counts.
+    """
+    known = [value for value in (_of_machine(), _of_container()) if value is not None]
+    return min(known, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kibibytes[0] * 1024 if kibibytes else None
+
+
+def _of_container() -> int | None:
+    try:
+        limit, used = (
+            (_CONTAINER / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current")
+        )
+        statistics = dict(
+            line.split() for line in (_CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
+    except OSError:
+        return None
+    if not limit.strip().isdigit():
+        return None  # "max": no limit
+    reclaimable = int(statistics.get("inactive_file", 0))
+    return max(0, int(limit) - int(used) + reclaimable)

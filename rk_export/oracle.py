@@ -1,0 +1,156 @@
+"""Logits of a model as transformers itself loads and computes it: the reference that is not ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from rk_export.architectures import empty_model
+from rk_export.errors import InputError
+from rk_export.humanize import size
+from rk_export.load import ModelSource
+from rk_export.measure import torch_logits
+from rk_export.memory import available_memory
+
+logger = logging.getLogger(__name__)
+
+# Beside the weights in float32 stand the file's pages, the activations and one tensor in its stored type.
+_ROOM = 1.2
+_OPTIONS = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes.
+
+    Args:
+        logits: (1, length, width), or None where it was not computed.
+        note: What was loaded, or why nothing was.
+    """
+
+    logits: Tensor | None
+    note: str
+
+
+def transformers_logits(source: ModelSource, tokens: Tensor) -> Reference:
+    """Return the logits of one prompt as transformers computes them in float32 with its eager attention.
+
+    The model is loaded by `from_pretrained` from its folder. Where that is another model (an adapter is merged, the
+    matrices are stored quantized) or transformers does not find every tensor there, its class is filled by name with
+    the tensors as we read them, and the note says so.
+
+    Args:
+        source: The untouched dense model.
+        tokens: One prompt, int64 (1, length).
+
+    Raises:
+        InputError: If transformers cannot be filled completely either.
+    """
+    needed = round(_ROOM * 4 * source.parameter_count())
+    available = available_memory()
+    if available is not None and needed > available:
+        reason = f"transformers needs {size(needed)} for the whole model, {size(available)} are free"
+        logger.warning("not compared with transformers: %s", reason)
+        return Reference(None, reason)
+    with _quiet():
+        model, note = _whole_model(source)
+    return Reference(torch_logits(model)(tokens.numpy()).float(), note)
+
+
+def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
+    reason = _other_model(source)
+    if not reason:
+        try:
+            model = _from_folder(source)
+            return model, f"{type(model).__name__}.from_pretrained"
+        except InputError as error:
+            reason = error.what
+    model = _filled(source)
+    note = f"{type(model).__name__} filled by name with the tensors as rk-export read them: {reason}"
+    logger.warning("%s", note)
+    return model, note
+
+
+def _other_model(source: ModelSource) -> str:
+    """Return why the folder is another model than the source, or an empty string."""
+    if source.changed:
+        return source.changed
+    stored = json.loads((source.origin[0] / "config.json").read_text(encoding="utf-8"))
+    return "the matrices are stored quantized" if "quantization_config" in stored else ""
+
+
+def _from_folder(source: ModelSource) -> PreTrainedModel:
+    auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
+    return _complete(
+        source,
+        lambda: auto.from_pretrained(
+            source.origin[0], use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
+        ),
+    )
+
+
+def _filled(source: ModelSource) -> PreTrainedModel:
+    family = type(empty_model(source.config))
+    tensors = {name: source.tensor(name) for name in source.stored.shapes}
+    config = _plain(source.config)
+    return _complete(
+        source,
+        lambda: family.from_pretrained(
+            None, config=config, state_dict=tensors, trust_remote_code=False, **_OPTIONS
+        ),
+    )
+
+
+def _complete(source: ModelSource, load: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:
+    """Load a model, and refuse one that transformers had to complete with random tensors."""
+    try:
+        model, info = load()
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"transformers cannot load it ({type(error).__name__}: {reason})",
+            where=source.name,
+            fix="convert it with transformers: save_pretrained writes a folder that it reads",
+        ) from error
+    unused = source.architecture.unused
+    missing = sorted(name for name in info["missing_keys"] if not (unused and name.startswith(unused)))
+    if missing:
+        raise InputError(
+            f"transformers finds no tensor {missing[0]!r} and would start it at random",
+            where=source.name,
+            fix="the checkpoint is incomplete, or its tensors belong to another class: convert it",
+        )
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and its table of tensors away: what matters of it becomes an error here."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _plain(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a config that asks for no quantizer: the tensors are floats already."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain

@@ -1,0 +1,123 @@
+"""What is known of a model before work begins: it is read as transformers reads it, and the options fit it."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rk_export.comparison import FLOAT_BOUND, compare, not_measured, require_parity
+from rk_export.half_range import Peaks, check_half_range
+from rk_export.load import ModelSource
+from rk_export.options import CompressOptions
+from rk_export.oracle import transformers_logits
+from rk_export.probe import Probe, make_probe
+from rk_export.report import ParityTier
+from rk_export.streams import Streams
+from rk_export.switches import switches_of
+from rk_export.tokenizer_conversion import check_tokenizer
+
+logger = logging.getLogger(__name__)
+
+ORACLE_TIER = "transformers vs PyTorch dense"
+_EXACT, _SHAKEN = "exact", "shaken"
+_FLOAT_STEP = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The untouched dense model on the probe, and how it compares with transformers.
+
+    Args:
+        probe: The prompts.
+        logits: Of the untouched dense model, (prompts, length, width).
+        rounding: Relative error of the logits that float32 alone costs: every layer's output shaken by one step.
+        tier: Tier 0.
+        notices: What the reader of the report must know.
+    """
+
+    probe: Probe
+    logits: Tensor
+    rounding: float
+    tier: ParityTier
+    notices: tuple[str, ...] = ()
+
+
+def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
+    """Look at a dense model before anything is done to it.
+
+    Args:
+        source: The model as it was opened: not prepared, pruned or tuned.
+        options: What is asked for.
+
+    Raises:
+        InputError: If its tokenizer cannot be converted, or its activations or weights exceed an fp16 graph.
+        ParityError: If the model as we read it computes other logits than transformers.
+    """
+    check_tokenizer(source.folder, source.config.vocab_size)
+    probe = make_probe(source.folder, source.config.vocab_size, switches_of(source.config))
+    tokens = torch.from_numpy(probe.batch)
+    peaks = Peaks() if options.float_dtype == "fp16" else None
+    logits, rounding = dense_logits(source, tokens, peaks, shaken=True)
+    reference = transformers_logits(source, tokens[:1])
+    tier = not_measured("0", ORACLE_TIER, reference.note)
+    if reference.logits is not None:
+        bound = FLOAT_BOUND["fp32"]
+        expected, found = reference.logits.numpy(), logits[:1].numpy()
+        tier = compare("0", ORACLE_TIER, expected, found, bound=bound, note=reference.note)
+    fix = "the model is not read as transformers reads it, so nothing was done; report it with the model's config.json"
+    require_parity((tier,), source.name, fix)
+    notices = () if peaks is None else check_half_range(peaks, source.name)
+    return Preflight(probe, logits, rounding, tier, notices)
+
+
+@torch.no_grad()
+def dense_logits(
+    source: ModelSource, tokens: Tensor, peaks: Peaks | None = None, *, shaken: bool = False
+) -> tuple[Tensor, float]:
+    """Run tokens through a model, one layer in memory at a time.
+
+    On request a second run has the output of every layer moved by noise of one float32 step of its root mean
+    square in each coordinate: what an exact computation in another basis may differ by.
+
+    Args:
+        source: The model.
+        tokens: int64 (batch, length).
+        peaks: Records the largest values of the exact run.
+        shaken: Make the second run.
+
+    Returns:
+        Logits (batch, length, width), and the largest difference of the second run's over the largest logit (zero
+        without one).
+    """
+    model = source.skeleton()
+    source.load_rest(model)
+    layers = cast(nn.ModuleList, model.get_submodule(source.architecture.layers))
+    streams = Streams(model, layers, tokens)
+    noise = torch.Generator().manual_seed(0)
+    streams.start(_EXACT)
+    if shaken:
+        streams.hidden[_SHAKEN] = streams.hidden[_EXACT]
+    if peaks is not None:
+        peaks.note("the token embedding", streams.hidden[_EXACT])
+    for index in range(source.layer_count):
+        layer = source.load_layer(model, index)
+        with nullcontext() if peaks is None else peaks.recording(layer, f"layer {index}"):
+            streams.advance(_EXACT, index)
+        if shaken:
+            streams.hidden[_SHAKEN] = _shaken(streams.advance(_SHAKEN, index), noise)
+        layer.to("meta")
+    logits = streams.finish(_EXACT).float()
+    if peaks is not None:
+        peaks.note("the output", logits)
+    moved = streams.finish(_SHAKEN).float() if shaken else logits
+    return logits, float((moved - logits).abs().max() / logits.abs().max())
+
+
+def _shaken(hidden: Tensor, generator: torch.Generator) -> Tensor:
+    step = _FLOAT_STEP * hidden.square().mean(-1, keepdim=True).sqrt()
+    return hidden + step * torch.randn(hidden.shape, generator=generator)

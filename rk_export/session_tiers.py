@@ -1,0 +1,115 @@
+"""Tiers that a bundle is compared with itself in: shipped or exact, cached or at once, padded or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from rk_export.comparison import compare
+from rk_export.probe import DECODE_FROM, Crossing, Probe
+from rk_export.report import ParityTier
+from rk_export.runtime import EncoderSession, Session
+from rk_export.switches import LONG_ROTATION
+
+LEVEL_TIER = "ONNX Runtime, level 0 vs as shipped"
+
+
+def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: float) -> Iterator[ParityTier]:
+    """Yield tiers e and f of one session: cached decode and left padding.
+
+    Args:
+        session: A bundle at accuracy level 0.
+        probe: The prompts.
+        prefill: Its logits on them in one go (prompts, length, vocabulary).
+        bound: Largest relative error that passes.
+    """
+    start = min(DECODE_FROM, probe.batch.shape[1] // 2)
+    pairs = [(prefill[:, start:], _cached_logits(session, probe.batch, start))]
+    pairs += [_crossed(session, item) for item in probe.crossings]
+    at_once, decoded = (_rows(list(arrays)) for arrays in zip(*pairs, strict=True))
+    yield compare("e", "prefill vs cached decode", at_once, decoded, bound=bound, note=probe.crossed()[2:])
+    rows, padded = _padded_logits(session, probe.unequal())
+    yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)
+
+
+def shipped_padding_tier(shipped: Session, probe: Probe) -> ParityTier:
+    """Return tier h: what left padding changes in the bundle as shipped; measured, for no bound would be honest.
+
+    A padded row has other rotary positions than the single row, exact computations differ by 1e-7 for it, and that
+    is enough to round single inputs to another int8 number.
+    """
+    rows, padded = _padded_logits(shipped, probe.unequal())
+    return compare("h", "single rows vs left-padded batch, as shipped", rows, padded, bound=None)
+
+
+def _crossed(session: Session, crossing: Crossing) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.array([crossing.tokens], np.int64)
+    if crossing.switch.name == LONG_ROTATION:
+        return _turned(session, tokens, crossing.start)
+    at_once = session.prefill_logits(tokens, start=crossing.start)
+    return at_once, _cached_logits(session, tokens, crossing.start)
+
+
+def _turned(session: Session, tokens: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of positions from `start` on, each from its whole text, and from a decoder, (1, steps, width).
+
+    A long rotation turns every key anew: the decoder computes its cache once more, and each text at once has the
+    rotation of its own length.
+    """
+    length = tokens.shape[1]
+    decoder = session.decoder(batch=1, capacity=length)
+    decoder.prefill(tokens[:, :start])
+    decoded = [np.array(decoder.step(tokens[:, position])) for position in range(start, length)]
+    at_once = [
+        session.decoder(batch=1, capacity=end).prefill(tokens[:, :end])
+        for end in range(start + 1, length + 1)
+    ]
+    return np.stack(at_once, axis=1), np.stack(decoded, axis=1)
+
+
+def _rows(arrays: list[np.ndarray]) -> np.ndarray:
+    """Return logits of any batches and lengths as one batch, (1, positions, vocabulary)."""
+    return np.concatenate([array.reshape(1, -1, array.shape[-1]) for array in arrays], axis=1)
+
+
+def _cached_logits(session: Session, tokens: np.ndarray, start: int) -> np.ndarray:
+    """Return logits of the positions from `start` on, each computed with a cache of those before."""
+    _, past = session.forward(tokens[:, :start])
+    steps = []
+    for position in range(start, tokens.shape[1]):
+        logits, past = session.forward(tokens[:, position : position + 1], past=past)
+        steps.append(logits)
+    return np.concatenate(steps, axis=1)
+
+
+def _padded_logits(session: Session, prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of the last position, (prompts, 1, vocabulary), of single rows and of the padded batch."""
+    ids, mask = left_padded(prompts)
+    batch = session.prefill_logits(ids, mask)[:, -1:]
+    rows = [session.prefill_logits(np.array([prompt], dtype=np.int64))[:, -1:] for prompt in prompts]
+    return np.concatenate(rows), batch
+
+
+def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and mask, int64 (prompts, longest), padded on the left with token 0."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float) -> ParityTier:
+    """Return tier f of an encoder: the first token's state, alone and in a batch padded on the right."""
+    prompts = probe.unequal()
+    longest = max(len(prompt) for prompt in prompts)
+    mask = np.array(
+        [[position < len(prompt) for position in range(longest)] for prompt in prompts], dtype=np.int64
+    )
+    ids = np.array([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], dtype=np.int64)
+    batch = encoder.forward(ids, mask)[:, :1]
+    rows = np.concatenate([encoder.forward(np.array([prompt], dtype=np.int64))[:, :1] for prompt in prompts])
+    return compare("f", "single rows vs padded batch", rows, batch, bound=bound)

@@ -1,0 +1,90 @@
+"""Accuracy level 4 is left where its int8 inputs would be the larger error, and kept elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import tiny_options
+from tiny_models import tiny_model
+
+from rk_export import compress
+from rk_export.accuracy_levels import choose_levels
+from rk_export.load import open_source
+from rk_export.passes.modules import QuantizedLinear
+from rk_export.planner import make_plan
+from rk_export.report import Report
+from rk_export.rewrite import rewrite
+
+
+def massive(llama: Path, folder: Path) -> Path:
+    """Save the tiny model with one row of the first down_proj 1,000 times larger: a massive activation."""
+    shutil.copytree(llama, folder)
+    model = tiny_model("llama", vocab_size=320)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[5] *= 1000
+    model.save_pretrained(folder)
+    return folder
+
+
+def levels(bundle: Path) -> dict[str, int]:
+    """Return the accuracy level of each MatMulNBits by the site that it stands for."""
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    return {
+        node.name: next(item.i for item in node.attribute if item.name == "accuracy_level")
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+
+
+@pytest.mark.parametrize("metric_none", [True, False])
+def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metric_none: bool) -> None:
+    options = tiny_options(groups=(), rank=None) if metric_none else None
+    report = compress(massive(llama, tmp_path / "model"), tmp_path / "out", options, threads=1)
+    found = set(levels(tmp_path / "out").values())
+    assert found == {1, 4}, "the layer in front of the massive row is untouched"
+    told = [finding for finding in report.findings if (finding.details or {}).get("pass") == "accuracy level"]
+    assert told
+    assert all("computes in floats" in finding.reason for finding in told)
+    tiers = {tier.tier: tier for tier in report.parity}
+    assert tiers["d"].passed
+    assert Report.load(tmp_path / "out" / "report.json").findings == report.findings
+
+
+def test_what_keeps_floats_is_what_the_report_names(bundle: Path) -> None:
+    """Speed is kept elsewhere: level 4 stays the rule."""
+    found = levels(bundle)
+    told = {
+        finding.target.rpartition(".")[2]
+        for finding in Report.load(bundle / "report.json").findings
+        if (finding.details or {}).get("pass") == "accuracy level"
+    }
+    assert 4 in found.values()
+    assert (1 in found.values()) is bool(told)
+
+
+def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path: Path) -> None:
+    """The graph packs them into one product, which has one level."""
+    source = open_source(massive(llama, tmp_path / "model"))
+    options = tiny_options(groups=(), rank=None)
+    probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
+    rewritten = choose_levels(rewrite(source, make_plan(source, options), probe=probe), probe)
+    layer = rewritten.model.get_submodule("model.layers.0.self_attn")
+    flags = {
+        name: module.reads_floats
+        for name, module in layer.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    assert flags["q_proj"] == flags["k_proj"] == flags["v_proj"] is True
+
+
+def test_other_levels_are_left_alone(llama: Path, tmp_path: Path) -> None:
+    source = open_source(massive(llama, tmp_path / "model"))
+    probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
+    for changes in ({"accuracy_level": 0}, {"ep": "portable"}):
+        options = tiny_options(groups=(), rank=None, **changes)
+        rewritten = rewrite(source, make_plan(source, options))
+        assert choose_levels(rewritten, probe) is rewritten

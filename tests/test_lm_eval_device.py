@@ -1,0 +1,79 @@
+"""Where a bundle runs inside lm-eval, which says ``cuda:0`` when its user says nothing; lm-eval is stood in for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rk_export.errors import InputError, ProviderError
+from rk_export.runtime import providers
+
+OURS = "rk_export.lm_eval_model"
+
+
+@pytest.fixture
+def bundle_lm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return the model class as it is with the few names that it takes from lm-eval."""
+    named: dict[str, dict[str, Any]] = {
+        "lm_eval": {},
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"LM": object},
+        "lm_eval.api.registry": {"register_model": lambda _: lambda model: model},
+        "lm_eval.utils": {"get_rolling_token_windows": None, "make_disjoint_window": None},
+    }
+    for name, contents in named.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, OURS, raising=False)
+    model: Callable[..., Any] = importlib.import_module(OURS).BundleLM
+    monkeypatch.delitem(sys.modules, OURS)
+    return model
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "cuda_obstacle", lambda: "no CUDA driver found")
+
+
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
+@pytest.mark.usefixtures("no_cuda")
+def test_without_cuda_it_runs_on_the_cpu_and_says_so(
+    bundle_lm: Callable[..., Any], bundle: Path, device: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert bundle_lm(str(bundle), device=device, threads=1).session.device == "cpu"
+    assert "running on the CPU execution provider: no CUDA driver found" in caplog.text
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_a_provider_that_the_user_names_is_insisted_on(bundle_lm: Callable[..., Any], bundle: Path) -> None:
+    with pytest.raises(ProviderError, match="no CUDA driver found"):
+        bundle_lm(str(bundle), provider="cuda", device="cpu")
+
+
+def test_the_cpu_is_taken_without_a_notice(
+    bundle_lm: Callable[..., Any], bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for arguments in ({"device": "cpu"}, {"provider": "cpu", "device": "cuda:0"}):
+        assert bundle_lm(str(bundle), threads=1, **arguments).session.device == "cpu"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("device", "fix"),
+    [("mps", "give cpu or cuda"), ("cuda:1", "CUDA_VISIBLE_DEVICES=1"), ("", "give cpu or cuda")],
+)
+def test_a_device_that_no_bundle_runs_on(
+    bundle_lm: Callable[..., Any], bundle: Path, device: str, fix: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        bundle_lm(str(bundle), device=device)
+    assert fix in str(caught.value.fix)

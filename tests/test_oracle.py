@@ -1,0 +1,275 @@
+"""Before work begins: the model is what transformers computes, and it fits what is asked for."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli, tiny_options
+from safetensors.torch import load_file, save_file
+from tiny_models import DECODERS, FAMILIES, tiny_model
+from torch import Tensor
+
+from rk_export import half_range, memory, oracle, pipeline, prepared
+from rk_export.errors import InputError, ParityError
+from rk_export.load import ModelSource, open_source
+from rk_export.options import CompressOptions
+from rk_export.passes.prepare.fold import fold_layer
+from rk_export.passes.prepare.wiring import Wiring
+from rk_export.preflight import preflight
+from rk_export.tensor_files import StoredTensors
+
+SourceOf = Callable[..., ModelSource]
+
+
+# --- tier 0: transformers against what we read
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_as_transformers_reads_it(source_of: SourceOf, family: str) -> None:
+    tier = preflight(source_of(family), tiny_options()).tier
+    assert (tier.tier, tier.passed) == ("0", True)
+    assert tier.relative_error is not None
+    assert tier.relative_error < 1e-5
+    assert tier.note.endswith(".from_pretrained")
+
+
+def doubled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let our loader read one tensor wrongly; transformers reads the file itself."""
+    read = ModelSource.tensor
+
+    def wrong(self: ModelSource, key: str) -> Tensor:
+        return read(self, key) * (1.001 if key == name else 1.0)
+
+    monkeypatch.setattr(ModelSource, "tensor", wrong)
+
+
+def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    doubled("model.layers.1.mlp.up_proj.weight", monkeypatch)
+    monkeypatch.setattr(pipeline, "groundwork", None)
+    ended = cli("compress", llama, "-o", tmp_path / "out", "--metric", "none")
+    assert ended.code == 1
+    assert "tier 0 (transformers vs PyTorch dense)" in ended.err
+    assert "Fix: the model is not read as transformers reads it" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_against_a_model_reads_it_anew(
+    llama: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = pipeline.verify(bundle, llama, provider="cpu", threads=1)
+    assert "".join(tier.tier for tier in tiers) == "0pabcdefg"
+    assert all(tier.passed for tier in tiers if tier.bound is not None)
+    doubled("model.norm.weight", monkeypatch)
+    with pytest.raises(ParityError, match="tier 0"):
+        pipeline.verify(bundle, llama, provider="cpu", threads=1)
+
+
+def test_a_model_too_large_for_transformers_says_so(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(oracle, "available_memory", lambda: 1000)
+    with caplog.at_level(logging.WARNING):
+        report = pipeline.compress(llama, tmp_path / "out", tiny_options(), threads=1)
+    assert "not compared with transformers" in caplog.text
+    first = report.parity[0]
+    assert (first.tier, first.max_error, first.passed) == ("0", None, None)
+    assert first.note.startswith("not measured: transformers needs")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "not measured" in page
+    assert "not measured" in card
+    assert (
+        pipeline.verify(tmp_path / "out", llama, provider="cpu", threads=1)[0] == first
+    )  # and once more, not from the report
+
+
+def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, container = tmp_path / "meminfo", tmp_path / "group"
+    monkeypatch.setattr(memory, "_MEMINFO", machine)
+    monkeypatch.setattr(memory, "_CONTAINER", container)
+    assert memory.available_memory() is None
+    machine.write_text("MemTotal:  900 kB\nMemAvailable:  500 kB\n", encoding="ascii")
+    assert memory.available_memory() == 500 * 1024
+    container.mkdir()
+    for name, text in {"max": "300000", "current": "250000", "stat": "anon 1\ninactive_file 40000\n"}.items():
+        (container / f"memory.{name}").write_text(text, encoding="ascii")
+    assert memory.available_memory() == 90_000
+    (container / "memory.max").write_text("max\n", encoding="ascii")
+    assert memory.available_memory() == 500 * 1024
+
+
+class Renamed:
+    """Tensors under other names than in the files; those asked for are scaled."""
+
+    def __init__(self, stored: StoredTensors, scaled: str = "") -> None:
+        self._stored, self._scaled = stored, scaled
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._stored.shapes
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return self._stored.files
+
+    def place(self, name: str) -> str:
+        return self._stored.place(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._stored.read(name) * (2 if name == self._scaled else 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bert"])
+def test_tensors_that_are_not_the_files_own_fill_transformers_class(
+    source_of: SourceOf, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(source_of(family).folder)
+    name = next(name for name, shape in source.stored.shapes.items() if len(shape) == 2)
+    source._stored = Renamed(source.stored, name)
+    with pytest.raises(ParityError, match="tier 0"):
+        preflight(source, tiny_options())
+    source.changed = "an adapter is merged"
+    tier = preflight(source, tiny_options()).tier
+    assert tier.passed
+    assert tier.note.endswith("filled by name with the tensors as rk-export read them: an adapter is merged")
+    assert "filled by name" in caplog.text
+
+
+def test_a_converted_family_is_filled_too(source_of: SourceOf) -> None:
+    source = open_source(source_of("mixtral").folder)
+    source.changed = "an adapter is merged"
+    tier = preflight(source, tiny_options()).tier
+    assert tier.passed
+    assert "filled by name" in tier.note
+
+
+def test_a_folder_that_transformers_does_not_read_completely_is_filled(llama: Path, tmp_path: Path) -> None:
+    """Names under a prefix that transformers does not know: from_pretrained would start every tensor at random."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    tier = preflight(open_source(folder), tiny_options()).tier
+    assert tier.passed
+    assert "transformers finds no tensor" in tier.note
+
+
+def test_a_tensor_that_transformers_misses_is_named(llama: Path) -> None:
+    source = open_source(llama)
+    shapes = {name: shape for name, shape in source.stored.shapes.items() if name != "model.norm.weight"}
+
+    class Lacking(Renamed):
+        @property
+        def shapes(self) -> Mapping[str, tuple[int, ...]]:
+            return shapes
+
+    source._stored, source.changed = Lacking(source.stored), "an adapter is merged"
+    with pytest.raises(InputError, match=r"no tensor 'model\.norm\.weight'"):
+        oracle.transformers_logits(source, torch.arange(3, 9)[None])
+
+
+# --- tier p: the untouched model against the prepared one
+
+
+def test_a_broken_reparameterization_shows_in_its_tier_alone(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm that feeds one matrix more than is known: its gain is lost there, in every version alike."""
+
+    def forgetful(layer: torch.nn.Module, wiring: Wiring, norms: tuple[str, ...]) -> None:
+        lost = layer.get_submodule("mlp.up_proj").weight.clone()
+        fold_layer(layer, wiring, norms)
+        layer.get_submodule("mlp.up_proj").weight.data = lost
+
+    monkeypatch.setattr(prepared, "fold_layer", forgetful)
+    options = tiny_options(prepare=("fold",))
+    with pytest.raises(ParityError, match=r"tier p \(PyTorch dense vs prepared\)") as caught:
+        pipeline.compress(llama, tmp_path / "out", options, threads=1)
+    assert "; tier" not in str(caught.value)
+    with pytest.raises(ParityError, match="tier p"):
+        pipeline.prepare(llama, tmp_path / "prepared", ("fold",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Path) -> None:
+    options = tiny_options(prepare=("fold", "rotate", "rotate-heads"))
+    report = pipeline.compress(llama, tmp_path / "out", options, threads=1)
+    tier = report.parity[1]
+    assert (tier.tier, tier.passed) == ("p", True)
+    assert tier.max_error
+    assert tier.note.startswith("fold, rotate, rotate-heads; ")
+
+
+def test_a_checkpoint_says_what_it_cannot_show(llama: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    pipeline.compress(llama, tmp_path / "first", tiny_options(), checkpoint=saved, threads=1)
+    report = pipeline.export(saved, tmp_path / "second", threads=1)
+    assert "".join(tier.tier for tier in report.parity) == "0pabcdefg"
+    missing = [tier for tier in report.parity if tier.max_error is None]
+    assert "".join(tier.tier for tier in missing) == "0pab"
+    assert {tier.note for tier in missing} == {"not measured: a compressed checkpoint holds no dense model"}
+
+
+# --- fp16
+
+
+def loud(folder: Path, factor: float) -> Path:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3] *= factor
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_an_fp16_graph_that_would_overflow_is_refused_before_work(
+    tmp_path: Path, cli: Cli, command: str
+) -> None:
+    model = loud(tmp_path / "model", 1e5)
+    ended = cli(command, model, "-o", tmp_path / "out", "--ep", "portable")
+    assert ended.code == 2
+    assert "layer 1, mlp.down_proj, output reaches" in ended.err
+    assert "--ep cpu" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_dry_run_refuses_it_too(tmp_path: Path, cli: Cli) -> None:
+    model = loud(tmp_path / "model", 1e5)
+    ended = cli("compress", model, "-o", tmp_path / "out", "--ep", "portable", "--dry-run")
+    assert (ended.code, "reaches" in ended.err) == (2, True)
+    assert (
+        cli("compress", model, "-o", tmp_path / "out", "--ep", "cpu", "--dry-run", "--metric", "none").code
+        == 0
+    )
+
+
+def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
+    source = open_source(loud(tmp_path / "model", 1e7))
+    with pytest.raises(InputError, match=r"layer 1, weight mlp\.down_proj\.weight reaches"):
+        preflight(source, CompressOptions(ep="portable"))
+
+
+def test_values_near_the_end_of_the_range_are_a_notice(tmp_path: Path) -> None:
+    source = open_source(loud(tmp_path / "model", 2e3))
+    (notice,) = preflight(source, CompressOptions(ep="portable")).notices
+    assert "other texts may overflow" in notice
+    assert preflight(source, CompressOptions(ep="cpu")).notices == ()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_ordinary_models_raise_no_false_alarm(source_of: SourceOf, family: str) -> None:
+    assert preflight(source_of(family), CompressOptions(ep="portable")).notices == ()
+
+
+def test_what_is_no_number_counts_as_infinite() -> None:
+    peaks = half_range.Peaks()
+    peaks.note("somewhere", torch.tensor([1.0, float("nan")]))
+    with pytest.raises(InputError, match="somewhere reaches inf"):
+        half_range.check_half_range(peaks, "model")
