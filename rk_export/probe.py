@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rk_export.runtime.token_gate import TokenGate
 from rk_export.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 
 PROMPT_LENGTH = 32
@@ -103,6 +104,9 @@ def make_probe(tokenizer_folder: Path, vocabulary: int, switches: tuple[Switch, 
         tokenizer_folder: Where tokenizer.json may lie.
         vocabulary: Number of token ids that the model embeds.
         switches: Lengths at which the model begins to compute otherwise; each is crossed.
+
+    Raises:
+        InputError: The tokenizer turns plain text into ids that the model does not embed.
     """
     rows = _texts(tokenizer_folder, vocabulary)
     # Prompts on both sides of a switch would be padded to a batch that is rotated as one.
@@ -139,4 +143,8 @@ def _texts(tokenizer_folder: Path, vocabulary: int) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_file(str(path))
     # With the tokens that the tokenizer adds: some models (Gemma 3) write nonsense without the one that begins a text.
-    return [list(tokenizer.encode(text).ids) for text in TEXTS]
+    rows = [list(tokenizer.encode(text).ids) for text in TEXTS]
+    gate = TokenGate(vocabulary, text_of=tokenizer.id_to_token)
+    for row in rows:
+        gate.check(row, where=str(path))
+    return rows
