@@ -22,7 +22,7 @@ from rk_export.load import ModelSource
 from rk_export.moments import InputSum, common_reader, inputs_of, readers
 from rk_export.options import CalibrationOptions
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
-from rk_export.perplexity import tokens_of
+from rk_export.perplexity import known_tokens
 from rk_export.plan import SitePlan
 from rk_export.precision import matmul_dtype, matmuls_in
 from rk_export.self_text import LENGTH, self_text
@@ -54,7 +54,8 @@ def calibration_tokens(source: ModelSource, options: CalibrationOptions, device:
         return self_text(source, options.tokens, options.seed, device)
     if options.corpus is None:
         raise ValueError(f"the metric {options.metric!r} uses no text")
-    ids = torch.from_numpy(tokens_of(Path(options.corpus).expanduser(), source.folder))
+    path, rows = Path(options.corpus).expanduser(), int(source.config.vocab_size)
+    ids = torch.from_numpy(known_tokens(path, source.folder, rows, limit=options.tokens))
     if len(ids) < options.tokens:
         raise InputError(
             f"the text has {len(ids)} tokens, {options.tokens} were asked for",
@@ -62,14 +63,7 @@ def calibration_tokens(source: ModelSource, options: CalibrationOptions, device:
             fix="give a longer text, or fewer with --calibration-tokens",
         )
     length = min(LENGTH, int(source.config.max_position_embeddings))
-    ids = ids[: options.tokens // length * length].view(-1, length)
-    if int(ids.max()) >= source.config.vocab_size:
-        raise InputError(
-            f"token {int(ids.max())} is outside the model's vocabulary of {source.config.vocab_size}",
-            where=str(source.folder / "tokenizer.json"),
-            fix="use the tokenizer of this model",
-        )
-    return ids
+    return ids[: options.tokens // length * length].view(-1, length)
 
 
 class CalibrationStreams:

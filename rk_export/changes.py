@@ -131,4 +131,5 @@ def task_tokens(source: ModelSource, options: BaselOptions) -> Tensor:
     """
     length = min(TASK_LENGTH, int(source.config.max_position_embeddings))
     wanted = (options.steps + options.tune) * options.batch_tokens
-    return target_tokens(options.target, source.folder, length, -(-wanted // length))
+    rows = int(source.config.vocab_size)
+    return target_tokens(options.target, source.folder, length, -(-wanted // length), rows=rows)

@@ -29,8 +29,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the smallest set of that probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument(
         "--stop", action="append", default=[], help="stop string, special tokens included; may be repeated"
@@ -83,6 +88,7 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         stop=tuple(args.stop),
         stop_token_ids=tuple(args.stop_token_id),

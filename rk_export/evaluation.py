@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from rk_export.adapter import is_adapter
 from rk_export.checkpoint import is_checkpoint, load_pretrained
@@ -16,8 +19,9 @@ from rk_export.measure import EvalText, check_text, context_length, perplexity_o
 from rk_export.multiple_choice import TaskResult, score_task
 from rk_export.perplexity import LogitsFn, PerplexityResult
 from rk_export.runtime import Session
-from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.bundle_config import BundleConfig, rotary_switch
 from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
+from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
 from rk_export.tasks import Task
@@ -33,12 +37,16 @@ class Candidate:
         name: What the user called it.
         folder: Holds its tokenizer.
         max_length: Most tokens that it takes.
+        rows: Rows of its embedding.
+        rotary_switch: Longest sequence under LongRoPE's short factors; None where one rotation serves all.
         load: Loads it and returns its logits function.
     """
 
     name: str
     folder: Path
     max_length: int
+    rows: int
+    rotary_switch: int | None
     load: Callable[[], LogitsFn]
 
 
@@ -91,20 +99,30 @@ def open_candidate(
         def session_logits() -> LogitsFn:
             return Session.from_pretrained(folder, provider=provider, threads=threads).prefill_logits
 
-        return Candidate(str(model), folder, _bundle_length(folder), session_logits)
+        return Candidate(str(model), folder, *_bundle_limits(folder), session_logits)
     if folder.is_dir() and is_checkpoint(folder):
-        length = context_length(read_config(folder), option)
-        return Candidate(str(model), folder, length, lambda: torch_logits(load_pretrained(folder).model))
+        config = read_config(folder)
+        limits = _limits(config, option)
+        return Candidate(str(model), folder, *limits, lambda: torch_logits(load_pretrained(folder).model))
     source = open_source(model, base)
-    length = context_length(source.config, option)
-    return Candidate(str(model), source.folder, length, lambda: torch_logits(source.load()))
+    limits = _limits(source.config, option)
+    return Candidate(str(model), source.folder, *limits, lambda: torch_logits(source.load()))
 
 
-def _bundle_length(folder: Path) -> int:
-    length = BundleConfig.read(folder).context_length
-    if length is None:
-        raise InputError("no context length is known", where=str(folder), fix="export the bundle again")
-    return length
+def _limits(config: PretrainedConfig, option: str) -> tuple[int, int, int | None]:
+    """Return context length, rows of the embedding and switch of the rotation of a PyTorch model."""
+    return context_length(config, option), int(config.vocab_size), rotary_switch(config.to_dict())
+
+
+def _bundle_limits(folder: Path) -> tuple[int, int, int | None]:
+    """Return what `_limits` does, of a bundle."""
+    config = BundleConfig.read(folder)
+    rows = read_facts(config.model_path).embedding_rows
+    rows = config.vocab_size if rows is None else rows
+    for value, what in ((config.context_length, "context length"), (rows, "vocabulary size")):
+        if value is None:
+            raise InputError(f"no {what} is known", where=str(folder), fix="export the bundle again")
+    return int(config.context_length or 0), int(rows or 0), config.rotary_switch
 
 
 def evaluate_models(
@@ -140,7 +158,7 @@ def evaluate_models(
     for candidate in candidates:
         TextCodec(candidate.folder / TOKENIZER_FILE)
         for text in texts:
-            check_text(text, candidate.folder, candidate.max_length)
+            check_text(text, candidate.folder, candidate.max_length, candidate.rows)
     return [_scores(candidate, texts, tasks) for candidate in candidates]
 
 
@@ -152,7 +170,9 @@ def _base_of(model: str | Path, models: Sequence[str | Path], base: str | Path |
 
 def _scores(candidate: Candidate, texts: Sequence[EvalText], tasks: Sequence[Task]) -> ModelScores:
     logger.info("evaluating %s", candidate.name)
-    logits, encoder = candidate.load(), PairEncoder(TextCodec(candidate.folder / TOKENIZER_FILE))
+    logits = candidate.load()
+    encoder = PairEncoder(TextCodec(candidate.folder / TOKENIZER_FILE), candidate.rows)
+    ask = partial(score_task, max_length=candidate.max_length, rotary_switch=candidate.rotary_switch)
     names = short_names([str(text.path) for text in texts])
     return ModelScores(
         candidate.name,
@@ -160,7 +180,7 @@ def _scores(candidate: Candidate, texts: Sequence[EvalText], tasks: Sequence[Tas
             name: perplexity_of(logits, text, candidate.folder)
             for name, text in zip(names, texts, strict=True)
         },
-        {task.name: score_task(logits, task, encoder, max_length=candidate.max_length) for task in tasks},
+        {task.name: ask(logits, task, encoder) for task in tasks},
     )
 
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.architectures import architecture_of
 from rk_export.errors import InputError
+from rk_export.runtime.bundle_config import rotary_switch
 
 # Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type
 # there expects one combined past tensor per layer, not the key / value pairs of our graphs.
@@ -73,6 +74,40 @@ def genai_config(
         },
         "search": _search(defaults, default_length(config, ep, context_length)),
     }
+
+
+def exact_length(config: PretrainedConfig) -> int:
+    """Return up to how many tokens of prompt and answer onnxruntime-genai generates what the model does.
+
+    That is the context length, unless LongRoPE changes its factors on the way and the cached keys would keep the old
+    rotation.
+    """
+    switch = rotary_switch(config.to_dict())
+    longest = int(config.max_position_embeddings)
+    return longest if switch is None or _follows_switch(config, switch) else switch
+
+
+def length_note(config: PretrainedConfig) -> str | None:
+    """Return, for people, up to which length which runtime generates exactly; None where all do without a limit."""
+    switch = rotary_switch(config.to_dict())
+    if switch is None:
+        return None
+    genai = (
+        "ONNX Runtime GenAI does so in batches of one"
+        if _follows_switch(config, switch)
+        else "genai_config.json ends generation there"
+    )
+    return (
+        f"LongRoPE rotates texts of more than {switch} tokens by other factors. Every runtime generates exactly up to "
+        f"{switch} tokens of prompt and answer together, and after a prompt that is longer than that. In between, the "
+        f"cache must be computed anew once, at token {switch + 1}: rk-export's runtime does so; {genai}; other "
+        "runtimes keep the old rotation in the cache, and their text differs from there on."
+    )
+
+
+def _follows_switch(config: PretrainedConfig, switch: int) -> bool:
+    """Whether onnxruntime-genai computes the cache anew: 0.18 does so at this length for this type of model."""
+    return config.model_type == "phi3" and switch == 4096
 
 
 def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context_length: int) -> int:

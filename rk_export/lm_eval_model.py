@@ -67,7 +67,7 @@ class BundleLM(LM):
             bundle, provider=_provider(provider, device), threads=threads, max_length=max_length
         )
         self.max_gen_toks = max_gen_toks
-        self._encoder = PairEncoder(self.session.text_codec)
+        self._encoder = PairEncoder(self.session.text_codec, self.session.rows)
         self._start = _start_token(self.session)
 
     @property
@@ -136,7 +136,12 @@ class BundleLM(LM):
         return Continuation((self._start,), self._encoder.encode(context + continuation))
 
     def _scores(self, pairs: list[Continuation]) -> list[tuple[float, bool]]:
-        found = log_likelihoods(self.session.prefill_logits, pairs, max_length=self.session.max_length)
+        found = log_likelihoods(
+            self.session.prefill_logits,
+            pairs,
+            max_length=self.session.max_length,
+            rotary_switch=self.session.config.rotary_switch,
+        )
         return [(one.log_likelihood, one.greedy) for one in found]
 
 
@@ -171,6 +176,7 @@ def _options(kwargs: dict[str, Any], max_new_tokens: int) -> GenerationOptions:
         temperature=float(kwargs.get("temperature", 1.0)) if kwargs.get("do_sample") else 0.0,
         top_k=int(kwargs.get("top_k", 0)),
         top_p=float(kwargs.get("top_p", 1.0)),
+        min_p=float(kwargs.get("min_p", 0.0)),
         repetition_penalty=float(kwargs.get("repetition_penalty", 1.0)),
         stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
         seed=0,

@@ -17,6 +17,7 @@ import numpy as np
 from rk_export.errors import InputError
 from rk_export.perplexity import LogitsFn, as_numpy, token_nll
 from rk_export.runtime.text import TextCodec
+from rk_export.runtime.token_gate import TokenGate
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +60,24 @@ class PairEncoder:
 
     Args:
         codec: The model's tokenizer.
+        rows: Rows of the model's embedding; None looks at no id.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, rows: int | None = None) -> None:
         self._codec = codec
+        self._gate = TokenGate(rows, text_of=codec.token_text)
         self.prefix = _front_tokens(codec)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a text, without special tokens."""
-        return tuple(self._codec.encode(text, special_tokens=False))
+        """Return the tokens of a text, without special tokens.
+
+        Raises:
+            InputError: The model knows no row for one of them.
+        """
+        tokens = tuple(self._codec.encode(text, special_tokens=False))
+        if tokens:
+            self._gate.check(tokens, where=repr(text))
+        return tokens
 
     def with_prefix(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tokens after the special ones in front, unless they, from a chat template, are there already."""
@@ -97,7 +107,11 @@ def _front_tokens(codec: TextCodec) -> tuple[int, ...]:
 
 
 def log_likelihoods(
-    logits_fn: LogitsFn, continuations: Sequence[Continuation], *, max_length: int
+    logits_fn: LogitsFn,
+    continuations: Sequence[Continuation],
+    *,
+    max_length: int,
+    rotary_switch: int | None = None,
 ) -> list[Likelihood]:
     """Score continuations, in order.
 
@@ -109,6 +123,7 @@ def log_likelihoods(
             predict token t + 1. The model is causal.
         continuations: What to score.
         max_length: Most tokens that the model takes; a longer context loses its beginning.
+        rotary_switch: Longest sequence under LongRoPE's short factors: rows on its two sides do not run together.
 
     Raises:
         InputError: A continuation alone is longer than `max_length`, or logits are not finite or of another shape.
@@ -116,7 +131,7 @@ def log_likelihoods(
     rows = _rows(continuations, max_length)
     found: dict[int, Likelihood] = {}
     begin = time.monotonic()
-    for batch in _batches(list(rows)):
+    for batch in _batches(list(rows), rotary_switch or 0):
         if time.monotonic() - begin > _NEWS_SECONDS:
             logger.info("%d of %d continuations", len(found), len(continuations))
             begin = time.monotonic()
@@ -144,14 +159,20 @@ def _rows(continuations: Sequence[Continuation], max_length: int) -> dict[tuple[
     return rows
 
 
-def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Yield the rows, the longest first, in batches of at most `BATCH_TOKENS` padded tokens (or of one row)."""
+def _batches(rows: list[tuple[int, ...]], switch: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the rows, the longest first, in batches of at most `BATCH_TOKENS` padded tokens (or of one row).
+
+    A batch holds rows of more than ``switch`` tokens, or others.
+    """
     rows = sorted(rows, key=len, reverse=True)
+    longer = sum(len(row) > switch for row in rows)
     begin = 0
     while begin < len(rows):
-        size = max(1, BATCH_TOKENS // len(rows[begin]))
-        yield rows[begin : begin + size]
-        begin += size
+        end = begin + max(1, BATCH_TOKENS // len(rows[begin]))
+        if begin < longer:
+            end = min(end, longer)
+        yield rows[begin:end]
+        begin = end
 
 
 def _batch_logits(logits_fn: LogitsFn, batch: list[tuple[int, ...]]) -> np.ndarray:

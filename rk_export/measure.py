@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rk_export.architectures import architecture_of
 from rk_export.context import context_of
 from rk_export.errors import InputError
-from rk_export.perplexity import LogitsFn, PerplexityResult, perplexity, tokens_of
+from rk_export.perplexity import LogitsFn, PerplexityResult, known_tokens, perplexity, tokens_of
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
+from rk_export.runtime.token_gate import TokenGate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,29 @@ class SpeedTest:
     new_tokens: int = 64
     repeats: int = 3
 
+    def within(self, context: int) -> SpeedTest:
+        """Return the test, or a shorter one, with a warning, where it does not fit into a model's context."""
+        if self.prompt_tokens + self.new_tokens < context:
+            return self
+        new_tokens = max(1, min(self.new_tokens, context // 4))
+        prompt_tokens = max(1, context - new_tokens - 1)
+        logger.warning(
+            "speed is measured on a prompt of %d and %d new tokens: the model has a context of %d",
+            *(prompt_tokens, new_tokens, context),
+        )
+        return replace(self, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+
 
 def torch_logits(model: PreTrainedModel) -> LogitsFn:
-    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width)."""
+    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width).
+
+    It raises InputError for tokens without a row in the embedding, and for more of them than the model has positions.
+    """
+    gate = TokenGate(model.config.vocab_size, model.config.max_position_embeddings)
 
     @torch.no_grad()
     def logits(ids: np.ndarray) -> Tensor:
+        gate.check(ids)
         output = model(input_ids=torch.as_tensor(ids), use_cache=False)
         result: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
@@ -61,18 +82,20 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
     return logits
 
 
-def check_text(text: EvalText, tokenizer_folder: Path, longest: int) -> None:
+def check_text(text: EvalText, tokenizer_folder: Path, longest: int, rows: int) -> None:
     """Refuse, before any work, what perplexity cannot be measured on.
 
     Args:
         text: The text and its window.
         tokenizer_folder: Holds tokenizer.json.
         longest: Context length of the model.
+        rows: Rows of its embedding.
 
     Raises:
-        InputError: If the text cannot be read, or the window is longer than the model's context.
+        InputError: If the text cannot be read, one of its tokens has no row, or the window is longer than the model's
+            context.
     """
-    tokens_of(text.path, tokenizer_folder)
+    known_tokens(text.path, tokenizer_folder, rows, limit=text.limit)
     if text.context > longest:
         raise InputError(
             f"a window of {text.context} tokens is longer than the model's context of {longest}",

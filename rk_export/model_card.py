@@ -19,6 +19,7 @@ class ModelCard:
         summary: One paragraph: what was done to the model.
         results: Rows of measured values, label and text.
         license: License of the weights, None when unknown.
+        length_note: Up to which length which runtime generates exactly; None where all do up to the context length.
         ends: Tokens that end a text, as text and id.
     """
 
@@ -29,6 +30,7 @@ class ModelCard:
     summary: str
     results: tuple[tuple[str, str], ...] = ()
     license: str | None = None
+    length_note: str | None = None
     ends: tuple[str, ...] = ()
 
 
@@ -37,9 +39,10 @@ def model_card(card: ModelCard) -> str:
     rows = "".join(f"| {label} | {value} |\n" for label, value in card.results)
     results = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}" if rows else ""
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
+    length = "" if card.length_note is None else f"\n## Length\n\n{card.length_note}\n"
     ends = f"\nA text ends at {' or '.join(card.ends)}.\n" if card.ends else ""
     context = f"It takes {card.context_length:,} tokens at most, those that it writes included."
-    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{ends}{results}\n"
+    head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{ends}{results}{length}\n"
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

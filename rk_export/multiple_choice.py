@@ -52,7 +52,14 @@ class TaskResult:
     right_norm: tuple[bool, ...] = field(repr=False)
 
 
-def score_task(logits_fn: LogitsFn, task: Task, encoder: PairEncoder, *, max_length: int) -> TaskResult:
+def score_task(
+    logits_fn: LogitsFn,
+    task: Task,
+    encoder: PairEncoder,
+    *,
+    max_length: int,
+    rotary_switch: int | None = None,
+) -> TaskResult:
     """Ask a model the items of a task.
 
     Args:
@@ -60,13 +67,15 @@ def score_task(logits_fn: LogitsFn, task: Task, encoder: PairEncoder, *, max_len
         task: What to ask.
         encoder: The model's tokenizer.
         max_length: Most tokens that the model takes.
+        rotary_switch: As in `log_likelihoods`.
 
     Raises:
         InputError: As `log_likelihoods`, or a choice has no tokens of its own.
     """
     begin = time.perf_counter()
     pairs = [encoder.pair(*pair) for item in task.items for pair in item.pairs()]
-    scores = iter(log_likelihoods(logits_fn, pairs, max_length=max_length))
+    found = log_likelihoods(logits_fn, pairs, max_length=max_length, rotary_switch=rotary_switch)
+    scores = iter(found)
     by_item = [[next(scores) for _ in item.choices] for item in task.items]
     truncated = sum(len(one.context) + len(one.tokens) - 1 > max_length for one in pairs)
     if truncated:

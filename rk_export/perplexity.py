@@ -17,6 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rk_export.errors import InputError
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
+from rk_export.runtime.text import TextCodec
+from rk_export.runtime.token_gate import TokenGate
 
 LogitsFn = Callable[[np.ndarray], Any]
 
@@ -156,6 +159,30 @@ def tokens_of(path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def known_tokens(
+    path: str | os.PathLike[str],
+    tokenizer_folder: str | os.PathLike[str],
+    rows: int,
+    *,
+    limit: int | None = None,
+) -> np.ndarray:
+    """Tokenize as `tokens_of` does, and refuse tokens that a model does not know.
+
+    Args:
+        path: A UTF-8 text file.
+        tokenizer_folder: Holds ``tokenizer.json``.
+        rows: Rows of the model's embedding.
+        limit: Use the first ``limit`` tokens only.
+
+    Raises:
+        InputError: As `tokens_of`, or a token has no row.
+    """
+    tokens = tokens_of(path, tokenizer_folder)[:limit]
+    codec = TextCodec(Path(tokenizer_folder) / TOKENIZER_FILE)
+    TokenGate(rows, text_of=codec.token_text).check(tokens, where=str(path))
+    return tokens
 
 
 def _read_text(path: Path) -> str:

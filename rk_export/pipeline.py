@@ -230,10 +230,12 @@ def compress(
         if checkpoint is not None:
             check_replaceable(Path(checkpoint), force)
         if speed is not None:
-            context_length(source.config, "--speed")
+            speed = speed.within(context_length(source.config, "--speed"))
+            request = replace(request, speed=speed)
         if text is not None:
+            rows = int(source.config.vocab_size)
             longest = context_length(source.config, "--text", options.context_length)
-            check_text(text, source.folder, longest)
+            check_text(text, source.folder, longest, rows)
     with stages.stage("check", "comparing with transformers"):
         before = preflight(source, options)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
@@ -494,5 +496,5 @@ def evaluate(
         InputError: If the model or the text cannot be used.
     """
     candidate = open_candidate(model, "--text", base=base, provider=provider, threads=threads)
-    check_text(text, candidate.folder, candidate.max_length)
+    check_text(text, candidate.folder, candidate.max_length, candidate.rows)
     return perplexity_of(candidate.load(), text, candidate.folder)

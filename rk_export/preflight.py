@@ -36,7 +36,8 @@ class Preflight:
     Args:
         probe: The prompts.
         logits: Of the untouched dense model, (prompts, length, width).
-        rounding: Relative error of the logits that float32 alone costs: every layer's output shaken by one step.
+        rounding: Relative error of the logits that float32 alone costs: every layer's output shaken by one step. Zero
+            where nothing can be prepared.
         tier: Tier 0.
         notices: What the reader of the report must know.
     """
@@ -67,7 +68,8 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
     )
     tokens = torch.from_numpy(probe.batch)
     peaks = Peaks() if options.float_dtype == "fp16" else None
-    logits, rounding = dense_logits(source, tokens, peaks, shaken=True)
+    may_prepare = bool(options.preparations) or options.prepared_for is not None
+    logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
     reference = transformers_logits(source, tokens[:1])
     tier = not_measured("0", ORACLE_TIER, reference.note)
     if reference.logits is not None:

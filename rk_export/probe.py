@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rk_export.runtime.token_gate import TokenGate
 from rk_export.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 
 PROMPT_LENGTH = 32
@@ -78,13 +79,21 @@ class Probe:
         """The prompts cut to different lengths, for the test of left padding."""
         return tuple(prompt[: max(2, len(prompt) - 3 * index)] for index, prompt in enumerate(self.prompts))
 
-    def crossed(self) -> str:
-        """What is crossed beside the prompts, and what is not, in words."""
+    def crossed(self, *names: str) -> str:
+        """What is crossed beside the prompts, and what is not, in words.
+
+        Args:
+            *names: The switches that a tier looks at; none for all of them.
+        """
         crossed = "".join(
-            f"; one of {len(item.tokens):,} tokens crosses the {item.switch}" for item in self.crossings
+            f"; one of {len(item.tokens):,} tokens crosses the {item.switch}"
+            for item in self.crossings
+            if not names or item.switch.name in names
         )
         return crossed + "".join(
-            f"; the {switch} is not crossed: {reason}" for switch, reason in self.uncrossed
+            f"; the {switch} is not crossed: {reason}"
+            for switch, reason in self.uncrossed
+            if not names or switch.name in names
         )
 
 
@@ -95,6 +104,9 @@ def make_probe(tokenizer_folder: Path, vocabulary: int, switches: tuple[Switch, 
         tokenizer_folder: Where tokenizer.json may lie.
         vocabulary: Number of token ids that the model embeds.
         switches: Lengths at which the model begins to compute otherwise; each is crossed.
+
+    Raises:
+        InputError: The tokenizer turns plain text into ids that the model does not embed.
     """
     rows = _texts(tokenizer_folder, vocabulary)
     # Prompts on both sides of a switch would be padded to a batch that is rotated as one.
@@ -131,4 +143,8 @@ def _texts(tokenizer_folder: Path, vocabulary: int) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_file(str(path))
     # With the tokens that the tokenizer adds: some models (Gemma 3) write nonsense without the one that begins a text.
-    return [list(tokenizer.encode(text).ids) for text in TEXTS]
+    rows = [list(tokenizer.encode(text).ids) for text in TEXTS]
+    gate = TokenGate(vocabulary, text_of=tokenizer.id_to_token)
+    for row in rows:
+        gate.check(row, where=str(path))
+    return rows

@@ -54,7 +54,8 @@ def read_awq(tensors: StoredTensors, config: Mapping[str, Any], *, transposed: b
     bits = number(config, "bits" if "bits" in config else "w_bit")
     if version not in _GEMM or bits != _BITS or transposed:
         raise InputError(
-            f"AWQ of {bits} bits in the layout {version!r} is not read",
+            f"AWQ of {bits} bits in the layout {version!r} is not read"
+            + (" for modules that hold (in, out)" if transposed else ""),
             where="quantization_config",
             fix="use the original checkpoint, or 4-bit AWQ in the layout gemm",
         )

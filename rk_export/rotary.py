@@ -4,7 +4,8 @@ GroupQueryAttention reads cosines and sines of absolute positions from two table
 frequencies depend on the position alone is exact. The graph holds the frequencies and computes the tables from
 them, in the arithmetic of transformers: the angle is a product in float32. LongRoPE (arXiv:2402.13753) has
 frequencies for short and for long sequences; both tables lie below each other and the graph cuts the one in use
-out of them.
+out of them. Keys in the cache keep the rotation they got: a caller whose
+text grows past the short table must run it anew, as Hugging Face ``generate`` does and our runtime too.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from rk_export.comparison import compare
 from rk_export.probe import DECODE_FROM, Crossing, Probe
 from rk_export.report import ParityTier
 from rk_export.runtime import EncoderSession, Session
-from rk_export.switches import WINDOW
+from rk_export.switches import LONG_ROTATION
 
 LEVEL_TIER = "ONNX Runtime, level 0 vs as shipped"
 
@@ -24,11 +24,12 @@ def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: fl
         prefill: Its logits on them in one go (prompts, length, vocabulary).
         bound: Largest relative error that passes.
     """
-    pairs = [(prefill[:, DECODE_FROM:], _cached_logits(session, probe.batch, DECODE_FROM))]
-    # Past its switch a long rotation turns every key anew; a cache holds those of before.
-    pairs += [_crossed(session, item) for item in probe.crossings if item.switch.name == WINDOW]
+    start = min(DECODE_FROM, probe.batch.shape[1] // 2)
+    pairs = [(prefill[:, start:], _cached_logits(session, probe.batch, start))]
+    pairs += [_crossed(session, item) for item in probe.crossings]
     at_once, decoded = (_rows(list(arrays)) for arrays in zip(*pairs, strict=True))
-    yield compare("e", "prefill vs cached decode", at_once, decoded, bound=bound, note=probe.crossed()[2:])
+    note = probe.crossed(WINDOW).removeprefix("; ")
+    yield compare("e", "prefill vs cached decode", at_once, decoded, bound=bound, note=note)
     rows, padded = _padded_logits(session, probe.unequal())
     yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)
 
@@ -45,8 +46,27 @@ def shipped_padding_tier(shipped: Session, probe: Probe) -> ParityTier:
 
 def _crossed(session: Session, crossing: Crossing) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.array([crossing.tokens], np.int64)
+    if crossing.switch.name == LONG_ROTATION:
+        return _turned(session, tokens, crossing.start)
     at_once = session.prefill_logits(tokens, start=crossing.start)
     return at_once, _cached_logits(session, tokens, crossing.start)
+
+
+def _turned(session: Session, tokens: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of positions from `start` on, each from its whole text, and from a decoder, (1, steps, width).
+
+    A long rotation turns every key anew: the decoder computes its cache once more, and each text at once has the
+    rotation of its own length.
+    """
+    length = tokens.shape[1]
+    decoder = session.decoder(batch=1, capacity=length)
+    decoder.prefill(tokens[:, :start])
+    decoded = [np.array(decoder.step(tokens[:, position])) for position in range(start, length)]
+    at_once = [
+        session.decoder(batch=1, capacity=end).prefill(tokens[:, :end])
+        for end in range(start + 1, length + 1)
+    ]
+    return np.stack(at_once, axis=1), np.stack(decoded, axis=1)
 
 
 def _rows(arrays: list[np.ndarray]) -> np.ndarray:

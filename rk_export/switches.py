@@ -10,9 +10,8 @@ from rk_export.architectures import architecture_of
 from rk_export.decoder_spec import decoder_spec
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
-# What a generation of the runtime crosses as PyTorch does. At the switch of a long rotation the keys in the cache are
-# still rotated as before.
-CROSSED_BY_RUNTIME = (WINDOW,)
+# What a generation of the runtime crosses as PyTorch does.
+CROSSED_BY_RUNTIME = (WINDOW, LONG_ROTATION)
 
 
 @dataclass(frozen=True)

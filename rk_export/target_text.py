@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from rk_export.errors import InputError
-from rk_export.perplexity import tokens_of
+from rk_export.perplexity import known_tokens, tokens_of
 
 
-def target_tokens(path: str | Path, tokenizer_folder: Path, length: int, count: int) -> Tensor:
+def target_tokens(
+    path: str | Path, tokenizer_folder: Path, length: int, count: int, *, rows: int | None = None
+) -> Tensor:
     """Return the first sequences of a text: consecutive pieces, without special tokens.
 
     Args:
@@ -19,12 +21,13 @@ def target_tokens(path: str | Path, tokenizer_folder: Path, length: int, count: 
         tokenizer_folder: Holds the model's tokenizer.json.
         length: Tokens of a sequence, at least 2.
         count: Sequences wanted; a text that has fewer gives those it has.
+        rows: Rows of the model's embedding; None looks at no id.
 
     Returns:
         int64 (sequences, length), at most `count` of them.
 
     Raises:
-        InputError: The file is missing, empty, no UTF-8 text or too short for one sequence.
+        InputError: The file is missing, empty, no UTF-8 text or too short for one sequence, or a token has no row.
     """
     if length < 2 or count < 1:
         raise InputError(
@@ -32,7 +35,8 @@ def target_tokens(path: str | Path, tokenizer_folder: Path, length: int, count: 
             where="target",
             fix="give at least one sequence of at least 2 tokens",
         )
-    tokens = tokens_of(Path(path).expanduser(), tokenizer_folder)
+    path = Path(path).expanduser()
+    tokens = tokens_of(path, tokenizer_folder) if rows is None else known_tokens(path, tokenizer_folder, rows)
     whole = len(tokens) // length
     if whole == 0:
         raise InputError(

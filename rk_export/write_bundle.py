@@ -26,10 +26,11 @@ from rk_export.bundle import (
     write_side_files,
 )
 from rk_export.comparison import require_parity
-from rk_export.context import context_notices, context_of, own_context, with_context
+from rk_export.context import context_notices, context_of, with_context
 from rk_export.errors import InputError
 from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import library_versions
+from rk_export.genai import exact_length, length_note
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.greedy import Golden
 from rk_export.humanize import share, size
@@ -44,8 +45,10 @@ from rk_export.render import html
 from rk_export.report import Finding, ParityTier, Report, SizeSummary
 from rk_export.rewrite import Rewritten
 from rk_export.runtime import Session
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
+from rk_export.runtime.text import TextCodec
 from rk_export.sizes import size_summary
 
 logger = logging.getLogger(__name__)
@@ -164,6 +167,8 @@ def write_bundle(
             *known,
             *notices,
             *context_notices(rewritten.model.config, options.context_length),
+            *tokens_without_rows(folder, rewritten.model.config.vocab_size),
+            *_length_notice(rewritten),
             *_over_budget(folder, options),
             *_empty_sections(rewritten, origin),
         ),
@@ -192,7 +197,7 @@ def _write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path 
     generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
-        context = own_context(config)
+        context = exact_length(config)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
 
@@ -231,6 +236,33 @@ def _perplexities(
         return {"compressed (ONNX Runtime)": compressed}
     dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
+
+
+def tokens_without_rows(folder: Path, rows: int) -> tuple[str, ...]:
+    """Say, also in the log, which tokens of a tokenizer the model has no embedding for; runtimes refuse them.
+
+    Args:
+        folder: A bundle.
+        rows: Rows of its model's embedding.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        return ()
+    tokens = TextCodec(folder / TOKENIZER_FILE).token_ids()
+    beyond = sorted((token, text) for text, token in tokens.items() if token >= rows)
+    if not beyond:
+        return ()
+    shown = ", ".join(f"{text!r} ({token})" for token, text in beyond[:5])
+    notice = (
+        f"tokens of the tokenizer that have no row in the model's embedding of {rows} and are refused: "
+        f"{len(beyond)}, namely {shown}{' ...' if len(beyond) > 5 else ''}"
+    )
+    logger.warning("%s", notice)
+    return (notice,)
+
+
+def _length_notice(rewritten: Rewritten) -> tuple[str, ...]:
+    note = length_note(with_context(rewritten.model.config, rewritten.plan.options.context_length))
+    return () if note is None else (note,)
 
 
 def _over_budget(folder: Path, options: CompressOptions) -> tuple[str, ...]:
@@ -273,6 +305,7 @@ def _write_report(
         base_model=report.model,
         ep="cuda" if options.ep == "cuda" else "cpu",
         context_length=context_of(rewritten.model.config, options.context_length),
+        length_note=length_note(with_context(rewritten.model.config, options.context_length)),
         summary=_summary(options),
         results=_results(report),
         ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,

@@ -113,18 +113,34 @@ def bench(
         baselines: Further contestants, made by the caller.
 
     Raises:
-        InputError: There is no contestant, a number is out of range, or a bundle cannot be opened.
+        InputError: There is no contestant, a number is out of range, the tokens do not fit into a contestant's
+            context, or a bundle cannot be opened.
     """
     if min(prompt_tokens, new_tokens, repeats) < 1:
         raise InputError("a number is below 1", where="bench", fix="give counts of at least 1")
     contestants = [*(_open(path, provider, threads) for path in paths), *baselines]
     if not contestants:
         raise InputError("nothing to measure", where="bench", fix="give at least one bundle folder")
+    _check_length(contestants, prompt_tokens, new_tokens)
     vocabulary = min(contestant.vocab_size for contestant in contestants)
     prompt = np.random.default_rng(_SEED).integers(vocabulary, size=prompt_tokens)
     rounds = [_round(contestants, turn, prompt, new_tokens) for turn in range(repeats + 1)][1:]
     rows = tuple(_row(index, contestant.name, rounds) for index, contestant in enumerate(contestants))
     return BenchResult(rows, prompt_tokens, new_tokens, threads)
+
+
+def _check_length(contestants: Sequence[Contestant], prompt_tokens: int, new_tokens: int) -> None:
+    shortest = min(contestants, key=lambda contestant: contestant.max_length)
+    needed = prompt_tokens + new_tokens + 1  # the prefill chooses a token too
+    if needed > shortest.max_length:
+        room = shortest.max_length - new_tokens - 1
+        fix = f"give at most {room} prompt tokens" if room > 0 else "give fewer prompt and new tokens"
+        raise InputError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit into a context of "
+            f"{shortest.max_length}",
+            where=shortest.name,
+            fix=fix,
+        )
 
 
 def _open(path: str | Path, provider: Provider, threads: int) -> Contestant:

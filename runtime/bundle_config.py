@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ class BundleConfig:
     Args:
         folder: The bundle.
         context_length: Most positions the model was made for, or None where no file says so.
+        rotary_switch: Longest sequence under LongRoPE's short factors, or None where one rotation serves all.
         vocab_size: Rows of the embedding, or None where no file says so.
         head_size: Elements of one attention head, or None where no file says so.
         kv_heads: Key/value heads of a layer, or None where no file says so.
@@ -27,6 +29,7 @@ class BundleConfig:
 
     folder: Path
     context_length: int | None
+    rotary_switch: int | None
     vocab_size: int | None
     head_size: int | None
     kv_heads: int | None
@@ -68,17 +71,44 @@ class BundleConfig:
         genai = read_json(folder / "genai_config.json")
         model = genai.get("model", {})
         decoder = model.get("decoder", {})
+        manifest = read_json(folder / "rk_manifest.json")
+        switch = rotary_switch(text_config)
         return cls(
             folder=folder,
-            context_length=_first(model.get("context_length"), text_config.get("max_position_embeddings")),
+            context_length=_first(
+                # GenAI is told the switch where it cannot follow it; this runtime can.
+                None if model.get("context_length") == switch else model.get("context_length"),
+                text_config.get("max_position_embeddings"),
+            ),
+            rotary_switch=switch,
             vocab_size=_first(model.get("vocab_size"), text_config.get("vocab_size")),
             head_size=_first(decoder.get("head_size"), text_config.get("head_dim"), _head_size(text_config)),
             kv_heads=_first(decoder.get("num_key_value_heads"), text_config.get("num_key_value_heads")),
             shared_cache=_first(
-                read_json(folder / "rk_manifest.json").get("shared_kv_cache"),
+                manifest.get("shared_kv_cache"),
                 genai.get("search", {}).get("past_present_share_buffer"),
             ),
         )
+
+
+def rotary_switch(config: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence that LongRoPE (arXiv:2402.13753) rotates by its short factors.
+
+    Args:
+        config: A Hugging Face config as a dictionary.
+
+    Returns:
+        None where the model rotates otherwise, or never gets to its long factors.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    switches = [
+        _first(config.get("original_max_position_embeddings"), kind.get("original_max_position_embeddings"))
+        for kind in kinds
+        if _first(kind.get("rope_type"), kind.get("type")) == "longrope"
+    ]
+    longest = config.get("max_position_embeddings") or 0
+    return min((switch for switch in switches if switch and switch < longest), default=None)
 
 
 def _first(*values: Any) -> Any:

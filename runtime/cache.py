@@ -15,7 +15,7 @@ class Cache(Protocol):
     """Where the keys and values of past positions live between the runs of a graph."""
 
     def bind(self, binding: Any) -> None:
-        """Bind past and present before the first run, as the binding's first outputs."""
+        """Bind an empty past and the present: before the first run as the binding's first outputs, or to start anew."""
 
     def advance(self, binding: Any) -> None:
         """Make the present of the last run the past of the next."""
@@ -44,7 +44,7 @@ class SharedCache:
         ]
 
     def bind(self, binding: Any) -> None:
-        """Bind every buffer twice; the bindings hold for all runs."""
+        """Bind every buffer twice; the bindings hold for all runs, and a run of a whole text starts anew."""
         for slot, buffer in self._buffers:
             binding.bind_ortvalue_input(slot.past, buffer)
             binding.bind_ortvalue_output(slot.present, buffer)

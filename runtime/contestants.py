@@ -23,7 +23,8 @@ class Contestant(Protocol):
     """One runtime with one model, greedy, batch of one."""
 
     name: str
-    vocab_size: int
+    vocab_size: int  # ids below it are tokens
+    max_length: int  # most positions of prompt and new tokens together
 
     def reset(self, capacity: int) -> None:
         """Forget everything and make room for ``capacity`` positions; not timed."""
@@ -50,9 +51,9 @@ class BundleContestant:
     def __init__(self, path: str | Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.name = str(path)
         self._session = Session.from_pretrained(path, provider=provider, threads=threads)
-        if self._session.config.vocab_size is None:
+        if self._session.rows is None:
             raise InputError("no vocab_size is known", where=str(path), fix="put config.json in the bundle")
-        self.vocab_size = self._session.config.vocab_size
+        self.vocab_size, self.max_length = self._session.rows, self._session.max_length
         self._decoder: Decoder | None = None
         self._token = 0
 
@@ -97,7 +98,8 @@ class GenAIContestant:
             raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
         settings = read_json(config_file)
         _refuse_native_code(settings, config_file)
-        self.vocab_size = int(settings["model"]["vocab_size"])
+        model = settings["model"]
+        self.vocab_size, self.max_length = int(model["vocab_size"]), int(model["context_length"])
         self._model = self._og.Model(self._config(str(path), provider, threads))
         self._generator: Any = None
 

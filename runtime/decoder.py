@@ -10,6 +10,8 @@ import onnxruntime as ort
 from rk_export.errors import InputError
 from rk_export.runtime.cache import Cache
 from rk_export.runtime.layout import LOGITS_START, DecoderLayout
+from rk_export.runtime.rotation import check_rotation
+from rk_export.runtime.token_gate import TokenGate
 
 
 class Decoder:
@@ -22,10 +24,24 @@ class Decoder:
         layout: Its inputs and outputs.
         cache: Shared or growing; used by this decoder alone.
         capacity: Most positions, prompt and new tokens together.
+        switch: Longest sequence under LongRoPE's short factors. The step past it runs all tokens again, as Hugging
+            Face ``generate`` does: the keys in the cache have the short rotation. None where there is no switch.
+        rows: Rows of the embedding; None where nothing tells.
     """
 
-    def __init__(self, session: Any, layout: DecoderLayout, cache: Cache, *, capacity: int) -> None:
+    def __init__(
+        self,
+        session: Any,
+        layout: DecoderLayout,
+        cache: Cache,
+        *,
+        capacity: int,
+        switch: int | None = None,
+        rows: int | None = None,
+    ) -> None:
         self._session, self._layout, self._cache, self._capacity = session, layout, cache, capacity
+        self._switch, self._gate = switch, TokenGate(rows)
+        self._tokens = np.empty((1, 0), np.int64)  # as far as the switch
         self._binding = session.io_binding()
         self._mask = np.ones((1, capacity), np.int64)
         self._length = 0
@@ -47,13 +63,18 @@ class Decoder:
             Logits of the last position, [batch, vocabulary], float32.
 
         Raises:
-            InputError: The prompts are longer than the capacity.
+            InputError: A token has no row, the prompts are longer than the capacity, or LongRoPE rotates them
+                differently.
         """
+        self._gate.check(input_ids)
         batch, length = input_ids.shape
         self._reserve(length)
         self._mask = np.ones((batch, self._capacity), np.int64)
         if attention_mask is not None:
             self._mask[:, :length] = attention_mask
+        check_rotation(self._mask[:, :length], 0, self._switch)
+        if self._switch is not None and length <= self._switch:
+            self._tokens = np.array(input_ids, np.int64)
         # ONNX Runtime's arena keeps the memory of this large output for the next prefill.
         self._binding.bind_output("logits", "cpu")
         self._run(np.ascontiguousarray(input_ids, np.int64))
@@ -74,13 +95,24 @@ class Decoder:
             Logits [batch, vocabulary], float32; valid until the next step.
 
         Raises:
-            InputError: The capacity is used up, or nothing was prefilled.
+            InputError: A token has no row, the capacity is used up, or nothing was prefilled.
         """
+        self._gate.check(tokens, where="tokens")
         if self._logits is None:
             raise InputError("step before prefill", where="Decoder", fix="call prefill first")
+        if self._switch is not None and self._length <= self._switch:
+            self._tokens = np.column_stack([self._tokens, tokens])
+            if self._length == self._switch:
+                return self._start_anew()
         self._reserve(1)
         self._run(tokens.astype(np.int64).reshape(-1, 1))
         return self._logits[:, 0].astype(np.float32, copy=False)
+
+    def _start_anew(self) -> np.ndarray:
+        mask = np.column_stack([self._mask[:, : self._length], np.ones(len(self._mask), np.int64)])
+        self._length = 0
+        self._cache.bind(self._binding)
+        return self.prefill(self._tokens, mask)
 
     def _reserve(self, count: int) -> None:
         if self._length + count > self._capacity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
+from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.text import TextCodec
+from rk_export.runtime.token_gate import TokenGate
 
 _OUTPUT = "last_hidden_state"
 
@@ -70,7 +73,11 @@ class EncoderSession:
             input_ids: [batch, length].
             attention_mask: [batch, length], 0 at padding; None masks nothing.
             token_type_ids: [batch, length]; None means zeros.
+
+        Raises:
+            InputError: A token has no row in the embedding, or a row more tokens than the model has positions.
         """
+        self._gate.check(input_ids)
         given = {
             "input_ids": input_ids,
             "attention_mask": np.ones_like(input_ids) if attention_mask is None else attention_mask,
@@ -84,9 +91,13 @@ class EncoderSession:
         """Return one unit vector per text: the mean hidden state over its tokens; float32 [texts, hidden].
 
         Raises:
-            InputError: No texts were given, or one has more tokens than the model has positions.
+            InputError: No texts were given, or one is empty, has a token without a row in the embedding, or more
+                tokens than the model has positions.
         """
         rows = [self.text_codec.encode(text) for text in texts]
+        named = replace(self._gate, limit=None, text_of=self.text_codec.token_text)
+        for index, row in enumerate(rows):
+            named.check(row, where=f"text {index}")
         longest = max(map(len, rows), default=0)
         limit = self.config.context_length
         if longest == 0 or (limit is not None and longest > limit):
@@ -98,6 +109,11 @@ class EncoderSession:
         hidden = self.forward(input_ids, mask).astype(np.float32)
         mean = (hidden * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
         return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True), np.float32)
+
+    @cached_property
+    def _gate(self) -> TokenGate:
+        rows = read_facts(self.config.model_path).embedding_rows
+        return TokenGate(self.config.vocab_size if rows is None else rows, self.config.context_length)
 
     @cached_property
     def text_codec(self) -> TextCodec:

@@ -32,6 +32,7 @@ class Row:
         index: int = 0,
     ) -> None:
         self.prompt = prompt
+        self.new_tokens = options.max_new_tokens
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._sampler = Sampler(options, prompt, index)

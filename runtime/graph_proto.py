@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,54 +10,115 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx.external_data_helper import uses_external_data
 
 from rk_export.errors import InputError
 
+_LOOKUPS = ("Gather", "GatherBlockQuantized")  # table, indices
 _ATTENTION_BIAS = 10  # index of the input of GroupQueryAttention
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the attention nodes of a graph allow.
+    """What the nodes of a graph allow.
 
     Args:
         shared_cache: Past and present may be one buffer (every layer is a ``GroupQueryAttention``).
         left_padding: Rows may be padded on the left: the mask reaches the attention scores. A
             ``GroupQueryAttention`` without ``attention_bias`` takes padding for text.
+        embedding_rows: Tokens that the embedding knows; None where no table is read by ``input_ids`` directly.
     """
 
     shared_cache: bool
     left_padding: bool
+    embedding_rows: int | None
 
 
 def read_facts(model: Path) -> GraphFacts:
-    """Look at the attention nodes of a graph file.
+    """Look at the embedding and the attention nodes of a graph file.
 
     Raises:
         InputError: The file is not an ONNX graph.
     """
-    grouped = [node for node in _nodes(load_proto(model).graph) if node.op_type == "GroupQueryAttention"]
+    graph = load_proto(model).graph
+    grouped = [node for node in _nodes(graph) if node.op_type == "GroupQueryAttention"]
     biased = [len(node.input) > _ATTENTION_BIAS and bool(node.input[_ATTENTION_BIAS]) for node in grouped]
-    return GraphFacts(shared_cache=bool(grouped), left_padding=all(biased))
+    return GraphFacts(
+        shared_cache=bool(grouped), left_padding=all(biased), embedding_rows=_embedding_rows(graph)
+    )
 
 
-def with_accuracy_level(model: Path, level: int) -> bytes:
-    """Return the graph with ``accuracy_level`` of every ``MatMulNBits`` set; external data stays on disk.
+def _embedding_rows(graph: Any) -> int | None:
+    tables = {initializer.name: initializer.dims for initializer in graph.initializer}
+    rows = [
+        tables[node.input[0]][0]
+        for node in graph.node
+        if node.op_type in _LOOKUPS and node.input[1] == "input_ids" and node.input[0] in tables
+    ]
+    return min(rows, default=None)
 
-    At level 0 products with int8 inputs (``MatMulIntegerToFloat``) become products with float inputs too.
+
+def graph_bytes(model: Path, level: int | None) -> tuple[bytes, Path]:
+    """Return a graph to open from memory; its external data stays on disk, links to it followed.
+
+    Args:
+        model: The file.
+        level: ``accuracy_level`` of every ``MatMulNBits``; None keeps it. At 0 products with int8 inputs
+            (``MatMulIntegerToFloat``) become products with float inputs too.
+
+    Returns:
+        The graph, and the folder that its external data is relative to.
 
     Raises:
         InputError: The file is not an ONNX graph.
     """
     proto = load_proto(model)
-    for node in _nodes(proto.graph):
+    if level is not None:
+        _set_level(proto.graph, level)
+    if level == 0:
+        _read_floats(proto.graph)
+    folder = _follow_links(proto, model.parent)
+    return bytes(proto.SerializeToString()), folder
+
+
+def _set_level(graph: Any, level: int) -> None:
+    for node in _nodes(graph):
         if node.op_type == "MatMulNBits":
             kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
-    if level == 0:
-        _read_floats(proto.graph)
-    return bytes(proto.SerializeToString())
+
+
+def _follow_links(proto: Any, folder: Path) -> Path:
+    """Let external data be read from where links lead; return the folder that it is then relative to.
+
+    ONNX Runtime opens no external file outside the folder of the graph, links followed. In a cache of the Hub every
+    file is a link into another folder, where it has another name.
+    """
+    entries = [
+        entry
+        for tensor in _tensors(proto.graph)
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    ]
+    files = {entry.value: (folder / entry.value).resolve() for entry in entries}
+    if not files:
+        return folder
+    base = Path(os.path.commonpath([file.parent for file in files.values()]))
+    for entry in entries:
+        entry.value = files[entry.value].relative_to(base).as_posix()
+    return base
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _tensors(attribute.g)
 
 
 def _read_floats(graph: Any) -> None:

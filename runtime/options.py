@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -14,13 +15,14 @@ class GenerationOptions:
     """How tokens are chosen and when generation ends.
 
     Scores pass through the same steps in the same order as in Hugging Face ``generate``: repetition penalty,
-    temperature, top-k, top-p.
+    temperature, top-k, top-p, min-p.
 
     Args:
         max_new_tokens: Most tokens to generate per prompt.
         temperature: Divides the logits before sampling; 0 chooses the likeliest token (greedy).
         top_k: Sample among the k likeliest tokens; 0 keeps all.
         top_p: Sample among the smallest set of tokens whose probability reaches p; 1 keeps all.
+        min_p: Leave out tokens whose probability is below this share of the likeliest one's; 0 keeps all.
         repetition_penalty: Above 1 lowers the score of every token of the prompt and of the text so far.
         stop: Generation ends where one of these strings appears; the string itself is not returned. Special tokens
             count as their text here, though they are left out of what is returned: ``<|im_end|>`` is found.
@@ -35,6 +37,7 @@ class GenerationOptions:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -42,11 +45,12 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "give at least 1")
-        _require(self.temperature >= 0, "temperature", self.temperature, "give 0 (greedy) or more")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "give 0 (greedy) or more")
         _require(self.top_k >= 0, "top_k", self.top_k, "give 0 (all tokens) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "give a probability in (0, 1]")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "give a share in [0, 1]")
         _require(
-            self.repetition_penalty > 0,
+            0 < self.repetition_penalty < math.inf,
             "repetition_penalty",
             self.repetition_penalty,
             "give 1 for no penalty",

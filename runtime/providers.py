@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from rk_export.errors import InputError, ProviderError
-from rk_export.runtime.graph_proto import with_accuracy_level
+from rk_export.runtime.graph_proto import graph_bytes
 
 Provider = Literal["auto", "cpu", "cuda"]
 
@@ -116,11 +116,9 @@ def _create(model: Path, settings: SessionSettings, providers: list[str]) -> Any
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     source: str | bytes = str(model)
-    if settings.accuracy_level is not None:
-        source = with_accuracy_level(model, settings.accuracy_level)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(model.parent)
-        )
+    if settings.accuracy_level is not None or any(path.is_symlink() for path in model.parent.iterdir()):
+        source, folder = graph_bytes(model, settings.accuracy_level)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         return ort.InferenceSession(source, options, providers=providers)
     except _UNREADABLE as error:

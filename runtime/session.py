@@ -23,7 +23,9 @@ from rk_export.runtime.graph_proto import GraphFacts, read_facts
 from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 from rk_export.runtime.options import Generation, GenerationOptions
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
+from rk_export.runtime.rotation import check_rotation
 from rk_export.runtime.text import TextCodec
+from rk_export.runtime.token_gate import TokenGate
 
 Prompt = str | Sequence[int]
 Past = tuple[np.ndarray, ...]
@@ -100,6 +102,10 @@ class Session:
 
         Returns:
             Logits [batch, length, vocabulary] and the present, in the types of the graph.
+
+        Raises:
+            InputError: A token has no row in the embedding, there are more than the context takes, or LongRoPE
+                rotates the rows, or the past and the rest, differently; see `check_rotation`.
         """
         outputs = ["logits", *(slot.present for slot in self.layout.slots)]
         logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
@@ -111,6 +117,9 @@ class Session:
         """Return the logits of the positions from ``start`` on, [batch, length - start, vocabulary].
 
         They have the type of the graph. A graph that can leave out positions does not compute those before.
+
+        Raises:
+            InputError: As `forward`.
         """
         feeds = self._feeds(input_ids, attention_mask, None)
         skips = start > 0 and self.layout.logits_start
@@ -120,13 +129,24 @@ class Session:
         return logits if skips else logits[:, start:]
 
     def decoder(self, *, batch: int, capacity: int) -> Decoder:
-        """Return fresh decoding state for ``batch`` rows of at most ``capacity`` positions."""
+        """Return fresh decoding state for ``batch`` rows of at most ``capacity`` positions.
+
+        Raises:
+            InputError: The model does not have that many positions.
+        """
+        if capacity > self.max_length:
+            raise InputError(
+                f"{capacity} positions do not fit into a context of {self.max_length}",
+                where="capacity",
+                fix=f"give at most {self.max_length}",
+            )
         cache: Cache
         if self._shares_cache:
             cache = SharedCache(self.layout, batch=batch, capacity=capacity, device=self.device)
         else:
             cache = GrowingCache(self.layout, batch=batch, device=self.device)
-        return Decoder(self._session, self.layout, cache, capacity=capacity)
+        switch = self.config.rotary_switch
+        return Decoder(self._session, self.layout, cache, capacity=capacity, switch=switch, rows=self.rows)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, options: GenerationOptions = _GREEDY
@@ -141,9 +161,11 @@ class Session:
             One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
             graph does not allow for padding, prompts of equal length run together instead. A padded row is the
             single row up to rounding: at accuracy level 4 its tokens may differ from those of a call of its own.
+            Across the switch of LongRoPE, too, each row is computed as it is alone.
 
         Raises:
-            InputError: A prompt is empty or leaves no room for a new token.
+            InputError: A prompt is empty, has a token without a row in the embedding, or leaves no room for a new
+                token.
         """
         rows = [self._row(prompt, options, index) for index, prompt in enumerate(_as_batch(prompts))]
         for batch in self._batches(rows):
@@ -191,6 +213,12 @@ class Session:
         return self.text_codec.encode(text, special_tokens=False)
 
     @cached_property
+    def rows(self) -> int | None:
+        """Token ids that the model knows: the rows of its embedding; None where neither graph nor config tells."""
+        found = self._facts.embedding_rows
+        return self.config.vocab_size if found is None else found
+
+    @cached_property
     def text_codec(self) -> TextCodec:
         """The bundle's tokenizer."""
         return TextCodec(self.config.folder / TOKENIZER_FILE)
@@ -218,9 +246,12 @@ class Session:
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, past: Past | None
     ) -> dict[str, np.ndarray]:
         batch, length = input_ids.shape
+        cached = 0 if past is None else past[0].shape[2]
+        TokenGate(self.rows, self.max_length).check(input_ids, past=cached)
         past = self.layout.empty_past(batch) if past is None else past
         if attention_mask is None:
-            attention_mask = np.ones((batch, past[0].shape[2] + length), np.int64)
+            attention_mask = np.ones((batch, cached + length), np.int64)
+        check_rotation(attention_mask, cached, self.config.rotary_switch)
         feeds = {
             "input_ids": input_ids.astype(np.int64, copy=False),
             "attention_mask": attention_mask.astype(np.int64, copy=False),
@@ -232,8 +263,7 @@ class Session:
 
     def _row(self, prompt: Prompt, options: GenerationOptions, index: int) -> Row:
         tokens = self.text_codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not tokens:
-            raise InputError("it has no tokens", where=f"prompt {index}", fix="give at least one token")
+        TokenGate(self.rows, text_of=self._token_text).check(tokens, where=f"prompt {index}")
         if len(tokens) >= self.max_length:
             raise InputError(
                 f"{len(tokens)} tokens leave no room in a context of {self.max_length}",
@@ -244,6 +274,10 @@ class Session:
         needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
         codec = self.text_codec if needs_text else None
         return Row(tokens, options, codec, self.config.eos_ids, index)
+
+    def _token_text(self, token: int) -> str | None:
+        has_tokenizer = (self.config.folder / TOKENIZER_FILE).is_file()
+        return self.text_codec.token_text(token) if has_tokenizer else None
 
     def _check_stop_tokens(self, options: GenerationOptions) -> None:
         size = self.config.vocab_size
@@ -267,7 +301,17 @@ class Session:
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
         by_length = sorted(rows, key=lambda row: len(row.prompt))
         groups = [list(group) for _, group in groupby(by_length, key=lambda row: len(row.prompt))]
-        return [rows] if len(groups) > 1 and self._facts.left_padding else groups
+        if len(groups) < 2 or not self._facts.left_padding:
+            return groups
+        switch = self.config.rotary_switch
+        if switch is None:
+            return [rows]
+        # LongRoPE rotates a row as the longest of its batch. Rows that stay on one side of the switch run together,
+        # rows that cross it with those of their own length.
+        short = [row for row in rows if len(row.prompt) + row.new_tokens <= switch]
+        long = [row for row in rows if len(row.prompt) > switch]
+        crossing = [group for group in groups if group[0] not in short and group[0] not in long]
+        return [batch for batch in (short, long, *crossing) if batch]
 
     def _run(self, rows: list[Row], options: GenerationOptions) -> Iterator[None]:
         longest = max(len(row.prompt) for row in rows)
@@ -279,7 +323,7 @@ class Session:
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)):
+    if len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0:
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -50,6 +50,15 @@ class TextCodec:
             raise InputError(f"not UTF-8 ({error})", where="prompt", fix="encode it as UTF-8") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
+    def token_text(self, token: int) -> str | None:
+        """Return how the vocabulary writes a token, or None where it has no such token."""
+        text = self._tokenizer.id_to_token(token)
+        return None if text is None else str(text)
+
+    def token_ids(self) -> dict[str, int]:
+        """Return every token that a text can be turned into, added tokens included, with its id."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special tokens left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))

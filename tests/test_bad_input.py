@@ -492,7 +492,16 @@ def test_chat_without_a_template(refused: Refused, own_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--max-new-tokens", 0), ("--temperature", -1), ("--top-p", 0), ("--top-k", -1), ("--stop", "")],
+    [
+        ("--max-new-tokens", 0),
+        ("--temperature", -1),
+        ("--temperature", "inf"),
+        ("--top-p", 0),
+        ("--top-k", -1),
+        ("--min-p", 1.5),
+        ("--repetition-penalty", "nan"),
+        ("--stop", ""),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_impossible_sampling(refused: Refused, bundle: Path, arguments: tuple[object, ...]) -> None:

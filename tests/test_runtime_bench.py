@@ -37,6 +37,7 @@ class Worker:
     """Takes a fixed time for each token and writes down its calls."""
 
     vocab_size = 100
+    max_length = 1000
 
     def __init__(self, name: str, seconds: float, clock: Clock, log: list[str]) -> None:
         self.name, self._seconds, self._clock, self._log = name, seconds, clock, log

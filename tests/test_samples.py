@@ -59,6 +59,20 @@ def test_sample_explains_itself(
     assert "usage" in capsys.readouterr().out
 
 
+def test_bench_sampling(load: Load) -> None:
+    sample = load("bench_sampling")
+    rows = [
+        sample.measure(size, shape, name, 2)
+        for size in sample.VOCABULARIES
+        for shape in sample.SHAPES
+        for name in sample.OPTIONS
+    ]
+    table = sample.markdown(rows, 2).splitlines()[-len(sample.OPTIONS) :]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table] == list(sample.OPTIONS)
+    slowest = max(row["least_ms"] for row in rows if row["options"] == "top-p 0.9")
+    assert any(f"{slowest:.2f} / " in line for line in table)
+
+
 def test_demo(
     load: Load, llama: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

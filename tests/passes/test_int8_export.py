@@ -21,7 +21,7 @@ from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.options import W8A8, QuantSpec, RankRule
 from rk_export.passes.modules import float_inputs
 from rk_export.rewrite import rewrite
-from rk_export.runtime.graph_proto import with_accuracy_level
+from rk_export.runtime.graph_proto import graph_bytes
 
 RANK_8 = RankRule("rank", 8)
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "qwen3", "mixtral", "bert")
@@ -46,7 +46,7 @@ def level_0(model: OnnxModel, ids: Tensor) -> Tensor:
     settings.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(model.folder)
     )
-    graph = with_accuracy_level(model.folder / "model.onnx", 0)
+    graph, _ = graph_bytes(model.folder / "model.onnx", 0)
     assert b"MatMulIntegerToFloat" not in graph
     model.session = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
     return model.run(ids)[0]

@@ -1,0 +1,61 @@
+"""Bundles whose files are links into another folder, as the Hub's cache keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cli
+from runtime_models import TinyDecoder
+
+from rk_export.runtime import GenerationOptions, Session
+from rk_export.testing import assert_parity
+
+
+def snapshot(folder: Path, cache: Path, *, nested: bool = False) -> Path:
+    """Store a bundle as the Hub's cache does: each file a link to a blob of another name."""
+    place = cache / "snapshots" / "0123abc"
+    blobs = cache / "blobs"
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = hashlib.sha256(str(file).encode()).hexdigest()
+        blob = blobs / (file.suffix.lstrip(".") if nested else "") / name
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link = place / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        levels = len(link.parent.relative_to(cache).parts)
+        link.symlink_to(Path(*[".."] * levels) / blob.relative_to(cache))
+    return place
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["one folder of blobs", "several"])
+@pytest.mark.parametrize("level", [None, 0, 4])
+def test_every_way_to_open_follows_the_links(tmp_path: Path, nested: bool, level: int | None) -> None:
+    plain = TinyDecoder(quantized_head=True, external=True).write(tmp_path / "bundle")
+    linked = snapshot(plain, tmp_path / "cache", nested=nested)
+    ids = np.arange(1, 9)[None]
+    expected, found = (
+        Session.from_pretrained(folder, provider="cpu", accuracy_level=level).prefill_logits(ids)
+        for folder in (plain, linked)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    TinyDecoder(quantized_head=True, external=True).write(tmp_path / "far" / "bundle")
+    (tmp_path / "near").symlink_to(tmp_path / "far" / "bundle", target_is_directory=True)
+    session = Session.from_pretrained(tmp_path / "near", provider="cpu", accuracy_level=0)
+    assert session.generate([[1, 2]], options=GenerationOptions(max_new_tokens=2))[0].token_ids
+
+
+def test_commands_on_a_snapshot(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    linked = snapshot(bundle, tmp_path / "models--someone--some-model")
+    assert (linked / "model.onnx.data").is_symlink()
+    verified = cli("verify", linked, "--provider", "cpu", "--threads", 1)
+    assert verified.code == 0, verified.err
+    assert_parity(linked, provider="cpu", threads=1)
+    assert cli("run", linked, "-p", "The harbour", "--max-new-tokens", 4, "--provider", "cpu").code == 0
+    assert cli("explain", linked).code == 0
