@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from rk_export.canonical import Experts, linear_from_conv1d, split_experts, split_linear
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "expert"]
 RolePaths = tuple[tuple[Role, str], ...]
@@ -153,14 +153,47 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     Decoders are built by ``AutoModelForCausalLM``, encoders by ``AutoModel``; layers keep Hugging Face's form.
 
     Raises:
+        InputError: As `transformers_model`.
+        UnsupportedModelError: The family is unknown.
+    """
+    with _parameters_on_meta():
+        return transformers_model(config).eval()
+
+
+def transformers_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build transformers' class of a config, float32, without giving its parameters values.
+
+    Raises:
+        InputError: A field has a value that the class cannot be built with.
         UnsupportedModelError: The family is unknown.
     """
     auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
-    with _parameters_on_meta(), no_init_weights():
-        model: PreTrainedModel = auto.from_config(
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
-        )
-    return model.eval()
+    try:
+        with no_init_weights():
+            model: PreTrainedModel = auto.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # the classes check little: a wrong value raises whatever its first use does
+        raise InputError(
+            f"transformers builds no {config.model_type} model from it: {_reason(config, error)}",
+            where="config.json",
+            fix="correct the value, or update transformers if it is one of a later version",
+        ) from error
+    return model
+
+
+def _reason(config: PretrainedConfig, error: Exception) -> str:
+    """Return what went wrong, with the fields that hold the value where it is an unknown name."""
+    if isinstance(error, KeyError):
+        fields = [name for name, value in config.to_dict().items() if _holds(value, error.args[0])]
+        if fields:
+            return f"{error.args[0]!r} in {' and '.join(fields)} is nothing that it knows"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _holds(value: object, searched: object) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value == searched or any(_holds(part, searched) for part in parts)
 
 
 def empty_canonical_model(config: PretrainedConfig) -> PreTrainedModel:

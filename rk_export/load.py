@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -300,15 +299,25 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         check_known_layout(folder, json.loads(path.read_text(encoding="utf-8")))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # config classes check little: a wrong value raises whatever its first use does
         raise InputError(
-            f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"cannot be read: {_first_reason(error)}",
             where=str(path),
             fix="check the file",
         ) from error
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
     config._attn_implementation = config._experts_implementation = None
     return config
+
+
+def _first_reason(error: Exception) -> str:
+    """Return the first line of an error, with the next one where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _no_config(folder: Path) -> InputError:

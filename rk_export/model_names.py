@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.initialization import no_init_weights
 
-from rk_export.architectures import architecture_of
+from rk_export.architectures import architecture_of, transformers_model
 
 # Buffers that older checkpoints store and that are computed today; no model reads them any more.
 _OLD_BUFFERS = (
@@ -53,11 +51,8 @@ class ModelNames:
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.architecture = architecture_of(config)
-        auto = AutoModel if self.architecture.is_encoder else AutoModelForCausalLM
-        with torch.device("meta"), no_init_weights():
-            self.model: PreTrainedModel = auto.from_config(
-                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
-            )
+        with torch.device("meta"):
+            self.model: PreTrainedModel = transformers_model(config)
 
     @property
     def base(self) -> str:

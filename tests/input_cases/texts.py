@@ -13,6 +13,8 @@ from test_accuracy_levels import massive
 from test_chat_template import write_tokenizer
 from test_context import SHORT_YARN
 from test_frontend import LINEAR, LLAMA3, YARN
+from test_hub_cache import snapshot
+from test_longrope import CONTEXT, FIELDS
 from tiny_models import tiny_model
 
 from input_cases.case import Build, Case, Given, transformers_own
@@ -115,6 +117,18 @@ def positions(family: str, *, length: int = 24, context: int | None = None, **fi
     return build
 
 
+def linked(folder: Path) -> Given:
+    """A bundle whose files are links, as the hub's cache keeps them."""
+    model = spoken(folder)
+    return Given(
+        model,
+        lambda: transformers_own(model),
+        placed=lambda bundle: snapshot(bundle, folder / "hub"),
+        prompt=PROMPT,
+        ends=(2,),
+    )
+
+
 CASES = (
     Case("no end token", "no file names a token at which a text ends", "refused", no_end),
     Case(
@@ -176,6 +190,19 @@ CASES = (
         "refused",
         changed(config(rope_parameters={"rope_type": "unheard_of", "rope_theta": 1e4})),
     ),
+    Case(
+        "LongRoPE, short texts",
+        "LongRoPE, a text that ends before its switch at 40 tokens",
+        "read",
+        positions("phi3", **FIELDS),
+    ),
+    Case(
+        "LongRoPE, long texts",
+        "LongRoPE, greedy tokens and a text beyond its switch at 40 tokens",
+        "read",
+        positions("phi3", length=CONTEXT, **FIELDS),
+    ),
+    Case("bundle of links", "a bundle whose files are links, as in the hub's cache", "read", linked),
     Case("sliding windows", "a Gemma 3 with windows of 5", "read", positions("gemma3", length=100)),
     Case(
         "massive activation", "a row of down_proj a thousand times larger, in INT4", "read", with_massive_row

@@ -1,0 +1,56 @@
+"""Values in config.json that transformers builds no model from are refused by name, whatever they make it raise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+
+from rk_export.errors import InputError
+from rk_export.load import open_source
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"hidden_act": "bogus"}, "'bogus' in hidden_act"),
+        ({"rope_parameters": {"rope_type": "new", "rope_theta": 1e4}}, "'new' in rope_parameters"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "'su' in rope_parameters"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "TypeError"),
+        ({"rope_parameters": "x"}, "Field 'rope_parameters' with value 'x'"),
+        ({"pad_token_id": 1000}, "Padding_idx must be within"),
+        ({"vocab_size": 0}, "IndexError"),
+        ({"hidden_size": -4}, "negative dimension -4"),
+        ({"hidden_size": 63}, "not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"num_attention_heads": "four"}, "expected int, got str"),
+        ({"rms_norm_eps": None}, "expected float, got NoneType"),
+    ],
+)
+def test_a_value_that_no_model_can_have(
+    llama: Path, tmp_path: Path, values: dict[str, Any], reason: str
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(InputError) as caught:
+        open_source(folder)
+    assert reason in caught.value.what
+    assert str(caught.value.where).endswith("config.json")
+    assert caught.value.fix
+
+
+def test_the_command_line_ends_with_a_message(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "bogus"}))
+    for command in (("export", folder), ("compress", folder), ("compress", folder, "--dry-run")):
+        ended = cli(*command, "-o", tmp_path / "out")
+        assert (ended.code, ended.out) == (2, "")
+        assert "'bogus' in hidden_act is nothing that it knows" in ended.err
+    assert not (tmp_path / "out").exists()
