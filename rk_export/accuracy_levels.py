@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # one tensor may cost. SmolLM2-135M in INT4: 3e-3 for all 122 such tensors together, where rounding its weights costs
 # a hundred times as much; its largest is 2e-4.
 LARGEST_LOSS = 1e-3
+SECOND_FACTORS = ".ups."
 
 
 def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
@@ -57,7 +58,7 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     with _watched(rewritten, names, costs):
         _objective(rewritten, probe).backward()  # type: ignore[no-untyped-call]
     sites: dict[str, float] = {}
-    for group in costs.by_input(tokens=probe.numel()):
+    for group in costs.by_input(names, tokens=probe.numel()):
         loss = sum(group.values())
         for module in group:
             module.reads_floats = loss > LARGEST_LOSS
@@ -131,11 +132,17 @@ class _Costs:
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    def by_input(self, *, tokens: int) -> list[dict[QuantizedLinear, float]]:
-        """Return the mean loss a token of the matrices, those that read the same tensor together."""
-        groups: defaultdict[int, dict[QuantizedLinear, float]] = defaultdict(dict)
+    def by_input(
+        self, names: Mapping[QuantizedLinear, str], *, tokens: int
+    ) -> list[dict[QuantizedLinear, float]]:
+        """Return the mean loss a token of the matrices, those that read the same tensor together.
+
+        The second factors of a pair read one tensor in the graph, which PyTorch computes once for each of them.
+        """
+        groups: defaultdict[object, dict[QuantizedLinear, float]] = defaultdict(dict)
         for module, x in self.reads.items():
-            groups[id(x)][module] = self.losses[module] / tokens
+            pair, seconds, _ = names[module].rpartition(SECOND_FACTORS)
+            groups[pair if seconds else id(x)][module] = self.losses[module] / tokens
         return list(groups.values())
 
 

@@ -79,21 +79,13 @@ class Probe:
         """The prompts cut to different lengths, for the test of left padding."""
         return tuple(prompt[: max(2, len(prompt) - 3 * index)] for index, prompt in enumerate(self.prompts))
 
-    def crossed(self, *names: str) -> str:
-        """What is crossed beside the prompts, and what is not, in words.
-
-        Args:
-            *names: The switches that a tier looks at; none for all of them.
-        """
+    def crossed(self) -> str:
+        """What is crossed beside the prompts, and what is not, in words."""
         crossed = "".join(
-            f"; one of {len(item.tokens):,} tokens crosses the {item.switch}"
-            for item in self.crossings
-            if not names or item.switch.name in names
+            f"; one of {len(item.tokens):,} tokens crosses the {item.switch}" for item in self.crossings
         )
         return crossed + "".join(
-            f"; the {switch} is not crossed: {reason}"
-            for switch, reason in self.uncrossed
-            if not names or switch.name in names
+            f"; the {switch} is not crossed: {reason}" for switch, reason in self.uncrossed
         )
 
 

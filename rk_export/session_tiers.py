@@ -28,7 +28,7 @@ def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: fl
     pairs = [(prefill[:, start:], _cached_logits(session, probe.batch, start))]
     pairs += [_crossed(session, item) for item in probe.crossings]
     at_once, decoded = (_rows(list(arrays)) for arrays in zip(*pairs, strict=True))
-    note = probe.crossed(WINDOW).removeprefix("; ")
+    note = probe.crossed().removeprefix("; ")
     yield compare("e", "prefill vs cached decode", at_once, decoded, bound=bound, note=note)
     rows, padded = _padded_logits(session, probe.unequal())
     yield compare("f", "single rows vs left-padded batch", rows, padded, bound=bound)

@@ -81,6 +81,13 @@ def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path:
     assert flags["q_proj"] == flags["k_proj"] == flags["v_proj"] is True
 
 
+def test_second_factors_of_a_pair_are_decided_together(tmp_path: Path) -> None:
+    """Near the bound one of them alone would pass it; the graph packs them all the same."""
+    tiny_model("smollm3").save_pretrained(tmp_path / "model")
+    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), threads=1)
+    assert all(fusion.found == fusion.planned for fusion in report.fusions)
+
+
 def test_other_levels_are_left_alone(llama: Path, tmp_path: Path) -> None:
     source = open_source(massive(llama, tmp_path / "model"))
     probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))

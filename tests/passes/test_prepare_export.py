@@ -83,7 +83,9 @@ def test_the_tied_table_is_stored_once_and_the_rotation_runs_on_the_last_rows(
     graph, _ = build_graph(rewritten_of(source, OPTIONS[form]))
     vocabulary, size = source.config.vocab_size, source.config.hidden_size
     shapes = [tuple(value.shape.numpy()) for value in graph.graph.initializers.values()]
-    assert [shape[:1] for shape in shapes].count((vocabulary,)) == (1 if form == "float" else 2)  # codes, scales
+    assert [shape[:1] for shape in shapes].count((vocabulary,)) == (
+        1 if form == "float" else 2
+    )  # codes, scales
     marked = [node for node in graph.graph if node.metadata_props.get(SITE_KEY) == "lm_head"]
     assert [node.metadata_props[PART_KEY] for node in marked] == ["rotation", "lm_head"]
     assert marked[0].inputs[0].producer().op_type == "Slice"
