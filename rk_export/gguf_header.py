@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 
 from rk_export.errors import InputError, UnsupportedModelError
+from rk_export.stand_ins import stand_in
 
 _SCALARS = {
     0: "<B",
@@ -113,8 +114,8 @@ def _check_magic(path: Path) -> None:
     magic = _magic(path)
     if magic == _MAGIC:
         return
-    if magic[:2] in (b"<!", b"<h") or magic == b"vers":
-        fix = "it is a web page or a Git LFS pointer: download the file itself"
+    if found := stand_in(path):
+        fix = f"it is {found}: download the file itself"
     elif _PART.search(path.stem):
         fix = "if it is one piece of a file that was cut, join the pieces in order first"
     else:

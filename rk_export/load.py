@@ -25,6 +25,7 @@ from rk_export.plan import Pruning
 from rk_export.quantized_tensors import OLD_CONFIGS, DequantizedTensors
 from rk_export.remote_code import refuse_remote_code
 from rk_export.report import Finding, Outcome
+from rk_export.stand_ins import stand_in
 from rk_export.tensor_files import StoredTensors
 from rk_export.weight_files import ADAPTER_WEIGHTS, check_known_layout
 
@@ -304,10 +305,11 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (
         Exception
     ) as error:  # config classes check little: a wrong value raises whatever its first use does
+        found = stand_in(path)
         raise InputError(
-            f"cannot be read: {_first_reason(error)}",
+            f"is {found}" if found else f"cannot be read: {_first_reason(error)}",
             where=str(path),
-            fix="check the file",
+            fix="download the file itself" if found else "check the file",
         ) from error
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
     config._attn_implementation = config._experts_implementation = None

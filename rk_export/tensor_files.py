@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rk_export.errors import InputError
+from rk_export.stand_ins import stand_in
 
 
 class StoredTensors(Protocol):
@@ -106,6 +107,9 @@ def _open(path: Path) -> Iterator[Any]:
             "is missing", where=str(path), fix="the checkpoint is incomplete: download it again"
         ) from error
     except SafetensorError as error:
+        found = stand_in(path)
         raise InputError(
-            f"is truncated or not safetensors ({error})", where=str(path), fix="download it again"
+            f"is {found}" if found else f"is truncated or not safetensors ({error})",
+            where=str(path),
+            fix="download the file itself" if found else "download it again",
         ) from error

@@ -1,4 +1,4 @@
-"""Values in config.json that transformers builds no model from are refused by name, whatever they make it raise."""
+"""Files of a folder that are not what they should be: values that no model has, pages and pointers in their place."""
 
 from __future__ import annotations
 
@@ -54,3 +54,24 @@ def test_the_command_line_ends_with_a_message(cli: Cli, llama: Path, tmp_path: P
         assert (ended.code, ended.out) == (2, "")
         assert "'bogus' in hidden_act is nothing that it knows" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><title>Not found</title>", "a web page"),
+        (b"\n<html lang=en>", "a web page"),
+    ],
+    ids=["pointer", "page", "page without a type"],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_was_downloaded_in_place_of_a_file_is_named(
+    llama: Path, tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        open_source(folder)
+    assert str(caught.value).startswith(f"{folder / name}: is {kind}\n")
+    assert caught.value.fix == "download the file itself"

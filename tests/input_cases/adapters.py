@@ -37,7 +37,7 @@ def adapted(
 
 
 def on_a_tied_matrix(folder: Path) -> Given:
-    """Pairs on an embedding that the head is tied to: PEFT's merged model would change the head too, its model does not."""
+    """Pairs on an embedding that the head is tied to; merged by PEFT, they would change the head too."""
     base, adapter = folder / "base", folder / "adapter"
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(base)
     model = trained(base, adapter, target_modules=["embed_tokens", "q_proj"])
