@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/rk-export/gguf")
 # Raise what changes: cached folders of an older format are then made again, the others stay.
-_FORMAT, _FORMAT_OF_WHOLE_WORDS = 1, 2
+_FORMAT, _FORMAT_OF_WHOLE_WORDS = 2, 3
 
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -115,8 +115,8 @@ def _check_magic(path: Path) -> None:
     if magic == _MAGIC:
         return
     if found := stand_in(path):
-        fix = f"it is {found}: download the file itself"
-    elif _PART.search(path.stem):
+        raise InputError(f"is {found}", where=str(path), fix="download the file itself")
+    if _PART.search(path.stem):
         fix = "if it is one piece of a file that was cut, join the pieces in order first"
     else:
         fix = "download it again"

@@ -6,6 +6,7 @@ it does not know; text with digits then gets other tokens than from the original
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -109,6 +110,14 @@ def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
         _leave_first_space_out(tokenizer.backend_tokenizer)
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(folder)
+    _leave_strangers_out(folder / "tokenizer.json", len(source.get("tokenizer.ggml.tokens")))
+
+
+def _leave_strangers_out(path: Path, tokens: int) -> None:
+    """Take out special tokens that transformers adds for its own classes: the embedding has no rows for them."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < tokens]
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _split_words(tokenizer: Any, source: GgufFile) -> None:

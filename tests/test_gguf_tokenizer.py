@@ -233,3 +233,15 @@ def test_merges_of_another_vocabulary_are_refused_and_leave_nothing(tmp_path: Pa
     with pytest.raises(InputError, match=r"tokenizer cannot be rebuilt(?s:.)*another conversion"):
         gguf_to_folder(path, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "granite"])
+def test_only_tokens_of_the_file_are_special(tmp_path: Path, family: str) -> None:
+    """Transformers' converters add special tokens of their own classes, which the embedding has no rows for."""
+    folder = gguf_to_folder(write_gguf(tmp_path / "tiny.gguf", model_for_gguf(family)), tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == len(VOCABULARY)
+    assert set(tokenizer.get_added_vocab()) <= set(VOCABULARY)
+    ids = tokenizer("hello<|endoftext|>")["input_ids"]
+    assert max(ids) < len(VOCABULARY)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello<|endoftext|>"
