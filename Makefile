@@ -21,11 +21,11 @@ export ORT_DISABLE_TELEMETRY ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format unit test-optimum results clean
+.PHONY: help setup demo test lint types format unit test-optimum results inputs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format unit test-optimum results clean"
+	@echo "other targets: setup lint types format unit test-optimum results inputs clean"
 
 setup: $(READY)
 
@@ -74,6 +74,10 @@ $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/factorize_groupings.py
+
+# What becomes of inputs as people bring them: docs/results/inputs.*; fails where a case does not end as expected.
+inputs: $(READY)
+	$(BIN)/python tests/measure_inputs.py
 
 clean:
 	rm -rf $(VENV) $(OPTIMUM_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ from test_checkpoint_forms import inside, multimodal, prefixed, sharded
 
 from input_cases.case import Case
 from input_cases.folders import (
+    adapter_weights_alone,
     adding,
     backbone,
     broken_config,
@@ -25,6 +26,7 @@ from input_cases.folders import (
     to,
     truncated,
     two_files,
+    two_models,
     web_page,
     with_nan,
     without,
@@ -142,6 +144,7 @@ CASES = (
         "read",
         changed(tensors(inside("_fsdp_wrapped_module"))),
     ),
+    Case("two models", "two encoders in one file", "refused", changed(tensors(two_models), family="bert")),
     Case(
         "buffers of old versions",
         "the file holds rotary frequencies",
@@ -175,6 +178,12 @@ CASES = (
         "refused",
         changed(config(quantization={"group_size": 64, "bits": 4})),
     ),
+    Case(
+        "adapter without its config",
+        "adapter_model.safetensors alone",
+        "refused",
+        changed(adapter_weights_alone),
+    ),
     Case("pickles only", "pytorch_model.bin alone", "refused", changed(pickled)),
     Case("NaN", "one weight is NaN", "refused", changed(tensors(with_nan))),
     Case("truncated file", "half of model.safetensors", "refused", changed(truncated)),
@@ -195,6 +204,18 @@ CASES = (
         "config.json says a type that transformers does not know",
         "refused",
         changed(config(model_type="unheard_of")),
+    ),
+    Case(
+        "unknown activation",
+        "config.json says an activation that transformers does not know",
+        "refused",
+        changed(config(hidden_act="bogus")),
+    ),
+    Case(
+        "padding beyond the vocabulary",
+        "pad_token_id is 1000, the vocabulary 160",
+        "refused",
+        changed(config(pad_token_id=1000)),
     ),
     Case(
         "unsupported family",

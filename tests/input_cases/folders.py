@@ -15,6 +15,7 @@ from test_checkpoint_forms import (
     Tensors,
     edit_config,
     edit_tensors,
+    prefixed,
     sharded,
     with_head,
 )
@@ -112,6 +113,15 @@ def two_files(folder: Path) -> None:
 
 def backbone(folder: Path) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(folder)
+
+
+def adapter_weights_alone(folder: Path) -> None:
+    renamed("adapter_model.safetensors")(folder)
+    no_config(folder)
+
+
+def two_models(stored: Tensors) -> Tensors:
+    return prefixed("query.")(stored) | prefixed("passage.")(stored)
 
 
 def pickled(folder: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import VOCABULARY, trained_tokenizer
+from conftest import VOCABULARY, tiny_options, trained_tokenizer
 from runtime_models import byte_tokenizer
 from test_accuracy_levels import massive
 from test_chat_template import write_tokenizer
 from test_context import SHORT_YARN
 from test_frontend import LINEAR, LLAMA3, YARN
 from test_hub_cache import snapshot
-from test_longrope import CONTEXT, FIELDS
+from test_longrope import CONTEXT, FIELDS, prompt
 from tiny_models import tiny_model
 
 from input_cases.case import Build, Case, Given, transformers_own
@@ -22,7 +22,9 @@ from input_cases.folders import changed, config, saved
 from rk_export import CompressOptions
 
 PROMPT = (1, 70, 80, 90)
-SAMPLED = tuple(3 + 7 * place % 150 for place in range(30))
+SAMPLED = tuple(
+    prompt(30, seed=0)
+)  # far from an end: greedy decoding goes on for 24 tokens in every family here
 
 
 def spoken(folder: Path, **fields: Any) -> Path:
@@ -89,12 +91,40 @@ def with_massive_row(folder: Path) -> Given:
     return Given(model, lambda: transformers_own(model))
 
 
-def asked(*prompt: int) -> Build:
+def rounded_with_massive_row(folder: Path) -> Given:
+    """The same, to be rounded to INT4: inputs of some matrices must stay in floats."""
+    return Given(with_massive_row(folder).model, options=tiny_options(groups=(), rank=None))
+
+
+def tokenizer_with_more(folder: Path) -> Given:
+    """A tokenizer with tokens that the embedding has no row for, and a prompt without them."""
+    model = spoken(folder)
+    tokenizer = trained_tokenizer()
+    tokenizer.add_tokens([f"<|filler {index}|>" for index in range(VOCABULARY - len(tokenizer) + 3)])
+    tokenizer.save_pretrained(model)
+    return Given(model, lambda: transformers_own(model), prompt=PROMPT, ends=(2,))
+
+
+def tokenizer_of_another_model(folder: Path) -> Given:
+    """A tokenizer with more than twice the model's vocabulary."""
+    model = saved(folder, vocab_size=100)
+    trained_tokenizer().save_pretrained(model)
+    return Given(model)
+
+
+def broken_template(folder: Path) -> Given:
+    """A chat template with a syntax error."""
+    model = spoken(folder)
+    (model / "chat_template.jinja").write_text("{% if %}")
+    return Given(model, lambda: transformers_own(model), prompt=PROMPT, ends=(2,))
+
+
+def asked(*ids: int) -> Build:
     """Return what exports a tiny Llama and gives it a prompt."""
 
     def build(folder: Path) -> Given:
         model = spoken(folder)
-        return Given(model, lambda: transformers_own(model), prompt=prompt, ends=(2,))
+        return Given(model, lambda: transformers_own(model), prompt=ids, ends=(2,))
 
     return build
 
@@ -148,6 +178,16 @@ CASES = (
         "refused",
         sentencepiece_that_is_none,
     ),
+    Case(
+        "tokenizer with more tokens", "tokens that the embedding has no row for", "read", tokenizer_with_more
+    ),
+    Case(
+        "tokenizer of another model",
+        "a tokenizer of 320 tokens, an embedding of 100",
+        "refused",
+        tokenizer_of_another_model,
+    ),
+    Case("broken chat template", "a chat template with a syntax error", "read", broken_template),
     Case("settings alone", "tokenizer_config.json without a vocabulary", "refused", settings_alone),
     Case("prompt of ids", "token ids of the vocabulary", "read", asked(*PROMPT), "run"),
     Case(
@@ -192,19 +232,20 @@ CASES = (
     ),
     Case(
         "LongRoPE, short texts",
-        "LongRoPE, a text that ends before its switch at 40 tokens",
+        "LongRoPE, logits before its switch at 40 tokens, greedy tokens across it",
         "read",
         positions("phi3", **FIELDS),
     ),
     Case(
         "LongRoPE, long texts",
-        "LongRoPE, greedy tokens and a text beyond its switch at 40 tokens",
+        "LongRoPE, logits of a text beyond its switch at 40 tokens",
         "read",
         positions("phi3", length=CONTEXT, **FIELDS),
     ),
     Case("bundle of links", "a bundle whose files are links, as in the hub's cache", "read", linked),
     Case("sliding windows", "a Gemma 3 with windows of 5", "read", positions("gemma3", length=100)),
+    Case("massive activation", "a row of down_proj a thousand times larger", "read", with_massive_row),
     Case(
-        "massive activation", "a row of down_proj a thousand times larger, in INT4", "read", with_massive_row
+        "massive activation, INT4", "the same, rounded to INT4", "read", rounded_with_massive_row, "compress"
     ),
 )
