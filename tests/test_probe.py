@@ -15,7 +15,7 @@ from rk_export import pipeline
 from rk_export.greedy import Golden
 from rk_export.parity import bundle_tiers
 from rk_export.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
-from rk_export.switches import WINDOW, switches_of
+from rk_export.switches import switches_of
 
 LONGROPE: dict[str, Any] = {
     "rope_parameters": {
