@@ -9,6 +9,9 @@ PYTHON ?= python3
 # An exact version, so that an index or folder with CPU wheels serves those: they are ten times smaller.
 TORCH ?= torch==2.13.0
 
+# Processes that run the tests side by side, one thread each.
+WORKERS ?= 2
+
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 BIN := $(VENV)/bin
@@ -54,7 +57,7 @@ types: $(READY)
 	$(BIN)/python -m mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
 
 format: $(READY)
 	$(BIN)/python -m ruff format .

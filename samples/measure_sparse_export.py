@@ -111,6 +111,7 @@ def spread(exported: Path, folder: Path, *, sparse: bool) -> None:
         if any(item.key == PART_KEY and item.value.startswith(ENTRIES) for item in node.metadata_props)
     ]
     gone: set[str] = set()
+    replaced = {product.input[1] for product in products}
     for product in products:
         name = product.input[1]
         matrix, nodes = dense_of(name, producers, stored)
@@ -122,7 +123,9 @@ def spread(exported: Path, folder: Path, *, sparse: bool) -> None:
             graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, list(matrix.shape)))
         else:
             graph.initializer.append(numpy_helper.from_array(matrix, name))
-    for node in [node for node in graph.node if node.output[0] in gone]:
+    # A constant may serve other nodes too.
+    needed = {name for node in graph.node if node.output[0] not in gone for name in node.input} - replaced
+    for node in [node for node in graph.node if node.output[0] in gone - needed]:
         graph.node.remove(node)
     used = {name for node in graph.node for name in node.input}
     for item in [item for item in graph.initializer if item.name not in used]:
