@@ -184,7 +184,7 @@ def transformers_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def _reason(config: PretrainedConfig, error: Exception) -> str:
     """Return what went wrong, with the fields that hold the value where it is an unknown name."""
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and error.args:
         fields = [name for name, value in config.to_dict().items() if _holds(value, error.args[0])]
         if fields:
             return f"{error.args[0]!r} in {' and '.join(fields)} is nothing that it knows"

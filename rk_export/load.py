@@ -302,9 +302,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # config classes check little: a wrong value raises whatever its first use does
+    except Exception as error:  # as in `transformers_model`: a wrong value raises anything
         found = stand_in(path)
         raise InputError(
             f"is {found}" if found else f"cannot be read: {_first_reason(error)}",

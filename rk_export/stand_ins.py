@@ -13,11 +13,10 @@ _BEGINNINGS = {
 
 
 def stand_in(path: Path) -> str | None:
-    """Return what a file is instead of itself, by its first bytes; None where nothing is known.
-
-    Args:
-        path: A file that is there.
-    """
-    with path.open("rb") as handle:
-        start = handle.read(64).lstrip().lower()
+    """Return what a file is instead of itself, by its first bytes; None where nothing is known or to be read."""
+    try:
+        with path.open("rb") as handle:
+            start = handle.read(64).lstrip().lower()
+    except OSError:
+        return None
     return next((kind for beginning, kind in _BEGINNINGS.items() if start.startswith(beginning)), None)
