@@ -25,7 +25,7 @@ from rk_export.measure import torch_logits
 from rk_export.method_plans import check_parts, sparse_budget, stored_prices
 from rk_export.model_statistics import diagonals_finding, model_statistics, only_diagonals
 from rk_export.neuron_peaks import shortened
-from rk_export.options import CompressOptions
+from rk_export.options import PARTS_OF_FOLD, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
@@ -89,6 +89,8 @@ class Groundwork:
         """What was dequantized, reparameterized, pruned and tuned, what was not, and what else was left out."""
         tuned = () if self.selection is None else (self.selection.finding,)
         told = {finding.target for finding in self.choice}
+        if f"prepare.{PARTS_OF_FOLD[0]}" in told:
+            told.add("prepare.fold")  # its parts tell of it
         others = (finding for finding in self.source.findings if finding.target not in told)
         return (*self.choice, *others, *tuned, *self.left_out)
 
