@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from rk_export.errors import ParityError
@@ -18,18 +20,24 @@ def compare(
     reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
     error, scale = float(np.abs(candidate - reference).max()), float(np.abs(reference).max())
     log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
-    passed = None if bound is None else bool(np.isfinite(error) and error <= bound * scale)
-    return ParityTier(
+    measured = ParityTier(
         tier=tier,
         name=name,
         max_error=error,
         scale=scale,
-        bound=bound,
         kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
         top1_agreement=float((reference.argmax(-1) == candidate.argmax(-1)).mean()),
-        passed=passed,
         note=note,
     )
+    return measured if bound is None else held_to(measured, bound)
+
+
+def held_to(measured: ParityTier, bound: float) -> ParityTier:
+    """Return a measured tier with the verdict under a bound on its relative error."""
+    error, scale = measured.max_error, measured.scale
+    if error is None or scale is None:
+        return measured
+    return replace(measured, bound=bound, passed=bool(np.isfinite(error) and error <= bound * scale))
 
 
 def not_measured(tier: str, name: str, reason: str) -> ParityTier:

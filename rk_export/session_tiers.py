@@ -15,14 +15,16 @@ from rk_export.switches import LONG_ROTATION
 LEVEL_TIER = "ONNX Runtime, level 0 vs as shipped"
 
 
-def session_tiers(session: Session, probe: Probe, prefill: np.ndarray, bound: float) -> Iterator[ParityTier]:
+def session_tiers(
+    session: Session, probe: Probe, prefill: np.ndarray, bound: float | None
+) -> Iterator[ParityTier]:
     """Yield tiers e and f of one session: cached decode and left padding.
 
     Args:
         session: A bundle at accuracy level 0.
         probe: The prompts.
         prefill: Its logits on them in one go (prompts, length, vocabulary).
-        bound: Largest relative error that passes.
+        bound: Largest relative error that passes; None gives no verdict.
     """
     start = min(DECODE_FROM, probe.batch.shape[1] // 2)
     pairs = [(prefill[:, start:], _cached_logits(session, probe.batch, start))]
@@ -103,7 +105,7 @@ def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.nd
     return ids, mask
 
 
-def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float) -> ParityTier:
+def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float | None) -> ParityTier:
     """Return tier f of an encoder: the first token's state, alone and in a batch padded on the right."""
     prompts = probe.unequal()
     longest = max(len(prompt) for prompt in prompts)

@@ -116,7 +116,7 @@ def _create(model: Path, settings: SessionSettings, providers: list[str]) -> Any
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     source: str | bytes = str(model)
-    if settings.accuracy_level is not None or any(path.is_symlink() for path in model.parent.iterdir()):
+    if settings.accuracy_level is not None or any(path.is_symlink() for path in model.parent.rglob("*")):
         source, folder = graph_bytes(model, settings.accuracy_level)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:

@@ -86,9 +86,12 @@ def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float, out: np.ndarr
         penalty: The divisor.
         out: Receives the result, as all arguments of this name here.
     """
-    scores = logits[seen]
+    scores = logits[seen].astype(np.float64)
     np.copyto(out, logits)
-    out[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    with np.errstate(over="ignore"):
+        scores = np.where(scores < 0, scores * penalty, scores / penalty)
+    # A penalty of another order of size than the scores moves them to the end of the range, not beyond it.
+    out[seen] = np.where(np.isfinite(logits[seen]), scores.clip(-_MOST, _MOST), logits[seen])
     return out
 
 

@@ -161,7 +161,8 @@ class Session:
             One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
             graph does not allow for padding, prompts of equal length run together instead. A padded row is the
             single row up to rounding: at accuracy level 4 its tokens may differ from those of a call of its own.
-            Across the switch of LongRoPE, too, each row is computed as it is alone.
+            Across the switch of LongRoPE, too, each row is computed as it is alone. Rows that the context leaves fewer
+            tokens than were asked for run with those of their own length, so that each gets all that fit.
 
         Raises:
             InputError: A prompt is empty, has a token without a row in the embedding, or leaves no room for a new
@@ -303,15 +304,19 @@ class Session:
         groups = [list(group) for _, group in groupby(by_length, key=lambda row: len(row.prompt))]
         if len(groups) < 2 or not self._facts.left_padding:
             return groups
+        # In a batch the context ends for all rows with the longest: rows that it cuts short run with those of their
+        # own length.
+        whole = [row for row in rows if len(row.prompt) + row.new_tokens <= self.max_length]
         switch = self.config.rotary_switch
-        if switch is None:
-            return [rows]
-        # LongRoPE rotates a row as the longest of its batch. Rows that stay on one side of the switch run together,
-        # rows that cross it with those of their own length.
-        short = [row for row in rows if len(row.prompt) + row.new_tokens <= switch]
-        long = [row for row in rows if len(row.prompt) > switch]
-        crossing = [group for group in groups if group[0] not in short and group[0] not in long]
-        return [batch for batch in (short, long, *crossing) if batch]
+        together = [whole]
+        if switch is not None:
+            # LongRoPE rotates a row as the longest of its batch. Rows that stay on one side of the switch run
+            # together, rows that cross it with those of their own length.
+            short = [row for row in whole if len(row.prompt) + row.new_tokens <= switch]
+            together = [short, [row for row in whole if len(row.prompt) > switch]]
+        placed = {id(row) for batch in together for row in batch}
+        apart = [group for group in groups if id(group[0]) not in placed]
+        return [batch for batch in (*together, *apart) if batch]
 
     def _run(self, rows: list[Row], options: GenerationOptions) -> Iterator[None]:
         longest = max(len(row.prompt) for row in rows)

@@ -31,6 +31,16 @@ def test_left_padded_batch_equals_single_rows(tmp_path: Path, form: TinyDecoder)
     assert session.generate(PROMPTS, options=options) == singles
 
 
+def test_a_long_prompt_does_not_cut_short_what_runs_beside_it(tmp_path: Path) -> None:
+    session = opened(tmp_path)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 250, length).tolist() for length in (2, CONTEXT - 3, 5, CONTEXT - 1)]
+    options = GenerationOptions(max_new_tokens=8)
+    together = session.generate(prompts, options=options)
+    assert [len(row.token_ids) for row in together] == [8, 3, 8, 1]
+    assert together == [session.generate([prompt], options=options)[0] for prompt in prompts]
+
+
 def test_batch_runs_by_length_where_the_graph_allows_no_padding(tmp_path: Path) -> None:
     session = opened(tmp_path, TinyDecoder(biased=False))
     prompts = [*PROMPTS, "5678"]

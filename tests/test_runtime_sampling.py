@@ -221,6 +221,20 @@ def test_penalty_is_that_of_transformers(seed: int, penalty: float, prompt: list
     np.testing.assert_array_equal(logits, before, "the logits given are left alone")
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e40, 1e300])
+@pytest.mark.filterwarnings("error")
+def test_a_penalty_of_any_size_leaves_finite_scores(penalty: float) -> None:
+    logits = np.array([0.0, 3.0, -2.0, 1.0, -np.inf], np.float32)
+    mine = penalize(logits, np.array([0, 1, 2, 4]), penalty, np.empty_like(logits))
+    assert np.isfinite(mine[:4]).all()
+    assert mine[0] == 0, "a score of nothing stays"
+    assert (mine[3], mine[4]) == (1, -np.inf), "what is unseen, and what can never be drawn, stays"
+    assert (mine[1] > 3 and mine[2] > -2) if penalty < 1 else (mine[1] < 3 and mine[2] < -2)
+    assert Sampler(GenerationOptions(repetition_penalty=penalty), [1]).choose(logits) == (
+        1 if penalty < 1 else 3
+    )
+
+
 @pytest.mark.parametrize("prompt", [[], [1]])
 def test_penalty_covers_prompt_and_new_tokens(prompt: list[int]) -> None:
     sampler = Sampler(GenerationOptions(repetition_penalty=4.0), prompt)
