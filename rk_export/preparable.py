@@ -144,6 +144,10 @@ def _reason(config: PretrainedConfig, name: str) -> str:
             "not among the matrices that are rewritten"
         )
     spec = decoder_spec(config)
+    if name in PARTS_OF_FOLD:
+        names = spec.norm_names
+        if not (names.before_attention if name == "fold-attention" else names.before_mlp):
+            return f"the norms of {family} follow its blocks: no matrix reads a norm alone"
     if name == "fold" or name in PARTS_OF_FOLD:
         return _no_fold(config, spec)
     if name == "rotate":

@@ -138,6 +138,13 @@ def test_the_choice_follows_the_format(source_of: SourceOf) -> None:
     assert any(finding.target == "prepare.scale" for finding in int8.findings)
 
 
+def test_a_part_of_fold_needs_its_norm(source_of: SourceOf) -> None:
+    """The norms of olmo2 follow the blocks: there is nothing in front that could be folded."""
+    found = preparations_of(source_of("olmo2", tie_word_embeddings=False).config, ("fold-mlp",))
+    assert found.names == ()
+    assert "follow its blocks" in found.findings[0].reason
+
+
 def test_experts_are_predicted_for(source_of: SourceOf) -> None:
     source = source_of("mixtral")
     names = ("fold", "rotate", "rotate-heads")
