@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.architectures import Architecture, architecture_of, empty_model
+from rk_export.config_checks import UNUSABLE_CONFIG, check_counts, one_line
 from rk_export.errors import InputError
 from rk_export.find_model import find_base, find_folder
 from rk_export.leftovers import check_kind
@@ -300,12 +300,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         check_known_layout(folder, json.loads(path.read_text(encoding="utf-8")))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (*UNUSABLE_CONFIG, OSError) as error:
         raise InputError(
-            f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"cannot be read: {one_line(error)}",
             where=str(path),
-            fix="check the file",
+            fix="correct it, or take the file that the model was published with",
         ) from error
+    check_counts(config, path)
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
     config._attn_implementation = config._experts_implementation = None
     return config

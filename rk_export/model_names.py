@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 
 from rk_export.architectures import architecture_of
+from rk_export.config_checks import UNUSABLE_CONFIG, unbuildable
 
 # Buffers that older checkpoints store and that are computed today; no model reads them any more.
 _OLD_BUFFERS = (
@@ -49,15 +50,21 @@ class ModelNames:
 
     Args:
         config: Of a supported family.
+
+    Raises:
+        InputError: transformers builds no model from the config.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.architecture = architecture_of(config)
         auto = AutoModel if self.architecture.is_encoder else AutoModelForCausalLM
-        with torch.device("meta"), no_init_weights():
-            self.model: PreTrainedModel = auto.from_config(
-                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
-            )
+        try:
+            with torch.device("meta"), no_init_weights():
+                self.model: PreTrainedModel = auto.from_config(
+                    copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+                )
+        except UNUSABLE_CONFIG as error:
+            raise unbuildable(config, error) from error
 
     @property
     def base(self) -> str:

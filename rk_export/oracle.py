@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from rk_export.architectures import empty_model
+from rk_export.config_checks import UNUSABLE_CONFIG
 from rk_export.errors import InputError
 from rk_export.humanize import size
 from rk_export.load import ModelSource
@@ -106,7 +107,7 @@ def _complete(source: ModelSource, load: Callable[[], tuple[Any, dict[str, Any]]
     """Load a model, and refuse one that transformers had to complete with random tensors."""
     try:
         model, info = load()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (*UNUSABLE_CONFIG, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"transformers cannot load it ({type(error).__name__}: {reason})",

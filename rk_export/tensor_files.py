@@ -105,7 +105,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise InputError(
             "is missing", where=str(path), fix="the checkpoint is incomplete: download it again"
         ) from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(
             f"is truncated or not safetensors ({error})", where=str(path), fix="download it again"
         ) from error
