@@ -36,6 +36,10 @@ class StoredTensors(Protocol):
         """
 
 
+# Types of the values of weights, as safetensors writes them.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
 @dataclass(frozen=True)
 class _Entry:
     """What a file's header says about a tensor: its file, shape, and type as safetensors names it (F32, U8 ...)."""
