@@ -97,6 +97,13 @@ class ModelSource:
         return (self._weights, None) if self._adapter is None else (self._adapter.folder, self._weights)
 
     @property
+    def places(self) -> tuple[Path, ...]:
+        """Files and folders that the model is read from, a GGUF file included; no output may replace them."""
+        named = Path(self.name).expanduser()
+        read = (self.folder, *self.origin, named if named.exists() else None)
+        return tuple(path for path in read if path is not None)
+
+    @property
     def has_grids(self) -> bool:
         """Whether the checkpoint stores any matrix on an integer grid."""
         return self._quantized is not None and self._quantized.has_grids

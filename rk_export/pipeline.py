@@ -164,11 +164,10 @@ def _check_outputs(
     source: ModelSource, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
 ) -> None:
     """Refuse outputs that cannot be written, or would take the place of the model or of each other."""
-    inputs = [path for path in (source.folder, *source.origin) if path is not None]
     target = Path(out).expanduser()
-    check_replaceable(target, force, inputs=inputs)
+    check_replaceable(target, force, inputs=source.places)
     if checkpoint is not None:
-        check_replaceable(Path(checkpoint), force, inputs=[*inputs, target])
+        check_replaceable(Path(checkpoint), force, inputs=[*source.places, target])
 
 
 def _least_bytes(source: ModelSource, options: CompressOptions, plan: Plan | None) -> int:

@@ -61,8 +61,7 @@ def analyze(
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
     source = open_source(model, base)
-    inputs = [path for path in source.origin if path is not None]
-    check_replaceable(Path(out).expanduser(), force, inputs=inputs)
+    check_replaceable(Path(out).expanduser(), force, inputs=source.places)
     with AtomicFolder(out, force=force) as partial:
         report = Report(
             model=source.title,

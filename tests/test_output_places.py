@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli
+from gguf_files import model_for_gguf, write_gguf
 
 DENSE = ("--bits", 16, "--groups", "none", "--metric", "none", "--device", "cpu")
 
@@ -90,3 +91,10 @@ def test_a_plan_replaces_plans_only(cli: Cli, llama: Path, tmp_path: Path) -> No
         ended = cli("plan", llama, "-o", place, "--force", "--groups", "qk")
         assert (ended.code, what in ended.err) == (2, True), ended.err
     assert config.read_bytes() == (llama / "config.json").read_bytes()
+
+
+def test_force_never_replaces_the_folder_of_a_gguf_file(cli: Cli, prepared: Path) -> None:
+    path = write_gguf(prepared / "tiny.gguf", model_for_gguf("llama"))
+    ended = cli("compress", path, "-o", prepared, "--force", *DENSE)
+    assert (ended.code, "would take the place of what is read" in ended.err) == (2, True), ended.err
+    assert path.is_file()
