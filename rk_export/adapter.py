@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from rk_export.errors import InputError
 from rk_export.renamed_tensors import without_wrappers
-from rk_export.tensor_files import SafetensorFiles
+from rk_export.tensor_files import FLOATS, SafetensorFiles
 from rk_export.weight_files import ADAPTER_WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -93,6 +93,8 @@ class Adapter:
         tensors: Everything that is stored.
         pairs: Of each changed module, the stored name of each part: `A`, `B`, `embedding_A` ...; `bias` is that of B.
         whole: Stored name of each tensor that replaces one of the base model, by that tensor's name.
+        copied: Those of them that belong to a trained copy of a module (`modules_to_save`).
+        base_class: Class of the base model, where the configuration names it.
     """
 
     folder: Path
@@ -102,6 +104,8 @@ class Adapter:
     tensors: SafetensorFiles
     pairs: Mapping[str, Mapping[str, str]]
     whole: Mapping[str, str]
+    copied: frozenset[str] = frozenset()
+    base_class: str | None = None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -127,7 +131,9 @@ def read_adapter(folder: Path) -> Adapter:
             fix="save the adapter again: model.save_pretrained(folder) writes safetensors",
         )
     tensors = SafetensorFiles([path])
+    _check_types(tensors)
     pairs, whole = _sorted_tensors(tensors, folder)
+    mapping = values.get("auto_mapping")
     return Adapter(
         folder,
         _rule(values, folder / ADAPTER_CONFIG),
@@ -136,6 +142,27 @@ def read_adapter(folder: Path) -> Adapter:
         tensors,
         pairs,
         whole,
+        _copied(whole, values.get("modules_to_save")),
+        _text(mapping, "base_model_class") if isinstance(mapping, dict) else None,
+    )
+
+
+def _check_types(tensors: SafetensorFiles) -> None:
+    for name, stored in tensors.types.items():
+        if stored not in FLOATS:
+            raise InputError(
+                f"tensor {name!r} is stored as {stored}: there are no scales to read its values with",
+                where=tensors.place(name),
+                fix="save the adapter in floats",
+            )
+
+
+def _copied(whole: Mapping[str, str], modules: Any) -> frozenset[str]:
+    """Return the tensors of the modules that the configuration lists as trained copies."""
+    listed = [str(module) for module in modules] if isinstance(modules, (list, tuple)) else []
+    owners = {name: name.rpartition(".")[0] for name in whole}
+    return frozenset(
+        name for name, owner in owners.items() if any(f".{owner}".endswith(f".{module}") for module in listed)
     )
 
 

@@ -58,6 +58,14 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a file that may not be read, a name that is too long, a disk that fails
+        if error.filename is None:
+            raise
+        problem = InputError(
+            str(error.strerror), where=str(error.filename), fix="check the path and your rights to it"
+        )
+        print(f"rk-export: error: {problem}", file=sys.stderr)
+        return problem.exit_code
 
 
 def quiet_libraries() -> None:
@@ -269,7 +277,15 @@ def run_compress(args: argparse.Namespace) -> int:
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
     if args.dry_run:
-        report = dry_run(args.model, options, plan=plan, base=args.base, out=args.output)
+        report = dry_run(
+            args.model,
+            options,
+            plan=plan,
+            base=args.base,
+            out=args.output,
+            checkpoint=args.checkpoint,
+            force=args.force,
+        )
         _print_json(report.to_json()) if args.json else print(planned_text(report))
         return 0
     report = compress(
@@ -310,11 +326,11 @@ def run_analyze(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
     from rk_export.fixed_parts import fixed_parts, in_words
+    from rk_export.folders import check_plan_place
     from rk_export.load import open_source
     from rk_export.pipeline import make_plan
 
-    if args.output.exists() and not args.force:
-        raise InputError("exists already", where=str(args.output), fix="choose another name or give --force")
+    check_plan_place(args.output, args.force)
     plan = make_plan(args.model, compress_options(args), base=args.base)
     plan.save(args.output)
     parts = in_words(fixed_parts(open_source(args.model, args.base).config, plan.options))

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from rk_export.architectures import architecture_of
 from rk_export.decoder_spec import has_learned_positions
 from rk_export.errors import InputError
+from rk_export.probe import PROMPT_LENGTH
 
 OPTION = "--context-length"
 # Positions become float32 in the rotary tables, which holds no larger whole number exactly.
@@ -30,12 +31,26 @@ def context_of(config: PretrainedConfig, wanted: int | None) -> int:
 
 
 def check_context(config: PretrainedConfig, wanted: int | None) -> None:
-    """Refuse a context that the model cannot take.
+    """Refuse a context that the model cannot take, the one that it states included.
 
     Raises:
-        InputError: Names the longest that it can.
+        InputError: Names the longest that it can, or the shortest that can be checked.
     """
     longest, reason = _longest(config)
+    context = context_of(config, wanted)
+    where = "config.json: max_position_embeddings" if wanted is None else OPTION
+    if context < PROMPT_LENGTH:
+        raise InputError(
+            f"a context of {context} tokens is too short: parity is measured on prompts of {PROMPT_LENGTH}",
+            where=where,
+            fix=f"give {OPTION} {PROMPT_LENGTH} or more" if longest >= PROMPT_LENGTH else "use another model",
+        )
+    if wanted is None and context > MOST_POSITIONS:
+        raise InputError(
+            f"a context of {context} tokens is too long: float32 tells {MOST_POSITIONS} positions apart",
+            where=where,
+            fix=f"give {OPTION} TOKENS, the length that you need",
+        )
     if wanted is not None and wanted > longest:
         raise InputError(
             f"a context of {wanted} tokens is too long: {reason}", where=OPTION, fix=f"give at most {longest}"

@@ -59,6 +59,13 @@ def find_base(adapter: Adapter, base: str | Path | None) -> Path:
     """
     if base is not None:
         folder = find_folder(base)
+        if adapter.base is not None and Path(adapter.base).name not in (Path(base).name, folder.name):
+            logger.warning(
+                "%s names %s as its base model; merged into %s, as --base asks",
+                ADAPTER_CONFIG,
+                adapter.base,
+                base,
+            )
     elif (adapter.folder / "config.json").is_file():
         folder = adapter.folder  # a whole model with an adapter in it, as transformers reads it
     else:

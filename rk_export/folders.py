@@ -10,12 +10,14 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rk_export.errors import InputError
+from rk_export.plan import PLAN_MARK
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +108,62 @@ class AtomicFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_replaceable(target: Path, force: bool) -> None:
+def check_replaceable(target: Path, force: bool, *, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output place before any work.
+
+    Args:
+        target: Where the output will go; it may be absent.
+        force: Replace an output of rk-export that is already there.
+        inputs: Files and folders that the run reads; none of them may lie in what is replaced.
+
+    Raises:
+        InputError: The place cannot be written, holds something that is not replaced, or holds what the run reads.
+    """
+    target = Path(os.path.abspath(target))
+    try:
+        exists, real = target.exists(), target.resolve()
+        for path in inputs:
+            if path.resolve() == real or real in path.resolve().parents:
+                raise InputError(
+                    f"the output would take the place of what is read ({path})",
+                    where=str(target),
+                    fix="give another output folder",
+                )
+        if exists:
+            _check_existing(target, force)
+        _check_writable(target.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot be used as an output: {error.strerror}",
+            where=str(target),
+            fix="give another output folder",
+        ) from error
+
+
+def check_plan_place(target: Path, force: bool) -> None:
+    """Refuse, before any work, a place where no plan can be written; only a plan is replaced.
+
+    Raises:
+        InputError: The folder is missing, or the place holds something that is not replaced.
+    """
+    if not target.parent.is_dir():
+        raise InputError("no such folder", where=str(target.parent), fix="make it, or give another name")
+    _check_writable(target.parent)
+    if target.is_dir():
+        raise InputError("is a folder", where=str(target), fix="give the name of a file")
     if not target.exists():
         return
+    if not force:
+        raise InputError("exists already", where=str(target), fix="choose another name or give --force")
+    try:
+        is_plan = PLAN_MARK in json.loads(target.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        is_plan = False
+    if not is_plan:
+        raise InputError("not replaced: the file is no plan", where=str(target), fix="choose another name")
+
+
+def _check_existing(target: Path, force: bool) -> None:
     if not target.is_dir():
         raise InputError("exists and is not a folder", where=str(target), fix="give another output folder")
     if not any(target.iterdir()):
@@ -122,6 +177,24 @@ def check_replaceable(target: Path, force: bool) -> None:
             "not replaced: the folder was not written by rk-export",
             where=str(target),
             fix="delete it yourself, or give another output folder",
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a place under which no folder can be made."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    reason = None
+    if not place.is_dir():
+        reason = os.strerror(errno.ENOTDIR)
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = os.strerror(errno.EACCES)
+    if reason is not None:
+        raise InputError(
+            f"cannot write here: {reason}",
+            where=str(place),
+            fix="give another output folder, or the right to write there",
         )
 
 

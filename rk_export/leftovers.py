@@ -56,7 +56,8 @@ def check_kind(config: PretrainedConfig, *, is_encoder: bool) -> None:
 def classes_of(config: PretrainedConfig) -> tuple[str, ...]:
     """Return the names of the classes that a model was saved as; empty where its config names none."""
     classes = config.architectures or ()
-    return (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+    listed = classes if isinstance(classes, (list, tuple)) else (classes,)
+    return tuple(map(str, listed))
 
 
 def is_backbone(name: str) -> bool:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.architectures import Architecture, architecture_of, empty_model
+from rk_export.config_checks import check_counts
 from rk_export.errors import InputError
 from rk_export.find_model import find_base, find_folder
 from rk_export.leftovers import check_kind
@@ -95,6 +96,13 @@ class ModelSource:
     def origin(self) -> tuple[Path, Path | None]:
         """What `open_source` opens this source by: a folder, and the base model's folder where it is an adapter."""
         return (self._weights, None) if self._adapter is None else (self._adapter.folder, self._weights)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Files and folders that the model is read from, a GGUF file included; no output may replace them."""
+        named = Path(self.name).expanduser()
+        read = (self.folder, *self.origin, named if named.exists() else None)
+        return tuple(path for path in read if path is not None)
 
     @property
     def has_grids(self) -> bool:
@@ -309,6 +317,7 @@ def read_config(folder: Path) -> PretrainedConfig:
             where=str(path),
             fix="download the file itself" if found else "check the file",
         ) from error
+    check_counts(config, path)
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
     config._attn_implementation = config._experts_implementation = None
     return config

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rk_export.adapter import ADAPTER_CONFIG, Adapter
@@ -102,8 +103,8 @@ class LoraTensors:
 def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[StoredTensors, list[str]]:
     """Return a base model's tensors with an adapter merged into them, and notices about what was done.
 
-    A pair on one of two tied matrices changes that one alone, as the adapter does where it is not merged; the model
-    is untied then, unless the adapter was trained to keep the tie.
+    A pair on one of two tied matrices, or a trained copy of one (`modules_to_save`), changes that one alone, as the
+    adapter does where it is not merged; the model is untied then, unless the adapter was trained to keep the tie.
 
     Args:
         base: By the names of the model's parameters.
@@ -113,6 +114,7 @@ def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[St
     Raises:
         InputError: If the adapter changes something that the base model does not have, or in another shape.
     """
+    _check_family(names, adapter)
     base, notices = _with_tied_twins(base, names, adapter)
     changes: dict[str, Change] = {}
     biases: dict[str, tuple[str, float]] = {}
@@ -137,6 +139,21 @@ def merged(base: StoredTensors, names: ModelNames, adapter: Adapter) -> tuple[St
     return LoraTensors(base, adapter, changes, biases, whole), notices
 
 
+def _check_family(names: ModelNames, adapter: Adapter) -> None:
+    """Refuse a base model of another family than the class that the adapter says it was made on.
+
+    Families share names and shapes, so a wrong base need not show in the tensors.
+    """
+    made_on = getattr(getattr(transformers, adapter.base_class or "", None), "config_class", None)
+    wanted, given = getattr(made_on, "model_type", None), names.model.config.model_type
+    if wanted is not None and str(wanted).removesuffix("_text") != str(given).removesuffix("_text"):
+        raise InputError(
+            f"the adapter was made on a {adapter.base_class}, the base model is of the type {given!r}",
+            where=str(adapter.folder / ADAPTER_CONFIG),
+            fix="give the base model that the adapter was trained on: --base MODEL",
+        )
+
+
 def _kept_ties(base: StoredTensors, names: ModelNames, adapter: Adapter) -> frozenset[str]:
     """Return the tied matrices whose change is that of the matrix that they share."""
     if not adapter.rule.keeps_ties:
@@ -150,8 +167,9 @@ def _kept_ties(base: StoredTensors, names: ModelNames, adapter: Adapter) -> froz
 def _with_tied_twins(
     base: StoredTensors, names: ModelNames, adapter: Adapter
 ) -> tuple[StoredTensors, list[str]]:
-    """Give both of two tied matrices a name where a pair changes one of them."""
-    changed = {f"{module}.weight" for module in adapter.pairs}
+    """Give both of two tied matrices a name where a pair or a trained copy changes one of them."""
+    in_pairs = {f"{module}.weight" for module in adapter.pairs}
+    changed = in_pairs | {_whole_name(name, names, adapter) for name in adapter.copied}
     stored = {name: name for name in base.shapes}
     notices = []
     for target, source in names.ties.items():
@@ -162,9 +180,10 @@ def _with_tied_twins(
             continue
         present = source if source in stored else target
         stored |= {target: stored[present], source: stored[present]}
+        both = " (peft's merge_and_unload would change both.)" if touched & in_pairs else ""
         notices.append(
             f"The adapter changes {' and '.join(sorted(touched))} of the tied pair {source} and {target}: the two are "
-            "untied, as in the adapted model. (peft's merge_and_unload would change both.)"
+            f"untied, as in the adapted model.{both}"
         )
     return (RenamedTensors(base, stored) if notices else base), notices
 

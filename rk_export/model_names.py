@@ -47,6 +47,9 @@ class ModelNames:
 
     Args:
         config: Of a supported family.
+
+    Raises:
+        InputError: transformers builds no model from the config.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:

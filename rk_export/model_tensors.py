@@ -18,10 +18,8 @@ from rk_export.lora import merged
 from rk_export.model_names import ModelNames, Target
 from rk_export.quantized_tensors import DequantizedTensors, dequantized, quantization_of
 from rk_export.renamed_tensors import RenamedTensors, renamed, unwrapped
-from rk_export.tensor_files import SafetensorFiles, StoredTensors
+from rk_export.tensor_files import FLOATS, SafetensorFiles, StoredTensors
 from rk_export.weight_files import open_tensors
-
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def check_types(files: SafetensorFiles, names: ModelNames) -> None:
     """
     types = files.types
     for name, stored in types.items():
-        if stored in _FLOATS or names.is_harmless(name):
+        if stored in FLOATS or names.is_harmless(name):
             continue
         if stored == "U32" and f"{name.rpartition('.')[0]}.biases" in types:
             raise InputError(

@@ -106,7 +106,9 @@ def _complete(source: ModelSource, load: Callable[[], tuple[Any, dict[str, Any]]
     """Load a model, and refuse one that transformers had to complete with random tensors."""
     try:
         model, info = load()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the classes raise whatever their first use of a wrong value does
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"transformers cannot load it ({type(error).__name__}: {reason})",

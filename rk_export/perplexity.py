@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
@@ -147,7 +146,7 @@ def tokens_of(path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[
         int64 (tokens,).
 
     Raises:
-        InputError: The file is missing, empty or no text, or the folder holds no ``tokenizer.json``.
+        InputError: The file is missing, empty or no text, or the folder holds no usable ``tokenizer.json``.
     """
     text = _read_text(Path(path))
     vocabulary = Path(tokenizer_folder) / "tokenizer.json"
@@ -155,10 +154,7 @@ def tokens_of(path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[
         raise InputError(
             "tokenizer.json is missing", where=str(tokenizer_folder), fix="add the model's fast tokenizer"
         )
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    return np.array(TextCodec(vocabulary).encode(text, special_tokens=False), dtype=np.int64)
 
 
 def known_tokens(

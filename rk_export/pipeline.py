@@ -124,6 +124,8 @@ def dry_run(
     plan: Plan | None = None,
     base: str | Path | None = None,
     out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    force: bool = False,
 ) -> Report:
     """Return what `compress` would do, with sizes from shapes alone; nothing is written.
 
@@ -132,7 +134,9 @@ def dry_run(
         options: As in `compress`.
         plan: As in `compress`.
         base: As in `compress`.
-        out: Where the bundle would go: refused if it will not fit there.
+        out: Where the bundle would go: refused if it will not fit there, or that place cannot be used.
+        checkpoint: As in `compress`.
+        force: As in `compress`.
 
     Raises:
         InputError: As `compress`.
@@ -141,6 +145,7 @@ def dry_run(
     source = open_source(model, base)
     options = _checked_options(source, options, plan)
     if out is not None:
+        _check_outputs(source, out, checkpoint, force)
         check_free_space(out, _least_bytes(source, options, plan))
     before = preflight(source, options)
     ground = groundwork(source, options, pruning=None if plan is None else plan.pruning)
@@ -153,6 +158,16 @@ def dry_run(
     return new_report(
         source.title, source.config.model_type, findings=findings, parity=(before.tier,), notices=notices
     )
+
+
+def _check_outputs(
+    source: ModelSource, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
+) -> None:
+    """Refuse outputs that cannot be written, or would take the place of the model or of each other."""
+    target = Path(out).expanduser()
+    check_replaceable(target, force, inputs=source.places)
+    if checkpoint is not None:
+        check_replaceable(Path(checkpoint), force, inputs=[*source.places, target])
 
 
 def _least_bytes(source: ModelSource, options: CompressOptions, plan: Plan | None) -> int:
@@ -225,10 +240,8 @@ def compress(
     with stages.stage("load", f"opening {model}"):
         source = open_source(model, base)
         options = _checked_options(source, options, plan)
-        check_replaceable(Path(out).expanduser(), force)
+        _check_outputs(source, out, checkpoint, force)
         check_free_space(out, _least_bytes(source, options, plan))
-        if checkpoint is not None:
-            check_replaceable(Path(checkpoint), force)
         if speed is not None:
             speed = speed.within(context_length(source.config, "--speed"))
             request = replace(request, speed=speed)
@@ -326,7 +339,7 @@ def export(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
     check_context(read_config(folder), context_length)
-    check_replaceable(Path(out).expanduser(), force)
+    check_replaceable(Path(out).expanduser(), force, inputs=[folder])
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
@@ -430,7 +443,7 @@ def prepare(
         ParityError: If the prepared model computes other logits; nothing is written.
     """
     source, peaks = open_source(model, base), {}
-    check_replaceable(Path(out).expanduser(), force)
+    _check_outputs(source, out, force=force)
     before = preflight(source, CompressOptions(prepare=names))
     if "scale" in names:
         device = resolve_device("auto")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rk_export.errors import InputError
 from rk_export.options import CompressOptions, QuantSpec, options_from_json, quant_from_json
 
+PLAN_MARK = "rk_export_plan"
 PLAN_VERSION = 1
 
 
@@ -210,7 +211,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
-        return {"rk_export_plan": PLAN_VERSION, **asdict(self)}
+        return {PLAN_MARK: PLAN_VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Any, *, where: str = "plan") -> Plan:
@@ -219,7 +220,7 @@ class Plan:
         Raises:
             InputError: If the version is unknown or a field is missing, unknown or out of range.
         """
-        if not isinstance(data, Mapping) or data.get("rk_export_plan") != PLAN_VERSION:
+        if not isinstance(data, Mapping) or data.get(PLAN_MARK) != PLAN_VERSION:
             raise InputError(
                 f"not a version {PLAN_VERSION} plan",
                 where=where,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rk_export.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
 from rk_export.context import with_context
+from rk_export.errors import InputError
 from rk_export.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
 from rk_export.half_range import Peaks, check_half_range
 from rk_export.load import ModelSource
@@ -57,7 +58,8 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
         options: What is asked for.
 
     Raises:
-        InputError: If its tokenizer cannot be converted, or its activations or weights exceed an fp16 graph.
+        InputError: If its tokenizer cannot be converted, its logits are not finite, or its activations or weights
+            exceed an fp16 graph.
         ParityError: If the model as we read it computes other logits than transformers.
     """
     check_tokenizer(source.folder, source.config.vocab_size)
@@ -70,6 +72,7 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
     peaks = Peaks() if options.float_dtype == "fp16" else None
     may_prepare = bool(options.preparations) or options.prepared_for is not None
     logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
+    _check_finite(logits, source)
     reference = transformers_logits(source, tokens[:1])
     tier = not_measured("0", ORACLE_TIER, reference.note)
     if reference.logits is not None:
@@ -87,6 +90,18 @@ def _by_its_rounding(tier: ParityTier, rounding: float) -> ParityTier:
     """Return a tier that breaks the common bound under what float32 alone does to this model."""
     note = f"{tier.note}; float32 steps move the logits by {rounding:.2g}"
     return held_to(replace(tier, note=note), max(FLOAT_BOUND["fp32"], ROUNDING_FACTOR * rounding))
+
+
+def _check_finite(logits: Tensor, source: ModelSource) -> None:
+    """Refuse a model whose tensors are finite and whose results are not: no parity can be measured on it."""
+    bad = int((~torch.isfinite(logits)).sum())
+    if bad:
+        raise InputError(
+            f"the dense model itself computes {bad} of {logits.numel()} logits that are NaN or infinite",
+            where=source.name,
+            fix="check the numbers in config.json (rope_theta, the factor of a scaling, the epsilon of the norms), and "
+            "weights of extreme size",
+        )
 
 
 @torch.no_grad()

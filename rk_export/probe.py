@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
 from rk_export.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 
@@ -131,12 +132,10 @@ def _texts(tokenizer_folder: Path, vocabulary: int) -> list[list[int]]:
     if not path.is_file():
         draws = np.random.default_rng(_SEED).integers(0, vocabulary, (len(TEXTS), PROMPT_LENGTH))
         return [[int(token) for token in row] for row in draws]
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
+    codec = TextCodec(path)
     # With the tokens that the tokenizer adds: some models (Gemma 3) write nonsense without the one that begins a text.
-    rows = [list(tokenizer.encode(text).ids) for text in TEXTS]
-    gate = TokenGate(vocabulary, text_of=tokenizer.id_to_token)
+    rows = [codec.encode(text) for text in TEXTS]
+    gate = TokenGate(vocabulary, text_of=codec.token_text)
     for row in rows:
         gate.check(row, where=str(path))
     return rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rk_export.device import resolve_device
-from rk_export.folders import AtomicFolder, library_versions
+from rk_export.folders import AtomicFolder, check_replaceable, library_versions
 from rk_export.load import ModelSource, open_source
 from rk_export.options import CompressOptions
 from rk_export.passes.numerics.joint_svd import singular_values
@@ -61,6 +61,7 @@ def analyze(
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
     source = open_source(model, base)
+    check_replaceable(Path(out).expanduser(), force, inputs=source.places)
     with AtomicFolder(out, force=force) as partial:
         report = Report(
             model=source.title,

@@ -37,6 +37,10 @@ class StoredTensors(Protocol):
         """
 
 
+# Types of the values of weights, as safetensors writes them.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
 @dataclass(frozen=True)
 class _Entry:
     """What a file's header says about a tensor: its file, shape, and type as safetensors names it (F32, U8 ...)."""
@@ -106,7 +110,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise InputError(
             "is missing", where=str(path), fix="the checkpoint is incomplete: download it again"
         ) from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         found = stand_in(path)
         raise InputError(
             f"is {found}" if found else f"is truncated or not safetensors ({error})",

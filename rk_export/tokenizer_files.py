@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
@@ -16,6 +17,9 @@ from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE, SpecialToken
 from rk_export.tokenizer_conversion import convert_tokenizer, present_files
 
 logger = logging.getLogger(__name__)
+
+# Where tokenizers part: spaces at the front and in rows, tabs, line breaks, letters beyond ASCII.
+_COMPARED = ("A plain sentence, with 12 words.", "  two  spaces\n\n\tand a tab ", "naïve 中文 🙂")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -56,11 +60,32 @@ def _complete(folder: Path, source: Path) -> None:
         logger.warning("%s lacks the added tokens %s: written anew", TOKENIZER_FILE, ", ".join(missing))
         tokenizer.save_pretrained(folder)
     _name_tokens(folder, tokenizer.special_tokens_map)
+    _compare(folder, source, tokenizer)
+
+
+def _compare(folder: Path, source: Path, tokenizer: Any) -> None:
+    """Warn where transformers makes other tokens of a text than ``tokenizer.json``, which all runtimes read."""
+    plain = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    plain.no_truncation()
+    plain.no_padding()
+    for text in _COMPARED:
+        if list(tokenizer(text)["input_ids"]) != plain.encode(text).ids:
+            logger.warning(
+                "%s: transformers makes other tokens of %r than %s, which the bundle's runtimes read: its class %s "
+                "builds the tokenizer in its own way",
+                source,
+                text,
+                TOKENIZER_FILE,
+                type(tokenizer).__name__,
+            )
+            return
 
 
 def _missing_tokens(folder: Path, tokenizer: Any) -> list[str]:
     """Return the tokens that ``tokenizer.json`` would split, though the model's other files know them."""
-    every = SpecialTokens.read(folder).added
+    special = SpecialTokens.read(folder)
+    named = {text: special.id_of(text) for text in special.named.values()}
+    every = {**named, **special.added}
     listed = {entry["content"] for entry in read_json(folder / TOKENIZER_FILE).get("added_tokens") or ()}
     known = tokenizer.get_added_vocab()
     return [text for text, index in every.items() if text not in listed and known.get(text) == index]

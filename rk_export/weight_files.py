@@ -22,7 +22,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensor
 _AGAIN = "the checkpoint is incomplete: download it again"
 
 
-def open_tensors(folder: Path, named: str | None = None) -> SafetensorFiles:
+def open_tensors(folder: Path, named: object = None) -> SafetensorFiles:
     """Find the safetensors files of a model folder, in transformers' order: one file, an index, what else there is.
 
     Args:
@@ -34,8 +34,8 @@ def open_tensors(folder: Path, named: str | None = None) -> SafetensorFiles:
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if named is not None:
-        path = folder / named
-        if not named.endswith((".safetensors", ".safetensors.index.json")) or path.parent != folder:
+        path = folder / str(named)
+        if not path.name.endswith((".safetensors", ".safetensors.index.json")) or path.parent != folder:
             raise InputError(
                 f"transformers_weights is {named!r}, no safetensors file or index of this folder",
                 where=str(folder / "config.json"),
@@ -43,7 +43,7 @@ def open_tensors(folder: Path, named: str | None = None) -> SafetensorFiles:
             )
         return (
             _reported(folder, [path], {})
-            if named.endswith(".safetensors")
+            if path.name.endswith(".safetensors")
             else _reported(folder, *_indexed(path))
         )
     if single.is_file():
@@ -88,6 +88,14 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
         raise InputError("is not a weight index", where=str(index), fix="download it again") from error
     if not places:
         raise InputError("lists no tensor", where=str(index), fix="download it again")
+    if outside := sorted(
+        name for name in set(names.values()) if Path(name).is_absolute() or ".." in Path(name).parts
+    ):
+        raise InputError(
+            f"names a file outside the folder: {outside[0]}",
+            where=str(index),
+            fix="put the shards into the folder, and their names into the index",
+        )
     return sorted(set(places.values())), places
 
 
@@ -178,7 +186,7 @@ def _nothing_usable(folder: Path, paths: list[Path], own: list[Path]) -> InputEr
     return InputError(f"no {SINGLE_FILE}", where=str(folder), fix="name a folder with safetensors weights")
 
 
-def check_known_layout(folder: Path, config: dict[str, Any]) -> None:
+def check_known_layout(folder: Path, config: Any) -> None:
     """Refuse a folder that other tools wrote in a form of their own, and say what it is.
 
     Args:
@@ -186,8 +194,14 @@ def check_known_layout(folder: Path, config: dict[str, Any]) -> None:
         config: Its config.json as it is.
 
     Raises:
-        InputError: If it is a quantized MLX checkpoint.
+        InputError: If it is a quantized MLX checkpoint, or the file holds no object.
     """
+    if not isinstance(config, dict):
+        raise InputError(
+            f"holds no JSON object but {type(config).__name__}",
+            where=str(folder / "config.json"),
+            fix="take the file that the model was published with",
+        )
     mlx = config.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
         raise InputError(

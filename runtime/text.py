@@ -31,7 +31,7 @@ class TextCodec:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise InputError(
-                f"not a tokenizer ({error})", where=str(path), fix="export the bundle again"
+                f"not a tokenizer ({error})", where=str(path), fix="download or export it again"
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

@@ -148,6 +148,51 @@ def test_a_trained_head_on_a_tied_model_unties_it(base_of: Callable[..., Path], 
     assert relative_error(tmp_path / "adapter", logits(model.merge_and_unload())) < 1e-5
 
 
+@pytest.mark.parametrize(("family", "copied"), [("llama", "embed_tokens"), ("gpt2", "wte")])
+def test_a_trained_embedding_on_a_tied_model_unties_it(
+    base_of: Callable[..., Path], tmp_path: Path, family: str, copied: str
+) -> None:
+    base = base_of(family, tie_word_embeddings=True)
+    targets = ["c_attn"] if family == "gpt2" else ATTENTION
+    model = trained(base, tmp_path / "adapter", target_modules=targets, modules_to_save=[copied])
+    assert open_source(tmp_path / "adapter").config.tie_word_embeddings is False
+    assert relative_error(tmp_path / "adapter", logits(model)) < 1e-5
+    assert relative_error(tmp_path / "adapter", logits(model.merge_and_unload())) < 1e-5
+
+
+def test_a_copied_embedding_that_keeps_its_tie(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    base = base_of("llama", tie_word_embeddings=True)
+    model = trained(base, tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert relative_error(tmp_path / "adapter", logits(model)) < 1e-5
+
+
+def test_a_base_of_another_family_with_the_same_names_is_refused(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    trained(base_of("llama"), tmp_path / "adapter")
+    with pytest.raises(
+        InputError, match="made on a LlamaForCausalLM, the base model is of the type 'mistral'"
+    ):
+        open_source(tmp_path / "adapter", base_of("mistral"))
+
+
+def test_another_base_than_the_named_one_is_said(
+    base_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(base_of("llama"), tmp_path / "adapter")
+    edit(tmp_path / "adapter", base_model_name_or_path="org/another-model")
+    open_source(tmp_path / "adapter", base_of("llama"))
+    assert "names org/another-model as its base model" in caplog.text
+
+
+def test_an_adapter_in_integers_is_refused(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    trained(base_of("llama"), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(InputError, match="is stored as I8"):
+        open_source(tmp_path / "adapter")
+
+
 def test_a_tie_that_the_adapter_keeps_stays(base_of: Callable[..., Path], tmp_path: Path) -> None:
     base = base_of("llama", tie_word_embeddings=True)
     model = trained(
@@ -254,7 +299,7 @@ def test_adapters_that_are_refused(
     [
         ("llama", {"hidden_size": 32}, "its matrix has"),
         ("llama", {"num_hidden_layers": 1}, "the files hold 2 layers, config.json says 1"),
-        ("gpt2", {}, "does not fit its base model"),
+        ("gpt2", {}, "the adapter was made on a LlamaForCausalLM"),
     ],
 )
 def test_another_base_is_refused(

@@ -126,7 +126,7 @@ def commands(bundle: Path, prose: Path, tmp_path: Path) -> Callable[[Path], Iter
         yield "eval", folder, "--text", prose
         yield "prepare", folder, "-o", out
         yield "analyze", folder, "-o", out
-        yield "plan", folder, "-o", out / "plan.json"
+        yield "plan", folder, "-o", out.with_suffix(".json")
         yield "verify", bundle, "--against", folder
 
     return of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 import sentencepiece
 from conftest import SENTENCES, Cli
 from tiny_models import tiny_model
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from rk_export import pipeline
 from rk_export.errors import InputError
+from rk_export.probe import PROMPT_LENGTH, make_probe
 from rk_export.tokenizer_conversion import check_tokenizer, convert_tokenizer
+from rk_export.tokenizer_files import copy_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +102,53 @@ def test_settings_alone_are_no_tokenizer(model: Path) -> None:
     (model / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"no vocabulary: the tokenizer is tokenizer_config\.json alone"):
         check_tokenizer(model, 90)
+
+
+def written(tokenizer: Tokenizer, folder: Path, config: dict[str, str]) -> Path:
+    """Save a tokenizer without its special tokens in a list of their own, as `Tokenizer.save` leaves it."""
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_special_token_that_only_the_config_names_is_kept_whole(tmp_path: Path) -> None:
+    plain = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "[UNK]"}
+    source = written(plain, tmp_path / "source", config)
+    (tmp_path / "bundle").mkdir()
+    copy_tokenizer(source, tmp_path / "bundle")
+    got = Tokenizer.from_file(str(tmp_path / "bundle" / "tokenizer.json"))
+    assert (
+        got.encode("a</s>a").ids == AutoTokenizer.from_pretrained(source)("a</s>a")["input_ids"] == [0, 2, 0]
+    )
+
+
+def test_a_class_that_makes_other_tokens_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "</s>": 3}, [], unk_token="<unk>"))
+    plain.normalizer = normalizers.Lowercase()
+    plain.add_special_tokens(["<unk>", "</s>"])
+    config = {"eos_token": "</s>", "unk_token": "<unk>"}
+    for name, warned in (("PreTrainedTokenizerFast", False), ("LlamaTokenizerFast", True)):
+        source = written(plain, tmp_path / name, config | {"tokenizer_class": name})
+        (tmp_path / f"{name}-bundle").mkdir()
+        caplog.clear()
+        copy_tokenizer(source, tmp_path / f"{name}-bundle")
+        assert ("transformers makes other tokens of" in caplog.text) is warned, caplog.text
+
+
+def test_the_probe_is_not_cut_by_what_the_tokenizer_stores(tmp_path: Path) -> None:
+    alphabet = {chr(code): index for index, code in enumerate(range(32, 127))}
+    plain = Tokenizer(models.BPE(alphabet, [], unk_token=" "))
+    plain.enable_truncation(4)
+    plain.enable_padding(length=200)
+    folder = written(plain, tmp_path / "source", {})
+    assert make_probe(folder, len(alphabet)).batch.shape[1] == PROMPT_LENGTH
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0", "model": {"type": "Nope"}}'])
+def test_evaluation_refuses_a_broken_tokenizer(cli: Cli, model: Path, prose: Path, content: str) -> None:
+    (model / "tokenizer.json").write_text(content)
+    ended = cli("eval", model, "--text", prose)
+    assert (ended.code, "tokenizer.json: not a tokenizer" in ended.err) == (2, True), ended.err
