@@ -60,9 +60,12 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before
 
-    def exit_code(self) -> int:
+    def exit_code(self, *, seconds: float = 60) -> int:
         """Read what is left and return the exit code."""
+        end = time.monotonic() + seconds
         while True:
+            ready, _, _ = select.select([self._master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"it did not end: {self.shown!r}"
             try:
                 read = os.read(self._master, 4096)
             except OSError:  # Linux: the terminal is closed
@@ -73,13 +76,24 @@ class Terminal:
         return self.process.wait(timeout=60)
 
 
+def _heeds_interrupts() -> None:
+    # Test runners that work side by side ignore SIGINT, and children inherit that; a terminal's shell does not.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def terminal(*arguments: object) -> Iterator[Terminal]:
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "rk_export.cli", "run", *map(str, arguments), "--provider", "cpu"]
     environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        command,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_heeds_interrupts,
     )
     os.close(slave)
     try:
