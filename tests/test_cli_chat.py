@@ -50,6 +50,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C, once the process waits: Python misses one that comes while it begins to."""
+        time.sleep(1)
+        self.process.send_signal(signal.SIGINT)
+
     def wait_for(self, text: str, *, seconds: float = 120) -> str:
         """Return what came up to a text."""
         end = time.monotonic() + seconds
@@ -76,11 +81,6 @@ class Terminal:
         return self.process.wait(timeout=60)
 
 
-def _heeds_interrupts() -> None:
-    # Test runners that work side by side ignore SIGINT, and children inherit that; a terminal's shell does not.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def terminal(*arguments: object) -> Iterator[Terminal]:
     master, slave = pty.openpty()
@@ -93,7 +93,6 @@ def terminal(*arguments: object) -> Iterator[Terminal]:
         stderr=slave,
         env=environment,
         start_new_session=True,
-        preexec_fn=_heeds_interrupts,
     )
     os.close(slave)
     try:
@@ -111,8 +110,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         shell.wait_for("> ")
         shell.type("hello\n")
         shell.wait_for("hello")
-        time.sleep(0.3)
-        shell.process.send_signal(signal.SIGINT)
+        shell.interrupt()
         shell.wait_for("[stopped]")
         shell.wait_for("> ")
         shell.type("/reset\n")
@@ -130,7 +128,7 @@ def test_leaving_at_the_prompt(tmp_path: Path, leave: str) -> None:
         shell.type("\n")  # says nothing, so nothing is answered
         shell.wait_for("> ")
         if leave == "interrupt":
-            shell.process.send_signal(signal.SIGINT)
+            shell.interrupt()
         else:
             shell.type("\x04")
         assert shell.exit_code() == 0
@@ -143,9 +141,9 @@ def test_an_interrupt_clears_a_line_before_it_leaves(tmp_path: Path) -> None:
         shell.wait_for("> ")
         shell.type("half a line")
         shell.wait_for("half a line")
-        shell.process.send_signal(signal.SIGINT)
+        shell.interrupt()
         shell.wait_for("> ")
-        shell.process.send_signal(signal.SIGINT)
+        shell.interrupt()
         assert shell.exit_code() == 0
 
 
