@@ -9,6 +9,7 @@ read as well.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def _fitting_block(
     return next(fits, None)
 
 
-class _Integers:
+class _Integers(ABC):
     """What both integer formats share: scales and zero points by row and group."""
 
     def __init__(self, tensors: StoredTensors, module: str, shape: tuple[int, ...], bits: int) -> None:
@@ -171,9 +172,9 @@ class _Integers:
         parts = parts_of(self.tensors, self.module, _PARTS)
         return StoredMatrix(self.shape, parts, lambda: self.grid().dequantize(), self.grid)
 
+    @abstractmethod
     def grid(self) -> Grid:
         """Return the codes (out, in)."""
-        raise NotImplementedError
 
 
 class _Packed(_Integers):
