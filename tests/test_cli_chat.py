@@ -81,6 +81,11 @@ class Terminal:
         return self.process.wait(timeout=60)
 
 
+def _heeds_interrupts() -> None:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that; those on a terminal do not.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def terminal(*arguments: object) -> Iterator[Terminal]:
     master, slave = pty.openpty()
@@ -93,6 +98,7 @@ def terminal(*arguments: object) -> Iterator[Terminal]:
         stderr=slave,
         env=environment,
         start_new_session=True,
+        preexec_fn=_heeds_interrupts,
     )
     os.close(slave)
     try:
