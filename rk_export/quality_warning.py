@@ -8,7 +8,7 @@ from rk_export.options import CompressOptions
 from rk_export.rewrite import DENSE, QUANTIZED, Rewritten
 
 # Mean Kullback-Leibler divergence from the dense model on the probe, in nats a token, beyond which it is far.
-# SmolLM2-135M in INT4 shows 0.12; at 0.5 the perplexity is about 1.6 times the dense one.
+# SmolLM2-135M in INT4 shows 0.12; 0.5 more nats a token are e^0.5 = 1.6 times the perplexity.
 FAR = 0.5
 
 
