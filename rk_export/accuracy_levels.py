@@ -27,8 +27,8 @@ from rk_export.rewrite import Rewritten
 logger = logging.getLogger(__name__)
 
 # Nats a token, or half the squared relative error of an encoder's output, that int8 inputs of the matrices which read
-# one tensor may cost. SmolLM2-135M in INT4: 3e-3 for all 122 such tensors together, 2e-4 for the largest, where rounding
-# its weights costs 0.12.
+# one tensor may cost. SmolLM2-135M in INT4: 3e-3 for all 122 such tensors together, 2e-4 for the largest; rounding its
+# weights costs 0.12.
 LARGEST_LOSS = 1e-3
 SECOND_FACTORS = ".ups."
 
