@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rk_export.architectures import Projection
 from rk_export.basis_modules import BasisLinear
 from rk_export.basis_training import BasisTraining
+from rk_export.device import matmul_dtype
 from rk_export.distillation import Head
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
@@ -27,7 +28,6 @@ from rk_export.method_options import BaselOptions
 from rk_export.options import RankRule
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
-from rk_export.precision import matmul_dtype
 from rk_export.report import Finding, Outcome
 from rk_export.sensitivity import dense_statistics
 from rk_export.sites import canonical_layers

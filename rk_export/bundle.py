@@ -1,7 +1,4 @@
-"""Everything in a bundle beside the graph: tokenizer, configs for each runtime, model card.
-
-Folder and checksums, GenAI config, Triton repository and model card have a module each; all are public here.
-"""
+"""What a model folder holds beside the weights: tokenizer, config and generation defaults."""
 
 from __future__ import annotations
 
@@ -11,30 +8,9 @@ from pathlib import Path
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.folders import AtomicFolder, check_free_space, check_manifest, sha256_of, write_manifest
-from rk_export.genai import genai_config, write_genai_config
-from rk_export.model_card import ModelCard, model_card
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.special_tokens import SpecialTokens
 from rk_export.tokenizer_files import copy_tokenizer
-from rk_export.triton import triton_repository
-
-__all__ = [
-    "AtomicFolder",
-    "ModelCard",
-    "check_free_space",
-    "check_manifest",
-    "copy_tokenizer",
-    "genai_config",
-    "model_card",
-    "sha256_of",
-    "triton_repository",
-    "write_genai_config",
-    "write_manifest",
-    "write_model_config",
-    "write_own_files",
-    "write_side_files",
-]
 
 
 def write_side_files(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import architecture_of, empty_canonical_model
-from rk_export.bundle import AtomicFolder, copy_tokenizer
 from rk_export.errors import InputError
+from rk_export.folders import AtomicFolder
 from rk_export.load import read_config
 from rk_export.options import QuantSpec
 from rk_export.passes.base import Layer
@@ -28,6 +28,7 @@ from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.preparable import has_rotated_head
 from rk_export.rewrite import Rewritten
+from rk_export.tokenizer_files import copy_tokenizer
 from rk_export.weight_files import open_tensors
 
 SECTION = "rk_export"

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 from rk_export.architectures import architecture_of
 from rk_export.decoder_spec import has_learned_positions
 from rk_export.errors import InputError
-from rk_export.probe import PROMPT_LENGTH
 
+# Tokens of a prompt that parity is measured on.
+PROMPT_LENGTH = 32
 OPTION = "--context-length"
 # Positions become float32 in the rotary tables, which holds no larger whole number exactly.
 MOST_POSITIONS = 2**24

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
 from rk_export.decoder_spec import decoder_spec
+from rk_export.device import matmuls_in
+from rk_export.fingerprints import weights_fingerprint
 from rk_export.load import ModelSource
 from rk_export.passes.modules import float_inputs
-from rk_export.precision import matmuls_in
 from rk_export.streams import Streams
-from rk_export.tensor_cache import remembered, weights_fingerprint
+from rk_export.tensor_cache import remembered
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from rk_export.checkpoint import is_checkpoint, load_pretrained
 from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
 from rk_export.log_likelihood import PairEncoder
-from rk_export.measure import EvalText, check_text, context_length, perplexity_of, torch_logits
+from rk_export.measure import EvalText, check_text, context_length, perplexity_of
 from rk_export.multiple_choice import TaskResult, score_task
-from rk_export.perplexity import LogitsFn, PerplexityResult
+from rk_export.perplexity import PerplexityResult
 from rk_export.runtime import Session
 from rk_export.runtime.bundle_config import BundleConfig, rotary_switch
 from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
@@ -25,6 +25,8 @@ from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
 from rk_export.tasks import Task
+from rk_export.text import LogitsFn
+from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger(__name__)
 

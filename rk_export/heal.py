@@ -7,6 +7,7 @@ The dense model's next-token distribution on given tokens is the target (forward
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,17 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rk_export.device import resolve_device
+from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.precision import matmul_dtype, matmuls_in
 from rk_export.report import Finding, Outcome
 from rk_export.rewrite import Rewritten
 from rk_export.shared_products import shared_products
 from rk_export.trainable import TRAINABLE, trainable
 from rk_export.training import SMALLEST_SCALE, Training, check_tokens, root_mean_square
-from rk_export.training_state import StateFile, TrainingState, fingerprint
+from rk_export.training_state import StateFile, TrainingState, run_fingerprint
 
 
 @dataclass(frozen=True)
@@ -217,3 +217,8 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         return matmul_dtype(device)
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def fingerprint(rewritten: Rewritten, tokens: Tensor, choices: Mapping[str, object]) -> str:
+    """Return a fingerprint of a run: plan, first values of every tensor before it, tokens, and choices."""
+    return run_fingerprint(rewritten.model, tokens, (rewritten.plan.to_json(), sorted(choices.items())))

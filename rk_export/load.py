@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rk_export.errors import InputError
 from rk_export.find_model import find_base, find_folder
 from rk_export.leftovers import check_kind
 from rk_export.model_tensors import model_tensors
+from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.quantized_tensors import OLD_CONFIGS, DequantizedTensors
@@ -355,3 +357,13 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
             fix="config.json and the weights do not belong together",
         )
     setattr(target, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def loaded_layers(source: ModelSource) -> Iterator[Layer]:
+    """Yield the layers with their weights, one at a time in memory."""
+    model = source.skeleton()
+    kv_groups = source.architecture.heads(source.config).kv_heads
+    for index in range(source.layer_count):
+        module = source.load_layer(model, index)
+        yield Layer(index, module, kv_groups)
+        module.to("meta")

@@ -7,18 +7,15 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from rk_export.architectures import architecture_of
 from rk_export.context import context_of
 from rk_export.errors import InputError
-from rk_export.perplexity import LogitsFn, PerplexityResult, known_tokens, perplexity, tokens_of
+from rk_export.perplexity import PerplexityResult, perplexity
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
-from rk_export.runtime.token_gate import TokenGate
+from rk_export.text import LogitsFn, known_tokens, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,23 +60,6 @@ class SpeedTest:
             *(prompt_tokens, new_tokens, context),
         )
         return replace(self, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-
-
-def torch_logits(model: PreTrainedModel) -> LogitsFn:
-    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width).
-
-    It raises InputError for tokens without a row in the embedding, and for more of them than the model has positions.
-    """
-    gate = TokenGate(model.config.vocab_size, model.config.max_position_embeddings)
-
-    @torch.no_grad()
-    def logits(ids: np.ndarray) -> Tensor:
-        gate.check(ids)
-        output = model(input_ids=torch.as_tensor(ids), use_cache=False)
-        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-        return result
-
-    return logits
 
 
 def check_text(text: EvalText, tokenizer_folder: Path, longest: int, rows: int) -> None:

@@ -18,8 +18,8 @@ from rk_export.architectures import empty_model
 from rk_export.errors import InputError
 from rk_export.humanize import size
 from rk_export.load import ModelSource
-from rk_export.measure import torch_logits
 from rk_export.memory import available_memory
+from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger(__name__)
 

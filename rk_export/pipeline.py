@@ -11,7 +11,6 @@ import torch
 
 from rk_export import planner
 from rk_export.accuracy_levels import choose_levels
-from rk_export.bundle import AtomicFolder, check_manifest
 from rk_export.calibration import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
 from rk_export.check_ends import check_ends
@@ -24,13 +23,13 @@ from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
 from rk_export.fixed_parts import fixed_findings
-from rk_export.folders import check_free_space, check_replaceable
+from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.greedy import Golden
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
 from rk_export.load import ModelSource, open_source, read_config
-from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of, torch_logits
+from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
@@ -49,6 +48,7 @@ from rk_export.sites import canonical_layers
 from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
 from rk_export.storage import FLOAT_BYTES
 from rk_export.switches import switches_of
+from rk_export.torch_logits import torch_logits
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 

@@ -20,7 +20,7 @@ from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
+from rk_export.load import ModelSource, loaded_layers
 from rk_export.options import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
@@ -31,7 +31,7 @@ from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
 from rk_export.pruned_config import pruned_config
 from rk_export.shape_rules import check_shape
-from rk_export.sites import canonical_layers, default_multiple, dense_sites, loaded_layers
+from rk_export.sites import canonical_layers, default_multiple, dense_sites
 from rk_export.spectral_plan import spectral_plan
 
 

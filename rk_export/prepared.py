@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.architectures import architecture_of
-from rk_export.bundle import AtomicFolder, write_manifest, write_side_files
+from rk_export.bundle import write_side_files
 from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
+from rk_export.folders import AtomicFolder, write_manifest
 from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
 from rk_export.options import PREPARATIONS

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rk_export.context import PROMPT_LENGTH
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
 from rk_export.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 
-PROMPT_LENGTH = 32
 NEW_TOKENS = 64
 DECODE_FROM = 8
 # A text that crosses a switch is decoded from so many tokens before it to so many after it.

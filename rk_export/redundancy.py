@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
-from rk_export.precision import matmul_dtype, matmuls_in
+from rk_export.device import matmul_dtype, matmuls_in
 
 _TOGETHER = 2048  # tokens
 

@@ -17,10 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Pret
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.fingerprints import weights_fingerprint
 from rk_export.load import ModelSource
-from rk_export.precision import matmul_dtype
-from rk_export.tensor_cache import cache_file, read_tensors, weights_fingerprint, write_tensors
+from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 

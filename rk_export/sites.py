@@ -7,23 +7,12 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from rk_export.architectures import Projection, architecture_of, empty_canonical_model
-from rk_export.load import ModelSource
 from rk_export.options import GROUPS, CompressOptions, QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.plan import SitePlan
 
 # Hidden sizes below this count as small models, whose ranks are rounded in finer steps.
 SMALL_HIDDEN_SIZE = 2048
-
-
-def loaded_layers(source: ModelSource) -> Iterator[Layer]:
-    """Yield the layers with their weights, one at a time in memory."""
-    model = source.skeleton()
-    kv_groups = source.architecture.heads(source.config).kv_heads
-    for index in range(source.layer_count):
-        module = source.load_layer(model, index)
-        yield Layer(index, module, kv_groups)
-        module.to("meta")
 
 
 def canonical_layers(config: PretrainedConfig) -> Iterator[Layer]:

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.architectures import Architecture
+from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.moments import MomentSum
 from rk_export.passes.modules import RotatedHead
 from rk_export.passes.numerics.predicted_loss import TableCurvature
-from rk_export.precision import matmul_dtype, matmuls_in
 
 CHUNK = 512  # tokens of one pass
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rk_export.errors import InputError
-from rk_export.perplexity import known_tokens, tokens_of
+from rk_export.text import known_tokens, tokens_of
 
 
 def target_tokens(

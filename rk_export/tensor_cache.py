@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -12,35 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from rk_export.folders import sha256_of
-from rk_export.load import ModelSource
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/rk-export")
-
-
-def weights_fingerprint(source: ModelSource) -> str:
-    """Return the SHA-256 over the files that decide what a source's tensors are, and over its variant."""
-    digests = [sha256_of(path) for path in source.files]
-    if source.variant:
-        digests.append(source.variant)
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Return the SHA-256 over a model's configuration and its parameters and buffers, as they are in memory."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -7,7 +7,6 @@ import os
 import pickle
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.rewrite import Rewritten
 
 STATE_VERSION = 1
 _SECONDS_BETWEEN = 60.0
@@ -43,11 +41,6 @@ class TrainingState:
     seconds: float
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]
-
-
-def fingerprint(rewritten: Rewritten, tokens: Tensor, choices: Mapping[str, object]) -> str:
-    """Return a fingerprint of a run: plan, first values of every tensor before it, tokens, and choices."""
-    return run_fingerprint(rewritten.model, tokens, (rewritten.plan.to_json(), sorted(choices.items())))
 
 
 def run_fingerprint(model: nn.Module, tokens: Tensor, choices: object) -> str:

@@ -35,18 +35,18 @@ from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.assets import smollm2, wiki_text
 from rk_export.basis_selection import select_basis
 from rk_export.cli import quiet_libraries
-from rk_export.device import resolve_device
+from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.folders import library_versions
 from rk_export.groundwork import groundwork
 from rk_export.load import open_source
-from rk_export.measure import perplexity_of, torch_logits
+from rk_export.measure import perplexity_of
 from rk_export.method_options import BaselOptions
 from rk_export.options import SINGLE_GROUPS, CalibrationOptions
 from rk_export.planner import make_plan
-from rk_export.precision import matmul_dtype, matmuls_in
 from rk_export.report import Outcome
 from rk_export.target_text import target_tokens
 from rk_export.task_texts import code_text, gsm8k_text
+from rk_export.torch_logits import torch_logits
 from rk_export.tuned import TunedSource
 
 matplotlib.use("Agg")

@@ -45,7 +45,7 @@ from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.folders import library_versions
 from rk_export.layer_statistics import FromDense
 from rk_export.load import ModelSource, open_source
-from rk_export.measure import perplexity_of, torch_logits
+from rk_export.measure import perplexity_of
 from rk_export.method_options import CapOptions
 from rk_export.options import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.passes.numerics.gaps import encode_gaps
@@ -54,6 +54,7 @@ from rk_export.planner import make_plan
 from rk_export.rewrite import rewrite
 from rk_export.sensitivity import dense_statistics
 from rk_export.svg import new_figure, save_figure, styled
+from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger("cap_paper")
 

@@ -200,7 +200,7 @@ def test_corpus_tokens_are_cut_into_sequences(llama: Path, prose: Path) -> None:
     long.write_text(prose.read_text(encoding="utf-8") * 4, encoding="utf-8")
     tokens = calibration_tokens(source, CalibrationOptions("corpus", str(long), 600), torch.device("cpu"))
     assert (tokens.dtype, tuple(tokens.shape)) == (torch.int64, (4, 128))
-    from rk_export.perplexity import tokens_of
+    from rk_export.text import tokens_of
 
     assert tokens.flatten().tolist() == tokens_of(long, llama)[:512].tolist()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rk_export import pipeline
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
+from rk_export.fingerprints import weights_fingerprint
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.load import ModelSource, open_source
@@ -29,7 +30,6 @@ from rk_export.prepared import PreparedSource
 from rk_export.pruned import PrunedSource
 from rk_export.rewrite import Rewritten
 from rk_export.stored_form import plain_model
-from rk_export.tensor_cache import weights_fingerprint
 
 SourceOf = Callable[..., ModelSource]
 NO_HEADS = ("gpt2", "opt", "olmo2")

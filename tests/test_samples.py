@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from rk_export.bundle import check_manifest
+from rk_export.folders import check_manifest
 from rk_export.report import Report
 from rk_export.runtime import Generation, GenerationOptions, Session
 

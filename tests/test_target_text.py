@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rk_export.errors import InputError
-from rk_export.perplexity import tokens_of
 from rk_export.target_text import target_tokens
+from rk_export.text import tokens_of
 
 
 def test_sequences_are_consecutive_pieces_of_the_text(prose: Path, llama: Path) -> None:

@@ -1,0 +1,28 @@
+"""A PyTorch model as a function from tokens to logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rk_export.runtime.token_gate import TokenGate
+from rk_export.text import LogitsFn
+
+
+def torch_logits(model: PreTrainedModel) -> LogitsFn:
+    """Return a function from token ids (batch, length) to a PyTorch model's output (batch, length, width).
+
+    It raises InputError for tokens without a row in the embedding, and for more of them than the model has positions.
+    """
+    gate = TokenGate(model.config.vocab_size, model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def logits(ids: np.ndarray) -> Tensor:
+        gate.check(ids)
+        output = model(input_ids=torch.as_tensor(ids), use_cache=False)
+        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return result
+
+    return logits
