@@ -24,8 +24,8 @@ from rk_export.device import matmul_dtype
 from rk_export.distillation import Head
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.method_options import BaselOptions
-from rk_export.options import RankRule
+from rk_export.options.compress import RankRule
+from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.report import Finding, Outcome

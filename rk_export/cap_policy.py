@@ -37,7 +37,7 @@ from rk_export.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.fingerprints import model_fingerprint
 from rk_export.load import ModelSource
-from rk_export.method_options import CapOptions
+from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from rk_export.canonical import JoinedLinear
 from rk_export.load import ModelSource, loaded_layers
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid, block_spec
 from rk_export.passes.weights.carry import Grids, why_not

@@ -352,7 +352,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
-    from rk_export.options import CompressOptions
+    from rk_export.options.compress import CompressOptions
     from rk_export.pipeline import export
     from rk_export.render import text_table
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
-    from rk_export.method_options import PruneOptions
-    from rk_export.options import Budget, CompressOptions, RankRule
+    from rk_export.options.compress import Budget, CompressOptions, RankRule
+    from rk_export.options.methods import PruneOptions
 
 # Argument -> the methods that read it.
 _READ_BY = {
@@ -56,8 +56,8 @@ def preset(args: argparse.Namespace, rank: RankRule | None, budget: Budget | Non
     Raises:
         InputError: If the method is unknown or lacks what it needs, or an argument belongs to another.
     """
-    from rk_export import presets
-    from rk_export.method_options import BaselOptions, CapOptions
+    from rk_export.options import presets
+    from rk_export.options.methods import BaselOptions, CapOptions
 
     method = getattr(args, "method", None)
     if method not in (None, *presets.METHODS):
@@ -92,7 +92,7 @@ def preset(args: argparse.Namespace, rank: RankRule | None, budget: Budget | Non
 
 def prune_options(args: argparse.Namespace) -> PruneOptions | None:
     """Return what whole structures are to go, or None where none was named."""
-    from rk_export.method_options import PruneOptions
+    from rk_export.options.methods import PruneOptions
 
     names = {"prune_blocks": "blocks", "prune_ffn": "ffn", "prune_heads": "kv_groups"}
     given = {

@@ -11,7 +11,7 @@ from rk_export.cli_methods import preset, prune_options
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
-    from rk_export.options import Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _WHOLE_BITS = (2, 4, 8, 16)
@@ -120,7 +120,7 @@ def compress_options(args: argparse.Namespace) -> CompressOptions | None:
     Raises:
         InputError: If a value cannot be used, or two arguments do not go together.
     """
-    from rk_export.options import CompressOptions
+    from rk_export.options.compress import CompressOptions
 
     given = {name: getattr(args, name, None) for name in _PLAIN}
     rank, budget = _rank_rule(args), _budget(args)
@@ -161,7 +161,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _rank_rule(args: argparse.Namespace) -> RankRule | None:
-    from rk_export.options import RankRule
+    from rk_export.options.compress import RankRule
 
     if args.uniform and args.keep is None:
         raise InputError("goes with --keep", where="--uniform", fix="give --keep SHARE, or drop it")
@@ -178,7 +178,7 @@ def _is_uniform(args: argparse.Namespace) -> bool:
 
 
 def _budget(args: argparse.Namespace) -> Budget | None:
-    from rk_export.options import Budget
+    from rk_export.options.compress import Budget
 
     phase = {} if args.phase is None else {"phase": args.phase}
     if phase and args.speed_up is None:
@@ -208,7 +208,7 @@ def parse_size(text: str) -> float:
 
 
 def _calibration(args: argparse.Namespace) -> CalibrationOptions | None:
-    from rk_export.options import CalibrationOptions
+    from rk_export.options.compress import CalibrationOptions
 
     given: dict[str, Any] = {"tokens": args.calibration_tokens, "seed": args.seed, "prefix": args.prefix}
     if args.metric is not None:
@@ -219,7 +219,7 @@ def _calibration(args: argparse.Namespace) -> CalibrationOptions | None:
 
 
 def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
-    from rk_export.options import W8A8, QuantSpec
+    from rk_export.options.compress import W8A8, QuantSpec
 
     names = ("bits", "block", "asymmetric", "embedding_bits", "activations")
     bits, block, asymmetric, embedding_bits, activations = (getattr(args, name, None) for name in names)

@@ -12,7 +12,7 @@ from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.context import context_of
 from rk_export.decoder_spec import has_learned_positions
 from rk_export.humanize import size
-from rk_export.options import CompressOptions, QuantSpec
+from rk_export.options.compress import CompressOptions, QuantSpec
 from rk_export.preparable import has_rotated_head
 from rk_export.report import Finding, Outcome
 from rk_export.rotary import rotary_tables

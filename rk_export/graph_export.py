@@ -33,7 +33,7 @@ from rk_export.onnx_modules import (
     projection,
 )
 from rk_export.onnx_sparse import COLUMNS, ENTRIES, SparseProjection
-from rk_export.options import W8A8
+from rk_export.options.compress import W8A8
 from rk_export.passes.base import require, run_graph_passes
 from rk_export.passes.factors import IdentityFactors, JointMember
 from rk_export.passes.graph.attention_mask import AttentionMask

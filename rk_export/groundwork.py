@@ -24,7 +24,7 @@ from rk_export.load import ModelSource
 from rk_export.method_plans import check_parts, sparse_budget, stored_prices
 from rk_export.model_statistics import diagonals_finding, model_statistics, only_diagonals
 from rk_export.neuron_peaks import shortened
-from rk_export.options import PARTS_OF_FOLD, CompressOptions
+from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning

@@ -13,7 +13,7 @@ from rk_export.errors import InputError
 from rk_export.fixed_parts import fixed_parts, in_words
 from rk_export.humanize import size
 from rk_export.load import ModelSource
-from rk_export.options import Budget, CompressOptions
+from rk_export.options.compress import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan

@@ -10,9 +10,9 @@ from rk_export.context import check_context
 from rk_export.cost_table import TIMED_CONTEXT
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.method_options import PruneOptions
 from rk_export.method_plans import sparse_budget, stored_prices
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.methods import PruneOptions
 from rk_export.plan import Pruning
 from rk_export.planner import check_groups, check_size, with_default_groups
 from rk_export.pruned import check_blocks, kept_width

@@ -33,7 +33,7 @@ from rk_export.measure import EvalText, SpeedTest, check_text, context_length, p
 from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
-from rk_export.options import CalibrationOptions, CompressOptions
+from rk_export.options.compress import CalibrationOptions, CompressOptions
 from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
@@ -433,7 +433,7 @@ def prepare(
     Args:
         model: HF folder, hub id or GGUF file.
         out: Folder to write; `rotate` unties a tied embedding there.
-        names: Names from `rk_export.options.PREPARATIONS`.
+        names: Names from `rk_export.options.compress.PREPARATIONS`.
         base: As in `compress`.
         seed: Of the rotations, and of the text whose peaks `scale` evens out.
         force: Replace an existing output.

@@ -21,7 +21,7 @@ from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.load import ModelSource, loaded_layers
-from rk_export.options import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions
+from rk_export.options.compress import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.predicted_loss import TableCurvature

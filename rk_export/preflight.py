@@ -16,7 +16,7 @@ from rk_export.errors import InputError
 from rk_export.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
 from rk_export.half_range import Peaks, check_half_range
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.oracle import transformers_logits
 from rk_export.probe import Probe, make_probe
 from rk_export.report import ParityTier

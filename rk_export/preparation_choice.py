@@ -23,7 +23,7 @@ from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
 from rk_export.moments import inputs_of, readers
 from rk_export.neuron_peaks import shortened
-from rk_export.options import PARTS_OF_FOLD, PREPARATIONS, QuantSpec
+from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS, QuantSpec
 from rk_export.passes.numerics.predicted_loss import (
     Curvature,
     InputSide,

@@ -20,7 +20,7 @@ from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, write_manifest
 from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
-from rk_export.options import PREPARATIONS
+from rk_export.options.compress import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
 from rk_export.passes.prepare.fold import fold_layer, fold_norm
 from rk_export.passes.prepare.heads import rotate_heads
@@ -39,7 +39,7 @@ class LayerPreparation:
 
     Args:
         config: The model's config.
-        names: The preparations, names from `rk_export.options.PREPARATIONS` or a part of `fold`.
+        names: The preparations, names from `rk_export.options.compress.PREPARATIONS` or a part of `fold`.
         seed: Of the rotations.
         peaks: As in `PreparedSource`.
         alpha: As in `PreparedSource`.
@@ -94,7 +94,7 @@ class PreparedSource(DerivedSource):
 
     Args:
         source: The dense model.
-        names: Names from `rk_export.options.PREPARATIONS`; those that the family cannot take are left out.
+        names: Names from `rk_export.options.compress.PREPARATIONS`; those that the family cannot take are left out.
         seed: Of the rotations.
         peaks: For `scale`: name of a down matrix (`layers.3.mlp.down_proj`, paths of canonical layers) -> the
             largest absolute input of each of its neurons, (intermediate,).

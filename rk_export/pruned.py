@@ -24,7 +24,7 @@ from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
 from rk_export.layer_statistics import FromDense
 from rk_export.load import ModelSource, loaded_layers
-from rk_export.method_options import PruneOptions
+from rk_export.options.methods import PruneOptions
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.numerics.pruning import largest
 from rk_export.passes.weights.prune_groups import group_scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.rewrite import DENSE, QUANTIZED, Rewritten
 
 # Mean Kullback-Leibler divergence from the dense model on the probe, in nats a token, beyond which it is far.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rk_export.fixed_parts import fixed_bytes, fixed_findings, graph_bytes
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.sparse import SparseSum

@@ -12,7 +12,7 @@ import torch
 from rk_export.device import resolve_device
 from rk_export.folders import AtomicFolder, check_replaceable, library_versions
 from rk_export.load import ModelSource, loaded_layers, open_source
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
 from rk_export.passes.weights.joint_rank import stacked_pairs

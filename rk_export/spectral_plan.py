@@ -13,7 +13,7 @@ from rk_export.budget import InputSides
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.load import ModelSource, loaded_layers
-from rk_export.options import GROUPS, CompressOptions
+from rk_export.options.compress import GROUPS, CompressOptions
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
 from rk_export.passes.numerics.joint_svd import singular_values, whitened_singular_values
 from rk_export.passes.numerics.metric import Metric

@@ -29,7 +29,7 @@ from rk_export.humanize import share, size
 from rk_export.load import ModelSource
 from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.model_card import ModelCard, model_card
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.parity import checkpoint_tiers, method_tiers, runtime_tiers
 from rk_export.preflight import Preflight
 from rk_export.probe import Probe

@@ -40,8 +40,8 @@ from rk_export.folders import library_versions
 from rk_export.groundwork import groundwork
 from rk_export.load import open_source
 from rk_export.measure import perplexity_of
-from rk_export.method_options import BaselOptions
-from rk_export.options import SINGLE_GROUPS, CalibrationOptions
+from rk_export.options.compress import SINGLE_GROUPS, CalibrationOptions
+from rk_export.options.methods import BaselOptions
 from rk_export.planner import make_plan
 from rk_export.report import Outcome
 from rk_export.target_text import target_tokens

@@ -46,8 +46,8 @@ from rk_export.folders import library_versions
 from rk_export.layer_statistics import FromDense
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import perplexity_of
-from rk_export.method_options import CapOptions
-from rk_export.options import SINGLE_GROUPS, Budget, CalibrationOptions
+from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
+from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planner import make_plan

@@ -33,7 +33,7 @@ from rk_export.graph_export import build_graph, save_graph
 from rk_export.load import ModelSource, open_source
 from rk_export.method_plans import sparse_plan
 from rk_export.onnx_sparse import ENTRIES
-from rk_export.options import CalibrationOptions
+from rk_export.options.compress import CalibrationOptions
 from rk_export.passes.graph.nodes import PART_KEY
 from rk_export.rewrite import rewrite
 

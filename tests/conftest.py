@@ -19,7 +19,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Ru
 
 if TYPE_CHECKING:
     from rk_export.load import ModelSource
-    from rk_export.options import CompressOptions
+    from rk_export.options.compress import CompressOptions
 
 SENTENCES = [
     "The harbour was quiet in the early morning, and only the gulls moved between the masts.",
@@ -105,7 +105,7 @@ def trained_tokenizer() -> Any:
 
 def tiny_options(**changes: Any) -> CompressOptions:
     """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 
     fields = {
         "groups": ("qk", "gate_up"),

@@ -26,8 +26,8 @@ from rk_export.cap_scores import curvature_score
 from rk_export.dense_statistics import DenseStatistics, loss_increase
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.method_options import CapOptions
-from rk_export.options import Budget
+from rk_export.options.compress import Budget
+from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides

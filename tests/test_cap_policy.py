@@ -16,7 +16,7 @@ from rk_export.cap_policy import first_probabilities, learn, put, reinforce
 from rk_export.cap_pools import PARAMETERS, Pool, Pools, by_place, flat_prices, linear_shapes, make_pools
 from rk_export.cap_scores import all_scores, energy_score
 from rk_export.load import ModelSource
-from rk_export.method_options import CapOptions
+from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 
 SourceOf = Callable[..., ModelSource]

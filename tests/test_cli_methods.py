@@ -11,9 +11,9 @@ from conftest import Cli, Ended
 
 from rk_export.cli_methods import add_method_arguments
 from rk_export.cli_options import add_format_arguments, add_rank_arguments, compress_options
-from rk_export.options import Budget, CompressOptions, RankRule
+from rk_export.options.compress import Budget, CompressOptions, RankRule
+from rk_export.options.presets import METHODS
 from rk_export.plan import Plan
-from rk_export.presets import METHODS
 from rk_export.report import Report
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from rk_export.errors import InputError
-from rk_export.method_options import BaselOptions, CapOptions, PruneOptions
-from rk_export.options import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
+from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
 from rk_export.pipeline import compress, make_plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"

@@ -16,9 +16,9 @@ from rk_export.errors import InputError
 from rk_export.fixed_parts import fixed_parts
 from rk_export.graph_export import build_graph
 from rk_export.load import ModelSource
-from rk_export.options import Budget, CalibrationOptions, CompressOptions
+from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions
+from rk_export.options.presets import cap
 from rk_export.planner import make_plan as plan_of
-from rk_export.presets import cap
 from rk_export.rewrite import rewrite
 from rk_export.sizes import planned_bytes
 

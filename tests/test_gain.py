@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rk_export.gain import gain_statistics
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions, RankRule
+from rk_export.options.compress import CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.planner import make_plan
 

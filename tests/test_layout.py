@@ -24,7 +24,18 @@ REGISTER = "optimum.commands.register"
 
 # Packages and single modules in the order in which data flows: each imports itself and what stands before it.
 ORDER = (
-    *("errors", "memory", "device", "report", "runtime", "text", "options", "plan", "folders", "tensor_cache"),
+    *(
+        "errors",
+        "memory",
+        "device",
+        "report",
+        "runtime",
+        "text",
+        "options",
+        "plan",
+        "folders",
+        "tensor_cache",
+    ),
     *("passes", "model", "source", "calibration", "planning", "training", "methods", "rewrite", "graph"),
     *("evaluation", "parity", "bundle", "commands", "testing", "cli"),
 )

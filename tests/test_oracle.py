@@ -17,7 +17,7 @@ from torch import Tensor
 from rk_export import half_range, memory, oracle, pipeline, prepared
 from rk_export.errors import InputError, ParityError
 from rk_export.load import ModelSource, open_source
-from rk_export.options import CompressOptions
+from rk_export.options.compress import CompressOptions
 from rk_export.passes.prepare.fold import fold_layer
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.preflight import preflight

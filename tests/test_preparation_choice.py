@@ -16,7 +16,7 @@ from torch import Tensor
 from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource, open_source
 from rk_export.moments import inputs_of
-from rk_export.options import PREPARATIONS, W8A8, QuantSpec
+from rk_export.options.compress import PREPARATIONS, W8A8, QuantSpec
 from rk_export.passes.prepare.parameters import weight
 from rk_export.plan import Plan
 from rk_export.preparable import preparations_of

@@ -20,9 +20,9 @@ from rk_export.fingerprints import weights_fingerprint
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.load import ModelSource, open_source
-from rk_export.method_options import PruneOptions
 from rk_export.option_checks import check_options
-from rk_export.options import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+from rk_export.options.methods import PruneOptions
 from rk_export.pipeline import compress, verify
 from rk_export.plan import Plan, Pruning
 from rk_export.planner import make_plan

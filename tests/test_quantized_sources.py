@@ -37,7 +37,7 @@ from transformers import (
 from rk_export import CompressOptions, compress, export
 from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
-from rk_export.options import CalibrationOptions
+from rk_export.options.compress import CalibrationOptions
 from rk_export.quantized_tensors import dequantized
 from rk_export.report import Report
 from rk_export.weight_files import open_tensors

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rk_export.groundwork import groundwork
 from rk_export.load import ModelSource, open_source
-from rk_export.options import CalibrationOptions, RankRule
+from rk_export.options.compress import CalibrationOptions, RankRule
 from rk_export.passes.numerics.adaptive_ranks import DENSE
 from rk_export.planner import make_plan
 

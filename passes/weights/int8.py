@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rk_export.options import W8A8
+from rk_export.options.compress import W8A8
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules import Int8Linear
 from rk_export.passes.numerics.int8 import int8_bytes, quantize_rows

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from rk_export.options import Gauge
+from rk_export.options.compress import Gauge
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.factors import GroupedFactors, JointFactors, JointMember, SharedFactors
 from rk_export.passes.modules import linear_of as linear_of

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rk_export.architectures import Architecture
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
-from rk_export.options import GROUPS, CompressOptions
+from rk_export.options.compress import GROUPS, CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite
 from rk_export.passes.numerics.joint_svd import Factors, joint_factors

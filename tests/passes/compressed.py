@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.load import ModelSource
-from rk_export.options import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
 from rk_export.report import Fusion

@@ -19,9 +19,9 @@ from rk_export.basis_selection import Selection, select_basis
 from rk_export.basis_training import BasisTraining
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.method_options import BaselOptions
 from rk_export.next_token import backward_next_token
-from rk_export.options import SINGLE_GROUPS, RankRule
+from rk_export.options.compress import SINGLE_GROUPS, RankRule
+from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.planner import make_plan
 from rk_export.report import Outcome

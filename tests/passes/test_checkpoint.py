@@ -18,7 +18,7 @@ from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.graph_export import build_graph
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.rewrite import Rewritten
 
 FAMILIES = ("llama", "qwen2", "gemma3", "phi3", "gpt2", "mixtral")

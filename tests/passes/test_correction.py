@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.load import ModelSource
-from rk_export.options import QuantSpec
+from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules import CorrectedLinear
 from rk_export.passes.numerics.correction import quantize_corrected

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rk_export.decoder_spec import decoder_spec
 from rk_export.graph_export import build_graph
-from rk_export.options import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.factors import JointMember
 from rk_export.planner import make_plan
 from rk_export.rewrite import Rewritten, rewrite

@@ -18,7 +18,7 @@ from rk_export.distillation import Head, backward_divergence, dense_states, last
 from rk_export.errors import InputError
 from rk_export.heal import HealOptions, HealResult, heal
 from rk_export.load import ModelSource
-from rk_export.options import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.rewrite import Rewritten
 from rk_export.shared_products import shared_products
 from rk_export.trainable import trainable

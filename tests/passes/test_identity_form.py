@@ -14,7 +14,7 @@ from rk_export import rewrite as rewriting
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.options import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.factors import IdentityFactors
 from rk_export.passes.modules import linear_of

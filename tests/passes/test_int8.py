@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
-from rk_export.options import W8A8, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import W8A8, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules import Int8Linear, float_inputs
 from rk_export.passes.numerics.int8 import int8_bytes, int8_product, quantize_rows, token_codes

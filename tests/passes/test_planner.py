@@ -11,7 +11,7 @@ from compressed import INT4, SourceOf, floats
 from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
-from rk_export.options import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
 from rk_export.planner import check_plan, make_plan

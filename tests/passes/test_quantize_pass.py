@@ -10,7 +10,7 @@ from compressed import INT4, SourceOf, compress, floats, tokens
 from tiny_models import FAMILIES
 from torch import nn
 
-from rk_export.options import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.factors import JointMember
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear

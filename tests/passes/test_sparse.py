@@ -17,11 +17,11 @@ from tiny_models import DECODERS
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.method_plans import sparse_plan as sparse_parts_plan
-from rk_export.options import Budget, QuantSpec
+from rk_export.options.compress import Budget, QuantSpec
+from rk_export.options.presets import cap
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
 from rk_export.passes.sparse import SparseSum
 from rk_export.plan import Plan, SitePlan
-from rk_export.presets import cap
 from rk_export.rewrite import rewrite
 from rk_export.sizes import planned_findings, size_summary
 

@@ -10,7 +10,7 @@ from compressed import INT4, SourceOf, compress, floats, logits, tokens
 from tiny_models import FAMILIES
 from torch import nn
 
-from rk_export.options import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED
 from rk_export.streams import Streams
 

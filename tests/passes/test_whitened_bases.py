@@ -8,8 +8,8 @@ import torch
 
 from rk_export.basis_selection import select_basis
 from rk_export.load import ModelSource
-from rk_export.method_options import BaselOptions
-from rk_export.options import RankRule
+from rk_export.options.compress import RankRule
+from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import directions
 from rk_export.passes.numerics.metric import Metric
 

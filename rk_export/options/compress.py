@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from rk_export.errors import InputError
-from rk_export.method_options import BaselOptions, CapOptions, PruneOptions, require_choice
+from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions, require_choice
 
 # Matrices that may be factorized together: they read the same input. A group of one is the paper's
 # "separate" baseline.

@@ -5,8 +5,8 @@ All of them store floats unless quantization is asked for, and end in the same v
 
 from __future__ import annotations
 
-from rk_export.method_options import BaselOptions, CapOptions
-from rk_export.options import Budget, CalibrationOptions, CompressOptions, RankRule
+from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions, RankRule
+from rk_export.options.methods import BaselOptions, CapOptions
 
 METHODS = ("joint-rank", "basel", "cap")
 
