@@ -17,7 +17,7 @@ from rk_export.errors import FusionError
 from rk_export.passes.head_modules import PaddedHeads, SlicedHeads, without_slots
 from rk_export.passes.sparse import without_sparse
 from rk_export.plan import LayerShape, SitePlan
-from rk_export.report import Finding, Fusion
+from rk_export.report.records import Finding, Fusion
 
 
 @dataclass(frozen=True)

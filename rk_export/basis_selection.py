@@ -28,7 +28,7 @@ from rk_export.options.compress import RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.sensitivity import dense_statistics
 from rk_export.sites import canonical_layers
 from rk_export.training import check_tokens

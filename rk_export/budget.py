@@ -19,7 +19,6 @@ from rk_export.currencies import Currency, in_words
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.fixed_parts import in_words as parts_in_words
-from rk_export.humanize import size
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.auction import Lot, auction, least_cost
 from rk_export.passes.numerics.predicted_loss import (
@@ -29,6 +28,7 @@ from rk_export.passes.numerics.predicted_loss import (
     table_loss,
 )
 from rk_export.plan import SitePlan
+from rk_export.report.humanize import size
 from rk_export.storage import Shape
 
 

@@ -13,7 +13,7 @@ from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid, block_spec
 from rk_export.passes.weights.carry import Grids, why_not
 from rk_export.plan import SitePlan
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.sites import dense_sites
 
 # Checkpoints name some experts in another way than the modules that transformers 5 makes of them.

@@ -272,7 +272,7 @@ def run_compress(args: argparse.Namespace) -> int:
     from rk_export.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
-    from rk_export.render import planned_text, text_table
+    from rk_export.report.render import planned_text, text_table
 
     options = compress_options(args)
     plan = None if args.plan is None else Plan.load(args.plan)
@@ -341,7 +341,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def run_prepare(args: argparse.Namespace) -> int:
     """`prepare`."""
     from rk_export.pipeline import prepare
-    from rk_export.render import findings_table
+    from rk_export.report.render import findings_table
 
     names = tuple(args.passes.split(","))
     findings = prepare(args.model, args.output, names, base=args.base, seed=args.seed, force=args.force)
@@ -354,7 +354,7 @@ def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.options.compress import CompressOptions
     from rk_export.pipeline import export
-    from rk_export.render import text_table
+    from rk_export.report.render import text_table
 
     report = export(
         args.model,
@@ -374,7 +374,7 @@ def run_export(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """`verify`: 0 when every bounded tier passed, else 1."""
     from rk_export.pipeline import verify
-    from rk_export.render import parity_text
+    from rk_export.report.render import parity_text
 
     tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, threads=args.threads)
     _print_json([tier.to_json() for tier in tiers]) if args.json else print(parity_text(tiers))
@@ -430,7 +430,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_explain(args: argparse.Namespace) -> int:
     """`explain`."""
     from rk_export.pipeline import explain
-    from rk_export.render import findings_table
+    from rk_export.report.render import findings_table
 
     findings = explain(args.bundle)
     _print_json([finding.to_json() for finding in findings]) if args.json else print(findings_table(findings))

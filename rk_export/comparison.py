@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from rk_export.errors import ParityError
-from rk_export.report import ParityTier
+from rk_export.report.records import ParityTier
 
 # Largest |difference| over the largest |logit| that passes, by the float type that is computed in.
 FLOAT_BOUND = {"fp32": 1e-4, "fp16": 5e-3}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.load import ModelSource
-from rk_export.report import Finding
+from rk_export.report.records import Finding
 
 
 class DerivedSource(ModelSource):

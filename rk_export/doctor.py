@@ -15,8 +15,8 @@ from importlib import metadata
 from typing import Any
 
 from rk_export.environment_probes import Trial, try_out
-from rk_export.report import Record
-from rk_export.tables import Column, make_table
+from rk_export.report.records import Record
+from rk_export.report.tables import Column, make_table
 
 DISTRIBUTION = "rk-export"
 

@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.context import context_of
 from rk_export.decoder_spec import has_learned_positions
-from rk_export.humanize import size
 from rk_export.options.compress import CompressOptions, QuantSpec
 from rk_export.preparable import has_rotated_head
-from rk_export.report import Finding, Outcome
+from rk_export.report.humanize import size
+from rk_export.report.records import Finding, Outcome
 from rk_export.rotary import rotary_tables
 from rk_export.storage import FLOAT_BYTES, matrix_bytes
 from rk_export.weight_names import rename_tensors

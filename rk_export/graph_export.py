@@ -57,7 +57,7 @@ from rk_export.passes.modules import (
     RotatedHead,
 )
 from rk_export.passes.sparse import SparseSum, without_sparse
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 from rk_export.rewrite import Rewritten
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite import DENSE, Rewritten, rewrite
 from rk_export.table_statistics import table_curvature
 from rk_export.torch_logits import torch_logits

@@ -27,7 +27,7 @@ from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.quantized_tensors import OLD_CONFIGS, DequantizedTensors
 from rk_export.remote_code import refuse_remote_code
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.stand_ins import stand_in
 from rk_export.tensor_files import StoredTensors
 from rk_export.weight_files import ADAPTER_WEIGHTS, check_known_layout

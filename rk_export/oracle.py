@@ -16,9 +16,9 @@ from transformers.utils import logging as hf_logging
 
 from rk_export.architectures import empty_model
 from rk_export.errors import InputError
-from rk_export.humanize import size
 from rk_export.load import ModelSource
 from rk_export.memory import available_memory
+from rk_export.report.humanize import size
 from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger(__name__)

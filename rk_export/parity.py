@@ -35,7 +35,7 @@ from rk_export.greedy import Golden, greedy_tier, greedy_tokens, stored_greedy_t
 from rk_export.passes.modules import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
 from rk_export.preflight import ORACLE_TIER, Preflight
 from rk_export.probe import Probe
-from rk_export.report import Outcome, ParityTier
+from rk_export.report.records import Outcome, ParityTier
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider

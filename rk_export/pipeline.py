@@ -40,7 +40,7 @@ from rk_export.plan import Plan, SitePlan
 from rk_export.preflight import dense_logits, preflight
 from rk_export.prepared import PreparedSource, save_prepared
 from rk_export.probe import Probe, make_probe
-from rk_export.report import Finding, Outcome, ParityTier, Report
+from rk_export.report.records import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider

@@ -19,7 +19,7 @@ from rk_export.load import ModelSource
 from rk_export.options.compress import CompressOptions
 from rk_export.oracle import transformers_logits
 from rk_export.probe import Probe, make_probe
-from rk_export.report import ParityTier
+from rk_export.report.records import ParityTier
 from rk_export.streams import Streams
 from rk_export.switches import switches_of
 from rk_export.tokenizer_conversion import check_tokenizer

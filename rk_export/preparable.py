@@ -16,7 +16,7 @@ from rk_export.errors import InputError
 from rk_export.layer_wiring import wiring_of
 from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 # f(s x) = s f(x) for s > 0.
 HOMOGENEOUS_ACTIVATIONS = ("relu",)

@@ -36,7 +36,7 @@ from rk_export.passes.prepare.scale import neuron_scales
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.preparable import preparations_of
 from rk_export.prepared import LayerPreparation
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.sensitivity import output_weights
 from rk_export.streams import Streams
 

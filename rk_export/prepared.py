@@ -29,7 +29,7 @@ from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated
 from rk_export.passes.prepare.scale import scale_layer
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.preparable import check_scale, folded_norms, preparations_of
-from rk_export.report import Finding
+from rk_export.report.records import Finding
 from rk_export.stored_form import plain_model
 
 

@@ -31,7 +31,7 @@ from rk_export.passes.weights.prune_groups import group_scores
 from rk_export.passes.weights.shapes import planned_shape, reshape_layer
 from rk_export.plan import LayerShape, Pruning, SitePlan
 from rk_export.pruned_config import pruned_config
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.sites import canonical_layers, plain_sites
 
 # Widths are rounded down to a multiple of it: kernels and quantization blocks take whole multiples.

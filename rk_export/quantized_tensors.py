@@ -19,7 +19,7 @@ from rk_export.quantized_compressed import read_compressed
 from rk_export.quantized_fp8 import read_fp8
 from rk_export.quantized_gptq import read_gptq
 from rk_export.quantized_matrix import INCOMPLETE, Quantized
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 from rk_export.tensor_files import StoredTensors
 
 

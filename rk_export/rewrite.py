@@ -27,7 +27,7 @@ from rk_export.passes.weights.shapes import reshape_layer
 from rk_export.passes.weights.sparse import Sparse
 from rk_export.plan import Plan, SitePlan
 from rk_export.planner import check_plan
-from rk_export.report import Finding, LayerError, Outcome, Spectrum
+from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
 from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)

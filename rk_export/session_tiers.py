@@ -8,7 +8,7 @@ import numpy as np
 
 from rk_export.comparison import compare
 from rk_export.probe import DECODE_FROM, Crossing, Probe
-from rk_export.report import ParityTier
+from rk_export.report.records import ParityTier
 from rk_export.runtime import EncoderSession, Session
 from rk_export.switches import LONG_ROTATION
 

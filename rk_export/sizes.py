@@ -16,7 +16,7 @@ from rk_export.passes.weights.shapes import planned_shape
 from rk_export.passes.weights.sparse import ENTRY_BYTES
 from rk_export.plan import Plan, SitePlan
 from rk_export.planner import make_plan
-from rk_export.report import Finding, Outcome, SizeSummary
+from rk_export.report.records import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten
 from rk_export.sites import canonical_layers
 from rk_export.storage import FLOAT_BYTES, matrix_bytes, stored_shapes

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rk_export.errors import InputError
 from rk_export.pipeline import verify
-from rk_export.render import parity_text
-from rk_export.report import TIERS, ParityTier
+from rk_export.report.records import TIERS, ParityTier
+from rk_export.report.render import parity_text
 from rk_export.runtime.providers import Provider
 
 # Large by intent or by chance, so that no bound fits every bundle.

@@ -25,7 +25,6 @@ from rk_export.folders import library_versions, write_manifest
 from rk_export.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.greedy import Golden
-from rk_export.humanize import share, size
 from rk_export.load import ModelSource
 from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.model_card import ModelCard, model_card
@@ -34,8 +33,9 @@ from rk_export.parity import checkpoint_tiers, method_tiers, runtime_tiers
 from rk_export.preflight import Preflight
 from rk_export.probe import Probe
 from rk_export.quality_warning import far_from_dense
-from rk_export.render import html
-from rk_export.report import Finding, ParityTier, Report, SizeSummary
+from rk_export.report.humanize import share, size
+from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
+from rk_export.report.render import html
 from rk_export.rewrite import Rewritten
 from rk_export.runtime import Session
 from rk_export.runtime.bundle_files import TOKENIZER_FILE

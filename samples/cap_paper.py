@@ -51,9 +51,9 @@ from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planner import make_plan
+from rk_export.report.svg import new_figure, save_figure, styled
 from rk_export.rewrite import rewrite
 from rk_export.sensitivity import dense_statistics
-from rk_export.svg import new_figure, save_figure, styled
 from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger("cap_paper")

@@ -31,7 +31,7 @@ from rk_export.load import ModelSource, open_source
 from rk_export.measure import perplexity_of
 from rk_export.perplexity import PerplexityResult
 from rk_export.planner import make_plan
-from rk_export.report import Outcome, Spectrum
+from rk_export.report.records import Outcome, Spectrum
 from rk_export.rewrite import rewrite
 from rk_export.torch_logits import torch_logits
 

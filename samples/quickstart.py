@@ -10,7 +10,7 @@ from pathlib import Path
 
 import rk_export
 from rk_export import CompressOptions, QuantSpec, RankRule
-from rk_export.render import findings_table, parity_text
+from rk_export.report.render import findings_table, parity_text
 from rk_export.runtime import GenerationOptions, Session
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rk_export.report import (
+from rk_export.report.records import (
     Finding,
     Fusion,
     LayerError,

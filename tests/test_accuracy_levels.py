@@ -16,7 +16,7 @@ from rk_export.accuracy_levels import choose_levels
 from rk_export.load import open_source
 from rk_export.passes.modules import QuantizedLinear
 from rk_export.planner import make_plan
-from rk_export.report import Report
+from rk_export.report.records import Report
 from rk_export.rewrite import rewrite
 
 

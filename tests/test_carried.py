@@ -33,7 +33,7 @@ from rk_export import CompressOptions, compress, export, make_plan, verify
 from rk_export.errors import InputError
 from rk_export.options.compress import CalibrationOptions, QuantSpec
 from rk_export.plan import Plan
-from rk_export.report import Outcome, Report
+from rk_export.report.records import Outcome, Report
 from rk_export.runtime import Session
 
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ import rk_export
 from rk_export import cli as command_line
 from rk_export.folders import sha256_of
 from rk_export.greedy import Golden
-from rk_export.report import Report
+from rk_export.report.records import Report
 
 COMMANDS = (
     "compress",

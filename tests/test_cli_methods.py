@@ -14,7 +14,7 @@ from rk_export.cli_options import add_format_arguments, add_rank_arguments, comp
 from rk_export.options.compress import Budget, CompressOptions, RankRule
 from rk_export.options.presets import METHODS
 from rk_export.plan import Plan
-from rk_export.report import Report
+from rk_export.report.records import Report
 
 
 def options(*words: str) -> CompressOptions:

@@ -18,9 +18,9 @@ from rk_export.checkpoint import load_pretrained
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest
 from rk_export.load import open_source
-from rk_export.matrix_groups import matrix_groups
 from rk_export.options.compress import QuantSpec
-from rk_export.report import Outcome, Report
+from rk_export.report.matrix_groups import matrix_groups
+from rk_export.report.records import Outcome, Report
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import cuda_obstacle
 

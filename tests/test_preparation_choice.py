@@ -22,7 +22,7 @@ from rk_export.plan import Plan
 from rk_export.preparable import preparations_of
 from rk_export.preparation_choice import Rounding, _state, _Trial, choose_preparations
 from rk_export.prepared import LayerPreparation, PreparedSource
-from rk_export.report import Outcome, Report
+from rk_export.report.records import Outcome, Report
 
 SourceOf = Callable[..., ModelSource]
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from conftest import Cli, tiny_options
 from rk_export import compress
 from rk_export.options.compress import QuantSpec
 from rk_export.quality_warning import FAR, divergence
-from rk_export.report import Report
+from rk_export.report.records import Report
 
 
 def test_divergence_is_that_of_torch() -> None:

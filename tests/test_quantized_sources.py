@@ -39,7 +39,7 @@ from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
 from rk_export.options.compress import CalibrationOptions
 from rk_export.quantized_tensors import dequantized
-from rk_export.report import Report
+from rk_export.report.records import Report
 from rk_export.weight_files import open_tensors
 
 TOLERANCE = 1e-6

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 
-from rk_export.report import Report
+from rk_export.report.records import Report
 
 pytestmark = pytest.mark.real_model
 

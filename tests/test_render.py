@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from sample_report import LAYERS, full_report, spectrum
 
-from rk_export import humanize, plots, render
-from rk_export.matrix_groups import matrix_groups, split_target
-from rk_export.report import Finding, LayerError, Outcome, Report
-from rk_export.sections import TITLES
-from rk_export.tables import Column, make_table, matrices_table
+from rk_export.report import humanize, plots, render
+from rk_export.report.matrix_groups import matrix_groups, split_target
+from rk_export.report.records import Finding, LayerError, Outcome, Report
+from rk_export.report.sections import TITLES
+from rk_export.report.tables import Column, make_table, matrices_table
 
 HOSTILE = "<script>alert('x')</script>|`*_$x^{$&\"\x1b[2J\n# head"
 EMPTY = Report("example/model", "llama", "2026-01-02")
@@ -235,7 +235,7 @@ def test_a_thirty_layer_page_stays_small() -> None:
 
 
 def test_terminal_tables_do_not_wait_for_matplotlib() -> None:
-    code = "import sys, rk_export.render; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
+    code = "import sys, rk_export.report.render; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

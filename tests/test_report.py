@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from sample_report import full_report
 
-from rk_export import report as report_module
 from rk_export.errors import InputError
-from rk_export.report import (
+from rk_export.report import records as report_module
+from rk_export.report.records import (
     Finding,
     Fusion,
     LayerError,

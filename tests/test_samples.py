@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from rk_export.folders import check_manifest
-from rk_export.report import Report
+from rk_export.report.records import Report
 from rk_export.runtime import Generation, GenerationOptions, Session
 
 SAMPLES = Path(__file__).parents[1] / "samples"

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rk_export.passes.graph.nodes import MICROSOFT, Emitter, constant
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 SEQLENS_K, TOTAL_LENGTH, ATTENTION_BIAS = 5, 6, 10
 

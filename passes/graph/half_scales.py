@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rk_export.passes.graph.nodes import MICROSOFT, weight_of
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 _SCALES_INPUT = {"MatMulNBits": 2, "GatherBlockQuantized": 2}
 

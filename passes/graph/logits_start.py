@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rk_export.passes.graph.nodes import constant
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 NAME = "logits_start"
 

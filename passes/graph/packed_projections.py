@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rk_export.passes.graph.nodes import MICROSOFT, PART_KEY, SITE_KEY, concatenated, constant, weight_of
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
 ATTENTION_PARTS = ("q", "k", "v")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rk_export.passes.graph.nodes import Emitter, constant
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 
 class PositionsFromMask:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from rk_export.passes.graph.nodes import MICROSOFT, constant
 from rk_export.passes.numerics.int8 import SMALLEST_PEAK, STEP
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 Codes = tuple[ir.Value, ir.Value]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rk_export.report import Spectrum
+from rk_export.report.records import Spectrum
 
 GAVISH_DONOHO = 2.858  # median rule for unknown noise on a square matrix (1305.5870)
 

@@ -13,7 +13,7 @@ from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules import QuantizedLinear
 from rk_export.passes.numerics.grid import Grid, as_blocks, why_not_carried
 from rk_export.plan import SitePlan
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 # Returns the codes of a matrix of a layer as the checkpoint stores them, or None where they are not on a grid.
 Grids = Callable[[Layer, str], Grid | None]

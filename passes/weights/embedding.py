@@ -13,7 +13,7 @@ from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear, Rotate
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn, quantized_bytes
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.passes.weights.quantizer import Inputs
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from rk_export.passes.modules import Int8Linear
 from rk_export.passes.numerics.int8 import int8_bytes, quantize_rows
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import SitePlan
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 
 class Int8:

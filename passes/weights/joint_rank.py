@@ -18,7 +18,7 @@ from rk_export.passes.weights.identity import empty_identity, identity_factors
 from rk_export.passes.weights.neuron_order import obstacle, renumber, renumbered
 from rk_export.passes.weights.site_metric import SiteMetric, site_metrics
 from rk_export.plan import SitePlan
-from rk_export.report import Finding, Outcome, Spectrum
+from rk_export.report.records import Finding, Outcome, Spectrum
 
 
 class JointRank:

@@ -23,7 +23,7 @@ from rk_export.passes.weights.head_slots import (
 )
 from rk_export.passes.weights.reduced import rows_of, shape_finding, weight_bytes
 from rk_export.plan import LayerShape, SitePlan
-from rk_export.report import Finding
+from rk_export.report.records import Finding
 
 
 class PruneGroups:

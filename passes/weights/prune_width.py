@@ -15,7 +15,7 @@ from rk_export.passes.modules import linear_of
 from rk_export.passes.numerics.pruning import Reduction, eliminate_columns, largest, neuron_norms, refit
 from rk_export.passes.weights.reduced import rows_of, shape_finding, weight_bytes
 from rk_export.plan import LayerShape, SitePlan
-from rk_export.report import Finding
+from rk_export.report.records import Finding
 
 # Neurons overlap little and their moments are noisy. At 0.9 of the width the MLP outputs of four layers of
 # SmolLM2-135M were off by 0.148 on text that the moments had not seen, with a damping of 0.01 of the mean diagonal

@@ -26,7 +26,7 @@ from rk_export.passes.weights.joint_rank import factors_path
 from rk_export.passes.weights.quantization_tally import QuantizationTally
 from rk_export.passes.weights.quantizer import Inputs, Quantizer, QuantizerName
 from rk_export.plan import SitePlan
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 NO_STATISTICS = (
     "gptq needs the second moment of the inputs, which was not taken: scales were searched instead"

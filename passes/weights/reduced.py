@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import linear_of
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 
 def rows_of(linear: nn.Linear, rows: Tensor) -> nn.Linear:

@@ -21,7 +21,7 @@ from rk_export.passes.weights.prune_width import PruneWidth, mlp_paths
 from rk_export.passes.weights.reduced import empty_linear, shape_finding, weight_bytes
 from rk_export.passes.weights.truncate_values import TruncateValues
 from rk_export.plan import LayerShape, SitePlan
-from rk_export.report import Finding
+from rk_export.report.records import Finding
 
 
 def reshape_layer(

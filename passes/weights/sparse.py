@@ -14,7 +14,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.sparse import SparseSum
 from rk_export.passes.weights.joint_rank import factors_path
 from rk_export.plan import SitePlan
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 # Entries are stored in half precision, as scales are: a search that drops whole entries does not resolve less.
 VALUE_DTYPE = torch.float16

@@ -36,8 +36,8 @@ from rk_export.passes.numerics.denoising import (
 )
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.ranks import gavish_donoho_rank
-from rk_export.plots import COLORS
-from rk_export.svg import new_figure, styled
+from rk_export.report.plots import COLORS
+from rk_export.report.svg import new_figure, styled
 
 NOISES = (0.05, 0.3)
 PLANTED_NOISES = (0.05, 0.3, 0.8)

@@ -23,8 +23,8 @@ from joint_rank.study import (
     paired,
     short,
 )
-from rk_export.plots import COLORS
-from rk_export.svg import new_figure, styled
+from rk_export.report.plots import COLORS
+from rk_export.report.svg import new_figure, styled
 
 KEPT_RATIOS = (0.95, 0.9, 0.8, 0.7, 0.5)
 

@@ -26,9 +26,9 @@ from joint_rank.study import (
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.log_likelihood import PairEncoder
 from rk_export.multiple_choice import score_task
-from rk_export.plots import COLORS
+from rk_export.report.plots import COLORS
+from rk_export.report.svg import new_figure, styled
 from rk_export.runtime.text import TextCodec
-from rk_export.svg import new_figure, styled
 from rk_export.task_data import load_tasks
 from rk_export.torch_logits import torch_logits
 

@@ -19,8 +19,8 @@ from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import quantize_rtn
 from rk_export.passes.numerics.ranks import rank_of_ratio
 from rk_export.passes.numerics.subspaces import largest_defect, principal_angles
-from rk_export.plots import COLORS
-from rk_export.svg import new_figure, styled
+from rk_export.report.plots import COLORS
+from rk_export.report.svg import new_figure, styled
 
 GROUPS_SHOWN = ("qk", "gate_up")
 ORTHOGONAL_KEEP = 0.8

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rk_export import CompressOptions, compress, export
 from rk_export.errors import RkExportError
-from rk_export.report import Report
+from rk_export.report.records import Report
 from rk_export.runtime import GenerationOptions, Session
 
 Outcome = Literal["read", "merged", "dequantized", "carried", "refused"]

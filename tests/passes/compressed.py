@@ -19,7 +19,7 @@ from rk_export.load import ModelSource
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 from rk_export.rewrite import Rewritten, rewrite
 
 INT4 = QuantSpec(4, 16)

@@ -17,7 +17,7 @@ from rk_export.passes.graph.logits_start import LogitsStart
 from rk_export.passes.graph.nodes import MICROSOFT, Mark, concatenated, constant, mark
 from rk_export.passes.graph.packed_projections import PackedAttention, PackedProjections
 from rk_export.passes.graph.positions import PositionsFromMask
-from rk_export.report import Fusion
+from rk_export.report.records import Fusion
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Shape = Sequence[int | str]

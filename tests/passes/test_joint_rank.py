@@ -12,7 +12,7 @@ from rk_export.passes.base import Layer
 from rk_export.passes.factors import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.weights.joint_rank import JointRank, empty_factors
 from rk_export.plan import SitePlan
-from rk_export.report import Outcome
+from rk_export.report.records import Outcome
 from rk_export.rewrite import rewrite
 
 PER_HEAD = ("qk", "per-head")

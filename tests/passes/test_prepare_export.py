@@ -24,7 +24,7 @@ from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planner import make_plan
 from rk_export.prepared import PreparedSource
-from rk_export.report import Outcome
+from rk_export.report.records import Outcome
 from rk_export.rewrite import QUANTIZED, Rewritten, rewrite
 
 BOUND = 1e-4

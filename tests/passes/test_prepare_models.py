@@ -21,7 +21,7 @@ from rk_export.options.compress import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
 from rk_export.preparable import has_rotated_head, preparations_of
 from rk_export.prepared import PreparedSource, save_prepared
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 # Relative to the largest logit, both models evaluated in float64; what is left is the rounding of the new
 # weights to float32.

@@ -12,7 +12,7 @@ from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.numerics.pruning import Reduction, eliminate_columns, largest, neuron_norms, refit
 from rk_export.passes.weights.prune_width import PruneWidth
 from rk_export.plan import LayerShape, SitePlan
-from rk_export.report import Outcome
+from rk_export.report.records import Outcome
 
 HIDDEN, WIDTH, TOKENS = 12, 20, 400
 

@@ -18,7 +18,7 @@ from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import NO_STATISTICS, Quantize
 from rk_export.passes.weights.quantizer import Inputs, QuantizerName
 from rk_export.plan import SitePlan
-from rk_export.report import Finding
+from rk_export.report.records import Finding
 
 CPU = torch.device("cpu")
 INT4 = QuantSpec(4, 16)

@@ -1,7 +1,7 @@
 """The report of a run: what was done to each matrix, at what cost, and how that was verified.
 
 Every class here is a frozen dataclass with an exact JSON round trip; only :class:`Report` carries a version.
-``rk_export.render`` turns a report into text, Markdown and HTML.
+``rk_export.report.render`` turns a report into text, Markdown and HTML.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rk_export import humanize
-from rk_export.matrix_groups import MatrixGroup, matrix_groups
-from rk_export.report import Finding, Fusion, LayerError, Outcome, ParityTier, SizeSummary, Spectrum
+from rk_export.report import humanize
+from rk_export.report.matrix_groups import MatrixGroup, matrix_groups
+from rk_export.report.records import Finding, Fusion, LayerError, Outcome, ParityTier, SizeSummary, Spectrum
 
 Kind = Literal["text", "name", "number", "status"]
 Cells = Iterable[Sequence[str]]

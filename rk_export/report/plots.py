@@ -1,6 +1,6 @@
 """The report's plots: spectra, and ranks, bytes and errors over the layers.
 
-Figures are returned unrendered; ``rk_export.svg`` writes them.
+Figures are returned unrendered; ``rk_export.report.svg`` writes them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from rk_export.humanize import plain
-from rk_export.matrix_groups import MatrixGroup, by_role, split_target
-from rk_export.report import LayerError, Spectrum
-from rk_export.svg import new_figure, save_figure, styled
+from rk_export.report.humanize import plain
+from rk_export.report.matrix_groups import MatrixGroup, by_role, split_target
+from rk_export.report.records import LayerError, Spectrum
+from rk_export.report.svg import new_figure, save_figure, styled
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5b5b5b", "#882255")
 MARK = "#d55e00"

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rk_export import humanize, tables
-from rk_export.matrix_groups import matrix_groups
-from rk_export.report import Report
-from rk_export.tables import Table
+from rk_export.report import humanize, tables
+from rk_export.report.matrix_groups import matrix_groups
+from rk_export.report.records import Report
+from rk_export.report.tables import Table
 
 INTROS = {
     "size": "Kept shares count every factor, scale, zero point and index.",

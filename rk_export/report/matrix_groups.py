@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rk_export.report import Finding, Outcome
+from rk_export.report.records import Finding, Outcome
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rk_export import humanize, tables
-from rk_export.report import Finding, ParityTier, Report, SizeSummary
-from rk_export.sections import headline, outcomes, pairs, sections
+from rk_export.report import humanize, tables
+from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
+from rk_export.report.sections import headline, outcomes, pairs, sections
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
@@ -89,7 +89,7 @@ def markdown(report: Report) -> str:
 
 def html(report: Report) -> str:
     """Return the report as one HTML page with inline plots; it loads nothing and runs no script."""
-    from rk_export import page  # here, so that a table in a terminal does not wait for matplotlib
+    from rk_export.report import page
 
     return page.html(report)
 

@@ -8,11 +8,11 @@ from importlib import resources
 
 import jinja2
 
-from rk_export import humanize, plots
-from rk_export.matrix_groups import matrix_groups
-from rk_export.report import Report
-from rk_export.sections import outcomes, pairs, sections
-from rk_export.svg import inline_svg
+from rk_export.report import humanize, plots
+from rk_export.report.matrix_groups import matrix_groups
+from rk_export.report.records import Report
+from rk_export.report.sections import outcomes, pairs, sections
+from rk_export.report.svg import inline_svg
 
 TEMPLATE = "templates/report.html"
 
@@ -37,7 +37,7 @@ class Drawing:
 
 def html(report: Report) -> str:
     """Return the whole page; names and reasons from the report are escaped by the template."""
-    source = resources.files("rk_export").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = resources.files("rk_export.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
