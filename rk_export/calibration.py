@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.architectures import Architecture
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.load import ModelSource
+from rk_export.model.families import Architecture
 from rk_export.moments import InputSum, common_reader, inputs_of, readers
 from rk_export.options.compress import CalibrationOptions
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics

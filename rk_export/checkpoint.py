@@ -11,10 +11,11 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import architecture_of, empty_canonical_model
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
 from rk_export.load import read_config
+from rk_export.model.families import architecture_of, empty_canonical_model
+from rk_export.model.preparable import has_rotated_head
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
@@ -26,7 +27,6 @@ from rk_export.passes.weights.shapes import empty_shape
 from rk_export.passes.weights.sparse import empty_sparse
 from rk_export.plan import Plan
 from rk_export.planner import check_sites
-from rk_export.preparable import has_rotated_head
 from rk_export.rewrite import Rewritten
 from rk_export.tokenizer_files import copy_tokenizer
 from rk_export.weight_files import open_tensors

@@ -16,6 +16,7 @@ from rk_export.errors import InputError
 from rk_export.load import open_source, read_config
 from rk_export.log_likelihood import PairEncoder
 from rk_export.measure import EvalText, check_text, context_length, perplexity_of
+from rk_export.model.torch_logits import torch_logits
 from rk_export.multiple_choice import TaskResult, score_task
 from rk_export.perplexity import PerplexityResult
 from rk_export.runtime import Session
@@ -26,7 +27,6 @@ from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
 from rk_export.tasks import Task
 from rk_export.text import LogitsFn
-from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of, empty_canonical_model
-from rk_export.context import context_of
-from rk_export.decoder_spec import has_learned_positions
+from rk_export.model.context import context_of
+from rk_export.model.decoder_spec import has_learned_positions
+from rk_export.model.exported_names import rename_tensors
+from rk_export.model.families import architecture_of, empty_canonical_model
+from rk_export.model.preparable import has_rotated_head
+from rk_export.model.rotary import rotary_tables
 from rk_export.options.compress import CompressOptions, QuantSpec
-from rk_export.preparable import has_rotated_head
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
-from rk_export.rotary import rotary_tables
 from rk_export.storage import FLOAT_BYTES, matrix_bytes
-from rk_export.weight_names import rename_tensors
 
 # model.onnx holds nodes, names and shapes: 8.5 to 10.7 kB a layer on SmolLM2; these reserve a little more.
 GRAPH_BYTES, GRAPH_BYTES_PER_LAYER = 100_000, 12_000

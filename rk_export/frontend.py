@@ -23,11 +23,11 @@ from mobius.models.bert import BertModel
 from onnxscript import OpBuilder, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import Architecture, architecture_of, empty_canonical_model
-from rk_export.decoder_spec import DecoderSpec, activation_of, check_options, decoder_spec
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.rotary import RotaryTable, rotary_tables
-from rk_export.weight_names import rename_tensors
+from rk_export.model.decoder_spec import DecoderSpec, activation_of, check_options, decoder_spec
+from rk_export.model.exported_names import rename_tensors
+from rk_export.model.families import Architecture, architecture_of, empty_canonical_model
+from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
 Dtype = Literal["fp32", "fp16"]

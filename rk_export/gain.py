@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of
-from rk_export.layer_wiring import wiring_of
+from rk_export.model.families import architecture_of
+from rk_export.model.layer_wiring import wiring_of
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, role_paths
 from rk_export.plan import SitePlan
 

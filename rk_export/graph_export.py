@@ -16,8 +16,8 @@ from onnxscript import nn as onn
 from torch import nn
 
 from rk_export import frontend
-from rk_export.architectures import Projection
-from rk_export.decoder_spec import decoder_spec
+from rk_export.model.decoder_spec import decoder_spec
+from rk_export.model.families import Projection
 from rk_export.onnx_heads import in_slots
 from rk_export.onnx_identity import PivotFactors
 from rk_export.onnx_modules import (

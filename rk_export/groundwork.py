@@ -22,6 +22,7 @@ from rk_export.device import resolve_device
 from rk_export.layer_statistics import FromDense, FromGains, FromPrefix, LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
 from rk_export.method_plans import check_parts, sparse_budget, stored_prices
+from rk_export.model.torch_logits import torch_logits
 from rk_export.model_statistics import diagonals_finding, model_statistics, only_diagonals
 from rk_export.neuron_peaks import shortened
 from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
@@ -31,7 +32,6 @@ from rk_export.plan import Plan, Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite import DENSE, Rewritten, rewrite
 from rk_export.table_statistics import table_curvature
-from rk_export.torch_logits import torch_logits
 from rk_export.tuned import TunedSource
 
 

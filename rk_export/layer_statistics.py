@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import Architecture
 from rk_export.calibration import CalibrationStreams
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.gain import gain_statistics
+from rk_export.model.families import Architecture
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.plan import SitePlan
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
-from rk_export.architectures import Architecture, architecture_of, empty_model
-from rk_export.config_checks import check_counts
 from rk_export.errors import InputError
 from rk_export.find_model import find_base, find_folder
 from rk_export.leftovers import check_kind
+from rk_export.model.config_checks import check_counts
+from rk_export.model.families import Architecture, architecture_of, empty_model
 from rk_export.model_tensors import model_tensors
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rk_export.adapter import ADAPTER_CONFIG, Adapter
 from rk_export.errors import InputError
 from rk_export.leftovers import no_place
-from rk_export.model_names import ModelNames
+from rk_export.model.parameter_names import ModelNames
 from rk_export.renamed_tensors import RenamedTensors
 from rk_export.tensor_files import StoredTensors
 from rk_export.weight_files import ADAPTER_WEIGHTS

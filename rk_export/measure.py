@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of
-from rk_export.context import context_of
 from rk_export.errors import InputError
+from rk_export.model.context import context_of
+from rk_export.model.families import architecture_of
 from rk_export.perplexity import PerplexityResult, perplexity
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider

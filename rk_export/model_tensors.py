@@ -15,7 +15,7 @@ from rk_export.adapter import Adapter
 from rk_export.errors import InputError
 from rk_export.leftovers import classes_of, is_backbone, missing, no_place
 from rk_export.lora import merged
-from rk_export.model_names import ModelNames, Target
+from rk_export.model.parameter_names import ModelNames, Target
 from rk_export.quantized_tensors import DequantizedTensors, dequantized, quantization_of
 from rk_export.renamed_tensors import RenamedTensors, renamed, unwrapped
 from rk_export.tensor_files import FLOATS, SafetensorFiles, StoredTensors

@@ -16,7 +16,6 @@ from rk_export.changes import SCALE_ALPHA
 from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.comparison import require_parity
-from rk_export.context import check_context, context_notices
 from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
@@ -31,6 +30,10 @@ from rk_export.heal import HealOptions, heal
 from rk_export.load import ModelSource, open_source, read_config
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.method_plans import basis_plan, sparse_plan
+from rk_export.model.context import check_context, context_notices
+from rk_export.model.sites import canonical_layers
+from rk_export.model.switches import switches_of
+from rk_export.model.torch_logits import torch_logits
 from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions
@@ -44,11 +47,8 @@ from rk_export.report.records import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
-from rk_export.sites import canonical_layers
 from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
 from rk_export.storage import FLOAT_BYTES
-from rk_export.switches import switches_of
-from rk_export.torch_logits import torch_logits
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 

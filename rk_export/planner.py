@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rk_export.architectures import Projection, architecture_of
 from rk_export.budget import Table, spend, too_small
 from rk_export.candidates import least_price
 from rk_export.carried import carried_sites
@@ -21,6 +20,10 @@ from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.load import ModelSource, loaded_layers
+from rk_export.model.families import Projection, architecture_of
+from rk_export.model.pruned_config import pruned_config
+from rk_export.model.shape_rules import check_shape
+from rk_export.model.sites import canonical_layers, default_multiple, dense_sites
 from rk_export.options.compress import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
@@ -29,9 +32,6 @@ from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, ran
 from rk_export.passes.weights.joint_rank import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
-from rk_export.pruned_config import pruned_config
-from rk_export.shape_rules import check_shape
-from rk_export.sites import canonical_layers, default_multiple, dense_sites
 from rk_export.spectral_plan import spectral_plan
 
 

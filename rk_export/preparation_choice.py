@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rk_export.architectures import Projection
 from rk_export.dense_statistics import Place
-from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
+from rk_export.model.families import Projection
+from rk_export.model.layer_wiring import wiring_of
+from rk_export.model.preparable import preparations_of
 from rk_export.moments import inputs_of, readers
 from rk_export.neuron_peaks import shortened
 from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS, QuantSpec
@@ -34,7 +35,6 @@ from rk_export.passes.numerics.predicted_loss import (
 from rk_export.passes.prepare.parameters import read, weight
 from rk_export.passes.prepare.scale import neuron_scales
 from rk_export.passes.prepare.wiring import Wiring
-from rk_export.preparable import preparations_of
 from rk_export.prepared import LayerPreparation
 from rk_export.report.records import Finding, Outcome
 from rk_export.sensitivity import output_weights

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import architecture_of
 from rk_export.bundle import write_side_files
 from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, write_manifest
-from rk_export.layer_wiring import wiring_of
 from rk_export.load import ModelSource
+from rk_export.model.families import architecture_of
+from rk_export.model.layer_wiring import wiring_of
+from rk_export.model.plain_form import plain_model
+from rk_export.model.preparable import check_scale, folded_norms, preparations_of
 from rk_export.options.compress import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
 from rk_export.passes.prepare.fold import fold_layer, fold_norm
@@ -28,9 +30,7 @@ from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal
 from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated_tied_head
 from rk_export.passes.prepare.scale import scale_layer
 from rk_export.passes.prepare.wiring import Wiring
-from rk_export.preparable import check_scale, folded_norms, preparations_of
 from rk_export.report.records import Finding
-from rk_export.stored_form import plain_model
 
 
 @dataclass(frozen=True)

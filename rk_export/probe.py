@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rk_export.context import PROMPT_LENGTH
+from rk_export.model.context import PROMPT_LENGTH
+from rk_export.model.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
-from rk_export.switches import CROSSED_BY_RUNTIME, LONG_ROTATION, WINDOW, Switch
 
 NEW_TOKENS = 64
 DECODE_FROM = 8

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.architectures import Architecture
 from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.model.families import Architecture
 
 _TOGETHER = 2048  # tokens
 

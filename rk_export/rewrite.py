@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.architectures import Architecture
 from rk_export.carried import head_findings, source_grids
 from rk_export.dense_statistics import Place
 from rk_export.device import resolve_device
 from rk_export.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.load import ModelSource
+from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.carry import Carry

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from rk_export.comparison import compare
+from rk_export.model.switches import LONG_ROTATION
 from rk_export.probe import DECODE_FROM, Crossing, Probe
 from rk_export.report.records import ParityTier
 from rk_export.runtime import EncoderSession, Session
-from rk_export.switches import LONG_ROTATION
 
 LEVEL_TIER = "ONNX Runtime, level 0 vs as shipped"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rk_export.architectures import Architecture
+from rk_export.model.families import Architecture
 from rk_export.rewrite import Rewritten
 
 TRAINABLE = ("factors", "norms", "biases", "scales")

@@ -46,6 +46,7 @@ from rk_export.folders import library_versions
 from rk_export.layer_statistics import FromDense
 from rk_export.load import ModelSource, open_source
 from rk_export.measure import perplexity_of
+from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.gaps import encode_gaps
@@ -54,7 +55,6 @@ from rk_export.planner import make_plan
 from rk_export.report.svg import new_figure, save_figure, styled
 from rk_export.rewrite import rewrite
 from rk_export.sensitivity import dense_statistics
-from rk_export.torch_logits import torch_logits
 
 logger = logging.getLogger("cap_paper")
 

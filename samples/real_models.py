@@ -27,12 +27,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rk_export import CompressOptions, compress
 from rk_export.assets import gemma3, minilm, qwen2_5_coder, smollm2, wiki_text
+from rk_export.model.torch_logits import torch_logits
 from rk_export.perplexity import perplexity
 from rk_export.report.records import Report
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.text import TextCodec
 from rk_export.text import LogitsFn, tokens_of
-from rk_export.torch_logits import torch_logits
 
 MODELS: dict[str, tuple[str, Callable[[], Path]]] = {
     "smollm2": ("SmolLM2-135M-Instruct", smollm2),

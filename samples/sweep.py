@@ -40,13 +40,13 @@ from rk_export.groundwork import groundwork
 from rk_export.heal import HealOptions, heal
 from rk_export.load import open_source
 from rk_export.measure import perplexity_of
+from rk_export.model.torch_logits import torch_logits
 from rk_export.neuron_peaks import neuron_peaks
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.planner import make_plan
 from rk_export.prepared import save_prepared
 from rk_export.runtime import Session
 from rk_export.text import LogitsFn
-from rk_export.torch_logits import torch_logits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,8 +12,8 @@ from tiny_models import DECODERS, FAMILIES, tiny_config, tiny_model
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.architectures import HeadLayout, architecture_of, empty_canonical_model
 from rk_export.errors import UnsupportedModelError
+from rk_export.model.families import HeadLayout, architecture_of, empty_canonical_model
 
 
 @pytest.fixture(autouse=True, scope="module")

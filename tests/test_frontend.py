@@ -17,9 +17,9 @@ import torch
 from tiny_models import DECODERS, FAMILIES, tiny_config, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
-from rk_export.architectures import architecture_of
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.frontend import build_module, check_supported, linear_class, rename_weights, trace
+from rk_export.model.families import architecture_of
 
 Array = npt.NDArray[Any]
 FP32_BOUND = 1e-4  # of the largest logit

@@ -15,9 +15,9 @@ from rk_export import export, verify
 from rk_export.errors import InputError
 from rk_export.load import open_source
 from rk_export.log_likelihood import Continuation, log_likelihoods
+from rk_export.model.torch_logits import torch_logits
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder
-from rk_export.torch_logits import torch_logits
 
 SWITCH, CONTEXT = 40, 128
 LONGROPE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from tiny_models import tiny_config, tiny_model
 
 from rk_export import pipeline
 from rk_export.greedy import Golden
+from rk_export.model.switches import switches_of
 from rk_export.parity import bundle_tiers
 from rk_export.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
-from rk_export.switches import switches_of
 
 LONGROPE: dict[str, Any] = {
     "rope_parameters": {

@@ -20,6 +20,7 @@ from rk_export.fingerprints import weights_fingerprint
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.load import ModelSource, open_source
+from rk_export.model.plain_form import plain_model
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.options.methods import PruneOptions
@@ -29,7 +30,6 @@ from rk_export.planner import make_plan
 from rk_export.prepared import PreparedSource
 from rk_export.pruned import PrunedSource
 from rk_export.rewrite import Rewritten
-from rk_export.stored_form import plain_model
 
 SourceOf = Callable[..., ModelSource]
 NO_HEADS = ("gpt2", "opt", "olmo2")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.architectures import Architecture
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
+from rk_export.model.families import Architecture
+from rk_export.model.sites import dense_sites
 from rk_export.options.compress import GROUPS, CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite
@@ -28,7 +29,6 @@ from rk_export.passes.numerics.ranks import rank_of_ratio
 from rk_export.passes.weights.joint_rank import stacked_pairs
 from rk_export.passes.weights.site_metric import site_metrics
 from rk_export.plan import SitePlan
-from rk_export.sites import dense_sites
 
 logger = logging.getLogger(__name__)
 

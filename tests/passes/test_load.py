@@ -16,9 +16,9 @@ from tiny_models import FAMILIES, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rk_export.architectures import empty_canonical_model
 from rk_export.errors import InputError, RkExportError, UnsupportedModelError
 from rk_export.load import open_source
+from rk_export.model.families import empty_canonical_model
 
 CONVERTED = ("mixtral", "qwen3_moe")
 

@@ -11,11 +11,11 @@ from compressed import INT4, SourceOf, floats
 from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
+from rk_export.model.sites import default_multiple
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
 from rk_export.planner import check_plan, make_plan
-from rk_export.sites import default_multiple
 
 # Shapes of the tiny llama: hidden 64, q 64, k and v 32, gate and up 128.
 

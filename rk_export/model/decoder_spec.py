@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import HeadLayout, architecture_of, has_experts
 from rk_export.errors import UnsupportedModelError
-from rk_export.rotary import ALL_LAYERS
+from rk_export.model.families import HeadLayout, architecture_of, has_experts
+from rk_export.model.rotary import ALL_LAYERS
 
 # Checked against PyTorch; the names are those of transformers' ACT2FN.
 EXACT_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")

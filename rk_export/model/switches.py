@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of
-from rk_export.decoder_spec import decoder_spec
+from rk_export.model.decoder_spec import decoder_spec
+from rk_export.model.families import architecture_of
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
 # What a generation of the runtime crosses as PyTorch does.

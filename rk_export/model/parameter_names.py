@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from rk_export.architectures import architecture_of, transformers_model
+from rk_export.model.families import architecture_of, transformers_model
 
 # Buffers that older checkpoints store and that are computed today; no model reads them any more.
 _OLD_BUFFERS = (

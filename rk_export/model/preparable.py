@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of, empty_canonical_model
-from rk_export.decoder_spec import DecoderSpec, decoder_spec
 from rk_export.errors import InputError
-from rk_export.layer_wiring import wiring_of
+from rk_export.model.decoder_spec import DecoderSpec, decoder_spec
+from rk_export.model.families import architecture_of, empty_canonical_model
+from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding, Outcome

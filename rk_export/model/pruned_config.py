@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of, empty_canonical_model, has_experts
-from rk_export.decoder_spec import decoder_spec
 from rk_export.errors import InputError
+from rk_export.model.decoder_spec import decoder_spec
+from rk_export.model.families import architecture_of, empty_canonical_model, has_experts
 from rk_export.plan import Pruning
 
 # Fields with a value for every block.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import Architecture, architecture_of, has_experts
-from rk_export.decoder_spec import NormNames, decoder_spec
+from rk_export.model.decoder_spec import NormNames, decoder_spec
+from rk_export.model.families import Architecture, architecture_of, has_experts
 from rk_export.passes.prepare.wiring import Wiring
 
 ROUTER = "mlp.gate"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import Projection, architecture_of, empty_canonical_model
+from rk_export.model.families import Projection, architecture_of, empty_canonical_model
 from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.plan import SitePlan

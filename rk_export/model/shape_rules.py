@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of, has_experts
-from rk_export.decoder_spec import decoder_spec
 from rk_export.errors import InputError
+from rk_export.model.decoder_spec import decoder_spec
+from rk_export.model.families import architecture_of, has_experts
 from rk_export.passes.base import Layer
 from rk_export.passes.weights.prune_width import mlp_paths
 from rk_export.plan import LayerShape, SitePlan

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from rk_export.architectures import Architecture
-from rk_export.decoder_spec import OPT_POSITION_OFFSET
 from rk_export.errors import InputError
+from rk_export.model.decoder_spec import OPT_POSITION_OFFSET
+from rk_export.model.families import Architecture
 
 
 def rename_tensors(

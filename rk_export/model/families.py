@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from rk_export.canonical import Experts, linear_from_conv1d, split_experts, split_linear
 from rk_export.errors import InputError, UnsupportedModelError
+from rk_export.model.canonical import Experts, linear_from_conv1d, split_experts, split_linear
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "expert"]
 RolePaths = tuple[tuple[Role, str], ...]

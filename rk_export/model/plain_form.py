@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rk_export.architectures import empty_model
-from rk_export.canonical import Experts, JoinedLinear
+from rk_export.model.canonical import Experts, JoinedLinear
+from rk_export.model.families import empty_model
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:

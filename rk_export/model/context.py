@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from rk_export.architectures import architecture_of
-from rk_export.decoder_spec import has_learned_positions
 from rk_export.errors import InputError
+from rk_export.model.decoder_spec import has_learned_positions
+from rk_export.model.families import architecture_of
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
