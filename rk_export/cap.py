@@ -27,12 +27,12 @@ from rk_export.cap_pools import (
 from rk_export.cap_scores import all_scores, curvature_score, energy_score
 from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.options.compress import Budget
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.report.humanize import size
+from rk_export.source.stored import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rk_export.cap_pools import check_source
 from rk_export.dense_statistics import DenseStatistics, Place
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
+from rk_export.source.stored import ModelSource, loaded_layers
 
 
 def magnitude(

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from rk_export.cap_pools import Prices, check_source
 from rk_export.dense_statistics import DenseStatistics, Place
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
+from rk_export.source.stored import ModelSource, loaded_layers
 from rk_export.tensor_cache import packed, remembered, unpacked
 
 logger = logging.getLogger(__name__)

@@ -35,10 +35,10 @@ from transformers import PreTrainedModel
 from rk_export.cap_pools import Pool, Pools, Prices, by_place, flat_prices
 from rk_export.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.fingerprints import model_fingerprint
-from rk_export.load import ModelSource
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
+from rk_export.source.fingerprints import model_fingerprint
+from rk_export.source.stored import ModelSource
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)

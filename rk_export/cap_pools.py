@@ -19,12 +19,12 @@ from torch import Tensor
 
 from rk_export.dense_statistics import Place
 from rk_export.errors import InputError
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.model.sites import canonical_layers
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
+from rk_export.source.stored import ModelSource, loaded_layers
 from rk_export.tensor_cache import packed, remembered, unpacked
 
 logger = logging.getLogger(__name__)

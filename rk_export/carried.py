@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
 
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.model.canonical import JoinedLinear
 from rk_export.model.sites import dense_sites
 from rk_export.options.compress import CompressOptions
@@ -15,6 +14,7 @@ from rk_export.passes.numerics.grid import Grid, block_spec
 from rk_export.passes.weights.carry import Grids, why_not
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
+from rk_export.source.stored import ModelSource, loaded_layers
 
 # Checkpoints name some experts in another way than the modules that transformers 5 makes of them.
 _STORED_NAMES = {

@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 
 from transformers import PretrainedConfig
 
-from rk_export.bundle import write_own_files
 from rk_export.errors import InputError
 from rk_export.runtime.ends import Ends, read_ends
+from rk_export.source.side_files import write_own_files
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
-from rk_export.load import read_config
 from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
 from rk_export.options.compress import QuantSpec
@@ -28,8 +27,9 @@ from rk_export.passes.weights.sparse import empty_sparse
 from rk_export.plan import Plan
 from rk_export.planner import check_sites
 from rk_export.rewrite import Rewritten
-from rk_export.tokenizer_files import copy_tokenizer
-from rk_export.weight_files import open_tensors
+from rk_export.source.stored import read_config
+from rk_export.source.tokenizer_files import copy_tokenizer
+from rk_export.source.weight_files import open_tensors
 
 SECTION = "rk_export"
 GENERATION_FILE = "generation_config.json"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from rk_export.candidates import Form, Format, Menu, Price
 from rk_export.cost_table import CostTable
 from rk_export.fixed_parts import FixedPart, fixed_parts
-from rk_export.load import ModelSource
 from rk_export.options.compress import GROUPS, W8A8, Budget, CompressOptions, QuantSpec
 from rk_export.plan import SitePlan
 from rk_export.report.humanize import size
+from rk_export.source.stored import ModelSource
 from rk_export.storage import FLOAT_BYTES, Shape, matrix_bytes
 
 WEIGHT_FORMATS: tuple[Format, ...] = (

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from rk_export.adapter import is_adapter
 from rk_export.checkpoint import is_checkpoint, load_pretrained
 from rk_export.errors import InputError
-from rk_export.load import open_source, read_config
 from rk_export.log_likelihood import PairEncoder
 from rk_export.measure import EvalText, check_text, context_length, perplexity_of
 from rk_export.model.torch_logits import torch_logits
@@ -25,6 +23,8 @@ from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
 from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
+from rk_export.source.adapter import is_adapter
+from rk_export.source.stored import open_source, read_config
 from rk_export.tasks import Task
 from rk_export.text import LogitsFn
 

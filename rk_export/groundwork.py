@@ -20,7 +20,6 @@ from rk_export.changes import decided_preparations, prepared_source, pruned_sour
 from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.device import resolve_device
 from rk_export.layer_statistics import FromDense, FromGains, FromPrefix, LayerStatistics, NoStatistics
-from rk_export.load import ModelSource
 from rk_export.method_plans import check_parts, sparse_budget, stored_prices
 from rk_export.model.torch_logits import torch_logits
 from rk_export.model_statistics import diagonals_finding, model_statistics, only_diagonals
@@ -31,8 +30,9 @@ from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite import DENSE, Rewritten, rewrite
+from rk_export.source.stored import ModelSource
+from rk_export.source.tuned import TunedSource
 from rk_export.table_statistics import table_curvature
-from rk_export.tuned import TunedSource
 
 
 @dataclass(frozen=True)

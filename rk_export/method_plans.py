@@ -11,13 +11,13 @@ from rk_export.currencies import table_count
 from rk_export.dense_statistics import Place
 from rk_export.errors import InputError
 from rk_export.fixed_parts import fixed_parts, in_words
-from rk_export.load import ModelSource
 from rk_export.model.sites import canonical_layers, plain_sites
 from rk_export.options.compress import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan
 from rk_export.report.humanize import size
+from rk_export.source.stored import ModelSource
 from rk_export.storage import FLOAT_BYTES, matrix_bytes
 
 # Nodes of model.onnx that add a sparse matrix to a factor pair: 3.5 kB a matrix, and a little in reserve.

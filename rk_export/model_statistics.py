@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from rk_export.dense_statistics import DenseStatistics, layerwise
 from rk_export.device import resolve_device
-from rk_export.load import ModelSource
 from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
 from rk_export.sensitivity import dense_statistics
+from rk_export.source.stored import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rk_export.load import ModelSource
 from rk_export.moments import inputs_of
+from rk_export.source.stored import ModelSource
 
 # Peaks settle with little text.
 SHORT_TEXT = 2048

@@ -8,7 +8,6 @@ from rk_export.cap_pools import check_source
 from rk_export.changes import task_tokens
 from rk_export.cost_table import TIMED_CONTEXT
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.method_plans import sparse_budget, stored_prices
 from rk_export.model.context import check_context
 from rk_export.model.pruned_config import check_decoder, pruned_config
@@ -17,6 +16,7 @@ from rk_export.options.methods import PruneOptions
 from rk_export.plan import Pruning
 from rk_export.planner import check_groups, check_size, with_default_groups
 from rk_export.pruned import check_blocks, kept_width
+from rk_export.source.stored import ModelSource
 
 
 def check_options(source: ModelSource, options: CompressOptions) -> None:

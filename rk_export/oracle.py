@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.memory import available_memory
 from rk_export.model.families import empty_model
 from rk_export.model.torch_logits import torch_logits
 from rk_export.report.humanize import size
+from rk_export.source.stored import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,6 @@ from rk_export.frontend import check_supported
 from rk_export.greedy import Golden
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
-from rk_export.load import ModelSource, open_source, read_config
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.method_plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
@@ -41,13 +40,14 @@ from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
 from rk_export.preflight import dense_logits, preflight
-from rk_export.prepared import PreparedSource, save_prepared
 from rk_export.probe import Probe, make_probe
 from rk_export.report.records import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite import QUANTIZED, Rewritten
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
+from rk_export.source.prepared import PreparedSource, save_prepared
+from rk_export.source.stored import ModelSource, open_source, read_config
 from rk_export.storage import FLOAT_BYTES
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 

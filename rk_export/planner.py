@@ -19,7 +19,6 @@ from rk_export.currencies import currency_of, table_count
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.model.families import Projection, architecture_of
 from rk_export.model.pruned_config import pruned_config
 from rk_export.model.shape_rules import check_shape
@@ -32,6 +31,7 @@ from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, ran
 from rk_export.passes.weights.joint_rank import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
+from rk_export.source.stored import ModelSource, loaded_layers
 from rk_export.spectral_plan import spectral_plan
 
 

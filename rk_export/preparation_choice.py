@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.dense_statistics import Place
-from rk_export.load import ModelSource
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
@@ -35,9 +34,10 @@ from rk_export.passes.numerics.predicted_loss import (
 from rk_export.passes.prepare.parameters import read, weight
 from rk_export.passes.prepare.scale import neuron_scales
 from rk_export.passes.prepare.wiring import Wiring
-from rk_export.prepared import LayerPreparation
 from rk_export.report.records import Finding, Outcome
 from rk_export.sensitivity import output_weights
+from rk_export.source.prepared import LayerPreparation
+from rk_export.source.stored import ModelSource
 from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)

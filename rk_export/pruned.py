@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.dense_statistics import DenseStatistics
-from rk_export.derived import DerivedSource
 from rk_export.errors import InputError
 from rk_export.layer_statistics import FromDense
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import empty_model
 from rk_export.model.pruned_config import pruned_config
@@ -33,6 +31,8 @@ from rk_export.passes.weights.prune_groups import group_scores
 from rk_export.passes.weights.shapes import planned_shape, reshape_layer
 from rk_export.plan import LayerShape, Pruning, SitePlan
 from rk_export.report.records import Finding, Outcome
+from rk_export.source.derived import DerivedSource
+from rk_export.source.stored import ModelSource, loaded_layers
 
 # Widths are rounded down to a multiple of it: kernels and quantization blocks take whole multiples.
 WIDTH_MULTIPLE = 32

@@ -19,8 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
-from rk_export.fingerprints import weights_fingerprint
-from rk_export.load import ModelSource
+from rk_export.source.fingerprints import weights_fingerprint
+from rk_export.source.stored import ModelSource
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import torch
 
 from rk_export.device import resolve_device
 from rk_export.folders import AtomicFolder, check_replaceable, library_versions
-from rk_export.load import ModelSource, loaded_layers, open_source
 from rk_export.options.compress import CompressOptions
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
@@ -20,6 +19,7 @@ from rk_export.planner import layer_sites, with_default_groups
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html
+from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
 logger = logging.getLogger(__name__)
 

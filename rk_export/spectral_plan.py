@@ -12,7 +12,6 @@ from torch import Tensor
 from rk_export.budget import InputSides
 from rk_export.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.model.sites import default_multiple, dense_sites
 from rk_export.options.compress import GROUPS, CompressOptions
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
@@ -21,6 +20,7 @@ from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
+from rk_export.source.stored import ModelSource, loaded_layers
 
 
 def spectral_plan(

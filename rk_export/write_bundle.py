@@ -16,7 +16,6 @@ import torch
 from transformers import GenerationConfig
 
 from rk_export.accuracy_levels import choose_levels
-from rk_export.bundle import write_side_files
 from rk_export.comparison import require_parity
 from rk_export.errors import InputError
 from rk_export.fixed_parts import fixed_findings
@@ -24,7 +23,6 @@ from rk_export.folders import library_versions, write_manifest
 from rk_export.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.greedy import Golden
-from rk_export.load import ModelSource
 from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.model.torch_logits import torch_logits
@@ -44,6 +42,8 @@ from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.runtime.text import TextCodec
 from rk_export.sizes import size_summary
+from rk_export.source.side_files import write_side_files
+from rk_export.source.stored import ModelSource
 from rk_export.triton import triton_repository
 
 logger = logging.getLogger(__name__)

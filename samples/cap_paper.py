@@ -44,7 +44,6 @@ from rk_export.cli import quiet_libraries
 from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.folders import library_versions
 from rk_export.layer_statistics import FromDense
-from rk_export.load import ModelSource, open_source
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
@@ -55,6 +54,7 @@ from rk_export.planner import make_plan
 from rk_export.report.svg import new_figure, save_figure, styled
 from rk_export.rewrite import rewrite
 from rk_export.sensitivity import dense_statistics
+from rk_export.source.stored import ModelSource, open_source
 
 logger = logging.getLogger("cap_paper")
 

@@ -32,8 +32,8 @@ from typing import Any
 from rk_export.cli import quiet_libraries
 from rk_export.errors import InputError
 from rk_export.folders import library_versions
-from rk_export.load import ModelSource, open_source
 from rk_export.report.svg import save_figure
+from rk_export.source.stored import ModelSource, open_source
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who run or load this file from elsewhere
 

@@ -30,12 +30,12 @@ from rk_export.assets import smollm2
 from rk_export.cap_baselines import magnitude
 from rk_export.cli import quiet_libraries
 from rk_export.graph_export import build_graph, save_graph
-from rk_export.load import ModelSource, open_source
 from rk_export.method_plans import sparse_plan
 from rk_export.onnx_sparse import ENTRIES
 from rk_export.options.compress import CalibrationOptions
 from rk_export.passes.graph.nodes import PART_KEY
 from rk_export.rewrite import rewrite
+from rk_export.source.stored import ModelSource, open_source
 
 DENSITIES = (0.5, 0.3, 0.1)
 STORAGES = ("dense", "sparse initializers", "3-byte entries")

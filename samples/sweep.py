@@ -38,14 +38,14 @@ from rk_export.cli import quiet_libraries
 from rk_export.folders import library_versions
 from rk_export.groundwork import groundwork
 from rk_export.heal import HealOptions, heal
-from rk_export.load import open_source
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.neuron_peaks import neuron_peaks
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.planner import make_plan
-from rk_export.prepared import save_prepared
 from rk_export.runtime import Session
+from rk_export.source.prepared import save_prepared
+from rk_export.source.stored import open_source
 from rk_export.text import LogitsFn
 
 matplotlib.use("Agg")

@@ -18,8 +18,8 @@ import pytest
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Runtime before rk-export
 
 if TYPE_CHECKING:
-    from rk_export.load import ModelSource
     from rk_export.options.compress import CompressOptions
+    from rk_export.source.stored import ModelSource
 
 SENTENCES = [
     "The harbour was quiet in the early morning, and only the gulls moved between the masts.",
@@ -55,7 +55,7 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSo
     """Return a function from family and config fields to the saved tiny model; equal arguments share one."""
     from tiny_models import tiny_model
 
-    from rk_export.load import open_source
+    from rk_export.source.stored import open_source
 
     sources: dict[str, ModelSource] = {}
 

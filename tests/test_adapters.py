@@ -16,8 +16,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.fingerprints import weights_fingerprint
-from rk_export.load import open_source
+from rk_export.source.fingerprints import weights_fingerprint
+from rk_export.source.stored import open_source
 
 peft = pytest.importorskip("peft")
 

@@ -20,13 +20,13 @@ from rk_export.cost_table import CostTable, measure_costs
 from rk_export.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
 from rk_export.errors import InputError
 from rk_export.groundwork import groundwork
-from rk_export.load import ModelSource, loaded_layers, open_source
 from rk_export.model.sites import dense_sites
 from rk_export.option_checks import check_options
 from rk_export.options.compress import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
 from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
 from rk_export.pipeline import model_costs, verify
 from rk_export.plan import Plan, SitePlan
+from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)
 SourceOf = Callable[..., ModelSource]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from rk_export import calibration
 from rk_export.calibration import CalibrationStreams, calibration_tokens
 from rk_export.errors import InputError
-from rk_export.load import ModelSource, open_source
 from rk_export.moments import MomentSum
 from rk_export.options.compress import CalibrationOptions, CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan
 from rk_export.planner import make_plan
+from rk_export.source.stored import ModelSource, open_source
 
 SourceOf = Callable[..., ModelSource]
 Statistics = list[dict[str, SiteStatistics]]

@@ -15,9 +15,9 @@ from rk_export.cap_pools import BYTES, PARAMETERS, Pool, Pools, Prices, linear_s
 from rk_export.cap_scores import curvature_score, directions_only, energy_score
 from rk_export.dense_statistics import DenseStatistics, Place, loss_increase
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.rpca import rpca
+from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]
 TOKENS = 64

@@ -15,9 +15,9 @@ from rk_export import cap_policy
 from rk_export.cap_policy import first_probabilities, learn, put, reinforce
 from rk_export.cap_pools import PARAMETERS, Pool, Pools, by_place, flat_prices, linear_shapes, make_pools
 from rk_export.cap_scores import all_scores, energy_score
-from rk_export.load import ModelSource
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from rk_export.cap_pools import (
     selected,
 )
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.passes.numerics.rpca import rpca
+from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]
 CPU = torch.device("cpu")

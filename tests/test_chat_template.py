@@ -18,7 +18,7 @@ from rk_export.errors import InputError
 from rk_export.runtime import Session
 from rk_export.runtime.chat import ChatTemplate
 from rk_export.runtime.text import TextCodec
-from rk_export.tokenizer_files import copy_tokenizer
+from rk_export.source.tokenizer_files import copy_tokenizer
 
 USER = [{"role": "user", "content": "How much is 2 < 3?"}]
 TALK = [*USER, {"role": "assistant", "content": " yes "}, {"role": "user", "content": "Ça 🍎"}]
@@ -303,7 +303,7 @@ def test_a_session_passes_arguments_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["smollm2"])
 def test_real_tokenizer(tmp_path: Path, model: str) -> None:
     from rk_export import assets
-    from rk_export.load import open_source
+    from rk_export.source.stored import open_source
 
     source = open_source(getattr(assets, model)()).folder
     same(source, tmp_path / "out", TALK)

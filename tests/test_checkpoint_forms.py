@@ -17,9 +17,9 @@ from tiny_models import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rk_export.errors import InputError
-from rk_export.load import ModelSource, open_source
-from rk_export.prepared import PreparedSource
 from rk_export.runtime import Session
+from rk_export.source.prepared import PreparedSource
+from rk_export.source.stored import ModelSource, open_source
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[Tensors], Tensors]

@@ -11,7 +11,7 @@ import pytest
 from conftest import Cli
 
 from rk_export.errors import InputError
-from rk_export.load import open_source
+from rk_export.source.stored import open_source
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from test_chat_template import CHATML, write_json, write_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rk_export.bundle import write_side_files
 from rk_export.check_ends import check_ends
 from rk_export.errors import InputError
-from rk_export.load import open_source
 from rk_export.runtime import FinishReason, GenerationOptions, Session
 from rk_export.runtime.ends import Ends, read_ends
 from rk_export.runtime.generate import Row
+from rk_export.source.side_files import write_side_files
+from rk_export.source.stored import open_source
 
 IM_END, VOCAB = 259, 320
 

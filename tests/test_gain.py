@@ -11,10 +11,10 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from rk_export.gain import gain_statistics
-from rk_export.load import ModelSource
 from rk_export.options.compress import CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.planner import make_plan
+from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.gguf import gguf_to_folder
-from rk_export.gguf_rotary import llama3_divisors
-from rk_export.gguf_tensors import rotary_halves
+from rk_export.source.gguf.convert import gguf_to_folder
+from rk_export.source.gguf.rotary import llama3_divisors
+from rk_export.source.gguf.tensors import rotary_halves
 
 
 def test_config_states_short_decimals_and_token_ids(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.gguf import gguf_to_folder
-from rk_export.load import open_source
+from rk_export.source.gguf.convert import gguf_to_folder
+from rk_export.source.stored import open_source
 
 # What no file states, and what is stated for the tokenizer.
 UNSTATED = {"architectures", "dtype", "_name_or_path", "transformers_version", "unk_token_id", "head_dim"}
@@ -88,7 +88,7 @@ def test_our_loader_reads_the_converted_model(
 ) -> None:
     family, changes = CASES[case]
     original = model_for_gguf(family, **changes)
-    monkeypatch.setattr("rk_export.gguf.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("rk_export.source.gguf.convert.CACHE", tmp_path / "cache")
     path = write_gguf(tmp_path / "tiny.gguf", original)
     source = open_source(path.rename(tmp_path / "sha256-0123"))  # a file is known by how it begins
     assert largest_error(source.load(), original) < 1e-5

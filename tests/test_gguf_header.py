@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from gguf_files import finish, model_for_gguf, write_gguf
 
-from rk_export import gguf_file
 from rk_export.errors import InputError, RkExportError, UnsupportedModelError
-from rk_export.gguf import gguf_to_folder
-from rk_export.gguf_header import read_header
+from rk_export.source.gguf import file as gguf_file
+from rk_export.source.gguf.convert import gguf_to_folder
+from rk_export.source.gguf.header import read_header
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from gguf_files import model_for_gguf, write_gguf
 from safetensors.torch import load_file
 
 from rk_export.errors import InputError
-from rk_export.gguf import gguf_to_folder
-from rk_export.load import open_source
+from rk_export.source.gguf.convert import gguf_to_folder
+from rk_export.source.stored import open_source
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_any_shard_stands_for_all(tmp_path: Path, shards: list[Path]) -> None:
 def test_a_folder_of_shards_is_one_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: list[Path]
 ) -> None:
-    monkeypatch.setattr("rk_export.gguf.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("rk_export.source.gguf.convert.CACHE", tmp_path / "cache")
     shards[0].with_name("mmproj-tiny.gguf").write_bytes(b"GGUF")  # never opened
     assert open_source(shards[0].parent).folder == gguf_to_folder(shards[0])
 

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from transformers.integrations.gguf import gguf_tokenizer_mapping as published
 
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.gguf import gguf_to_folder
-from rk_export.gguf_tokenizer import splitter
+from rk_export.source.gguf.convert import gguf_to_folder
+from rk_export.source.gguf.tokenizer import splitter
 
 TEXTS = [
     "Hello world's HELLO'S don't DON'T we'll We'LL I'm",

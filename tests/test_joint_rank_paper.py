@@ -15,9 +15,9 @@ import torch
 
 from rk_export import EvalText
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.load import open_source
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
+from rk_export.source.stored import open_source
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "joint_rank_paper.py"
 

@@ -10,12 +10,12 @@ import torch
 from tiny_models import DECODERS
 from transformers import PretrainedConfig
 
-from rk_export.load import ModelSource
 from rk_export.model import layer_wiring, preparable
 from rk_export.model.decoder_spec import DecoderSpec, NormNames, decoder_spec
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.families import architecture_of
 from rk_export.model.layer_wiring import wiring_of
+from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]
 

@@ -13,11 +13,11 @@ from tiny_models import tiny_model
 
 from rk_export import export, verify
 from rk_export.errors import InputError
-from rk_export.load import open_source
 from rk_export.log_likelihood import Continuation, log_likelihoods
 from rk_export.model.torch_logits import torch_logits
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder
+from rk_export.source.stored import open_source
 
 SWITCH, CONTEXT = 40, 128
 LONGROPE: dict[str, Any] = {

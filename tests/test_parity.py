@@ -21,7 +21,6 @@ from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
 from rk_export.graph_export import save_graph
 from rk_export.greedy import Golden
-from rk_export.load import open_source
 from rk_export.parity import method_tiers, runtime_tiers
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
@@ -30,6 +29,7 @@ from rk_export.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.runtime import Session
+from rk_export.source.stored import open_source
 
 Damage = Callable[[onnx.ModelProto], None]
 

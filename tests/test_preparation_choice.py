@@ -13,7 +13,6 @@ from conftest import Cli
 from tiny_models import tiny_model
 from torch import Tensor
 
-from rk_export.load import ModelSource, open_source
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
 from rk_export.moments import inputs_of
@@ -21,8 +20,9 @@ from rk_export.options.compress import PREPARATIONS, W8A8, QuantSpec
 from rk_export.passes.prepare.parameters import weight
 from rk_export.plan import Plan
 from rk_export.preparation_choice import Rounding, _state, _Trial, choose_preparations
-from rk_export.prepared import LayerPreparation, PreparedSource
 from rk_export.report.records import Outcome, Report
+from rk_export.source.prepared import LayerPreparation, PreparedSource
+from rk_export.source.stored import ModelSource, open_source
 
 SourceOf = Callable[..., ModelSource]
 CPU = torch.device("cpu")

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from rk_export import pipeline
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
-from rk_export.fingerprints import weights_fingerprint
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.groundwork import Groundwork, groundwork
-from rk_export.load import ModelSource, open_source
 from rk_export.model.plain_form import plain_model
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
@@ -27,9 +25,11 @@ from rk_export.options.methods import PruneOptions
 from rk_export.pipeline import compress, verify
 from rk_export.plan import Plan, Pruning
 from rk_export.planner import make_plan
-from rk_export.prepared import PreparedSource
 from rk_export.pruned import PrunedSource
 from rk_export.rewrite import Rewritten
+from rk_export.source.fingerprints import weights_fingerprint
+from rk_export.source.prepared import PreparedSource
+from rk_export.source.stored import ModelSource, open_source
 
 SourceOf = Callable[..., ModelSource]
 NO_HEADS = ("gpt2", "opt", "olmo2")

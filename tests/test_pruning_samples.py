@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from rk_export.load import ModelSource
+from rk_export.source.stored import ModelSource
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 

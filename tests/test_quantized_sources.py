@@ -36,11 +36,11 @@ from transformers import (
 
 from rk_export import CompressOptions, compress, export
 from rk_export.errors import InputError
-from rk_export.load import open_source, read_config
 from rk_export.options.compress import CalibrationOptions
-from rk_export.quantized_tensors import dequantized
 from rk_export.report.records import Report
-from rk_export.weight_files import open_tensors
+from rk_export.source.quantized.tensors import dequantized
+from rk_export.source.stored import open_source, read_config
+from rk_export.source.weight_files import open_tensors
 
 TOLERANCE = 1e-6
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -13,10 +13,10 @@ import pytest
 from conftest import Cli
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-from rk_export import find_model
 from rk_export.errors import InputError
-from rk_export.load import open_source, read_config
-from rk_export.remote_code import refuse_remote_code
+from rk_export.source import find_model
+from rk_export.source.remote_code import refuse_remote_code
+from rk_export.source.stored import open_source, read_config
 from rk_export.training_state import StateFile
 
 ROOT = Path(__file__).parents[1]

@@ -149,8 +149,8 @@ def test_groupings_goes_on_where_it_stopped(
 def test_groupings_relative_error_is_that_of_the_matrices(load: Load, llama: Path, prose: Path) -> None:
     import torch
 
-    from rk_export.load import open_source
     from rk_export.measure import EvalText
+    from rk_export.source.stored import open_source
 
     module = load("factorize_groupings")
     grouping = next(item for item in module.GROUPINGS if item.name == "q+k-separate")

@@ -14,9 +14,9 @@ from tiny_models import DECODERS, tiny_model
 
 from rk_export import self_text as module
 from rk_export.errors import InputError
-from rk_export.fingerprints import weights_fingerprint
-from rk_export.load import ModelSource, open_source
 from rk_export.self_text import draw, sample_text, self_text, start_token
+from rk_export.source.fingerprints import weights_fingerprint
+from rk_export.source.stored import ModelSource, open_source
 
 SourceOf = Callable[..., ModelSource]
 CPU = torch.device("cpu")

@@ -31,11 +31,11 @@ from joint_rank.study import (
     short,
 )
 from rk_export.folders import AtomicFolder
-from rk_export.load import ModelSource, open_source
 from rk_export.log_likelihood import PairEncoder
 from rk_export.report.plots import COLORS
 from rk_export.report.svg import new_figure, styled
 from rk_export.runtime.text import TextCodec
+from rk_export.source.stored import ModelSource, open_source
 
 logger = logging.getLogger("joint_rank")
 

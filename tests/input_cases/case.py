@@ -104,7 +104,7 @@ def run_case(case: Case, folder: Path) -> Row:
         AssertionError: Greedy tokens differ, or code that the input brings was run.
     """
     row = Row(case.name, case.given, case.command, "refused", None, None, "")
-    with patch("rk_export.gguf.CACHE", folder / "cache"):
+    with patch("rk_export.source.gguf.convert.CACHE", folder / "cache"):
         given = case.build(folder)
         try:
             report = _run(case.command, given, folder / "bundle")

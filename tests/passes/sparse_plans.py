@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 
 from rk_export.dense_statistics import Place
-from rk_export.load import ModelSource, loaded_layers
 from rk_export.options.compress import SINGLE_GROUPS, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
 from rk_export.planner import make_plan
+from rk_export.source.stored import ModelSource, loaded_layers
 
 
 def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:

@@ -18,7 +18,6 @@ from rk_export.basis_modules import BasisLinear
 from rk_export.basis_selection import Selection, select_basis
 from rk_export.basis_training import BasisTraining
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.next_token import backward_next_token
 from rk_export.options.compress import SINGLE_GROUPS, RankRule
 from rk_export.options.methods import BaselOptions
@@ -26,7 +25,8 @@ from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite import rewrite
-from rk_export.tuned import TunedSource
+from rk_export.source.stored import ModelSource
+from rk_export.source.tuned import TunedSource
 
 CPU = torch.device("cpu")
 HALF = RankRule("keep", 0.5)

@@ -13,7 +13,6 @@ from compressed import OnnxModel, SourceOf, floats, logits, tokens
 from torch import Tensor, nn
 
 from rk_export.checkpoint import load_pretrained, save_pretrained
-from rk_export.load import ModelSource
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules import CorrectedLinear
@@ -26,6 +25,7 @@ from rk_export.plan import SitePlan
 from rk_export.planner import make_plan
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.sizes import planned_findings
+from rk_export.source.stored import ModelSource
 
 CPU = torch.device("cpu")
 INT2 = QuantSpec(2, 16)

@@ -17,10 +17,10 @@ from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.distillation import Head, backward_divergence, dense_states, last_hidden
 from rk_export.errors import InputError
 from rk_export.heal import HealOptions, HealResult, heal
-from rk_export.load import ModelSource
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.rewrite import Rewritten
 from rk_export.shared_products import shared_products
+from rk_export.source.stored import ModelSource
 from rk_export.trainable import trainable
 from rk_export.training import batch_rows
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from rk_export import rewrite as rewriting
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.factors import IdentityFactors
@@ -28,6 +27,7 @@ from rk_export.plan import SitePlan
 from rk_export.planner import check_plan, make_plan
 from rk_export.rewrite import Rewritten
 from rk_export.sizes import planned_findings
+from rk_export.source.stored import ModelSource
 
 CPU = torch.device("cpu")
 BOUND = 1e-4

@@ -11,7 +11,6 @@ from compressed import SourceOf, compress, floats
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.options.compress import W8A8, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules import Int8Linear, float_inputs
@@ -22,6 +21,7 @@ from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import Plan, SitePlan
 from rk_export.planner import check_plan, make_plan
 from rk_export.sizes import kept_parameters, planned_findings
+from rk_export.source.stored import ModelSource
 
 CPU = torch.device("cpu")
 RANK_8 = RankRule("rank", 8)

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rk_export.errors import InputError, RkExportError, UnsupportedModelError
-from rk_export.load import open_source
 from rk_export.model.families import empty_canonical_model
+from rk_export.source.stored import open_source
 
 CONVERTED = ("mixtral", "qwen3_moe")
 

@@ -17,15 +17,15 @@ from torch import nn
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.graph_export import build_graph
-from rk_export.load import ModelSource
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.compress import PREPARATIONS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planner import make_plan
-from rk_export.prepared import PreparedSource
 from rk_export.report.records import Outcome
 from rk_export.rewrite import QUANTIZED, Rewritten, rewrite
+from rk_export.source.prepared import PreparedSource
+from rk_export.source.stored import ModelSource
 
 BOUND = 1e-4
 INT8 = QuantSpec(8, 16)

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest
-from rk_export.load import ModelSource, open_source
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import has_rotated_head, preparations_of
 from rk_export.options.compress import PREPARATIONS
 from rk_export.passes.modules import RotatedHead
-from rk_export.prepared import PreparedSource, save_prepared
 from rk_export.report.records import Finding, Outcome
+from rk_export.source.prepared import PreparedSource, save_prepared
+from rk_export.source.stored import ModelSource, open_source
 
 # Relative to the largest logit, both models evaluated in float64; what is left is the rounding of the new
 # weights to float32.

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
-from rk_export.load import ModelSource
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
 from rk_export.planner import check_plan, make_plan
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.sizes import kept_parameters, planned_findings
+from rk_export.source.stored import ModelSource
 
 BOUND = 1e-4
 EXPERTS = ("mixtral", "qwen3_moe")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from rk_export.basis_selection import select_basis
-from rk_export.load import ModelSource
 from rk_export.options.compress import RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import directions
 from rk_export.passes.numerics.metric import Metric
+from rk_export.source.stored import ModelSource
 
 
 def test_whitened_directions_are_the_matrix_and_lose_least_of_its_outputs() -> None:

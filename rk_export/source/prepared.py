@@ -1,0 +1,238 @@
+"""Dense models under exact reparameterizations: read layer by layer like any source, or saved as a plain model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rk_export.errors import InputError
+from rk_export.folders import AtomicFolder, write_manifest
+from rk_export.model.families import architecture_of
+from rk_export.model.layer_wiring import wiring_of
+from rk_export.model.plain_form import plain_model
+from rk_export.model.preparable import check_scale, folded_norms, preparations_of
+from rk_export.options.compress import PREPARATIONS
+from rk_export.passes.modules import RotatedHead
+from rk_export.passes.prepare.fold import fold_layer, fold_norm
+from rk_export.passes.prepare.heads import rotate_heads
+from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal
+from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated_tied_head
+from rk_export.passes.prepare.scale import scale_layer
+from rk_export.passes.prepare.wiring import Wiring
+from rk_export.report.records import Finding
+from rk_export.source.derived import DerivedSource
+from rk_export.source.side_files import write_side_files
+from rk_export.source.stored import ModelSource
+
+
+@dataclass(frozen=True)
+class LayerPreparation:
+    """How the layers of one model are reparameterized.
+
+    Args:
+        config: The model's config.
+        names: The preparations, names from `rk_export.options.compress.PREPARATIONS` or a part of `fold`.
+        seed: Of the rotations.
+        peaks: As in `PreparedSource`.
+        alpha: As in `PreparedSource`.
+    """
+
+    config: PretrainedConfig
+    names: tuple[str, ...]
+    seed: int
+    peaks: Mapping[str, Tensor]
+    alpha: float
+
+    @property
+    def variant(self) -> str:
+        """Tells preparations that give other tensors apart; empty where nothing is done."""
+        peaks = hashlib.sha256()
+        for name, peak in sorted(self.peaks.items()):
+            peaks.update(name.encode() + peak.float().cpu().numpy().tobytes())
+        return f"{self.names} {self.seed} {self.alpha} {peaks.hexdigest()}" if self.names else ""
+
+    @cached_property
+    def rotation(self) -> Orthogonal:
+        """The rotation of the residual stream."""
+        return orthogonal(self.config.hidden_size, torch.Generator().manual_seed(self.seed))
+
+    def head_rotations(self, index: int, kv_heads: int) -> list[Orthogonal]:
+        """Return the rotation of each KV head's values in layer `index`."""
+        generator = torch.Generator().manual_seed(self.seed + 1 + index)
+        head_dim = architecture_of(self.config).heads(self.config).head_dim
+        return [orthogonal(head_dim, generator) for _ in range(kv_heads)]
+
+    def peaks_of(self, index: int, down: str) -> Tensor:
+        """Return the peaks of what a down matrix of layer `index` reads (neurons,)."""
+        return self.peaks[f"layers.{index}.{down}"]
+
+    def apply(self, layer: nn.Module, wiring: Wiring, index: int, names: Collection[str]) -> None:
+        """Reparameterize a layer in place by some of the preparations."""
+        fold_layer(layer, wiring, folded_norms(wiring, names))
+        if "rotate" in names:
+            rotate_layer(layer, wiring, self.rotation)
+        if "rotate-heads" in names:
+            rotate_heads(layer, wiring, self.head_rotations(index, wiring.kv_heads))
+        if "scale" in names:
+            peaks = {down: self.peaks_of(index, down) for _, down in wiring.mlps}
+            scale_layer(layer, wiring, peaks, self.alpha)
+
+
+class PreparedSource(DerivedSource):
+    """A model source whose layers are reparameterized as they are loaded; logits stay the same.
+
+    A rotated model whose head is tied to its embedding gets a `RotatedHead` in place of its output projection.
+    Plans, fingerprints and sizes are those of the source.
+
+    Args:
+        source: The dense model.
+        names: Names from `rk_export.options.compress.PREPARATIONS`; those that the family cannot take are left out.
+        seed: Of the rotations.
+        peaks: For `scale`: name of a down matrix (`layers.3.mlp.down_proj`, paths of canonical layers) -> the
+            largest absolute input of each of its neurons, (intermediate,).
+        alpha: For `scale`: how far peaks are evened out, from 0 to 1.
+
+    Attributes:
+        findings: Those of the source, and one per preparation: applied, or skipped with the reason.
+
+    Raises:
+        InputError: If the names do not go together, or peaks are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        peaks: Mapping[str, Tensor] | None = None,
+        alpha: float = 0.25,
+    ) -> None:
+        if isinstance(source, PreparedSource):
+            raise InputError("is prepared already", where=source.name, fix="name all preparations at once")
+        super().__init__(source)
+        self._preparations = preparations_of(self.config, names)
+        self._layers = LayerPreparation(self.config, self.prepared, seed, peaks or {}, alpha)
+        self.variant = f"{source.variant} {self._layers.variant}".strip()
+        if "scale" in self.prepared:
+            check_scale(self.config, peaks or {}, alpha)
+
+    @property
+    def prepared(self) -> tuple[str, ...]:
+        """The preparations that apply, in their order."""
+        return self._preparations.names
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
+        """What the source says, one per preparation, and one per part that is left out."""
+        return (*super().findings, *self._preparations.findings)
+
+    def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
+        """Fill one layer of a skeleton in float32, in canonical form and reparameterized, and return it."""
+        layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
+        fresh = self._is_fresh(layer)
+        super().load_layer(model, index)
+        if fresh and self.prepared:
+            self._layers.apply(layer, wiring_of(self.config, index), index, self.prepared)
+        return layer
+
+    def load_rest(self, model: PreTrainedModel) -> None:
+        """Fill embeddings, final norm and lm_head, and reparameterize them."""
+        norm = model.get_submodule(self._final_norm_path) if self.prepared else None
+        if norm is not None and not self._is_fresh(norm):
+            return
+        super().load_rest(model)
+        if norm is not None:
+            self._prepare_outer(model, norm)
+
+    @property
+    def _final_norm_path(self) -> str:
+        return next(path for path, onnx in self.architecture.outer.items() if onnx == "model.norm")
+
+    def _prepare_outer(self, model: PreTrainedModel, norm: nn.Module) -> None:
+        embedding = cast(nn.Embedding, model.get_submodule(self.architecture.embedding))
+        path = cast(str, self.architecture.lm_head)
+        head = model.get_submodule(path)
+        if self._preparations.final_norm == "folded":
+            fold_norm(norm, [head], unit_offset=wiring_of(self.config, 0).unit_offset)
+        if "rotate" not in self.prepared:
+            return
+        rotate_reader(embedding, self._layers.rotation)
+        if self._preparations.final_norm == "rotated head":
+            model.set_submodule(path, rotated_tied_head(norm, embedding, self._layers.rotation))
+        else:
+            rotate_reader(head, self._layers.rotation)
+
+
+def save_prepared(
+    source: ModelSource,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    seed: int = 0,
+    peaks: Mapping[str, Tensor] | None = None,
+    alpha: float = 0.25,
+    force: bool = False,
+) -> tuple[Finding, ...]:
+    """Write a reparameterized model as a plain Hugging Face folder in float32.
+
+    A plain model has no place for the rotation of a tied head: there the head gets a matrix of its own and the
+    config says `tie_word_embeddings: false`.
+
+    Args:
+        source: The dense model.
+        names: As in `PreparedSource`, and so are `seed`, `peaks` and `alpha`.
+        folder: The output folder.
+        seed: Of the rotations.
+        peaks: Peaks of the inputs of down.
+        alpha: How far peaks are evened out.
+        force: Replace a folder that rk-export wrote.
+
+    Returns:
+        The findings: what was applied, and what was not and why.
+
+    Raises:
+        InputError: If no preparation applies, the folder exists and `force` is off, or the disk is full.
+    """
+    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=alpha)
+    if not prepared.prepared:
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings if finding.reason))
+        raise InputError(
+            f"nothing to prepare: {reasons or 'no preparation was named'}",
+            where=source.name,
+            fix=f"choose among {', '.join(PREPARATIONS)} what this family can take",
+        )
+    with AtomicFolder(folder, force=force) as partial:
+        plain = plain_model(_with_plain_head(prepared.load(), prepared))
+        plain.save_pretrained(partial)
+        write_side_files(partial, source=source.folder, config=plain.config, generation_from=source.origin[1])
+        write_manifest(
+            partial,
+            {
+                "model": source.title,
+                "model_type": source.config.model_type,
+                "prepare": {"names": prepared.prepared, "seed": seed, "alpha": alpha},
+            },
+        )
+    return prepared.findings
+
+
+def _with_plain_head(model: PreTrainedModel, prepared: PreparedSource) -> PreTrainedModel:
+    """Merge the rotation of a tied head into a matrix of the head's own, in place."""
+    path = cast(str, prepared.architecture.lm_head)
+    head = model.get_submodule(path)
+    if isinstance(head, RotatedHead):
+        table, rotation = (cast(nn.Linear, part) for part in (head.head, head.rotation))
+        merged = nn.Linear(table.in_features, table.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(table.weight @ rotation.weight, requires_grad=False)
+        model.set_submodule(path, merged)
+        model.config.tie_word_embeddings = False
+    return model

@@ -1,0 +1,1 @@
+"""Quantized checkpoints as float ones, a module for each format."""
