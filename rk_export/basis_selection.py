@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rk_export.basis_modules import BasisLinear
 from rk_export.basis_training import BasisTraining
+from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import matmul_dtype
 from rk_export.distillation import Head
 from rk_export.errors import InputError
@@ -29,7 +30,6 @@ from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.report.records import Finding, Outcome
-from rk_export.sensitivity import dense_statistics
 from rk_export.source.stored import ModelSource
 from rk_export.training import check_tokens
 from rk_export.training_state import StateFile, run_fingerprint

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.candidates import Candidate, Format, candidates
 from rk_export.currencies import Currency, in_words
-from rk_export.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.fixed_parts import in_words as parts_in_words
 from rk_export.passes.base import Layer

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.cap_auction import auction_selection
 from rk_export.cap_baselines import magnitude, wanda
 from rk_export.cap_mixture import cheapest, mixture_selection, offered_mixtures
@@ -25,7 +26,6 @@ from rk_export.cap_pools import (
     selected,
 )
 from rk_export.cap_scores import all_scores, curvature_score, energy_score
-from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.errors import InputError
 from rk_export.options.compress import Budget
 from rk_export.options.methods import CapOptions

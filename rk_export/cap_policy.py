@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.dense_statistics import Place
 from rk_export.cap_pools import Pool, Pools, Prices, by_place, flat_prices
-from rk_export.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rk_export.dense_statistics import Place
+from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
 from rk_export.model.sites import canonical_layers
 from rk_export.passes.base import Layer

@@ -14,16 +14,23 @@ import torch
 from torch import Tensor
 
 from rk_export.basis_selection import Selection
-from rk_export.calibration import calibration_tokens
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.layer_statistics import (
+    FromDense,
+    FromGains,
+    FromPrefix,
+    LayerStatistics,
+    NoStatistics,
+)
+from rk_export.calibration.model_statistics import diagonals_finding, model_statistics, only_diagonals
+from rk_export.calibration.neuron_peaks import shortened
+from rk_export.calibration.streamed_moments import calibration_tokens
+from rk_export.calibration.table_statistics import table_curvature
 from rk_export.cap import cap_parts
 from rk_export.changes import decided_preparations, prepared_source, pruned_source, selected_bases
-from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.device import resolve_device
-from rk_export.layer_statistics import FromDense, FromGains, FromPrefix, LayerStatistics, NoStatistics
 from rk_export.method_plans import check_parts, sparse_budget, stored_prices
 from rk_export.model.torch_logits import torch_logits
-from rk_export.model_statistics import diagonals_finding, model_statistics, only_diagonals
-from rk_export.neuron_peaks import shortened
 from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.predicted_loss import TableCurvature
@@ -32,7 +39,6 @@ from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite import DENSE, Rewritten, rewrite
 from rk_export.source.stored import ModelSource
 from rk_export.source.tuned import TunedSource
-from rk_export.table_statistics import table_curvature
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from rk_export.calibration.dense_statistics import Place
 from rk_export.candidates import Form
 from rk_export.cap_pools import Prices
 from rk_export.currencies import table_count
-from rk_export.dense_statistics import Place
 from rk_export.errors import InputError
 from rk_export.fixed_parts import fixed_parts, in_words
 from rk_export.model.sites import canonical_layers, plain_sites

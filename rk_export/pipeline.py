@@ -11,7 +11,8 @@ import torch
 
 from rk_export import planner
 from rk_export.accuracy_levels import choose_levels
-from rk_export.calibration import calibration_tokens
+from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks
+from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.changes import SCALE_ALPHA
 from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
@@ -33,7 +34,6 @@ from rk_export.model.context import check_context, context_notices
 from rk_export.model.sites import canonical_layers
 from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
-from rk_export.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions
 from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rk_export.budget import Table, spend, too_small
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.candidates import least_price
 from rk_export.carried import carried_sites
 from rk_export.cost_table import CostTable
 from rk_export.currencies import currency_of, table_count
-from rk_export.dense_statistics import DenseStatistics
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.model.families import Projection, architecture_of

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rk_export.calibration.streams import Streams
 from rk_export.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
 from rk_export.errors import InputError
 from rk_export.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
@@ -22,7 +23,6 @@ from rk_export.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
 from rk_export.source.stored import ModelSource
 from rk_export.source.tokenizer_conversion import check_tokenizer
-from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)
 

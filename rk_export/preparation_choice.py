@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rk_export.dense_statistics import Place
+from rk_export.calibration.dense_statistics import Place
+from rk_export.calibration.moments import inputs_of, readers
+from rk_export.calibration.neuron_peaks import shortened
+from rk_export.calibration.sensitivity import output_weights
+from rk_export.calibration.streams import Streams
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
-from rk_export.moments import inputs_of, readers
-from rk_export.neuron_peaks import shortened
 from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS, QuantSpec
 from rk_export.passes.numerics.predicted_loss import (
     Curvature,
@@ -35,10 +37,8 @@ from rk_export.passes.prepare.parameters import read, weight
 from rk_export.passes.prepare.scale import neuron_scales
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding, Outcome
-from rk_export.sensitivity import output_weights
 from rk_export.source.prepared import LayerPreparation
 from rk_export.source.stored import ModelSource
-from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)
 

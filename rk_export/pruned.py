@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.dense_statistics import DenseStatistics
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.calibration.layer_statistics import FromDense
 from rk_export.errors import InputError
-from rk_export.layer_statistics import FromDense
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import empty_model
 from rk_export.model.pruned_config import pruned_config

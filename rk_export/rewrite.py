@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.dense_statistics import Place
+from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
+from rk_export.calibration.streams import Streams
 from rk_export.carried import head_findings, source_grids
-from rk_export.dense_statistics import Place
 from rk_export.device import resolve_device
-from rk_export.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
@@ -28,7 +29,6 @@ from rk_export.plan import Plan, SitePlan
 from rk_export.planner import check_plan
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
 from rk_export.source.stored import ModelSource
-from rk_export.streams import Streams
 
 logger = logging.getLogger(__name__)
 

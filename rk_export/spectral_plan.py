@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rk_export.budget import InputSides
-from rk_export.dense_statistics import DenseStatistics
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple, dense_sites
 from rk_export.options.compress import GROUPS, CompressOptions

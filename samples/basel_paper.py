@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.assets import smollm2, wiki_text
 from rk_export.basis_selection import select_basis
+from rk_export.calibration.target_text import target_tokens
 from rk_export.cli import quiet_libraries
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.folders import library_versions
@@ -46,7 +47,6 @@ from rk_export.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.source.stored import open_source
 from rk_export.source.tuned import TunedSource
-from rk_export.target_text import target_tokens
 from rk_export.task_texts import code_text, gsm8k_text
 
 matplotlib.use("Agg")

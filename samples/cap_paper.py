@@ -32,7 +32,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText
-from rk_export.calibration import calibration_tokens
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.layer_statistics import FromDense
+from rk_export.calibration.sensitivity import dense_statistics
+from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.cap import amount_of, most_probable, over_dense
 from rk_export.cap_auction import auction_selection, selection_of_each
 from rk_export.cap_baselines import magnitude, wanda
@@ -41,9 +44,7 @@ from rk_export.cap_policy import Learned, first_probabilities, learn
 from rk_export.cap_pools import PARAMETERS, Pools, Prices, linear_shapes, make_pools
 from rk_export.cap_scores import Score, all_scores, curvature_score, directions_only, energy_score
 from rk_export.cli import quiet_libraries
-from rk_export.dense_statistics import DenseStatistics, Place
 from rk_export.folders import library_versions
-from rk_export.layer_statistics import FromDense
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
@@ -53,7 +54,6 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planner import make_plan
 from rk_export.report.svg import new_figure, save_figure, styled
 from rk_export.rewrite import rewrite
-from rk_export.sensitivity import dense_statistics
 from rk_export.source.stored import ModelSource, open_source
 
 logger = logging.getLogger("cap_paper")

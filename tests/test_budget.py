@@ -358,7 +358,7 @@ def test_an_encoder_says_that_it_has_no_metric(source_of: SourceOf) -> None:
 def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rk_export.model_statistics.GRADIENT_LIMIT", 0)
+    monkeypatch.setattr("rk_export.calibration.model_statistics.GRADIENT_LIMIT", 0)
     ground = groundwork(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
     assert ground.statistics is not None
     assert {gradient.ndim for gradient in ground.statistics.gradients.values()} == {1}

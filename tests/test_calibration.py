@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export import calibration
-from rk_export.calibration import CalibrationStreams, calibration_tokens
+from rk_export.calibration import streamed_moments as calibration
+from rk_export.calibration.moments import MomentSum
+from rk_export.calibration.streamed_moments import CalibrationStreams, calibration_tokens
 from rk_export.errors import InputError
-from rk_export.moments import MomentSum
 from rk_export.options.compress import CalibrationOptions, CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rk_export import cap_mixture
+from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.cap import cap_parts, cost_of
 from rk_export.cap_auction import auction_selection
 from rk_export.cap_mixture import (
@@ -23,14 +25,12 @@ from rk_export.cap_mixture import (
 )
 from rk_export.cap_pools import BYTES, PARAMETERS, Prices, linear_shapes, make_pools
 from rk_export.cap_scores import curvature_score
-from rk_export.dense_statistics import DenseStatistics, loss_increase
 from rk_export.errors import InputError
 from rk_export.options.compress import Budget
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides
-from rk_export.sensitivity import dense_statistics
 from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]

@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from rk_export.gain import gain_statistics
+from rk_export.calibration.gain import gain_statistics
 from rk_export.options.compress import CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.planner import make_plan

@@ -13,9 +13,9 @@ from conftest import Cli
 from tiny_models import tiny_model
 from torch import Tensor
 
+from rk_export.calibration.moments import inputs_of
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
-from rk_export.moments import inputs_of
 from rk_export.options.compress import PREPARATIONS, W8A8, QuantSpec
 from rk_export.passes.prepare.parameters import weight
 from rk_export.plan import Plan

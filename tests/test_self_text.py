@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny_models import DECODERS, tiny_model
 
-from rk_export import self_text as module
+from rk_export.calibration import self_text as module
+from rk_export.calibration.self_text import draw, sample_text, self_text, start_token
 from rk_export.errors import InputError
-from rk_export.self_text import draw, sample_text, self_text, start_token
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.stored import ModelSource, open_source
 

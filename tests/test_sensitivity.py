@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export import sensitivity
-from rk_export.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration import sensitivity
+from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.self_text import draw
+from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
-from rk_export.self_text import draw
-from rk_export.sensitivity import dense_statistics
 from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rk_export.calibration.target_text import target_tokens
 from rk_export.errors import InputError
-from rk_export.target_text import target_tokens
 from rk_export.text import tokens_of
 
 

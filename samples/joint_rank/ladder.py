@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.dense_statistics import DenseStatistics
-from rk_export.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.calibration.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
 from rk_export.model.families import Architecture
 from rk_export.model.sites import dense_sites
 from rk_export.options.compress import GROUPS, CompressOptions

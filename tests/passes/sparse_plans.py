@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from rk_export.dense_statistics import Place
+from rk_export.calibration.dense_statistics import Place
 from rk_export.options.compress import SINGLE_GROUPS, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan

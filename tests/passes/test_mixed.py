@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rk_export.dense_statistics import loss_increase
+from rk_export.calibration.dense_statistics import loss_increase
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, largest, mixture_losses, refitted

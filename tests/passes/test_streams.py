@@ -10,9 +10,9 @@ from compressed import INT4, SourceOf, compress, floats, logits, tokens
 from tiny_models import FAMILIES
 from torch import nn
 
+from rk_export.calibration.streams import Streams
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED
-from rk_export.streams import Streams
 
 
 def options(**changes: Any) -> CompressOptions:

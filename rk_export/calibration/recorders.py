@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rk_export.dense_statistics import Place
-from rk_export.moments import MomentSum
+from rk_export.calibration.dense_statistics import Place
+from rk_export.calibration.moments import MomentSum
 
 Note = Callable[[Place, Tensor, Tensor], None]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.moments import MomentSum
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
-from rk_export.moments import MomentSum
 from rk_export.passes.modules import RotatedHead
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 

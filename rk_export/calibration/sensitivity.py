@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.recorders import GradientRecorder, InputRecorder, noted
+from rk_export.calibration.self_text import draw
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
-from rk_export.recorders import GradientRecorder, InputRecorder, noted
 from rk_export.report.humanize import size
-from rk_export.self_text import draw
 from rk_export.source.fingerprints import model_fingerprint
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 

@@ -7,13 +7,13 @@ import logging
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rk_export.dense_statistics import DenseStatistics, layerwise
+from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
+from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import resolve_device
 from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
-from rk_export.sensitivity import dense_statistics
 from rk_export.source.stored import ModelSource
 
 logger = logging.getLogger(__name__)

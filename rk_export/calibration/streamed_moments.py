@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.moments import InputSum, common_reader, inputs_of, readers
+from rk_export.calibration.self_text import LENGTH, self_text
+from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
-from rk_export.moments import InputSum, common_reader, inputs_of, readers
 from rk_export.options.compress import CalibrationOptions
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.plan import SitePlan
-from rk_export.self_text import LENGTH, self_text
 from rk_export.source.stored import ModelSource
-from rk_export.streams import Streams
 from rk_export.text import known_tokens
 
 logger = logging.getLogger(__name__)

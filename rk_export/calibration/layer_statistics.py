@@ -9,9 +9,9 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rk_export.calibration import CalibrationStreams
-from rk_export.dense_statistics import DenseStatistics
-from rk_export.gain import gain_statistics
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.calibration.gain import gain_statistics
+from rk_export.calibration.streamed_moments import CalibrationStreams
 from rk_export.model.families import Architecture
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.plan import SitePlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rk_export.moments import inputs_of
+from rk_export.calibration.moments import inputs_of
 from rk_export.source.stored import ModelSource
 
 # Peaks settle with little text.

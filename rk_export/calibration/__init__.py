@@ -1,0 +1,1 @@
+"""What is known about the dense model: calibration text, second moments and gradients."""
