@@ -16,7 +16,7 @@ from rk_export.calibration.target_text import target_tokens
 from rk_export.options.compress import PREPARATIONS, CompressOptions
 from rk_export.options.methods import BaselOptions
 from rk_export.plan import Pruning
-from rk_export.preparation_choice import PreparationChoice, Rounding, choose_preparations
+from rk_export.planning.preparation_choice import PreparationChoice, Rounding, choose_preparations
 from rk_export.pruned import PrunedSource, chosen_pruning
 from rk_export.source.prepared import LayerPreparation, PreparedSource
 from rk_export.source.stored import ModelSource

@@ -325,9 +325,9 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
-    from rk_export.fixed_parts import fixed_parts, in_words
     from rk_export.folders import check_plan_place
     from rk_export.pipeline import make_plan
+    from rk_export.planning.fixed_parts import fixed_parts, in_words
     from rk_export.source.stored import open_source
 
     check_plan_place(args.output, args.force)

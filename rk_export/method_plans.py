@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from rk_export.calibration.dense_statistics import Place
-from rk_export.candidates import Form
 from rk_export.cap_pools import Prices
-from rk_export.currencies import table_count
 from rk_export.errors import InputError
-from rk_export.fixed_parts import fixed_parts, in_words
 from rk_export.model.sites import canonical_layers, plain_sites
 from rk_export.options.compress import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan
+from rk_export.planning.candidates import Form
+from rk_export.planning.currencies import table_count
+from rk_export.planning.fixed_parts import fixed_parts, in_words
+from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
 from rk_export.source.stored import ModelSource
-from rk_export.storage import FLOAT_BYTES, matrix_bytes
 
 # Nodes of model.onnx that add a sparse matrix to a factor pair: 3.5 kB a matrix, and a little in reserve.
 SUM_GRAPH_BYTES = 4_500

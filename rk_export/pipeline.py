@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from rk_export import planner
 from rk_export.accuracy_levels import choose_levels
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
@@ -17,12 +16,9 @@ from rk_export.changes import SCALE_ALPHA
 from rk_export.check_ends import check_ends
 from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.comparison import require_parity
-from rk_export.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
-from rk_export.currencies import TIMED_FORMATS
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
-from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.greedy import Golden
@@ -39,6 +35,11 @@ from rk_export.options.compress import CalibrationOptions, CompressOptions
 from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
 from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
+from rk_export.planning import planner
+from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
+from rk_export.planning.currencies import TIMED_FORMATS
+from rk_export.planning.fixed_parts import fixed_findings
+from rk_export.planning.stored_bytes import FLOAT_BYTES
 from rk_export.preflight import dense_logits, preflight
 from rk_export.probe import Probe, make_probe
 from rk_export.report.records import Finding, Outcome, ParityTier, Report
@@ -48,7 +49,6 @@ from rk_export.runtime.providers import Provider
 from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
 from rk_export.source.prepared import PreparedSource, save_prepared
 from rk_export.source.stored import ModelSource, open_source, read_config
-from rk_export.storage import FLOAT_BYTES
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.calibration.streams import Streams
-from rk_export.carried import head_findings, source_grids
 from rk_export.device import resolve_device
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
@@ -26,7 +25,8 @@ from rk_export.passes.weights.quantize import Quantize
 from rk_export.passes.weights.shapes import reshape_layer
 from rk_export.passes.weights.sparse import Sparse
 from rk_export.plan import Plan, SitePlan
-from rk_export.planner import check_plan
+from rk_export.planning.carried import head_findings, source_grids
+from rk_export.planning.planner import check_plan
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
 from rk_export.source.stored import ModelSource
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from rk_export.fixed_parts import fixed_bytes, fixed_findings, graph_bytes
 from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.passes.base import Layer
@@ -15,11 +14,12 @@ from rk_export.passes.sparse import SparseSum
 from rk_export.passes.weights.shapes import planned_shape
 from rk_export.passes.weights.sparse import ENTRY_BYTES
 from rk_export.plan import Plan, SitePlan
-from rk_export.planner import make_plan
+from rk_export.planning.fixed_parts import fixed_bytes, fixed_findings, graph_bytes
+from rk_export.planning.planner import make_plan
+from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes, stored_shapes
 from rk_export.report.records import Finding, Outcome, SizeSummary
 from rk_export.rewrite import Rewritten
 from rk_export.source.stored import ModelSource
-from rk_export.storage import FLOAT_BYTES, matrix_bytes, stored_shapes
 
 
 def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:

@@ -15,7 +15,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
 from rk_export.passes.weights.joint_rank import stacked_pairs
-from rk_export.planner import layer_sites, with_default_groups
+from rk_export.planning.planner import layer_sites, with_default_groups
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html

@@ -18,7 +18,6 @@ from transformers import GenerationConfig
 from rk_export.accuracy_levels import choose_levels
 from rk_export.comparison import require_parity
 from rk_export.errors import InputError
-from rk_export.fixed_parts import fixed_findings
 from rk_export.folders import library_versions, write_manifest
 from rk_export.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.graph_export import build_graph, save_graph
@@ -29,6 +28,7 @@ from rk_export.model.torch_logits import torch_logits
 from rk_export.model_card import ModelCard, model_card
 from rk_export.options.compress import CompressOptions
 from rk_export.parity import checkpoint_tiers, method_tiers, runtime_tiers
+from rk_export.planning.fixed_parts import fixed_findings
 from rk_export.preflight import Preflight
 from rk_export.probe import Probe
 from rk_export.quality_warning import far_from_dense

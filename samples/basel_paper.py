@@ -43,7 +43,7 @@ from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, CalibrationOptions
 from rk_export.options.methods import BaselOptions
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.source.stored import open_source
 from rk_export.source.tuned import TunedSource

@@ -30,7 +30,7 @@ from rk_export.folders import library_versions
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.perplexity import PerplexityResult
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome, Spectrum
 from rk_export.rewrite import rewrite
 from rk_export.source.stored import ModelSource, open_source

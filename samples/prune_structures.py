@@ -33,7 +33,7 @@ from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import Budget, CalibrationOptions
 from rk_export.options.methods import PruneOptions
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.sizes import kept_parameters
 from rk_export.source.stored import ModelSource, open_source
 

@@ -42,7 +42,7 @@ from rk_export.heal import HealOptions, heal
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.runtime import Session
 from rk_export.source.prepared import save_prepared
 from rk_export.source.stored import open_source

@@ -12,12 +12,8 @@ import pytest
 import torch
 from conftest import Cli
 
-from rk_export import compress, make_plan, planner
-from rk_export.budget import spend
-from rk_export.candidates import Candidate, Menu, candidates
+from rk_export import compress, make_plan
 from rk_export.cli_options import parse_size
-from rk_export.cost_table import CostTable, measure_costs
-from rk_export.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
 from rk_export.errors import InputError
 from rk_export.groundwork import groundwork
 from rk_export.model.sites import dense_sites
@@ -26,6 +22,11 @@ from rk_export.options.compress import GROUPS, W8A8, Budget, CalibrationOptions,
 from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
 from rk_export.pipeline import model_costs, verify
 from rk_export.plan import Plan, SitePlan
+from rk_export.planning import planner
+from rk_export.planning.budget import spend
+from rk_export.planning.candidates import Candidate, Menu, candidates
+from rk_export.planning.cost_table import CostTable, measure_costs
+from rk_export.planning.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
 from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)
@@ -343,7 +344,7 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
 def test_a_file_beyond_the_budget_is_said_aloud(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rk_export.currencies.fixed_parts", lambda *_: ())
+    monkeypatch.setattr("rk_export.planning.currencies.fixed_parts", lambda *_: ())
     report = compress(llama, tmp_path / "out", options("size", 150_000), threads=1)
     assert any(notice.startswith("the files take") for notice in report.notices)
 

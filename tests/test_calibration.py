@@ -18,7 +18,7 @@ from rk_export.errors import InputError
 from rk_export.options.compress import CalibrationOptions, CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.source.stored import ModelSource, open_source
 
 SourceOf = Callable[..., ModelSource]

@@ -13,11 +13,11 @@ from tiny_models import FAMILIES
 
 from rk_export import compress, dry_run, folders, make_plan, pipeline
 from rk_export.errors import InputError
-from rk_export.fixed_parts import fixed_parts
 from rk_export.graph_export import build_graph
 from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions
 from rk_export.options.presets import cap
-from rk_export.planner import make_plan as plan_of
+from rk_export.planning.fixed_parts import fixed_parts
+from rk_export.planning.planner import make_plan as plan_of
 from rk_export.rewrite import rewrite
 from rk_export.sizes import planned_bytes
 from rk_export.source.stored import ModelSource

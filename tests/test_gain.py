@@ -13,7 +13,7 @@ from torch import Tensor
 from rk_export.calibration.gain import gain_statistics
 from rk_export.options.compress import CompressOptions, RankRule
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]

@@ -23,7 +23,7 @@ from rk_export.graph_export import save_graph
 from rk_export.greedy import Golden
 from rk_export.parity import method_tiers, runtime_tiers
 from rk_export.plan import Plan
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.preflight import preflight
 from rk_export.probe import Probe, make_probe
 from rk_export.report.records import ParityTier

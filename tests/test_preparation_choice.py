@@ -19,7 +19,7 @@ from rk_export.model.preparable import preparations_of
 from rk_export.options.compress import PREPARATIONS, W8A8, QuantSpec
 from rk_export.passes.prepare.parameters import weight
 from rk_export.plan import Plan
-from rk_export.preparation_choice import Rounding, _state, _Trial, choose_preparations
+from rk_export.planning.preparation_choice import Rounding, _state, _Trial, choose_preparations
 from rk_export.report.records import Outcome, Report
 from rk_export.source.prepared import LayerPreparation, PreparedSource
 from rk_export.source.stored import ModelSource, open_source

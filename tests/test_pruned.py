@@ -24,7 +24,7 @@ from rk_export.options.compress import CalibrationOptions, CompressOptions, Quan
 from rk_export.options.methods import PruneOptions
 from rk_export.pipeline import compress, verify
 from rk_export.plan import Plan, Pruning
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.pruned import PrunedSource
 from rk_export.rewrite import Rewritten
 from rk_export.source.fingerprints import weights_fingerprint

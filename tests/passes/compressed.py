@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.plan import Plan
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.report.records import Fusion
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.source.stored import ModelSource

@@ -10,7 +10,7 @@ from rk_export.calibration.dense_statistics import Place
 from rk_export.options.compress import SINGLE_GROUPS, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.source.stored import ModelSource, loaded_layers
 
 

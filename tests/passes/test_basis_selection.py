@@ -22,7 +22,7 @@ from rk_export.next_token import backward_next_token
 from rk_export.options.compress import SINGLE_GROUPS, RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.joint_svd import joint_factors
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite import rewrite
 from rk_export.source.stored import ModelSource

@@ -22,7 +22,7 @@ from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import quantize_rtn
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.plan import SitePlan
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.sizes import planned_findings
 from rk_export.source.stored import ModelSource

@@ -24,7 +24,7 @@ from rk_export.passes.numerics.pivoting import exchange, greedy_groups
 from rk_export.passes.numerics.ranks import break_even_rank, kept_ratio, rank_of_ratio
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.plan import SitePlan
-from rk_export.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, make_plan
 from rk_export.rewrite import Rewritten
 from rk_export.sizes import planned_findings
 from rk_export.source.stored import ModelSource

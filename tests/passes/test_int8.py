@@ -19,7 +19,7 @@ from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import Plan, SitePlan
-from rk_export.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, make_plan
 from rk_export.sizes import kept_parameters, planned_findings
 from rk_export.source.stored import ModelSource
 

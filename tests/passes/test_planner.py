@@ -15,7 +15,7 @@ from rk_export.model.sites import default_multiple
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
-from rk_export.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, make_plan
 
 # Shapes of the tiny llama: hidden 64, q 64, k and v 32, gate and up 128.
 

@@ -21,7 +21,7 @@ from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.compress import PREPARATIONS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear, RotatedHead
-from rk_export.planner import make_plan
+from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite import QUANTIZED, Rewritten, rewrite
 from rk_export.source.prepared import PreparedSource

@@ -19,7 +19,7 @@ from rk_export.errors import InputError
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
-from rk_export.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, make_plan
 from rk_export.rewrite import Rewritten, rewrite
 from rk_export.sizes import kept_parameters, planned_findings
 from rk_export.source.stored import ModelSource

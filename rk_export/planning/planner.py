@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rk_export.budget import Table, spend, too_small
 from rk_export.calibration.dense_statistics import DenseStatistics
-from rk_export.candidates import least_price
-from rk_export.carried import carried_sites
-from rk_export.cost_table import CostTable
-from rk_export.currencies import currency_of, table_count
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.model.families import Projection, architecture_of
@@ -31,8 +26,13 @@ from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, ran
 from rk_export.passes.weights.joint_rank import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
+from rk_export.planning.budget import Table, spend, too_small
+from rk_export.planning.candidates import least_price
+from rk_export.planning.carried import carried_sites
+from rk_export.planning.cost_table import CostTable
+from rk_export.planning.currencies import currency_of, table_count
+from rk_export.planning.spectral_plan import spectral_plan
 from rk_export.source.stored import ModelSource, loaded_layers
-from rk_export.spectral_plan import spectral_plan
 
 
 def make_plan(

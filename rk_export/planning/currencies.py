@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rk_export.candidates import Form, Format, Menu, Price
-from rk_export.cost_table import CostTable
-from rk_export.fixed_parts import FixedPart, fixed_parts
 from rk_export.options.compress import GROUPS, W8A8, Budget, CompressOptions, QuantSpec
 from rk_export.plan import SitePlan
+from rk_export.planning.candidates import Form, Format, Menu, Price
+from rk_export.planning.cost_table import CostTable
+from rk_export.planning.fixed_parts import FixedPart, fixed_parts
+from rk_export.planning.stored_bytes import FLOAT_BYTES, Shape, matrix_bytes
 from rk_export.report.humanize import size
 from rk_export.source.stored import ModelSource
-from rk_export.storage import FLOAT_BYTES, Shape, matrix_bytes
 
 WEIGHT_FORMATS: tuple[Format, ...] = (
     QuantSpec(2, 16, symmetric=False),

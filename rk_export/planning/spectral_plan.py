@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rk_export.budget import InputSides
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple, dense_sites
@@ -20,6 +19,7 @@ from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
+from rk_export.planning.budget import InputSides
 from rk_export.source.stored import ModelSource, loaded_layers
 
 

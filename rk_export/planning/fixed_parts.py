@@ -15,9 +15,9 @@ from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
 from rk_export.model.rotary import rotary_tables
 from rk_export.options.compress import CompressOptions, QuantSpec
+from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
-from rk_export.storage import FLOAT_BYTES, matrix_bytes
 
 # model.onnx holds nodes, names and shapes: 8.5 to 10.7 kB a layer on SmolLM2; these reserve a little more.
 GRAPH_BYTES, GRAPH_BYTES_PER_LAYER = 100_000, 12_000

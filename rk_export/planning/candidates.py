@@ -11,7 +11,7 @@ from torch import Tensor
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.numerics.predicted_loss import Curvature, rank_losses, rounding_loss
 from rk_export.plan import SitePlan
-from rk_export.storage import Shape, stored_shapes
+from rk_export.planning.stored_bytes import Shape, stored_shapes
 
 Form = Literal["joint", "identity"]
 Format = QuantSpec | None  # None: floats

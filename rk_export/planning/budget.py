@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
-from rk_export.candidates import Candidate, Format, candidates
-from rk_export.currencies import Currency, in_words
 from rk_export.errors import InputError
-from rk_export.fixed_parts import in_words as parts_in_words
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.auction import Lot, auction, least_cost
 from rk_export.passes.numerics.predicted_loss import (
@@ -28,8 +25,11 @@ from rk_export.passes.numerics.predicted_loss import (
     table_loss,
 )
 from rk_export.plan import SitePlan
+from rk_export.planning.candidates import Candidate, Format, candidates
+from rk_export.planning.currencies import Currency, in_words
+from rk_export.planning.fixed_parts import in_words as parts_in_words
+from rk_export.planning.stored_bytes import Shape
 from rk_export.report.humanize import size
-from rk_export.storage import Shape
 
 
 @dataclass(frozen=True)

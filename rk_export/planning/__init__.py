@@ -1,0 +1,1 @@
+"""From options and statistics to a plan: candidates, their costs, and the choice within a budget."""
