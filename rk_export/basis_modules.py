@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rk_export.passes.numerics.basis import MEMORY, PairSize, directions, folded
 from rk_export.passes.numerics.metric import Metric
-from rk_export.training import root_mean_square
+from rk_export.training.loop import root_mean_square
 
 
 class BasisLinear(nn.Module):

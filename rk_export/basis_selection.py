@@ -21,7 +21,6 @@ from rk_export.basis_modules import BasisLinear
 from rk_export.basis_training import BasisTraining
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import matmul_dtype
-from rk_export.distillation import Head
 from rk_export.errors import InputError
 from rk_export.model.families import Projection
 from rk_export.model.sites import canonical_layers
@@ -31,8 +30,9 @@ from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.stored import ModelSource
-from rk_export.training import check_tokens
-from rk_export.training_state import StateFile, run_fingerprint
+from rk_export.training.distillation import Head
+from rk_export.training.loop import check_tokens
+from rk_export.training.state import StateFile, run_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from rk_export.basis_dropping import Dropping
 from rk_export.basis_modules import BasisLinear
 from rk_export.device import matmuls_in
-from rk_export.distillation import Head, last_hidden
-from rk_export.next_token import backward_next_token
 from rk_export.options.compress import RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import DROPPING, second_order
-from rk_export.training import SMALLEST_SCALE, Training, root_mean_square
-from rk_export.training_state import TrainingState
+from rk_export.training.distillation import Head, last_hidden
+from rk_export.training.loop import SMALLEST_SCALE, Training, root_mean_square
+from rk_export.training.next_token import backward_next_token
+from rk_export.training.state import TrainingState
 
 _WARMUP = 0.05  # share of a phase in which the rate rises
 _HELD = "held"

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
-from rk_export.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.errors import InputError
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite import Rewritten
 from rk_export.shared_products import shared_products
 from rk_export.source.stored import ModelSource
 from rk_export.trainable import TRAINABLE, trainable
-from rk_export.training import SMALLEST_SCALE, Training, check_tokens, root_mean_square
-from rk_export.training_state import StateFile, TrainingState, run_fingerprint
+from rk_export.training.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
+from rk_export.training.loop import SMALLEST_SCALE, Training, check_tokens, root_mean_square
+from rk_export.training.state import StateFile, TrainingState, run_fingerprint
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rk_export.errors import InputError
 from rk_export.source import find_model
 from rk_export.source.remote_code import refuse_remote_code
 from rk_export.source.stored import open_source, read_config
-from rk_export.training_state import StateFile
+from rk_export.training.state import StateFile
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("config", "model", "tokenizer", "generation", "decoding")

@@ -18,7 +18,6 @@ from rk_export.basis_modules import BasisLinear
 from rk_export.basis_selection import Selection, select_basis
 from rk_export.basis_training import BasisTraining
 from rk_export.errors import InputError
-from rk_export.next_token import backward_next_token
 from rk_export.options.compress import SINGLE_GROUPS, RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.joint_svd import joint_factors
@@ -27,6 +26,7 @@ from rk_export.report.records import Outcome
 from rk_export.rewrite import rewrite
 from rk_export.source.stored import ModelSource
 from rk_export.source.tuned import TunedSource
+from rk_export.training.next_token import backward_next_token
 
 CPU = torch.device("cpu")
 HALF = RankRule("keep", 0.5)
@@ -278,7 +278,7 @@ def test_sequences_beyond_those_taken_together_are_accumulated(
     monkeypatch.setattr(BasisLinear, "observe", watched)
     for together in (64, 16):
         seen[together] = []
-        monkeypatch.setattr("rk_export.training._TOKENS_TOGETHER", together)
+        monkeypatch.setattr("rk_export.training.loop._TOKENS_TOGETHER", together)
         selected(source, replace(OPTIONS, steps=1))
     assert len(seen[64]) == len(seen[16]) == 14
     for whole, parts in zip(seen[64], seen[16], strict=True):
@@ -303,7 +303,7 @@ def test_the_optimizers_moments_shrink_with_the_directions(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "opt"])
 def test_the_loss_and_its_gradient_are_those_of_whole_logits(source_of: SourceOf, family: str) -> None:
-    from rk_export.distillation import Head, last_hidden
+    from rk_export.training.distillation import Head, last_hidden
 
     source = source_of(family)
     model, ids = source.load(), tokens(source, 3, 16)
@@ -334,7 +334,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
         stop_after(patch, stop)
         with pytest.raises(KeyboardInterrupt):
             selected(source, options, state=state)
-    with caplog.at_level(logging.INFO, "rk_export.training"):
+    with caplog.at_level(logging.INFO, "rk_export.training.loop"):
         resumed = selected(source, options, state=state)
     assert f"goes on after step {stop}" in caplog.text
     assert resumed.losses == whole.losses
@@ -344,8 +344,8 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Write the state after every step, and interrupt the next one after `steps`."""
-    monkeypatch.setattr("rk_export.training_state._SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("rk_export.training_state._LARGEST_SHARE", float("inf"))
+    monkeypatch.setattr("rk_export.training.state._SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("rk_export.training.state._LARGEST_SHARE", float("inf"))
     optimize, taken = torch.optim.AdamW.step, []
 
     def step(optimizer: torch.optim.AdamW) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.checkpoint import load_pretrained, save_pretrained
-from rk_export.distillation import Head, backward_divergence, dense_states, last_hidden
 from rk_export.errors import InputError
 from rk_export.heal import HealOptions, HealResult, heal
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
@@ -22,7 +21,8 @@ from rk_export.rewrite import Rewritten
 from rk_export.shared_products import shared_products
 from rk_export.source.stored import ModelSource
 from rk_export.trainable import trainable
-from rk_export.training import batch_rows
+from rk_export.training.distillation import Head, backward_divergence, dense_states, last_hidden
+from rk_export.training.loop import batch_rows
 
 IDENTITY = floats(("qk",), rank=RankRule("rank", 24), form="identity")
 RANKS = floats(("qk",), rank=RankRule("rank", 24))
@@ -193,7 +193,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             healed(source, INT4_RANKS, options, state=state)
-    with caplog.at_level(logging.INFO, "rk_export.training"):
+    with caplog.at_level(logging.INFO, "rk_export.training.loop"):
         resumed, other = healed(source, INT4_RANKS, options, state=state)
     assert "goes on after step 2 of 4" in caplog.text
     assert other.losses == result.losses
@@ -204,8 +204,8 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Write the state after every step, and interrupt in the middle of the next one after `steps`."""
-    monkeypatch.setattr("rk_export.training_state._SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("rk_export.training_state._LARGEST_SHARE", float("inf"))
+    monkeypatch.setattr("rk_export.training.state._SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("rk_export.training.state._LARGEST_SHARE", float("inf"))
     optimize, taken = torch.optim.AdamW.step, []
 
     def step(optimizer: torch.optim.AdamW) -> None:

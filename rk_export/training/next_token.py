@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rk_export.distillation import Head
+from rk_export.training.distillation import Head
 
 _ROWS = 256  # tokens whose logits exist at a time
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.training_state import StateFile, TrainingState
+from rk_export.training.state import StateFile, TrainingState
 
 logger = logging.getLogger(__name__)
 
