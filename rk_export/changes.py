@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rk_export.basis_selection import Selection, select_basis
 from rk_export.calibration.model_statistics import model_statistics
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks, shortened
 from rk_export.calibration.redundancy import block_influence
 from rk_export.calibration.target_text import target_tokens
+from rk_export.methods.basel.selection import Selection, select_basis
+from rk_export.methods.prune.pruned import PrunedSource, chosen_pruning
 from rk_export.options.compress import PREPARATIONS, CompressOptions
 from rk_export.options.methods import BaselOptions
 from rk_export.plan import Pruning
 from rk_export.planning.preparation_choice import PreparationChoice, Rounding, choose_preparations
-from rk_export.pruned import PrunedSource, chosen_pruning
 from rk_export.source.prepared import LayerPreparation, PreparedSource
 from rk_export.source.stored import ModelSource
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rk_export.basis_selection import Selection
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.calibration.layer_statistics import (
     FromDense,
@@ -26,10 +25,11 @@ from rk_export.calibration.model_statistics import diagonals_finding, model_stat
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.calibration.table_statistics import table_curvature
-from rk_export.cap import cap_parts
 from rk_export.changes import decided_preparations, prepared_source, pruned_source, selected_bases
 from rk_export.device import resolve_device
-from rk_export.method_plans import check_parts, sparse_budget, stored_prices
+from rk_export.methods.basel.selection import Selection
+from rk_export.methods.cap.choose import cap_parts
+from rk_export.methods.plans import check_parts, sparse_budget, stored_prices
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rk_export.basis_selection import check_selection
-from rk_export.cap import amount_of
-from rk_export.cap_pools import check_source
 from rk_export.changes import task_tokens
 from rk_export.errors import InputError
-from rk_export.method_plans import sparse_budget, stored_prices
+from rk_export.methods.basel.selection import check_selection
+from rk_export.methods.cap.choose import amount_of
+from rk_export.methods.cap.pools import check_source
+from rk_export.methods.plans import sparse_budget, stored_prices
+from rk_export.methods.prune.pruned import check_blocks, kept_width
 from rk_export.model.context import check_context
 from rk_export.model.pruned_config import check_decoder, pruned_config
 from rk_export.options.compress import CompressOptions
@@ -15,7 +16,6 @@ from rk_export.options.methods import PruneOptions
 from rk_export.plan import Pruning
 from rk_export.planning.cost_table import TIMED_CONTEXT
 from rk_export.planning.planner import check_groups, check_size, with_default_groups
-from rk_export.pruned import check_blocks, kept_width
 from rk_export.source.stored import ModelSource
 
 

@@ -25,7 +25,7 @@ from rk_export.greedy import Golden
 from rk_export.groundwork import Groundwork, groundwork
 from rk_export.heal import HealOptions, heal
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
-from rk_export.method_plans import basis_plan, sparse_plan
+from rk_export.methods.plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
 from rk_export.model.sites import canonical_layers
 from rk_export.model.switches import switches_of

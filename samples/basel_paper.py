@@ -33,13 +33,13 @@ from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.assets import smollm2, wiki_text
-from rk_export.basis_selection import select_basis
 from rk_export.calibration.target_text import target_tokens
 from rk_export.cli import quiet_libraries
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.folders import library_versions
 from rk_export.groundwork import groundwork
 from rk_export.measure import perplexity_of
+from rk_export.methods.basel.selection import select_basis
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, CalibrationOptions
 from rk_export.options.methods import BaselOptions

@@ -36,16 +36,16 @@ from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
-from rk_export.cap import amount_of, most_probable, over_dense
-from rk_export.cap_auction import auction_selection, selection_of_each
-from rk_export.cap_baselines import magnitude, wanda
-from rk_export.cap_mixture import Mixtures, mixture_selection, offered_mixtures, refitted_parts
-from rk_export.cap_policy import Learned, first_probabilities, learn
-from rk_export.cap_pools import PARAMETERS, Pools, Prices, linear_shapes, make_pools
-from rk_export.cap_scores import Score, all_scores, curvature_score, directions_only, energy_score
 from rk_export.cli import quiet_libraries
 from rk_export.folders import library_versions
 from rk_export.measure import perplexity_of
+from rk_export.methods.cap.auction import auction_selection, selection_of_each
+from rk_export.methods.cap.baselines import magnitude, wanda
+from rk_export.methods.cap.choose import amount_of, most_probable, over_dense
+from rk_export.methods.cap.mixture import Mixtures, mixture_selection, offered_mixtures, refitted_parts
+from rk_export.methods.cap.policy import Learned, first_probabilities, learn
+from rk_export.methods.cap.pools import PARAMETERS, Pools, Prices, linear_shapes, make_pools
+from rk_export.methods.cap.scores import Score, all_scores, curvature_score, directions_only, energy_score
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.options.methods import CapOptions

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rk_export import cap, cap_pools
 from rk_export.calibration.sensitivity import dense_statistics
-from rk_export.cap import amount_of, cap_parts, check_pools, cost_of, over_dense
-from rk_export.cap_pools import BYTES, PARAMETERS, Prices, flat_prices, linear_shapes, make_pools
 from rk_export.errors import InputError
+from rk_export.methods.cap import choose as cap
+from rk_export.methods.cap import pools as cap_pools
+from rk_export.methods.cap.choose import amount_of, cap_parts, check_pools, cost_of, over_dense
+from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, flat_prices, linear_shapes, make_pools
 from rk_export.options.compress import Budget
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rk_export import cap_mixture
 from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
 from rk_export.calibration.sensitivity import dense_statistics
-from rk_export.cap import cap_parts, cost_of
-from rk_export.cap_auction import auction_selection
-from rk_export.cap_mixture import (
+from rk_export.errors import InputError
+from rk_export.methods.cap import mixture as cap_mixture
+from rk_export.methods.cap.auction import auction_selection
+from rk_export.methods.cap.choose import cap_parts, cost_of
+from rk_export.methods.cap.mixture import (
     Mixtures,
     cheapest,
     mixture_selection,
@@ -23,9 +24,8 @@ from rk_export.cap_mixture import (
     offered_mixtures,
     refitted_parts,
 )
-from rk_export.cap_pools import BYTES, PARAMETERS, Prices, linear_shapes, make_pools
-from rk_export.cap_scores import curvature_score
-from rk_export.errors import InputError
+from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, linear_shapes, make_pools
+from rk_export.methods.cap.scores import curvature_score
 from rk_export.options.compress import Budget
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export import cap_policy
-from rk_export.cap_policy import first_probabilities, learn, put, reinforce
-from rk_export.cap_pools import PARAMETERS, Pool, Pools, by_place, flat_prices, linear_shapes, make_pools
-from rk_export.cap_scores import all_scores, energy_score
+from rk_export.methods.cap import policy as cap_policy
+from rk_export.methods.cap.policy import first_probabilities, learn, put, reinforce
+from rk_export.methods.cap.pools import (
+    PARAMETERS,
+    Pool,
+    Pools,
+    by_place,
+    flat_prices,
+    linear_shapes,
+    make_pools,
+)
+from rk_export.methods.cap.scores import all_scores, energy_score
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import ModelSource

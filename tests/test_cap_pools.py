@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rk_export import cap_pools
-from rk_export.cap_pools import (
+from rk_export.errors import InputError
+from rk_export.methods.cap import pools as cap_pools
+from rk_export.methods.cap.pools import (
     BYTES,
     PARAMETERS,
     Pool,
@@ -20,7 +21,6 @@ from rk_export.cap_pools import (
     pool_of,
     selected,
 )
-from rk_export.errors import InputError
 from rk_export.passes.numerics.rpca import rpca
 from rk_export.source.stored import ModelSource
 

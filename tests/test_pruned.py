@@ -18,6 +18,7 @@ from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.groundwork import Groundwork, groundwork
+from rk_export.methods.prune.pruned import PrunedSource
 from rk_export.model.plain_form import plain_model
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
@@ -25,7 +26,6 @@ from rk_export.options.methods import PruneOptions
 from rk_export.pipeline import compress, verify
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import make_plan
-from rk_export.pruned import PrunedSource
 from rk_export.rewrite import Rewritten
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.prepared import PreparedSource

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.basis_modules import BasisLinear
+from rk_export.methods.basel.modules import BasisLinear
 from rk_export.passes.numerics.basis import (
     MEMORY,
     PairSize,

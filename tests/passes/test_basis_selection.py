@@ -14,10 +14,10 @@ from compressed import SourceOf, floats, logits, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.basis_modules import BasisLinear
-from rk_export.basis_selection import Selection, select_basis
-from rk_export.basis_training import BasisTraining
 from rk_export.errors import InputError
+from rk_export.methods.basel.modules import BasisLinear
+from rk_export.methods.basel.selection import Selection, select_basis
+from rk_export.methods.basel.training import BasisTraining
 from rk_export.options.compress import SINGLE_GROUPS, RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.joint_svd import joint_factors
@@ -36,7 +36,7 @@ OPTIONS = BaselOptions("task.txt", steps=12, events=6, batch_tokens=64, new_basi
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 on every machine."""
-    monkeypatch.setattr("rk_export.basis_selection.matmul_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("rk_export.methods.basel.selection.matmul_dtype", lambda _: torch.float32)
 
 
 def task(source: ModelSource) -> Tensor:
@@ -439,7 +439,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(source_of: SourceOf) -> None:
 
 
 def test_bf16_products_learn_too(source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rk_export.basis_selection.matmul_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("rk_export.methods.basel.selection.matmul_dtype", lambda _: torch.bfloat16)
     source = source_of("llama")
     before = loss_of(source.load(), task(source))
     selection = selected(source, replace(OPTIONS, steps=30, tune=2))

@@ -16,7 +16,7 @@ from tiny_models import DECODERS
 
 from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
-from rk_export.method_plans import sparse_plan as sparse_parts_plan
+from rk_export.methods.plans import sparse_plan as sparse_parts_plan
 from rk_export.options.compress import Budget, QuantSpec
 from rk_export.options.presets import cap
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps

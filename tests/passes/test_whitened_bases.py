@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from rk_export.basis_selection import select_basis
+from rk_export.methods.basel.selection import select_basis
 from rk_export.options.compress import RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import directions

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rk_export.basis_dropping import Dropping
-from rk_export.basis_modules import BasisLinear
 from rk_export.device import matmuls_in
+from rk_export.methods.basel.dropping import Dropping
+from rk_export.methods.basel.modules import BasisLinear
 from rk_export.options.compress import RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import DROPPING, second_order

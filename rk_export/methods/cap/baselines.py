@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.cap_pools import check_source
+from rk_export.methods.cap.pools import check_source
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
 from rk_export.source.stored import ModelSource, loaded_layers
 

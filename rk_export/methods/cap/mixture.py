@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.cap_pools import Prices, check_source
+from rk_export.methods.cap.pools import Prices, check_source
 from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from rk_export.calibration.dense_statistics import Place
-from rk_export.cap_pools import Prices
 from rk_export.errors import InputError
+from rk_export.methods.cap.pools import Prices
 from rk_export.model.sites import canonical_layers, plain_sites
 from rk_export.options.compress import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.cap_auction import auction_selection
-from rk_export.cap_baselines import magnitude, wanda
-from rk_export.cap_mixture import cheapest, mixture_selection, offered_mixtures
-from rk_export.cap_policy import first_probabilities, learn
-from rk_export.cap_pools import (
+from rk_export.errors import InputError
+from rk_export.methods.cap.auction import auction_selection
+from rk_export.methods.cap.baselines import magnitude, wanda
+from rk_export.methods.cap.mixture import cheapest, mixture_selection, offered_mixtures
+from rk_export.methods.cap.policy import first_probabilities, learn
+from rk_export.methods.cap.pools import (
     BYTES,
     PARAMETERS,
     Pools,
@@ -25,8 +26,7 @@ from rk_export.cap_pools import (
     make_pools,
     selected,
 )
-from rk_export.cap_scores import all_scores, curvature_score, energy_score
-from rk_export.errors import InputError
+from rk_export.methods.cap.scores import all_scores, curvature_score, energy_score
 from rk_export.options.compress import Budget
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within

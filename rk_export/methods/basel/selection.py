@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.basis_modules import BasisLinear
-from rk_export.basis_training import BasisTraining
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.methods.basel.modules import BasisLinear
+from rk_export.methods.basel.training import BasisTraining
 from rk_export.model.families import Projection
 from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import RankRule

@@ -1,0 +1,1 @@
+"""Published methods, a folder for each."""

@@ -1,0 +1,1 @@
+"""Basis selection for target tasks (2405.15877)."""

@@ -1,0 +1,1 @@
+"""Global rank and sparsity optimization (2505.03801)."""

@@ -1,0 +1,1 @@
+"""Whole blocks, FFN neurons and key/value heads that are left out."""
