@@ -10,13 +10,13 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from rk_export.checkpoint import is_checkpoint, load_pretrained
 from rk_export.errors import InputError
 from rk_export.log_likelihood import PairEncoder
 from rk_export.measure import EvalText, check_text, context_length, perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.multiple_choice import TaskResult, score_task
 from rk_export.perplexity import PerplexityResult
+from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained
 from rk_export.runtime import Session
 from rk_export.runtime.bundle_config import BundleConfig, rotary_switch
 from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE

@@ -58,7 +58,7 @@ from rk_export.passes.modules import (
 )
 from rk_export.passes.sparse import SparseSum, without_sparse
 from rk_export.report.records import Fusion
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 
 logger = logging.getLogger(__name__)
 

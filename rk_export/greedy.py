@@ -13,7 +13,7 @@ from rk_export.model.switches import LONG_ROTATION, Switch, switches_of
 from rk_export.passes.modules import float_inputs
 from rk_export.probe import NEW_TOKENS, Crossing, Probe
 from rk_export.report.records import ParityTier
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 from rk_export.runtime import GenerationOptions, Session
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rk_export.changes import task_tokens
 from rk_export.errors import InputError
 from rk_export.methods.basel.selection import check_selection
 from rk_export.methods.cap.choose import amount_of
@@ -16,6 +15,7 @@ from rk_export.options.methods import PruneOptions
 from rk_export.plan import Pruning
 from rk_export.planning.cost_table import TIMED_CONTEXT
 from rk_export.planning.planner import check_groups, check_size, with_default_groups
+from rk_export.rewrite.changes import task_tokens
 from rk_export.source.stored import ModelSource
 
 

@@ -37,7 +37,7 @@ from rk_export.passes.modules import Int8Linear, QuantizedLinear, float_inputs, 
 from rk_export.preflight import ORACLE_TIER, Preflight
 from rk_export.probe import Probe
 from rk_export.report.records import Outcome, ParityTier
-from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED, Rewritten
+from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
 from rk_export.session_tiers import LEVEL_TIER, encoder_padding_tier, session_tiers, shipped_padding_tier

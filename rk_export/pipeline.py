@@ -9,12 +9,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from rk_export.accuracy_levels import choose_levels
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
-from rk_export.changes import SCALE_ALPHA
 from rk_export.check_ends import check_ends
-from rk_export.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.comparison import require_parity
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
@@ -22,8 +19,6 @@ from rk_export.evaluation import open_candidate
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
 from rk_export.frontend import check_supported
 from rk_export.greedy import Golden
-from rk_export.groundwork import Groundwork, groundwork
-from rk_export.heal import HealOptions, heal
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.methods.plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
@@ -43,10 +38,15 @@ from rk_export.planning.stored_bytes import FLOAT_BYTES
 from rk_export.preflight import dense_logits, preflight
 from rk_export.probe import Probe, make_probe
 from rk_export.report.records import Finding, Outcome, ParityTier, Report
-from rk_export.rewrite import QUANTIZED, Rewritten
+from rk_export.rewrite.accuracy_levels import choose_levels
+from rk_export.rewrite.apply import QUANTIZED, Rewritten
+from rk_export.rewrite.changes import SCALE_ALPHA
+from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained, save_pretrained
+from rk_export.rewrite.groundwork import Groundwork, groundwork
+from rk_export.rewrite.heal import HealOptions, heal
+from rk_export.rewrite.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
-from rk_export.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
 from rk_export.source.prepared import PreparedSource, save_prepared
 from rk_export.source.stored import ModelSource, open_source, read_config
 from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rk_export.options.compress import CompressOptions
-from rk_export.rewrite import DENSE, QUANTIZED, Rewritten
+from rk_export.rewrite.apply import DENSE, QUANTIZED, Rewritten
 
 # Mean Kullback-Leibler divergence from the dense model on the probe, in nats a token, beyond which it is far.
 # SmolLM2-135M in INT4 shows 0.12; 0.5 more nats a token are e^0.5 = 1.6 times the perplexity.

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from rk_export.accuracy_levels import choose_levels
 from rk_export.comparison import require_parity
 from rk_export.errors import InputError
 from rk_export.folders import library_versions, write_manifest
@@ -35,13 +34,14 @@ from rk_export.quality_warning import far_from_dense
 from rk_export.report.humanize import share, size
 from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
 from rk_export.report.render import html
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.accuracy_levels import choose_levels
+from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.sizes import size_summary
 from rk_export.runtime import Session
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.runtime.text import TextCodec
-from rk_export.sizes import size_summary
 from rk_export.source.side_files import write_side_files
 from rk_export.source.stored import ModelSource
 from rk_export.triton import triton_repository

@@ -37,7 +37,6 @@ from rk_export.calibration.target_text import target_tokens
 from rk_export.cli import quiet_libraries
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.folders import library_versions
-from rk_export.groundwork import groundwork
 from rk_export.measure import perplexity_of
 from rk_export.methods.basel.selection import select_basis
 from rk_export.model.torch_logits import torch_logits
@@ -45,6 +44,7 @@ from rk_export.options.compress import SINGLE_GROUPS, CalibrationOptions
 from rk_export.options.methods import BaselOptions
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
+from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import open_source
 from rk_export.source.tuned import TunedSource
 from rk_export.task_texts import code_text, gsm8k_text

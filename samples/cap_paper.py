@@ -53,7 +53,7 @@ from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planning.planner import make_plan
 from rk_export.report.svg import new_figure, save_figure, styled
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, open_source
 
 logger = logging.getLogger("cap_paper")

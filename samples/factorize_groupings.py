@@ -32,7 +32,7 @@ from rk_export.model.torch_logits import torch_logits
 from rk_export.perplexity import PerplexityResult
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome, Spectrum
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, open_source
 
 logger = logging.getLogger("groupings")

@@ -19,7 +19,7 @@ from rk_export.assets import smollm2
 from rk_export.graph_export import build_graph, save_graph
 from rk_export.options.compress import CalibrationOptions
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import open_source
 
 FORMATS = {"float32": None, "INT4": QuantSpec(4, 32)}

@@ -34,7 +34,7 @@ from rk_export.methods.plans import sparse_plan
 from rk_export.onnx_sparse import ENTRIES
 from rk_export.options.compress import CalibrationOptions
 from rk_export.passes.graph.nodes import PART_KEY
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, open_source
 
 DENSITIES = (0.5, 0.3, 0.1)

@@ -28,13 +28,13 @@ from torch import nn
 from rk_export import CompressOptions, EvalText, QuantSpec
 from rk_export.cli import quiet_libraries
 from rk_export.folders import library_versions
-from rk_export.groundwork import groundwork
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import Budget, CalibrationOptions
 from rk_export.options.methods import PruneOptions
 from rk_export.planning.planner import make_plan
-from rk_export.sizes import kept_parameters
+from rk_export.rewrite.groundwork import groundwork
+from rk_export.rewrite.sizes import kept_parameters
 from rk_export.source.stored import ModelSource, open_source
 
 logger = logging.getLogger("pruning")

@@ -37,12 +37,12 @@ from rk_export.calibration.neuron_peaks import neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.cli import quiet_libraries
 from rk_export.folders import library_versions
-from rk_export.groundwork import groundwork
-from rk_export.heal import HealOptions, heal
 from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
 from rk_export.planning.planner import make_plan
+from rk_export.rewrite.groundwork import groundwork
+from rk_export.rewrite.heal import HealOptions, heal
 from rk_export.runtime import Session
 from rk_export.source.prepared import save_prepared
 from rk_export.source.stored import open_source

@@ -12,11 +12,11 @@ from conftest import tiny_options
 from tiny_models import tiny_model
 
 from rk_export import compress
-from rk_export.accuracy_levels import choose_levels
 from rk_export.passes.modules import QuantizedLinear
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Report
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.accuracy_levels import choose_levels
+from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import open_source
 
 

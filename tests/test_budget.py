@@ -15,7 +15,6 @@ from conftest import Cli
 from rk_export import compress, make_plan
 from rk_export.cli_options import parse_size
 from rk_export.errors import InputError
-from rk_export.groundwork import groundwork
 from rk_export.model.sites import dense_sites
 from rk_export.option_checks import check_options
 from rk_export.options.compress import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
@@ -27,6 +26,7 @@ from rk_export.planning.budget import spend
 from rk_export.planning.candidates import Candidate, Menu, candidates
 from rk_export.planning.cost_table import CostTable, measure_costs
 from rk_export.planning.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
+from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)

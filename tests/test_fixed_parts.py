@@ -18,8 +18,8 @@ from rk_export.options.compress import Budget, CalibrationOptions, CompressOptio
 from rk_export.options.presets import cap
 from rk_export.planning.fixed_parts import fixed_parts
 from rk_export.planning.planner import make_plan as plan_of
-from rk_export.rewrite import rewrite
-from rk_export.sizes import planned_bytes
+from rk_export.rewrite.apply import rewrite
+from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import ModelSource
 
 CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add

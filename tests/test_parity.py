@@ -27,7 +27,7 @@ from rk_export.planning.planner import make_plan
 from rk_export.preflight import preflight
 from rk_export.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
-from rk_export.rewrite import Rewritten, rewrite
+from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.runtime import Session
 from rk_export.source.stored import open_source
 

@@ -14,10 +14,8 @@ from tiny_models import DECODERS
 from torch import Tensor, nn
 
 from rk_export import pipeline
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.graph_export import build_graph, save_graph
-from rk_export.groundwork import Groundwork, groundwork
 from rk_export.methods.prune.pruned import PrunedSource
 from rk_export.model.plain_form import plain_model
 from rk_export.option_checks import check_options
@@ -26,7 +24,9 @@ from rk_export.options.methods import PruneOptions
 from rk_export.pipeline import compress, verify
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
+from rk_export.rewrite.groundwork import Groundwork, groundwork
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.prepared import PreparedSource
 from rk_export.source.stored import ModelSource, open_source

@@ -19,7 +19,7 @@ from rk_export.options.compress import CalibrationOptions, CompressOptions, Quan
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Fusion
-from rk_export.rewrite import Rewritten, rewrite
+from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.source.stored import ModelSource
 
 INT4 = QuantSpec(4, 16)

@@ -23,7 +23,7 @@ from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource
 from rk_export.source.tuned import TunedSource
 from rk_export.training.next_token import backward_next_token

@@ -12,7 +12,6 @@ import torch
 from compressed import OnnxModel, SourceOf, floats, logits, tokens
 from torch import Tensor, nn
 
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules import CorrectedLinear
@@ -23,8 +22,9 @@ from rk_export.passes.numerics.quantize import quantize_rtn
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite import Rewritten, rewrite
-from rk_export.sizes import planned_findings
+from rk_export.rewrite.apply import Rewritten, rewrite
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
+from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import ModelSource
 
 CPU = torch.device("cpu")

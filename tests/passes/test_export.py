@@ -22,7 +22,7 @@ from rk_export.model.decoder_spec import decoder_spec
 from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.factors import JointMember
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite import Rewritten, rewrite
+from rk_export.rewrite.apply import Rewritten, rewrite
 
 BOUND = 1e-4
 NO_GATE = ("starcoder2", "gpt2", "opt", "mixtral", "qwen3_moe", "bert")

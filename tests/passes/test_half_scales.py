@@ -17,7 +17,7 @@ from rk_export.graph_export import build_graph
 from rk_export.options.compress import QuantSpec, RankRule
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.numerics.quantize import dequantize, quantize_rtn, rounded_scales
-from rk_export.sizes import size_summary
+from rk_export.rewrite.sizes import size_summary
 
 OPTIONS = {
     "dense": floats(quant=INT4, embedding_quant=QuantSpec(8, 16)),

@@ -10,8 +10,6 @@ import torch
 from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, tokens
 from torch import Tensor, nn
 
-from rk_export import rewrite as rewriting
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
@@ -25,8 +23,10 @@ from rk_export.passes.numerics.ranks import break_even_rank, kept_ratio, rank_of
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import check_plan, make_plan
-from rk_export.rewrite import Rewritten
-from rk_export.sizes import planned_findings
+from rk_export.rewrite import apply as rewriting
+from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
+from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import ModelSource
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.planner import check_plan, make_plan
-from rk_export.sizes import kept_parameters, planned_findings
+from rk_export.rewrite.sizes import kept_parameters, planned_findings
 from rk_export.source.stored import ModelSource
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from rk_export import compress as compress_model
 from rk_export import make_plan, verify
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.options.compress import W8A8, QuantSpec, RankRule
 from rk_export.passes.modules import float_inputs
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.runtime.graph_proto import graph_bytes
 
 RANK_8 = RankRule("rank", 8)

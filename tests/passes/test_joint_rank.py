@@ -13,7 +13,7 @@ from rk_export.passes.factors import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.weights.joint_rank import JointRank, empty_factors
 from rk_export.plan import SitePlan
 from rk_export.report.records import Outcome
-from rk_export.rewrite import rewrite
+from rk_export.rewrite.apply import rewrite
 
 PER_HEAD = ("qk", "per-head")
 FULL_RANK = [

@@ -14,7 +14,6 @@ from compressed import INT4, OnnxModel, SourceOf, floats, logits, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.graph_export import build_graph
 from rk_export.model.layer_wiring import wiring_of
@@ -23,7 +22,8 @@ from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
-from rk_export.rewrite import QUANTIZED, Rewritten, rewrite
+from rk_export.rewrite.apply import QUANTIZED, Rewritten, rewrite
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.source.prepared import PreparedSource
 from rk_export.source.stored import ModelSource
 

@@ -17,7 +17,7 @@ from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import SitePlan
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 
 CPU = torch.device("cpu")
 RANK_8 = RankRule("rank", 8)

@@ -14,14 +14,14 @@ from compressed import INT4, OnnxModel, SourceOf, floats, logits, tokens
 from tiny_models import DECODERS
 from torch import Tensor
 
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
 from rk_export.planning.planner import check_plan, make_plan
-from rk_export.rewrite import Rewritten, rewrite
-from rk_export.sizes import kept_parameters, planned_findings
+from rk_export.rewrite.apply import Rewritten, rewrite
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
+from rk_export.rewrite.sizes import kept_parameters, planned_findings
 from rk_export.source.stored import ModelSource
 
 BOUND = 1e-4

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from sparse_plans import parts_of, sparse_plan
 from tiny_models import DECODERS
 
-from rk_export.checkpoint import load_pretrained, save_pretrained
 from rk_export.errors import InputError
 from rk_export.methods.plans import sparse_plan as sparse_parts_plan
 from rk_export.options.compress import Budget, QuantSpec
@@ -22,8 +21,9 @@ from rk_export.options.presets import cap
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
 from rk_export.passes.sparse import SparseSum
 from rk_export.plan import Plan, SitePlan
-from rk_export.rewrite import rewrite
-from rk_export.sizes import planned_findings, size_summary
+from rk_export.rewrite.apply import rewrite
+from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
+from rk_export.rewrite.sizes import planned_findings, size_summary
 
 
 @given(st.sets(st.integers(0, 5000), max_size=60))

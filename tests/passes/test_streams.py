@@ -12,7 +12,7 @@ from torch import nn
 
 from rk_export.calibration.streams import Streams
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
-from rk_export.rewrite import DENSE, FACTORIZED, QUANTIZED
+from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED
 
 
 def options(**changes: Any) -> CompressOptions:

@@ -25,7 +25,6 @@ from rk_export.calibration.model_statistics import diagonals_finding, model_stat
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.calibration.table_statistics import table_curvature
-from rk_export.changes import decided_preparations, prepared_source, pruned_source, selected_bases
 from rk_export.device import resolve_device
 from rk_export.methods.basel.selection import Selection
 from rk_export.methods.cap.choose import cap_parts
@@ -36,7 +35,8 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.report.records import Finding, Outcome
-from rk_export.rewrite import DENSE, Rewritten, rewrite
+from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
+from rk_export.rewrite.changes import decided_preparations, prepared_source, pruned_source, selected_bases
 from rk_export.source.stored import ModelSource
 from rk_export.source.tuned import TunedSource
 

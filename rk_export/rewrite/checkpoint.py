@@ -26,7 +26,7 @@ from rk_export.passes.weights.shapes import empty_shape
 from rk_export.passes.weights.sparse import empty_sparse
 from rk_export.plan import Plan
 from rk_export.planning.planner import check_sites
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 from rk_export.source.stored import read_config
 from rk_export.source.tokenizer_files import copy_tokenizer
 from rk_export.source.weight_files import open_tensors

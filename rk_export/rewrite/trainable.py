@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rk_export.model.families import Architecture
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 
 TRAINABLE = ("factors", "norms", "biases", "scales")
 

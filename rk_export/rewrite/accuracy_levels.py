@@ -22,7 +22,7 @@ from rk_export.passes.modules import QuantizedLinear
 from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.weights.joint_rank import factors_path
 from rk_export.report.records import Finding, Outcome
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.errors import InputError
 from rk_export.report.records import Finding, Outcome
-from rk_export.rewrite import Rewritten
-from rk_export.shared_products import shared_products
+from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.shared_products import shared_products
+from rk_export.rewrite.trainable import TRAINABLE, trainable
 from rk_export.source.stored import ModelSource
-from rk_export.trainable import TRAINABLE, trainable
 from rk_export.training.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.training.loop import SMALLEST_SCALE, Training, check_tokens, root_mean_square
 from rk_export.training.state import StateFile, TrainingState, run_fingerprint

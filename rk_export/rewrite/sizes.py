@@ -18,7 +18,7 @@ from rk_export.planning.fixed_parts import fixed_bytes, fixed_findings, graph_by
 from rk_export.planning.planner import make_plan
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes, stored_shapes
 from rk_export.report.records import Finding, Outcome, SizeSummary
-from rk_export.rewrite import Rewritten
+from rk_export.rewrite.apply import Rewritten
 from rk_export.source.stored import ModelSource
 
 
