@@ -17,7 +17,7 @@ from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation import open_candidate
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
-from rk_export.frontend import check_supported
+from rk_export.graph.dense.frontend import check_supported
 from rk_export.greedy import Golden
 from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.methods.plans import basis_plan, sparse_plan

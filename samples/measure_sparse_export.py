@@ -28,10 +28,10 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from rk_export import CompressOptions
 from rk_export.assets import smollm2
 from rk_export.cli import quiet_libraries
-from rk_export.graph_export import build_graph, save_graph
+from rk_export.graph.build import build_graph, save_graph
+from rk_export.graph.modules.sparse import ENTRIES
 from rk_export.methods.cap.baselines import magnitude
 from rk_export.methods.plans import sparse_plan
-from rk_export.onnx_sparse import ENTRIES
 from rk_export.options.compress import CalibrationOptions
 from rk_export.passes.graph.nodes import PART_KEY
 from rk_export.rewrite.apply import rewrite

@@ -13,7 +13,7 @@ from tiny_models import FAMILIES
 
 from rk_export import compress, dry_run, folders, make_plan, pipeline
 from rk_export.errors import InputError
-from rk_export.graph_export import build_graph
+from rk_export.graph.build import build_graph
 from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions
 from rk_export.options.presets import cap
 from rk_export.planning.fixed_parts import fixed_parts

@@ -18,7 +18,7 @@ from tiny_models import DECODERS, FAMILIES, tiny_config, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.frontend import build_module, check_supported, linear_class, rename_weights, trace
+from rk_export.graph.dense.frontend import build_module, check_supported, linear_class, rename_weights, trace
 from rk_export.model.families import architecture_of
 
 Array = npt.NDArray[Any]

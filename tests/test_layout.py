@@ -151,7 +151,7 @@ def test_only_the_frontend_imports_mobius() -> None:
     users = {
         name for name, tree in _modules().items() if any("mobius" in n.split(".") for n in _imported(tree))
     }
-    assert users == {"rk_export.frontend"}
+    assert users == {"rk_export.graph.dense.frontend"}
 
 
 def test_only_front_doors_import_the_pipeline() -> None:

@@ -19,7 +19,7 @@ from rk_export import assert_parity, parity, pipeline, write_bundle
 from rk_export.comparison import compare, require_parity
 from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
-from rk_export.graph_export import save_graph
+from rk_export.graph.build import save_graph
 from rk_export.greedy import Golden
 from rk_export.parity import method_tiers, runtime_tiers
 from rk_export.plan import Plan

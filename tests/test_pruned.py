@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rk_export import pipeline
 from rk_export.errors import InputError
-from rk_export.graph_export import build_graph, save_graph
+from rk_export.graph.build import build_graph, save_graph
 from rk_export.methods.prune.pruned import PrunedSource
 from rk_export.model.plain_form import plain_model
 from rk_export.option_checks import check_options

@@ -13,7 +13,7 @@ from test_frontend import LINEAR, LLAMA3, LONGROPE, YARN
 from tiny_models import tiny_config
 from transformers import PretrainedConfig
 
-from rk_export.frontend import build_module, trace
+from rk_export.graph.dense.frontend import build_module, trace
 from rk_export.model.families import empty_canonical_model
 
 POSITIONS = 131_072

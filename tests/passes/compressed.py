@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rk_export.graph_export import build_graph, save_graph
+from rk_export.graph.build import build_graph, save_graph
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan

@@ -15,7 +15,7 @@ from compressed import INT4, SourceOf, compress, floats, logits, tokens
 from safetensors.torch import load_file, save_file
 
 from rk_export.errors import InputError
-from rk_export.graph_export import build_graph
+from rk_export.graph.build import build_graph
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained, save_pretrained

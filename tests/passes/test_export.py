@@ -17,7 +17,7 @@ from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, toke
 from tiny_models import FAMILIES
 from torch import Tensor
 
-from rk_export.graph_export import build_graph
+from rk_export.graph.build import build_graph
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.factors import JointMember

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rk_export.errors import InputError
-from rk_export.graph_export import build_graph
+from rk_export.graph.build import build_graph
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.compress import PREPARATIONS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY

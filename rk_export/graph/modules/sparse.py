@@ -13,7 +13,7 @@ from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import Tensor
 
-from rk_export.onnx_modules import Bound
+from rk_export.graph.modules.projections import Bound
 from rk_export.passes.graph.nodes import Mark, mark
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import SplitColumns, split_columns

@@ -17,7 +17,7 @@ from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import Tensor, nn
 
-from rk_export.onnx_int8 import Int8Projection
+from rk_export.graph.modules.int8 import Int8Projection
 from rk_export.passes.factors import GroupedFactors, JointFactors
 from rk_export.passes.graph.nodes import CORRECTION, DOWN, MICROSOFT, UP, Mark, mark
 from rk_export.passes.modules import CorrectedLinear, Int8Linear, QuantizedEmbedding, QuantizedLinear

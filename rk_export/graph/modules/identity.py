@@ -15,7 +15,7 @@ from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import Tensor
 
-from rk_export.onnx_modules import Bound, projection
+from rk_export.graph.modules.projections import Bound, projection
 from rk_export.passes.factors import IdentityFactors
 from rk_export.passes.graph.nodes import DOWN, UP, Mark, mark
 

@@ -15,12 +15,10 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import nn as onn
 from torch import nn
 
-from rk_export import frontend
-from rk_export.model.decoder_spec import decoder_spec
-from rk_export.model.families import Projection
-from rk_export.onnx_heads import in_slots
-from rk_export.onnx_identity import PivotFactors
-from rk_export.onnx_modules import (
+from rk_export.graph.dense import frontend
+from rk_export.graph.modules.heads import in_slots
+from rk_export.graph.modules.identity import PivotFactors
+from rk_export.graph.modules.projections import (
     DenseProjection,
     EmbeddingTable,
     Factors,
@@ -32,7 +30,9 @@ from rk_export.onnx_modules import (
     lazy_tensor,
     projection,
 )
-from rk_export.onnx_sparse import COLUMNS, ENTRIES, SparseProjection
+from rk_export.graph.modules.sparse import COLUMNS, ENTRIES, SparseProjection
+from rk_export.model.decoder_spec import decoder_spec
+from rk_export.model.families import Projection
 from rk_export.options.compress import W8A8
 from rk_export.passes.base import require, run_graph_passes
 from rk_export.passes.factors import IdentityFactors, JointMember

@@ -1,0 +1,1 @@
+"""The rewritten model as an ONNX graph."""

@@ -1,0 +1,1 @@
+"""The dense graph; the only folder that imports mobius."""
