@@ -65,7 +65,7 @@ format: $(READY)
 
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
 test-optimum: $(READY) $(OPTIMUM_READY)
-	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python -m rk_export.assets smollm2)" \
+	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python -m rk_export.evaluation.assets smollm2)" \
 		-o out/optimum --groups none --asymmetric
 	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 

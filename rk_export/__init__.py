@@ -17,7 +17,7 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
 
 if TYPE_CHECKING:
     from rk_export.errors import RkExportError
-    from rk_export.measure import EvalText, SpeedTest
+    from rk_export.evaluation.measure import EvalText, SpeedTest
     from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
     from rk_export.pipeline import compress, dry_run, evaluate, export, make_plan, verify
     from rk_export.plan import Plan
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 _HOME = {
     "analyze": "rk_export.spectra",
     "CompressOptions": "rk_export.options.compress",
-    "EvalText": "rk_export.measure",
+    "EvalText": "rk_export.evaluation.measure",
     "Plan": "rk_export.plan",
     "QuantSpec": "rk_export.options.compress",
     "RankRule": "rk_export.options.compress",
-    "SpeedTest": "rk_export.measure",
+    "SpeedTest": "rk_export.evaluation.measure",
     "RkExportError": "rk_export.errors",
     "assert_parity": "rk_export.testing",
     "compress": "rk_export.pipeline",

@@ -24,7 +24,7 @@ from rk_export.cli_run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:
-    from rk_export.measure import EvalText
+    from rk_export.evaluation.measure import EvalText
 
 Command = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
@@ -269,7 +269,7 @@ def _print_json(data: object) -> None:
 
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
-    from rk_export.measure import EvalText, SpeedTest
+    from rk_export.evaluation.measure import EvalText, SpeedTest
     from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
     from rk_export.report.render import planned_text, text_table
@@ -383,10 +383,10 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`eval`: one perplexity, or a table of all models, texts and tasks."""
-    from rk_export.evaluation import evaluate_models
-    from rk_export.measure import EvalText
-    from rk_export.score_table import score_table, scores_json
-    from rk_export.task_data import load_tasks
+    from rk_export.evaluation.measure import EvalText
+    from rk_export.evaluation.models import evaluate_models
+    from rk_export.evaluation.score_table import score_table, scores_json
+    from rk_export.evaluation.task_data import load_tasks
 
     texts = [EvalText(path, args.context, args.tokens) for path in args.text]
     runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}

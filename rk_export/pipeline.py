@@ -15,11 +15,12 @@ from rk_export.check_ends import check_ends
 from rk_export.comparison import require_parity
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.evaluation import open_candidate
+from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
+from rk_export.evaluation.models import open_candidate
+from rk_export.evaluation.perplexity import PerplexityResult
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
 from rk_export.graph.dense.frontend import check_supported
 from rk_export.greedy import Golden
-from rk_export.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.methods.plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
 from rk_export.model.sites import canonical_layers
@@ -28,7 +29,6 @@ from rk_export.model.torch_logits import torch_logits
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions
 from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
-from rk_export.perplexity import PerplexityResult
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
@@ -499,7 +499,7 @@ def evaluate(
     """Return the perplexity of a dense model or checkpoint in PyTorch, or of a bundle in ONNX Runtime.
 
     Args:
-        model: As in `rk_export.evaluation.open_candidate`.
+        model: As in `rk_export.evaluation.models.open_candidate`.
         text: What to measure on.
         base: As in `compress`.
         provider: Execution provider, of a bundle.

@@ -17,11 +17,11 @@ from transformers import GenerationConfig
 
 from rk_export.comparison import require_parity
 from rk_export.errors import InputError
+from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
 from rk_export.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.greedy import Golden
-from rk_export.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.model.torch_logits import torch_logits
 from rk_export.model_card import ModelCard, model_card

@@ -32,12 +32,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText, RankRule
-from rk_export.assets import smollm2, wiki_text
 from rk_export.calibration.target_text import target_tokens
 from rk_export.cli import quiet_libraries
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
+from rk_export.evaluation.assets import smollm2, wiki_text
+from rk_export.evaluation.measure import perplexity_of
+from rk_export.evaluation.task_texts import code_text, gsm8k_text
 from rk_export.folders import library_versions
-from rk_export.measure import perplexity_of
 from rk_export.methods.basel.selection import select_basis
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import SINGLE_GROUPS, CalibrationOptions
@@ -47,7 +48,6 @@ from rk_export.report.records import Outcome
 from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import open_source
 from rk_export.source.tuned import TunedSource
-from rk_export.task_texts import code_text, gsm8k_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -20,7 +20,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from rk_export import CompressOptions, QuantSpec, compress
-from rk_export.assets import smollm2
+from rk_export.evaluation.assets import smollm2
 from rk_export.folders import library_versions
 from rk_export.runtime import bench
 

@@ -37,8 +37,8 @@ from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.cli import quiet_libraries
+from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
-from rk_export.measure import perplexity_of
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.choose import amount_of, most_probable, over_dense
@@ -471,7 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     quiet_libraries()
 
-    from rk_export.assets import smollm2, wiki_text
+    from rk_export.evaluation.assets import smollm2, wiki_text
 
     corpus = args.calibration or wiki_text("calib")
     workshop = Workshop(

@@ -59,7 +59,7 @@ def options() -> CompressOptions:
 
 def fetch(args: argparse.Namespace) -> tuple[Path, EvalText]:
     """Return the model folder and the text to measure perplexity on; both are downloaded once."""
-    from rk_export.assets import smollm2, wiki_text
+    from rk_export.evaluation.assets import smollm2, wiki_text
 
     logger.info("fetch: model and text")
     model = args.model or smollm2()

@@ -26,10 +26,10 @@ from typing import Literal
 
 from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.cli import quiet_libraries
+from rk_export.evaluation.measure import perplexity_of
+from rk_export.evaluation.perplexity import PerplexityResult
 from rk_export.folders import library_versions
-from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
-from rk_export.perplexity import PerplexityResult
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome, Spectrum
 from rk_export.rewrite.apply import rewrite
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     quiet_libraries()
 
-    from rk_export.assets import smollm2, wiki_text
+    from rk_export.evaluation.assets import smollm2, wiki_text
 
     source = open_source(args.model or smollm2())
     name = args.model or "SmolLM2-135M-Instruct"

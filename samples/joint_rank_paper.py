@@ -123,7 +123,7 @@ def write_report(out: Path, protocol: Protocol, results: Mapping[str, Rows]) -> 
 
 def clean_source(study: Study) -> ModelSource:
     """Return the dense model's files."""
-    from rk_export.assets import smollm2
+    from rk_export.evaluation.assets import smollm2
 
     return open_source(study.protocol.model or smollm2())
 

@@ -26,8 +26,8 @@ import onnxruntime as ort
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from rk_export import CompressOptions
-from rk_export.assets import smollm2
 from rk_export.cli import quiet_libraries
+from rk_export.evaluation.assets import smollm2
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.graph.modules.sparse import ENTRIES
 from rk_export.methods.cap.baselines import magnitude

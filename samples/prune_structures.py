@@ -27,8 +27,8 @@ from torch import nn
 
 from rk_export import CompressOptions, EvalText, QuantSpec
 from rk_export.cli import quiet_libraries
+from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
-from rk_export.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import Budget, CalibrationOptions
 from rk_export.options.methods import PruneOptions
@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     quiet_libraries()
 
-    from rk_export.assets import smollm2, wiki_text
+    from rk_export.evaluation.assets import smollm2, wiki_text
 
     source = open_source(args.model or smollm2())
     name = Path(args.model or "SmolLM2-135M-Instruct").name

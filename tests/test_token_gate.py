@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 
 from rk_export import export
 from rk_export.errors import InputError
-from rk_export.measure import SpeedTest
+from rk_export.evaluation.measure import SpeedTest
 from rk_export.model.torch_logits import torch_logits
 from rk_export.runtime import BundleContestant, EncoderSession, Session, bench
 from rk_export.runtime.token_gate import TokenGate

@@ -24,13 +24,13 @@ from joint_rank.study import (
     short,
 )
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.log_likelihood import PairEncoder
+from rk_export.evaluation.log_likelihood import PairEncoder
+from rk_export.evaluation.multiple_choice import score_task
+from rk_export.evaluation.task_data import load_tasks
 from rk_export.model.torch_logits import torch_logits
-from rk_export.multiple_choice import score_task
 from rk_export.report.plots import COLORS
 from rk_export.report.svg import new_figure, styled
 from rk_export.runtime.text import TextCodec
-from rk_export.task_data import load_tasks
 
 QK_RATIOS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.45, 0.3)
 RATIOS: dict[MetricName, tuple[float, ...]] = {"none": QK_RATIOS, "self": (0.95, 0.8, 0.6, 0.3)}

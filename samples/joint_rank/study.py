@@ -20,7 +20,7 @@ from rk_export import CompressOptions, EvalText
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.calibration.recorders import InputRecorder, noted
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.multiple_choice import mean_and_error
+from rk_export.evaluation.multiple_choice import mean_and_error
 from rk_export.options.compress import GROUPS, CalibrationOptions, RankRule
 from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import ModelSource
@@ -141,7 +141,7 @@ class Study:
     @cached_property
     def text(self) -> EvalText:
         """The text for perplexity."""
-        from rk_export.assets import wiki_text
+        from rk_export.evaluation.assets import wiki_text
 
         return EvalText(Path(self.protocol.text or wiki_text("eval")), self.protocol.context, None)
 

@@ -30,8 +30,8 @@ from joint_rank.study import (
     markdown,
     short,
 )
+from rk_export.evaluation.log_likelihood import PairEncoder
 from rk_export.folders import AtomicFolder
-from rk_export.log_likelihood import PairEncoder
 from rk_export.report.plots import COLORS
 from rk_export.report.svg import new_figure, styled
 from rk_export.runtime.text import TextCodec

@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.evaluation.perplexity import PerplexityResult, perplexity
 from rk_export.model.context import context_of
 from rk_export.model.families import architecture_of
-from rk_export.perplexity import PerplexityResult, perplexity
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.text import LogitsFn, known_tokens, tokens_of

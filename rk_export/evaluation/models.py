@@ -11,11 +11,12 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.log_likelihood import PairEncoder
-from rk_export.measure import EvalText, check_text, context_length, perplexity_of
+from rk_export.evaluation.log_likelihood import PairEncoder
+from rk_export.evaluation.measure import EvalText, check_text, context_length, perplexity_of
+from rk_export.evaluation.multiple_choice import TaskResult, score_task
+from rk_export.evaluation.perplexity import PerplexityResult
+from rk_export.evaluation.tasks import Task
 from rk_export.model.torch_logits import torch_logits
-from rk_export.multiple_choice import TaskResult, score_task
-from rk_export.perplexity import PerplexityResult
 from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained
 from rk_export.runtime import Session
 from rk_export.runtime.bundle_config import BundleConfig, rotary_switch
@@ -25,7 +26,6 @@ from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
 from rk_export.source.adapter import is_adapter
 from rk_export.source.stored import open_source, read_config
-from rk_export.tasks import Task
 from rk_export.text import LogitsFn
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def evaluate_models(
     Args:
         models: As in `open_candidate`.
         texts: Texts to measure perplexity on.
-        tasks: Tasks to ask; `rk_export.tasks.load_tasks` reads them.
+        tasks: Tasks to ask; `rk_export.evaluation.tasks.load_tasks` reads them.
         base: Base model of the LoRA adapters among the models; None takes the one that each names.
         provider: Execution provider of bundles.
         threads: Threads of ONNX Runtime.

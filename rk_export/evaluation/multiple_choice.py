@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rk_export.log_likelihood import Likelihood, PairEncoder, log_likelihoods
-from rk_export.tasks import Item, Task
+from rk_export.evaluation.log_likelihood import Likelihood, PairEncoder, log_likelihoods
+from rk_export.evaluation.tasks import Item, Task
 from rk_export.text import LogitsFn
 
 logger = logging.getLogger(__name__)

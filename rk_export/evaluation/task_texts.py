@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from rk_export import assets
-from rk_export.assets import Wheel, fetch
+from rk_export.evaluation import assets
+from rk_export.evaluation.assets import Wheel, fetch
 from rk_export.folders import AtomicFolder
 
 Split = Literal["train", "eval"]

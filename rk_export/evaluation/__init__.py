@@ -1,0 +1,1 @@
+"""Perplexity, tasks and speed, of dense models and bundles side by side."""
