@@ -12,7 +12,6 @@ import torch
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.check_ends import check_ends
-from rk_export.comparison import require_parity
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
@@ -20,7 +19,6 @@ from rk_export.evaluation.models import open_candidate
 from rk_export.evaluation.perplexity import PerplexityResult
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
 from rk_export.graph.dense.frontend import check_supported
-from rk_export.greedy import Golden
 from rk_export.methods.plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
 from rk_export.model.sites import canonical_layers
@@ -28,15 +26,17 @@ from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions
-from rk_export.parity import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
+from rk_export.parity.comparison import require_parity
+from rk_export.parity.greedy import Golden
+from rk_export.parity.preflight import dense_logits, preflight
+from rk_export.parity.probe import Probe, make_probe
+from rk_export.parity.tiers import bundle_tiers, method_tiers, prepared_tier, runtime_tiers
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.planning.currencies import TIMED_FORMATS
 from rk_export.planning.fixed_parts import fixed_findings
 from rk_export.planning.stored_bytes import FLOAT_BYTES
-from rk_export.preflight import dense_logits, preflight
-from rk_export.probe import Probe, make_probe
 from rk_export.report.records import Finding, Outcome, ParityTier, Report
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import QUANTIZED, Rewritten

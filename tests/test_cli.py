@@ -16,7 +16,7 @@ from conftest import Cli, Ended
 import rk_export
 from rk_export import cli as command_line
 from rk_export.folders import sha256_of
-from rk_export.greedy import Golden
+from rk_export.parity.greedy import Golden
 from rk_export.report.records import Report
 
 COMMANDS = (

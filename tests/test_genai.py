@@ -11,7 +11,7 @@ from genai_tokens import engine_tokens, genai_tokens, generator_tokens, our_toke
 from tiny_models import tiny_model
 
 from rk_export import compress
-from rk_export.probe import make_probe
+from rk_export.parity.probe import make_probe
 
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: pip install 'rk-export[genai]'")
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DECODERS, FAMILIES, tiny_model
 from torch import Tensor
 
-from rk_export import half_range, memory, oracle, pipeline
+from rk_export import memory, pipeline
 from rk_export.errors import InputError, ParityError
 from rk_export.options.compress import CompressOptions
+from rk_export.parity import half_range, oracle
+from rk_export.parity.preflight import preflight
 from rk_export.passes.prepare.fold import fold_layer
 from rk_export.passes.prepare.wiring import Wiring
-from rk_export.preflight import preflight
 from rk_export.source import prepared
 from rk_export.source.stored import ModelSource, open_source
 from rk_export.source.tensor_files import StoredTensors

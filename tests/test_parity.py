@@ -15,17 +15,18 @@ from conftest import tiny_options
 from onnx import helper, numpy_helper
 from tiny_models import tiny_model
 
-from rk_export import assert_parity, parity, pipeline, write_bundle
-from rk_export.comparison import compare, require_parity
+from rk_export import assert_parity, pipeline, write_bundle
 from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
 from rk_export.graph.build import save_graph
-from rk_export.greedy import Golden
-from rk_export.parity import method_tiers, runtime_tiers
+from rk_export.parity import tiers as parity
+from rk_export.parity.comparison import compare, require_parity
+from rk_export.parity.greedy import Golden
+from rk_export.parity.preflight import preflight
+from rk_export.parity.probe import Probe, make_probe
+from rk_export.parity.tiers import method_tiers, runtime_tiers
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
-from rk_export.preflight import preflight
-from rk_export.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.runtime import Session

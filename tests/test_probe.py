@@ -12,10 +12,10 @@ import pytest
 from tiny_models import tiny_config, tiny_model
 
 from rk_export import pipeline
-from rk_export.greedy import Golden
 from rk_export.model.switches import switches_of
-from rk_export.parity import bundle_tiers
-from rk_export.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
+from rk_export.parity.greedy import Golden
+from rk_export.parity.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
+from rk_export.parity.tiers import bundle_tiers
 
 LONGROPE: dict[str, Any] = {
     "rope_parameters": {

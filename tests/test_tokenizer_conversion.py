@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from rk_export import pipeline
 from rk_export.errors import InputError
 from rk_export.model.context import PROMPT_LENGTH
-from rk_export.probe import make_probe
+from rk_export.parity.probe import make_probe
 from rk_export.source.tokenizer_conversion import check_tokenizer, convert_tokenizer
 from rk_export.source.tokenizer_files import copy_tokenizer
 

@@ -29,18 +29,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rk_export.comparison import FLOAT_BOUND, compare, held_to, not_measured, relative_error
-from rk_export.float_steps import ROUNDING_FACTOR, shaking_outputs
-from rk_export.greedy import Golden, greedy_tier, greedy_tokens, stored_greedy_tier
 from rk_export.model.torch_logits import torch_logits
+from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, not_measured, relative_error
+from rk_export.parity.float_steps import ROUNDING_FACTOR, shaking_outputs
+from rk_export.parity.greedy import Golden, greedy_tier, greedy_tokens, stored_greedy_tier
+from rk_export.parity.preflight import ORACLE_TIER, Preflight
+from rk_export.parity.probe import Probe
+from rk_export.parity.session_tiers import (
+    LEVEL_TIER,
+    encoder_padding_tier,
+    session_tiers,
+    shipped_padding_tier,
+)
 from rk_export.passes.modules import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
-from rk_export.preflight import ORACLE_TIER, Preflight
-from rk_export.probe import Probe
 from rk_export.report.records import Outcome, ParityTier
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
-from rk_export.session_tiers import LEVEL_TIER, encoder_padding_tier, session_tiers, shipped_padding_tier
 
 # Some models lose more than the common bound whoever computes: in half precision SmolLM2-135M (1.4e-2 in PyTorch, for
 # its activations reach the thousands), in single precision models whose massive activations cancel. A graph may then

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.calibration.streams import Streams
-from rk_export.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
 from rk_export.errors import InputError
-from rk_export.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
-from rk_export.half_range import Peaks, check_half_range
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
 from rk_export.options.compress import CompressOptions
-from rk_export.oracle import transformers_logits
-from rk_export.probe import Probe, make_probe
+from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
+from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
+from rk_export.parity.half_range import Peaks, check_half_range
+from rk_export.parity.oracle import transformers_logits
+from rk_export.parity.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
 from rk_export.source.stored import ModelSource
 from rk_export.source.tokenizer_conversion import check_tokenizer

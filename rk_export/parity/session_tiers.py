@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rk_export.comparison import compare
 from rk_export.model.switches import LONG_ROTATION
-from rk_export.probe import DECODE_FROM, Crossing, Probe
+from rk_export.parity.comparison import compare
+from rk_export.parity.probe import DECODE_FROM, Crossing, Probe
 from rk_export.report.records import ParityTier
 from rk_export.runtime import EncoderSession, Session
 
