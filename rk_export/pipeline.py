@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from rk_export.bundle.check_ends import check_ends
+from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
-from rk_export.check_ends import check_ends
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
@@ -49,7 +50,6 @@ from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
 from rk_export.source.prepared import PreparedSource, save_prepared
 from rk_export.source.stored import ModelSource, open_source, read_config
-from rk_export.write_bundle import BundleRequest, Stages, new_report, write_bundle
 
 
 def make_plan(

@@ -17,7 +17,8 @@ from conftest import Cli
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 
-from rk_export import folders, pipeline, write_bundle
+from rk_export import folders, pipeline
+from rk_export.bundle import write as write_bundle
 from rk_export.errors import FusionError, InputError
 
 Refused = Callable[..., str]

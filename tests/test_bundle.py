@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from rk_export import folders
+from rk_export.bundle.genai import genai_config, write_genai_config
+from rk_export.bundle.model_card import ModelCard, model_card
+from rk_export.bundle.triton import triton_repository
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, write_manifest
-from rk_export.genai import genai_config, write_genai_config
-from rk_export.model_card import ModelCard, model_card
 from rk_export.source.side_files import write_side_files
-from rk_export.triton import triton_repository
 
 
 def config(**changes: Any) -> Any:

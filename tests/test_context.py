@@ -15,8 +15,8 @@ from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rk_export import compress, export
+from rk_export.bundle.genai import default_length
 from rk_export.errors import InputError
-from rk_export.genai import default_length
 from rk_export.model.context import check_context, context_notices, with_context
 from rk_export.model.rotary import rotary_tables
 from rk_export.plan import Plan

@@ -20,7 +20,7 @@ from test_chat_template import CHATML, write_json, write_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rk_export.check_ends import check_ends
+from rk_export.bundle.check_ends import check_ends
 from rk_export.errors import InputError
 from rk_export.runtime import FinishReason, GenerationOptions, Session
 from rk_export.runtime.ends import Ends, read_ends

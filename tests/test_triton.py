@@ -11,7 +11,7 @@ from conftest import tiny_options
 from tiny_models import tiny_model
 
 from rk_export import compress, export
-from rk_export.triton import triton_repository
+from rk_export.bundle.triton import triton_repository
 
 ENTRY = re.compile(
     r'^(input|output) \[ \{ name: "([^"]+)", data_type: TYPE_(\w+), dims: \[ ([^\]]*) \] \} \]$', re.M

@@ -15,14 +15,16 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
+from rk_export.bundle.model_card import ModelCard, model_card
+from rk_export.bundle.quality_warning import far_from_dense
+from rk_export.bundle.triton import triton_repository
 from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
-from rk_export.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.model.torch_logits import torch_logits
-from rk_export.model_card import ModelCard, model_card
 from rk_export.options.compress import CompressOptions
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden
@@ -30,7 +32,6 @@ from rk_export.parity.preflight import Preflight
 from rk_export.parity.probe import Probe
 from rk_export.parity.tiers import checkpoint_tiers, method_tiers, runtime_tiers
 from rk_export.planning.fixed_parts import fixed_findings
-from rk_export.quality_warning import far_from_dense
 from rk_export.report.humanize import share, size
 from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
 from rk_export.report.render import html
@@ -44,7 +45,6 @@ from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.runtime.text import TextCodec
 from rk_export.source.side_files import write_side_files
 from rk_export.source.stored import ModelSource
-from rk_export.triton import triton_repository
 
 logger = logging.getLogger(__name__)
 
