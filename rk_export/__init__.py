@@ -16,16 +16,16 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_variable, "1")
 
 if TYPE_CHECKING:
+    from rk_export.commands.analyze import analyze
+    from rk_export.commands.pipeline import compress, dry_run, evaluate, export, make_plan, verify
     from rk_export.errors import RkExportError
     from rk_export.evaluation.measure import EvalText, SpeedTest
     from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
-    from rk_export.pipeline import compress, dry_run, evaluate, export, make_plan, verify
     from rk_export.plan import Plan
-    from rk_export.spectra import analyze
     from rk_export.testing import assert_parity
 
 _HOME = {
-    "analyze": "rk_export.spectra",
+    "analyze": "rk_export.commands.analyze",
     "CompressOptions": "rk_export.options.compress",
     "EvalText": "rk_export.evaluation.measure",
     "Plan": "rk_export.plan",
@@ -34,12 +34,12 @@ _HOME = {
     "SpeedTest": "rk_export.evaluation.measure",
     "RkExportError": "rk_export.errors",
     "assert_parity": "rk_export.testing",
-    "compress": "rk_export.pipeline",
-    "dry_run": "rk_export.pipeline",
-    "evaluate": "rk_export.pipeline",
-    "export": "rk_export.pipeline",
-    "make_plan": "rk_export.pipeline",
-    "verify": "rk_export.pipeline",
+    "compress": "rk_export.commands.pipeline",
+    "dry_run": "rk_export.commands.pipeline",
+    "evaluate": "rk_export.commands.pipeline",
+    "export": "rk_export.commands.pipeline",
+    "make_plan": "rk_export.commands.pipeline",
+    "verify": "rk_export.commands.pipeline",
 }
 
 __all__ = [

@@ -269,8 +269,8 @@ def _print_json(data: object) -> None:
 
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
+    from rk_export.commands.pipeline import compress, dry_run
     from rk_export.evaluation.measure import EvalText, SpeedTest
-    from rk_export.pipeline import compress, dry_run
     from rk_export.plan import Plan
     from rk_export.report.render import planned_text, text_table
 
@@ -309,7 +309,7 @@ def run_compress(args: argparse.Namespace) -> int:
 
 def run_analyze(args: argparse.Namespace) -> int:
     """`analyze`."""
-    from rk_export.spectra import analyze
+    from rk_export.commands.analyze import analyze
 
     report = analyze(
         args.model,
@@ -325,8 +325,8 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
+    from rk_export.commands.pipeline import make_plan
     from rk_export.folders import check_plan_place
-    from rk_export.pipeline import make_plan
     from rk_export.planning.fixed_parts import fixed_parts, in_words
     from rk_export.source.stored import open_source
 
@@ -340,7 +340,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """`prepare`."""
-    from rk_export.pipeline import prepare
+    from rk_export.commands.pipeline import prepare
     from rk_export.report.render import findings_table
 
     names = tuple(args.passes.split(","))
@@ -352,8 +352,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
+    from rk_export.commands.pipeline import export
     from rk_export.options.compress import CompressOptions
-    from rk_export.pipeline import export
     from rk_export.report.render import text_table
 
     report = export(
@@ -373,7 +373,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """`verify`: 0 when every bounded tier passed, else 1."""
-    from rk_export.pipeline import verify
+    from rk_export.commands.pipeline import verify
     from rk_export.report.render import parity_text
 
     tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, threads=args.threads)
@@ -399,7 +399,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[str, Any]) -> int:
-    from rk_export.pipeline import evaluate
+    from rk_export.commands.pipeline import evaluate
 
     result = evaluate(model, text, **runtime)
     if as_json:
@@ -429,7 +429,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """`explain`."""
-    from rk_export.pipeline import explain
+    from rk_export.commands.pipeline import explain
     from rk_export.report.render import findings_table
 
     findings = explain(args.bundle)
@@ -439,7 +439,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """`doctor`: 0 when export and CPU inference can work, else 1."""
-    from rk_export.doctor import diagnose
+    from rk_export.commands.doctor import diagnose
 
     diagnosis = diagnose()
     _print_json(diagnosis.to_json()) if args.json else print(diagnosis.table())

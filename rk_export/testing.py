@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rk_export.commands.pipeline import verify
 from rk_export.errors import InputError
-from rk_export.pipeline import verify
 from rk_export.report.records import TIERS, ParityTier
 from rk_export.report.render import parity_text
 from rk_export.runtime.providers import Provider

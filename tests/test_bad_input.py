@@ -17,8 +17,9 @@ from conftest import Cli
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 
-from rk_export import folders, pipeline
+from rk_export import folders
 from rk_export.bundle import write as write_bundle
+from rk_export.commands import pipeline
 from rk_export.errors import FusionError, InputError
 
 Refused = Callable[..., str]

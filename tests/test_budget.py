@@ -14,12 +14,12 @@ from conftest import Cli
 
 from rk_export import compress, make_plan
 from rk_export.cli_options import parse_size
+from rk_export.commands.checks import check_options
+from rk_export.commands.pipeline import model_costs, verify
 from rk_export.errors import InputError
 from rk_export.model.sites import dense_sites
-from rk_export.option_checks import check_options
 from rk_export.options.compress import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
 from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
-from rk_export.pipeline import model_costs, verify
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.budget import spend
@@ -297,7 +297,7 @@ def test_an_export_that_fails_keeps_the_state_of_the_healing(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("rk_export.pipeline.write_bundle", fail)
+    monkeypatch.setattr("rk_export.commands.pipeline.write_bundle", fail)
     asked = options("keep", 0.7, quant=None, embedding_quant=None, heal=2)
     with pytest.raises(OSError, match="disk full"):
         compress(llama, tmp_path / "out", asked, threads=1)

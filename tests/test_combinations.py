@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from rk_export.commands.pipeline import compress, make_plan
 from rk_export.errors import InputError
 from rk_export.options.compress import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
-from rk_export.pipeline import compress, make_plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rk_export import doctor, environment_probes
-from rk_export.doctor import Check, Diagnosis, Status, diagnose
-from rk_export.environment_probes import Trial, try_out
+from rk_export.commands import doctor, environment_probes
+from rk_export.commands.doctor import Check, Diagnosis, Status, diagnose
+from rk_export.commands.environment_probes import Trial, try_out
 
 GPU = {"build": "onnxruntime-gpu", "version": "1.31.1"}
 CPU = {"build": "onnxruntime", "version": "1.32.0"}

@@ -11,7 +11,8 @@ import pytest
 from conftest import Cli, tiny_options
 from tiny_models import FAMILIES
 
-from rk_export import compress, dry_run, folders, make_plan, pipeline
+from rk_export import compress, dry_run, folders, make_plan
+from rk_export.commands import pipeline
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
 from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions
@@ -117,6 +118,6 @@ def test_a_checkpoint_that_will_not_fit_is_refused(
     compress(llama, tmp_path / "out", tiny_options(), checkpoint=tmp_path / "kept", threads=1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage(10_000, 9_800, 200))
-    monkeypatch.setattr(sys.modules["rk_export.pipeline"], "write_bundle", None)
+    monkeypatch.setattr(sys.modules["rk_export.commands.pipeline"], "write_bundle", None)
     ended = cli("export", tmp_path / "kept", "-o", tmp_path / "again")
     assert (ended.code, "no space left on the disk" in ended.err) == (2, True)

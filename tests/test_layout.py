@@ -155,7 +155,7 @@ def test_only_the_frontend_imports_mobius() -> None:
 
 
 def test_only_front_doors_import_the_pipeline() -> None:
-    entry = {"rk_export.pipeline", "rk_export.cli"}
+    entry = {"rk_export.commands.pipeline", "rk_export.cli"}
     assert {name for name in _modules() if _own_imports(name) & entry} <= FRONT_DOORS
 
 

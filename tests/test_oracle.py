@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DECODERS, FAMILIES, tiny_model
 from torch import Tensor
 
-from rk_export import memory, pipeline
+from rk_export import memory
+from rk_export.commands import pipeline
 from rk_export.errors import InputError, ParityError
 from rk_export.options.compress import CompressOptions
 from rk_export.parity import half_range, oracle

@@ -15,8 +15,9 @@ from conftest import tiny_options
 from onnx import helper, numpy_helper
 from tiny_models import tiny_model
 
-from rk_export import assert_parity, pipeline
+from rk_export import assert_parity
 from rk_export.bundle import write as write_bundle
+from rk_export.commands import pipeline
 from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
 from rk_export.graph.build import save_graph

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from tiny_models import tiny_config, tiny_model
 
-from rk_export import pipeline
+from rk_export.commands import pipeline
 from rk_export.model.switches import switches_of
 from rk_export.parity.greedy import Golden
 from rk_export.parity.probe import AFTER, BEFORE, LONGEST, Probe, make_probe

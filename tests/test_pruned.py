@@ -13,15 +13,15 @@ import torch
 from tiny_models import DECODERS
 from torch import Tensor, nn
 
-from rk_export import pipeline
+from rk_export.commands import pipeline
+from rk_export.commands.checks import check_options
+from rk_export.commands.pipeline import compress, verify
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.methods.prune.pruned import PrunedSource
 from rk_export.model.plain_form import plain_model
-from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.options.methods import PruneOptions
-from rk_export.pipeline import compress, verify
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import Rewritten

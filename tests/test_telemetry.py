@@ -38,7 +38,9 @@ def running(bundle: Path) -> str:
 
 def probing(_: Path) -> str:
     """What `rk-export doctor` does, in a process of its own."""
-    return "from rk_export.environment_probes import try_out; assert try_out('cpu').facts['providers']"
+    return (
+        "from rk_export.commands.environment_probes import try_out; assert try_out('cpu').facts['providers']"
+    )
 
 
 def sample(name: str, bundle: Path) -> str:

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from rk_export import pipeline
+from rk_export.commands import pipeline
 from rk_export.errors import InputError
 from rk_export.model.context import PROMPT_LENGTH
 from rk_export.parity.probe import make_probe

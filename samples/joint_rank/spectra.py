@@ -24,10 +24,10 @@ from joint_rank.study import (
     short,
 )
 from rk_export import CompressOptions
+from rk_export.commands.analyze import spectra
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RANK_SHARES, RankShare, adaptive_ranks
 from rk_export.report.plots import COLORS
 from rk_export.report.svg import new_figure, styled
-from rk_export.spectra import spectra
 
 SPECTRA_GROUPS = (("qk", "gate_up", "v", "o", "down"), ("q", "k", "gate", "up"))
 ADAPTED = {"qk + gate/up": ("qk", "gate_up"), "qk": ("qk",)}

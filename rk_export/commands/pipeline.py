@@ -13,6 +13,7 @@ from rk_export.bundle.check_ends import check_ends
 from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
+from rk_export.commands.checks import check_options
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
@@ -25,7 +26,6 @@ from rk_export.model.context import check_context, context_notices
 from rk_export.model.sites import canonical_layers
 from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
-from rk_export.option_checks import check_options
 from rk_export.options.compress import CalibrationOptions, CompressOptions
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden

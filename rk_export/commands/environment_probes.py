@@ -26,7 +26,7 @@ Probe = Literal["cpu", "cuda", "torch", "export"]
 _SECONDS = 180  # a cold import of PyTorch from a network drive takes a minute
 _LIBRARY_ERROR = re.compile(r"with error: (.+)")
 _ANSWER = "rk-export probe: "  # marks our line: libraries print to standard output too
-_START = "import sys; from rk_export.environment_probes import main; main(sys.argv[1])"
+_START = "import sys; from rk_export.commands.environment_probes import main; main(sys.argv[1])"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _probe_torch(facts: dict[str, Any]) -> None:
 
 
 def _probe_export(facts: dict[str, Any]) -> None:
-    importlib.import_module("rk_export.pipeline")
+    importlib.import_module("rk_export.commands.pipeline")
 
 
 _PROBES: dict[str, Callable[[dict[str, Any]], None]] = {

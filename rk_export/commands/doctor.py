@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from rk_export.environment_probes import Trial, try_out
+from rk_export.commands.environment_probes import Trial, try_out
 from rk_export.report.records import Record
 from rk_export.report.tables import Column, make_table
 

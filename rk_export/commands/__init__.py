@@ -1,0 +1,1 @@
+"""The public functions, a command each, put together from the stages."""
