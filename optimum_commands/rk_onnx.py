@@ -13,7 +13,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from rk_export.cli import add_compress_options, run_command, run_compress
+from rk_export.cli.main import add_compress_options, run_command, run_compress
 
 
 class RkOnnxExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.calibration.target_text import target_tokens
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.evaluation.assets import smollm2, wiki_text
 from rk_export.evaluation.measure import perplexity_of

@@ -36,7 +36,7 @@ from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
 from rk_export.methods.cap.auction import auction_selection, selection_of_each

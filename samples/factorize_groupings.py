@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from rk_export import CompressOptions, EvalText, RankRule
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.evaluation.perplexity import PerplexityResult
 from rk_export.folders import library_versions

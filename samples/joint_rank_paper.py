@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.errors import InputError
 from rk_export.folders import library_versions
 from rk_export.report.svg import save_figure

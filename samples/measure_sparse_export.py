@@ -26,7 +26,7 @@ import onnxruntime as ort
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from rk_export import CompressOptions
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.evaluation.assets import smollm2
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.graph.modules.sparse import ENTRIES

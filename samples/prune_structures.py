@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from rk_export import CompressOptions, EvalText, QuantSpec
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
 from rk_export.model.torch_logits import torch_logits

@@ -34,7 +34,7 @@ import torch
 from rk_export import CompressOptions, EvalText, RankRule, compress
 from rk_export.calibration.neuron_peaks import neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.evaluation.assets import news_text, smollm2, wiki_text
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions

@@ -169,7 +169,7 @@ Cli = Callable[..., Ended]
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """Run `rk-export` in this process; return exit code and output."""
-    from rk_export.cli import main
+    from rk_export.cli.main import main
 
     def run(*arguments: object) -> Ended:
         capsys.readouterr()

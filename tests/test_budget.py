@@ -13,7 +13,7 @@ import torch
 from conftest import Cli
 
 from rk_export import compress, make_plan
-from rk_export.cli_options import parse_size
+from rk_export.cli.compress_arguments import parse_size
 from rk_export.commands.checks import check_options
 from rk_export.commands.pipeline import model_costs, verify
 from rk_export.errors import InputError

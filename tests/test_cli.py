@@ -14,7 +14,7 @@ import pytest
 from conftest import Cli, Ended
 
 import rk_export
-from rk_export import cli as command_line
+from rk_export.cli import main as command_line
 from rk_export.folders import sha256_of
 from rk_export.parity.greedy import Golden
 from rk_export.report.records import Report
@@ -89,7 +89,7 @@ def compressed(llama: Path, prose: Path, work: Path) -> Path:
     arguments = ("compress", llama, "-o", work / "bundle", "--checkpoint", work / "checkpoint", *OPTIONS)
     extra = ("--text", prose, "--context", 64, "--triton", "tiny", "--threads", 1, "--json")
     done = subprocess.run(
-        [sys.executable, "-m", "rk_export.cli", *map(str, (*arguments, *extra))],
+        [sys.executable, "-m", "rk_export.cli.main", *map(str, (*arguments, *extra))],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONHASHSEED": "1"},

@@ -21,7 +21,7 @@ import pytest
 from conftest import Cli
 from runtime_models import EOS, TinyDecoder, write_encoder
 
-from rk_export.cli_chat import Conversation
+from rk_export.cli.chat import Conversation
 from rk_export.errors import InputError
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.bundle_files import read_json
@@ -89,7 +89,7 @@ def _heeds_interrupts() -> None:
 @contextmanager
 def terminal(*arguments: object) -> Iterator[Terminal]:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "rk_export.cli", "run", *map(str, arguments), "--provider", "cpu"]
+    command = [sys.executable, "-m", "rk_export.cli.main", "run", *map(str, arguments), "--provider", "cpu"]
     environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,

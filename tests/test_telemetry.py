@@ -29,7 +29,9 @@ def generating(bundle: Path) -> str:
 
 
 def command(*words: object) -> str:
-    return f"import sys; from rk_export.cli import main; sys.exit(main({[str(word) for word in words]!r}))"
+    return (
+        f"import sys; from rk_export.cli.main import main; sys.exit(main({[str(word) for word in words]!r}))"
+    )
 
 
 def running(bundle: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rk_export import CompressOptions, QuantSpec, compress
-from rk_export.cli import quiet_libraries
+from rk_export.cli.main import quiet_libraries
 from rk_export.errors import ParityError
 from rk_export.evaluation.assets import smollm2
 from rk_export.folders import library_versions

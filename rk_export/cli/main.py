@@ -13,14 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rk_export.cli_methods import add_method_arguments
-from rk_export.cli_options import (
+from rk_export.cli.compress_arguments import (
     add_context_argument,
     add_format_arguments,
     add_rank_arguments,
     compress_options,
 )
-from rk_export.cli_run import add_run_arguments, run_run
+from rk_export.cli.method_arguments import add_method_arguments
+from rk_export.cli.run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
 
 if TYPE_CHECKING:

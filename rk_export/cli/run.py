@@ -63,7 +63,7 @@ def run_run(args: argparse.Namespace) -> int:
     session = Session.from_pretrained(args.bundle, provider=args.provider, threads=args.threads)
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is None:
-        from rk_export.cli_chat import Conversation, chat
+        from rk_export.cli.chat import Conversation, chat
 
         return chat(Conversation(session, options, system, template_args))
     prompt: str | list[int] = args.prompt

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rk_export.cli_methods import preset, prune_options
+from rk_export.cli.method_arguments import preset, prune_options
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
