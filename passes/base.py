@@ -14,8 +14,8 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from rk_export.errors import FusionError
-from rk_export.passes.head_modules import PaddedHeads, SlicedHeads, without_slots
-from rk_export.passes.sparse import without_sparse
+from rk_export.passes.modules.heads import PaddedHeads, SlicedHeads, without_slots
+from rk_export.passes.modules.sparse import without_sparse
 from rk_export.plan import LayerShape, SitePlan
 from rk_export.report.records import Finding, Fusion
 

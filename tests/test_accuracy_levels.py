@@ -12,7 +12,7 @@ from conftest import tiny_options
 from tiny_models import tiny_model
 
 from rk_export import compress
-from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Report
 from rk_export.rewrite.accuracy_levels import choose_levels

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rk_export.passes.modules import RotatedHead
+from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.prepare.orthogonal import Orthogonal
 from rk_export.passes.prepare.parameters import put, read, weight
 from rk_export.passes.prepare.wiring import Wiring

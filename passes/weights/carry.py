@@ -10,7 +10,7 @@ from torch import nn
 
 from rk_export.errors import InputError
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.grid import Grid, as_blocks, why_not_carried
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.passes.base import Layer, role_paths
-from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
+from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import SitePlan
 
 ATTENTION = ("q", "k", "v", "o")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.passes.base import Layer
-from rk_export.passes.factors import IdentityFactors
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.factors import IdentityFactors
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.numerics.identity_form import IdentityForm, identity_form
 from rk_export.passes.numerics.joint_svd import Factors
 from rk_export.plan import SitePlan

@@ -7,7 +7,7 @@ from torch import nn
 
 from rk_export.options.compress import W8A8
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.modules import Int8Linear
+from rk_export.passes.modules.quantized import Int8Linear
 from rk_export.passes.numerics.int8 import int8_bytes, quantize_rows
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import SitePlan

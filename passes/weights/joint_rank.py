@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rk_export.options.compress import Gauge
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.factors import GroupedFactors, JointFactors, JointMember, SharedFactors
-from rk_export.passes.modules import linear_of as linear_of
+from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember, SharedFactors
+from rk_export.passes.modules.quantized import linear_of as linear_of
 from rk_export.passes.numerics.joint_svd import Factors, joint_factors, orthogonality_defect
 from rk_export.passes.numerics.ranks import kept_ratio, spectrum
 from rk_export.passes.weights.identity import empty_identity, identity_factors

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.plan import SitePlan
 
 NEURON_ROLES = ("gate", "up")

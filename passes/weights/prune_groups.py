@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rk_export.passes.base import Layer, SiteStatistics, inputs_of
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.numerics.pruning import Reduction, block_costs, refit
 from rk_export.passes.weights.head_slots import (
     attention_paths,

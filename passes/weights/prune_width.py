@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from rk_export.passes.base import Layer, SiteStatistics, inputs_of, role_paths
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.numerics.pruning import Reduction, eliminate_columns, largest, neuron_norms, refit
 from rk_export.passes.weights.reduced import rows_of, shape_finding, weight_bytes
 from rk_export.plan import LayerShape, SitePlan

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.quantize import quantized_bytes
 from rk_export.passes.weights.quantizer import Inputs
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import Layer, SiteStatistics
-from rk_export.passes.factors import IdentityFactors, JointFactors, JointMember
-from rk_export.passes.modules import Int8Linear, QuantizedLinear
+from rk_export.passes.modules.factors import IdentityFactors, JointFactors, JointMember
+from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.numerics.identity_form import refit_up
 from rk_export.passes.weights.correction import corrected_linear

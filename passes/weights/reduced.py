@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rk_export.passes.base import Layer
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.report.records import Finding, Outcome
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from rk_export.passes.base import Layer, ShapePass, SiteStatistics, role_paths
-from rk_export.passes.head_modules import HeadSlots
+from rk_export.passes.modules.heads import HeadSlots
 from rk_export.passes.weights.head_slots import (
     attention_paths,
     head_slots,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.passes.base import Layer, SiteStatistics, inputs_of
-from rk_export.passes.head_modules import HeadSlots
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.heads import HeadSlots
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.numerics.value_heads import NarrowValues, narrow_values, value_moments
 from rk_export.passes.weights.head_slots import (
     attention_paths,

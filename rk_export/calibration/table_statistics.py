@@ -10,7 +10,7 @@ from rk_export.calibration.moments import MomentSum
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
-from rk_export.passes.modules import RotatedHead
+from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 
 CHUNK = 512  # tokens of one pass

@@ -35,7 +35,6 @@ from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import Projection
 from rk_export.options.compress import W8A8
 from rk_export.passes.base import require, run_graph_passes
-from rk_export.passes.factors import IdentityFactors, JointMember
 from rk_export.passes.graph.attention_mask import AttentionMask
 from rk_export.passes.graph.half_scales import HalfScales
 from rk_export.passes.graph.logits_start import LogitsStart
@@ -48,15 +47,16 @@ from rk_export.passes.graph.packed_projections import (
 )
 from rk_export.passes.graph.positions import PositionsFromMask
 from rk_export.passes.graph.token_scales import TokenScales
-from rk_export.passes.head_modules import PaddedHeads, without_slots
-from rk_export.passes.modules import (
+from rk_export.passes.modules.factors import IdentityFactors, JointMember
+from rk_export.passes.modules.heads import PaddedHeads, without_slots
+from rk_export.passes.modules.quantized import (
     CorrectedLinear,
     Int8Linear,
     QuantizedEmbedding,
     QuantizedLinear,
     RotatedHead,
 )
-from rk_export.passes.sparse import SparseSum, without_sparse
+from rk_export.passes.modules.sparse import SparseSum, without_sparse
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten
 

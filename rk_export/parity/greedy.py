@@ -11,7 +11,7 @@ from torch import Tensor
 from rk_export.errors import InputError
 from rk_export.model.switches import LONG_ROTATION, Switch, switches_of
 from rk_export.parity.probe import NEW_TOKENS, Crossing, Probe
-from rk_export.passes.modules import float_inputs
+from rk_export.passes.modules.quantized import float_inputs
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.apply import Rewritten
 from rk_export.runtime import GenerationOptions, Session

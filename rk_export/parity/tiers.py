@@ -41,7 +41,7 @@ from rk_export.parity.session_tiers import (
     session_tiers,
     shipped_padding_tier,
 )
-from rk_export.passes.modules import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
+from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
 from rk_export.report.records import Outcome, ParityTier
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.weights.joint_rank import factors_path
 from rk_export.report.records import Finding, Outcome

@@ -17,7 +17,7 @@ from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import Layer
-from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
+from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.weights.correction import empty_corrected
 from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
 from rk_export.passes.weights.joint_rank import empty_factors, install

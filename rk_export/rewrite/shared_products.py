@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.factors import IdentityFactors, JointFactors
+from rk_export.passes.modules.factors import IdentityFactors, JointFactors
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.passes.base import Layer
-from rk_export.passes.modules import Int8Linear, QuantizedEmbedding, QuantizedLinear
-from rk_export.passes.sparse import SparseSum
+from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.weights.shapes import planned_shape
 from rk_export.passes.weights.sparse import ENTRY_BYTES
 from rk_export.plan import Plan, SitePlan

@@ -20,7 +20,7 @@ from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.plain_form import plain_model
 from rk_export.model.preparable import check_scale, folded_norms, preparations_of
 from rk_export.options.compress import PREPARATIONS
-from rk_export.passes.modules import RotatedHead
+from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.prepare.fold import fold_layer, fold_norm
 from rk_export.passes.prepare.heads import rotate_heads
 from rk_export.passes.prepare.orthogonal import Orthogonal, orthogonal

@@ -18,7 +18,7 @@ from rk_export.calibration.streams import Streams
 from rk_export.device import matmuls_in
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import Architecture
-from rk_export.passes.modules import float_inputs
+from rk_export.passes.modules.quantized import float_inputs
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.stored import ModelSource
 from rk_export.tensor_cache import remembered

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
-from rk_export.passes.modules import CorrectedLinear
+from rk_export.passes.modules.quantized import CorrectedLinear
 from rk_export.passes.numerics.correction import quantize_corrected
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rk_export.errors import InputError
 from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
-from rk_export.passes.factors import IdentityFactors
-from rk_export.passes.modules import linear_of
+from rk_export.passes.modules.factors import IdentityFactors
+from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.numerics.identity_form import identity_form, refit_up
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric

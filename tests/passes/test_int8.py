@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rk_export.errors import InputError
 from rk_export.options.compress import W8A8, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import Layer, run_weight_pass
-from rk_export.passes.modules import Int8Linear, float_inputs
+from rk_export.passes.modules.quantized import Int8Linear, float_inputs
 from rk_export.passes.numerics.int8 import int8_bytes, int8_product, quantize_rows, token_codes
 from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.joint_rank import JointRank

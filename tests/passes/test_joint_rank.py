@@ -9,7 +9,7 @@ from torch import nn
 
 from rk_export.options.compress import Gauge, RankRule
 from rk_export.passes.base import Layer
-from rk_export.passes.factors import GroupedFactors, JointFactors, JointMember
+from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.weights.joint_rank import JointRank, empty_factors
 from rk_export.plan import SitePlan
 from rk_export.report.records import Outcome

@@ -19,7 +19,7 @@ from rk_export.graph.build import build_graph
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.compress import PREPARATIONS, CompressOptions, QuantSpec, RankRule
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
-from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear, RotatedHead
+from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import QUANTIZED, Rewritten, rewrite

@@ -18,7 +18,7 @@ from rk_export.folders import check_manifest
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import has_rotated_head, preparations_of
 from rk_export.options.compress import PREPARATIONS
-from rk_export.passes.modules import RotatedHead
+from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.prepared import PreparedSource, save_prepared
 from rk_export.source.stored import ModelSource, open_source

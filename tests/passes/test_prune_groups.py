@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
-from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
+from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.passes.numerics.pruning import Reduction, block_costs, refit
 from rk_export.passes.weights.prune_groups import PruneGroups, group_scores
 from rk_export.plan import LayerShape, SitePlan

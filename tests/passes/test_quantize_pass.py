@@ -12,8 +12,8 @@ from torch import nn
 
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
 from rk_export.passes.base import Layer, run_weight_pass
-from rk_export.passes.factors import JointMember
-from rk_export.passes.modules import QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.modules.factors import JointMember
+from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import SitePlan

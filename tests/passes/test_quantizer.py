@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rk_export.options.compress import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
-from rk_export.passes.modules import QuantizedLinear
+from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import NO_STATISTICS, Quantize

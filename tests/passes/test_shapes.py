@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rk_export.errors import InputError
 from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
-from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
+from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
 from rk_export.planning.planner import check_plan, make_plan
 from rk_export.rewrite.apply import Rewritten, rewrite

@@ -18,8 +18,8 @@ from rk_export.errors import InputError
 from rk_export.methods.plans import sparse_plan as sparse_parts_plan
 from rk_export.options.compress import Budget, QuantSpec
 from rk_export.options.presets import cap
+from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
-from rk_export.passes.sparse import SparseSum
 from rk_export.plan import Plan, SitePlan
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained

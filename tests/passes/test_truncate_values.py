@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
-from rk_export.passes.head_modules import PaddedHeads, SlicedHeads
+from rk_export.passes.modules.heads import PaddedHeads, SlicedHeads
 from rk_export.passes.numerics.value_heads import narrow_values, value_moments
 from rk_export.passes.weights.prune_groups import PruneGroups
 from rk_export.passes.weights.truncate_values import TruncateValues

@@ -11,7 +11,7 @@ from onnxscript import OpBuilder
 from onnxscript import nn as onn
 from torch import nn
 
-from rk_export.passes.head_modules import HeadSlots, PaddedHeads, SlicedHeads
+from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 
 
 class PaddedProjection(onn.Module):

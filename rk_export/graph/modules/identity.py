@@ -16,8 +16,8 @@ from onnxscript import nn as onn
 from torch import Tensor
 
 from rk_export.graph.modules.projections import Bound, projection
-from rk_export.passes.factors import IdentityFactors
 from rk_export.passes.graph.nodes import DOWN, UP, Mark, mark
+from rk_export.passes.modules.factors import IdentityFactors
 
 # A member of more stretches is gathered.
 MAX_RUNS = 4

@@ -14,7 +14,7 @@ from onnxscript import nn as onn
 from torch import Tensor
 
 from rk_export.passes.graph.nodes import MICROSOFT, Mark, mark
-from rk_export.passes.modules import Int8Linear
+from rk_export.passes.modules.quantized import Int8Linear
 
 
 class Int8Projection(onn.Module):

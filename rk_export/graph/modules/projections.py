@@ -18,9 +18,14 @@ from onnxscript import nn as onn
 from torch import Tensor, nn
 
 from rk_export.graph.modules.int8 import Int8Projection
-from rk_export.passes.factors import GroupedFactors, JointFactors
 from rk_export.passes.graph.nodes import CORRECTION, DOWN, MICROSOFT, UP, Mark, mark
-from rk_export.passes.modules import CorrectedLinear, Int8Linear, QuantizedEmbedding, QuantizedLinear
+from rk_export.passes.modules.factors import GroupedFactors, JointFactors
+from rk_export.passes.modules.quantized import (
+    CorrectedLinear,
+    Int8Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
 
 NUMPY_DTYPE = {
     ir.DataType.FLOAT: np.float32,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rk_export.graph.modules.projections import Bound
 from rk_export.passes.graph.nodes import Mark, mark
+from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import SplitColumns, split_columns
-from rk_export.passes.sparse import SparseSum
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 
 # Parts of the sparse matrix, followed by the role.

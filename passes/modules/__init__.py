@@ -1,0 +1,1 @@
+"""What stands in a PyTorch model after the weight passes."""
