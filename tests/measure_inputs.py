@@ -22,6 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+
+sys.path += [str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir()]
 from input_cases import CASES
 from input_cases.case import TOLERANCE, Case, Row, run_case
 from transformers.utils import logging as transformers_logging

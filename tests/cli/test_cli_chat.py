@@ -26,7 +26,7 @@ from rk_export.errors import InputError
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.bundle_files import read_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LONG_CONTEXT = 20_000
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-SAMPLE = Path(__file__).parents[1] / "samples" / "basel_paper.py"
+SAMPLE = Path(__file__).parents[2] / "samples" / "basel_paper.py"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from rk_export.source.stored import ModelSource
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 def sample(name: str) -> ModuleType:

@@ -19,7 +19,7 @@ from rk_export.source.remote_code import refuse_remote_code
 from rk_export.source.stored import open_source, read_config
 from rk_export.training.state import StateFile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KINDS = ("config", "model", "tokenizer", "generation", "decoding")
 SMALL = ("--groups", "none", "--bits", 16, "--device", "cpu", "--threads", 1)
 

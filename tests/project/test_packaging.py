@@ -16,7 +16,7 @@ import pytest
 
 from rk_export.cli.main import add_compress_arguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TREES = {"rk_export": "rk_export", "passes": "rk_export/passes", "runtime": "rk_export/runtime"}
 COMMAND = "optimum/commands/register/rk_onnx.py"
 

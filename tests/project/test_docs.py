@@ -18,7 +18,7 @@ from rk_export.errors import UnsupportedModelError
 from rk_export.model.families import architecture_of
 from rk_export.report.records import TIERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CHANGELOG.md", *DOCS, *sorted((ROOT / "docs" / "results").glob("*.md"))]

@@ -1,6 +1,6 @@
 """Any two methods in one plan: a verified bundle, or a refusal before work begins. The table in the docs is made here.
 
-RK_UPDATE_DOCS=1 pytest tests/test_combinations.py      writes docs/combinations.md anew
+RK_UPDATE_DOCS=1 pytest tests/commands/test_combinations.py      writes docs/combinations.md anew
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rk_export.errors import InputError
 from rk_export.options.compress import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
 
-PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 
 
@@ -114,10 +114,10 @@ def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
     lines = [
         "# Combinations",
         "",
-        "Any two methods in one plan. `yes`: `tests/test_combinations.py` compressed a tiny Llama with both, exported",
-        "it, and every bounded parity tier passed. A number: refused before work begins, with the reason below. The",
-        "test writes this page (`RK_UPDATE_DOCS=1`) and fails when it is not what was found. Two formats share a plan",
-        "by matrix: every other one has the second format.",
+        "Any two methods in one plan. `yes`: `tests/commands/test_combinations.py` compressed a tiny Llama with both,",
+        "exported it, and every bounded parity tier passed. A number: refused before work begins, with the reason",
+        "below. The test writes this page (`RK_UPDATE_DOCS=1`) and fails when it is not what was found. Two formats",
+        "share a plan by matrix: every other one has the second format.",
         "",
         "| | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),

@@ -19,7 +19,7 @@ from rk_export.evaluation.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.source.stored import open_source
 
-SAMPLE = Path(__file__).parents[1] / "samples" / "joint_rank_paper.py"
+SAMPLE = Path(__file__).parents[2] / "samples" / "joint_rank_paper.py"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from rk_export import tensor_cache
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
 
-SAMPLE = Path(__file__).parents[1] / "samples" / "cap_paper.py"
+SAMPLE = Path(__file__).parents[2] / "samples" / "cap_paper.py"
 
 
 @pytest.fixture
