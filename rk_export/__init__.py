@@ -17,10 +17,16 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
 
 if TYPE_CHECKING:
     from rk_export.commands.analyze import analyze
-    from rk_export.commands.pipeline import compress, dry_run, evaluate, export, make_plan, verify
+    from rk_export.commands.compress import compress, dry_run
+    from rk_export.commands.evaluate import evaluate
+    from rk_export.commands.export import export
+    from rk_export.commands.plan import make_plan
+    from rk_export.commands.verify import verify
     from rk_export.errors import RkExportError
     from rk_export.evaluation.measure import EvalText, SpeedTest
-    from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import QuantSpec
+    from rk_export.options.ranks import RankRule
     from rk_export.plan import Plan
     from rk_export.testing import assert_parity
 

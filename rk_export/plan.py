@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions, QuantSpec, options_from_json, quant_from_json
+from rk_export.options.compress import CompressOptions, options_from_json
+from rk_export.options.quantization import QuantSpec, quant_from_json
 
 PLAN_MARK = "rk_export_plan"
 PLAN_VERSION = 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rk_export import CompressOptions, EvalText, QuantSpec, RankRule, RkExportError, SpeedTest, compress
 from rk_export.cli.main import quiet_libraries
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 from rk_export.report.render import text_table
 from rk_export.runtime import GenerationOptions, Session
 

@@ -35,14 +35,16 @@ from rk_export import CompressOptions, EvalText, RankRule, compress
 from rk_export.calibration.neuron_peaks import neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.cli.main import quiet_libraries
+from rk_export.commands.compression_inputs import groundwork
 from rk_export.evaluation.assets import news_text, smollm2, wiki_text
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
+from rk_export.methods.heal.distil import heal
+from rk_export.methods.heal.options import HealOptions
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import SINGLE_GROUPS, Budget
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite.groundwork import groundwork
-from rk_export.rewrite.heal import HealOptions, heal
 from rk_export.runtime import Session
 from rk_export.source.prepared import save_prepared
 from rk_export.source.stored import open_source

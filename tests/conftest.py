@@ -105,7 +105,10 @@ def trained_tokenizer() -> Any:
 
 def tiny_options(**changes: Any) -> CompressOptions:
     """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import QuantSpec
+    from rk_export.options.ranks import RankRule
 
     fields = {
         "groups": ("qk", "gate_up"),

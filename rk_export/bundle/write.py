@@ -132,7 +132,7 @@ def write_bundle(
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
         base = origin.origin[1] if isinstance(origin, ModelSource) else None
-        _write_configs(folder, rewritten, origin_folder, base)
+        write_configs(folder, rewritten, origin_folder, base)
     loaded = origin.notices if isinstance(origin, ModelSource) else ()
     provider, notices = _provider(options)
     known = () if before is None else before.notices
@@ -187,7 +187,8 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
     return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
 
 
-def _write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
+def write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
+    """Write tokenizer and the configs of the runtimes; `base` is the folder of the generation config, or None."""
     config = with_context(rewritten.model.config, rewritten.plan.options.context_length)
     generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
@@ -317,7 +318,7 @@ def _write_report(
 
 
 def _summary(options: CompressOptions) -> str:
-    done = _method(options) if options.prune is None else f"structured pruning, {_method(options)}"
+    done = ", ".join(_done(options))
     if options.quant is None:
         return f"Compressed by rk-export: {done}, floats ({options.float_dtype})."
     if options.quant.activations == 8:
@@ -326,15 +327,17 @@ def _summary(options: CompressOptions) -> str:
     return f"Compressed by rk-export: {done}, INT{bits} weights in blocks of {block}."
 
 
-def _method(options: CompressOptions) -> str:
-    """Return what was done to the matrices before they were rounded, in words."""
-    if options.basel is not None:
-        return f"basis selection for the task of {Path(options.basel.target).name} (arXiv 2405.15877)"
-    if options.cap is not None:
-        return "low rank plus sparse matrices (arXiv 2505.03801)"
-    if options.groups:
-        return f"joint rank-k factorization of {', '.join(options.groups)}"
-    return "dense matrices"
+def _done(options: CompressOptions) -> Iterator[str]:
+    """Yield what was done to the matrices before they were rounded, in words."""
+    for method in options.methods:
+        if method.stage == "prune":
+            yield method.describe()
+    if options.deciding is not None:
+        yield options.deciding.describe()
+    elif options.groups:
+        yield f"joint rank-k factorization of {', '.join(options.groups)}"
+    else:
+        yield "dense matrices"
 
 
 def _results(report: Report) -> tuple[tuple[str, str], ...]:

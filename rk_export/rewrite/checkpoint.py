@@ -15,7 +15,7 @@ from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
 from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.weights.correction import empty_corrected

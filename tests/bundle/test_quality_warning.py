@@ -10,7 +10,7 @@ from conftest import Cli, tiny_options
 
 from rk_export import compress
 from rk_export.bundle.quality_warning import FAR, divergence
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.report.records import Report
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli, Ended
+from rk_export.options.presets import METHODS
 
 from rk_export.cli.compress_arguments import add_format_arguments, add_rank_arguments, compress_options
 from rk_export.cli.method_arguments import add_method_arguments
-from rk_export.options.compress import Budget, CompressOptions, RankRule
-from rk_export.options.presets import METHODS
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import Budget, RankRule
 from rk_export.plan import Plan
 from rk_export.report.records import Report
 

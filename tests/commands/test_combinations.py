@@ -13,10 +13,16 @@ from typing import Any
 
 import pytest
 
-from rk_export.commands.pipeline import compress, make_plan
+from rk_export.commands.compress import compress
+from rk_export.commands.plan import make_plan
 from rk_export.errors import InputError
-from rk_export.options.compress import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
-from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
+from rk_export.methods.basel.options import BaselOptions
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.prune.options import PruneOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import Budget, RankRule
 
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from rk_export import Plan, compress, dry_run, make_plan, verify
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Outcome, Report
 from rk_export.rewrite.checkpoint import load_pretrained

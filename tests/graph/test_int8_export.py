@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rk_export import compress as compress_model
 from rk_export import make_plan, verify
-from rk_export.options.compress import W8A8, QuantSpec, RankRule
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained

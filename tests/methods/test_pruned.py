@@ -15,18 +15,22 @@ from torch import Tensor, nn
 
 from rk_export.commands import pipeline
 from rk_export.commands.checks import check_options
-from rk_export.commands.pipeline import compress, verify
+from rk_export.commands.compress import compress
+from rk_export.commands.compression_inputs import Groundwork, groundwork
+from rk_export.commands.verify import verify
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph, save_graph
+from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.prune.pruned import PrunedSource
 from rk_export.model.plain_form import plain_model
-from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
-from rk_export.options.methods import PruneOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.rewrite.groundwork import Groundwork, groundwork
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.prepared import PreparedSource
 from rk_export.source.stored import ModelSource, open_source

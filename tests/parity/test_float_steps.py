@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 
 from rk_export import CompressOptions, compress
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 from rk_export.parity.comparison import FLOAT_BOUND
 from rk_export.parity.float_steps import shaking_outputs
 from rk_export.report.records import ParityTier

@@ -10,7 +10,9 @@ from compressed import INT4, SourceOf, compress, floats, tokens
 from tiny_models import FAMILIES
 from torch import nn
 
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.factors import JointMember
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear

@@ -11,13 +11,14 @@ import torch
 from compressed import INT4, OnnxModel, SourceOf, floats, logits, tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from rk_export.methods.plans import sparse_plan as sparse_parts_plan
+from rk_export.options.presets import cap
 from sparse_plans import parts_of, sparse_plan
 from tiny_models import DECODERS
 
 from rk_export.errors import InputError
-from rk_export.methods.plans import sparse_plan as sparse_parts_plan
-from rk_export.options.compress import Budget, QuantSpec
-from rk_export.options.presets import cap
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import Budget
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
 from rk_export.plan import Plan, SitePlan

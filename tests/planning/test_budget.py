@@ -15,10 +15,15 @@ from conftest import Cli
 from rk_export import compress, make_plan
 from rk_export.cli.compress_arguments import parse_size
 from rk_export.commands.checks import check_options
-from rk_export.commands.pipeline import model_costs, verify
+from rk_export.commands.compression_inputs import groundwork
+from rk_export.commands.model_costs import model_costs
+from rk_export.commands.verify import verify
 from rk_export.errors import InputError
 from rk_export.model.sites import dense_sites
-from rk_export.options.compress import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import GROUPS, Budget
 from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
@@ -26,7 +31,6 @@ from rk_export.planning.budget import spend
 from rk_export.planning.candidates import Candidate, Menu, candidates
 from rk_export.planning.cost_table import CostTable, measure_costs
 from rk_export.planning.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)

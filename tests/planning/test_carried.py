@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, compress, export, make_plan, verify
 from rk_export.errors import InputError
-from rk_export.options.compress import CalibrationOptions, QuantSpec
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.quantization import QuantSpec
 from rk_export.plan import Plan
 from rk_export.report.records import Outcome, Report
 from rk_export.runtime import Session

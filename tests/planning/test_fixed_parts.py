@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli, tiny_options
+from rk_export.options.presets import cap
 from tiny_models import FAMILIES
 
 from rk_export import compress, dry_run, folders, make_plan
 from rk_export.commands import pipeline
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
-from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions
-from rk_export.options.presets import cap
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import Budget
 from rk_export.planning.fixed_parts import fixed_parts
 from rk_export.planning.planner import make_plan as plan_of
 from rk_export.rewrite.apply import rewrite

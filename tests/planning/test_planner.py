@@ -12,7 +12,9 @@ from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import check_plan, make_plan

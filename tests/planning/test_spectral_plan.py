@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from rk_export.commands.compression_inputs import groundwork
 from rk_export.model.plain_form import plain_model
-from rk_export.options.compress import ALLOCATIONS, CalibrationOptions, CompressOptions, RankRule
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import ALLOCATIONS, RankRule
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import ModelSource, open_source
 

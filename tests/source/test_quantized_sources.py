@@ -36,7 +36,7 @@ from transformers import (
 
 from rk_export import CompressOptions, compress, export
 from rk_export.errors import InputError
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 from rk_export.report.records import Report
 from rk_export.source.quantized.tensors import dequantized
 from rk_export.source.stored import open_source, read_config
