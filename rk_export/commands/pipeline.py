@@ -19,8 +19,9 @@ from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length, perplexity_of
 from rk_export.evaluation.models import open_candidate
 from rk_export.evaluation.perplexity import PerplexityResult
-from rk_export.folders import AtomicFolder, check_free_space, check_manifest, check_replaceable
+from rk_export.folders import MANIFEST, AtomicFolder, check_free_space, check_manifest, check_replaceable
 from rk_export.graph.dense.frontend import check_supported
+from rk_export.json_codec import from_json
 from rk_export.methods.plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
 from rk_export.model.sites import canonical_layers
@@ -401,7 +402,9 @@ def verify(
                 where=str(folder),
                 fix="give --against MODEL",
             )
-        golden = Golden.from_json(manifest["golden"])
+        golden = from_json(
+            Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
+        )
         return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)
     if plan.options.heal or plan.options.basel:
         trained = "healed bundle" if plan.options.heal else "bundle that was trained for a task"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions, require_choice
 
 # Matrices that may be factorized together: they read the same input. A group of one is the paper's
@@ -60,19 +59,19 @@ class QuantSpec:
         if self.activations == 8 and (self.bits, self.block_size, self.symmetric) == (8, 0, True):
             return
         if self.activations != 16:
-            raise InputError(
+            raise FieldError(
                 f"{self.activations}-bit activations do not go with {self.bits} bits in blocks of {self.block_size}",
                 where="quant",
                 fix="8-bit activations take bits 8, block_size 0 and symmetric weights; 16 leaves them in floats",
             )
         if self.bits not in (2, 4, 8):
-            raise InputError(
+            raise FieldError(
                 f"{self.bits} bits cannot be packed",
                 where="--bits or --embedding-bits",
                 fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
             )
         if self.block_size not in (16, 32, 64, 128, 256):
-            raise InputError(
+            raise FieldError(
                 f"a block of {self.block_size} columns is not supported",
                 where="--block",
                 fix="choose 16, 32, 64, 128 or 256",
@@ -94,16 +93,16 @@ class RankRule:
     def __post_init__(self) -> None:
         where = f"--{self.kind}"
         if self.kind not in ("keep", "rank", "energy"):
-            raise InputError(
+            raise FieldError(
                 f"unknown rank rule {self.kind!r}", where="rank", fix="choose keep, rank or energy"
             )
         if self.kind == "rank":
             if not math.isfinite(self.value) or self.value < 1 or self.value != int(self.value):
-                raise InputError(
+                raise FieldError(
                     f"{self.value} is not a rank", where=where, fix="give a whole number of at least 1"
                 )
         elif not 0 < self.value < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
             )
 
@@ -131,17 +130,17 @@ class Budget:
     def __post_init__(self) -> None:
         where = f"--{self.kind.replace('_', '-')}"
         if self.kind == "keep" and not 0 < self.value < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
             )
         if not math.isfinite(self.value) or self.value <= 0:
-            raise InputError(f"{self.value} is no budget", where=where, fix="give a number above 0")
+            raise FieldError(f"{self.value} is no budget", where=where, fix="give a number above 0")
         if self.kind == "bits" and not 2 <= self.value <= 16:
-            raise InputError(f"{self.value} bits", where=where, fix="give a mean between 2 and 16")
+            raise FieldError(f"{self.value} bits", where=where, fix="give a mean between 2 and 16")
         if self.kind == "speed_up" and self.value <= 1:
-            raise InputError(f"{self.value} is no speed-up", where=where, fix="give a factor above 1")
+            raise FieldError(f"{self.value} is no speed-up", where=where, fix="give a factor above 1")
         if self.phase not in ("prefill", "decode"):
-            raise InputError(f"unknown phase {self.phase!r}", where="--phase", fix="choose prefill or decode")
+            raise FieldError(f"unknown phase {self.phase!r}", where="--phase", fix="choose prefill or decode")
 
 
 @dataclass(frozen=True)
@@ -169,15 +168,15 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if self.metric not in ("none", "gain", "self", "corpus"):
-            raise InputError(
+            raise FieldError(
                 f"unknown metric {self.metric!r}",
                 where="--metric",
                 fix="choose none, gain, self or corpus:FILE",
             )
         if (self.metric == "corpus") != (self.corpus is not None):
-            raise InputError("the metric corpus reads a text file", where="--metric", fix="write corpus:FILE")
+            raise FieldError("the metric corpus reads a text file", where="--metric", fix="write corpus:FILE")
         if self.tokens < 512:
-            raise InputError(
+            raise FieldError(
                 f"{self.tokens} tokens are too few for second moments",
                 where="--calibration-tokens",
                 fix="give at least 512",
@@ -254,42 +253,42 @@ class CompressOptions:
         self._check_groups()
         require_choice("choice", self.qk, ("whole", "per-head"), "--qk")
         if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
-            raise InputError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
+            raise FieldError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
         require_choice("gauge", self.gauge, ("orthogonal", "balanced"), "--gauge")
         require_choice("execution provider", self.ep, ("cpu", "cuda", "portable"), "--ep")
         require_choice("level", self.accuracy_level, (0, 1, 4), "--accuracy-level")
         require_choice("form", self.form, ("plain", "identity", None), "--form")
         require_choice("allocation", self.allocation, ALLOCATIONS, "--allocation")
         if self.allocation != "uniform" and (self.rank_rule.kind != "keep" or self.budget or self.basel):
-            raise InputError(
+            raise FieldError(
                 f"{self.allocation} spreads the share of a rank rule",
                 where="--allocation",
                 fix="give --keep SHARE with --uniform or --method joint-rank, or drop it",
             )
         if self.allocation != "uniform" and self.qk == "per-head":
-            raise InputError(
+            raise FieldError(
                 "it gives one rank to each group", where="--allocation", fix="drop it, or --qk per-head"
             )
         require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
         for name in self.prepare or ():
             require_choice("preparation", name, (*PREPARATIONS, *PARTS_OF_FOLD), "--prepare")
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
-            raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
+            raise FieldError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
         require_choice("choice", self.recompute, ("all", "none"), "--recompute")
         if self.recompute == "none":
             self._check_carried()
         self._check_int8()
         self._check_methods()
         if self.heal < 0:
-            raise InputError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
+            raise FieldError(f"{self.heal} steps", where="--heal", fix="give 0 or more")
         if self.context_length is not None and self.context_length < SHORTEST_CONTEXT:
-            raise InputError(
+            raise FieldError(
                 f"a context of {self.context_length} tokens is too short to verify a bundle in",
                 where="--context-length",
                 fix=f"give at least {SHORTEST_CONTEXT}",
             )
         if self.rank_multiple is not None and self.rank_multiple < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
             )
 
@@ -297,12 +296,12 @@ class CompressOptions:
         seen: dict[str, str] = {}
         for group in self.groups or ():
             if group not in GROUPS:
-                raise InputError(
+                raise FieldError(
                     f"unknown group {group!r}", where="--groups", fix=f"choose from {', '.join(GROUPS)}"
                 )
             for role in GROUPS[group]:
                 if role in seen:
-                    raise InputError(
+                    raise FieldError(
                         f"{role!r} stands in both {seen[role]!r} and {group!r}",
                         where="--groups",
                         fix="name each matrix once",
@@ -325,7 +324,7 @@ class CompressOptions:
             "--heal": self.heal,
         }
         if asked := [name for name, value in changes.items() if value]:
-            raise InputError(
+            raise FieldError(
                 f"codes that are carried over cannot be changed, which {asked[0]} does",
                 where="--recompute",
                 fix=f"drop {asked[0]}, or --recompute none",
@@ -333,13 +332,13 @@ class CompressOptions:
 
     def _check_int8(self) -> None:
         if self.quant is not None and self.quant.activations == 8 and self.ep != "cpu":
-            raise InputError(
+            raise FieldError(
                 f"int8 inputs have no kernels in a graph for {self.ep}",
                 where="quant",
                 fix="use them with --ep cpu, or choose weight-only quantization",
             )
         if self.embedding_quant is not None and self.embedding_quant.activations == 8:
-            raise InputError(
+            raise FieldError(
                 "an embedding has no inputs to quantize",
                 where="embedding_quant",
                 fix="choose weight-only quantization for it",
@@ -348,7 +347,7 @@ class CompressOptions:
     def _check_methods(self) -> None:
         """Refuse a method that contradicts how its sites must look."""
         if self.basel is not None and self.cap is not None:
-            raise InputError(
+            raise FieldError(
                 "both decide what stays of every matrix", where="basel and cap", fix="choose one of the two"
             )
         for name in ("basel", "cap"):
@@ -357,19 +356,19 @@ class CompressOptions:
         if self.basel is not None and (
             self.rank is None or self.rank.kind == "rank" or self.budget is not None
         ):
-            raise InputError(
+            raise FieldError(
                 "basis selection ends at a kept share of the parameters, or of the importances",
                 where="basel",
                 fix="give --keep SHARE or --energy SHARE, and no other budget",
             )
         if self.cap is not None and self.rank is not None:
-            raise InputError(
+            raise FieldError(
                 "a rank rule does not say how much is sparse",
                 where="cap",
                 fix="give --keep SHARE or --size BYTES",
             )
         if self.cap is not None and (self.budget is None or self.budget.kind not in ("keep", "size")):
-            raise InputError(
+            raise FieldError(
                 "low rank and sparse parts are bought from a budget of parameters or bytes",
                 where="cap",
                 fix="give --keep SHARE or --size BYTES",
@@ -380,34 +379,34 @@ class CompressOptions:
     def _check_correction(self) -> None:
         where = "--correction"
         if self.correction < 0:
-            raise InputError(f"rank {self.correction}", where=where, fix="give 0 or more")
+            raise FieldError(f"rank {self.correction}", where=where, fix="give 0 or more")
         if self.quant is None or self.quant.activations == 8:
-            raise InputError(
+            raise FieldError(
                 "only weight-only quantization is corrected", where=where, fix="give --bits 2, 4 or 8"
             )
         if self.basel is not None or self.cap is not None:
             name = "basel" if self.basel is not None else "cap"
-            raise InputError(
+            raise FieldError(
                 f"{name} leaves factor pairs, and only dense quantized matrices are corrected",
                 where=where,
                 fix="drop it",
             )
         if self.budget is not None:
-            raise InputError("a budget does not price corrections", where=where, fix="drop one of the two")
+            raise FieldError("a budget does not price corrections", where=where, fix="drop one of the two")
 
     def _check_single(self, name: str) -> None:
         if any(len(GROUPS[group]) > 1 for group in self.groups or ()):
-            raise InputError(
+            raise FieldError(
                 "it decides matrix by matrix, so joint groups cannot follow it",
                 where=f"{name} and --groups",
                 fix="drop --groups",
             )
         if self.qk != "whole" or (name == "cap" and self.form is not None):
-            raise InputError(
+            raise FieldError(
                 "it decides the form of every matrix itself", where=name, fix="drop --form and --qk"
             )
         if self.calibration.prefix:
-            raise InputError(
+            raise FieldError(
                 "its parts do not depend on the compressed prefix", where=name, fix="drop --prefix"
             )
 
@@ -441,33 +440,3 @@ class CompressOptions:
     def float_dtype(self) -> Literal["fp32", "fp16"]:
         """The float type of the exported graph."""
         return "fp32" if self.ep == "cpu" else "fp16"
-
-
-def quant_from_json(data: Mapping[str, Any] | None) -> QuantSpec | None:
-    return None if data is None else QuantSpec(**data)
-
-
-def _optional(kind: type[Any], data: Mapping[str, Any] | None) -> Any:
-    return None if data is None else kind(**data)
-
-
-def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
-    """Build options from their `asdict` form."""
-    known = {field.name for field in fields(CompressOptions)}
-    if unknown := set(data) - known:
-        raise ValueError(f"unknown options {sorted(unknown)}")
-    return CompressOptions(
-        **{
-            **data,
-            "groups": None if data["groups"] is None else tuple(data["groups"]),
-            "rank": None if data["rank"] is None else RankRule(**data["rank"]),
-            "prepare": None if data["prepare"] is None else tuple(data["prepare"]),
-            "calibration": CalibrationOptions(**data["calibration"]),
-            "prune": _optional(PruneOptions, data.get("prune")),
-            "basel": _optional(BaselOptions, data.get("basel")),
-            "cap": _optional(CapOptions, data.get("cap")),
-            "budget": None if data["budget"] is None else Budget(**data["budget"]),
-            "quant": quant_from_json(data["quant"]),
-            "embedding_quant": quant_from_json(data["embedding_quant"]),
-        }
-    )

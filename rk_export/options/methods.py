@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         if self.blocks < 0:
-            raise InputError(f"{self.blocks} blocks", where="--prune-blocks", fix="give 0 or more")
+            raise FieldError(f"{self.blocks} blocks", where="--prune-blocks", fix="give 0 or more")
         if not 0 < self.ffn <= 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.ffn} is not a share between 0 and 1",
                 where="--prune-ffn",
                 fix="0.9 keeps nine tenths of the neurons",
             )
         if self.kv_groups is not None and self.kv_groups < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.kv_groups} key/value heads", where="--prune-heads", fix="keep at least 1"
             )
         if (self.blocks, self.ffn, self.kv_groups) == (0, 1.0, None):
-            raise InputError("nothing goes", where="prune", fix="name what goes, or leave it out")
+            raise FieldError("nothing goes", where="prune", fix="name what goes, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class BaselOptions:
         require_choice("choice", self.bases, ("plain", "whitened"), "--bases")
         for name, least in (("steps", 1), ("tune", 0), ("batch_tokens", 1), ("new_basis", 0), ("events", 1)):
             if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)}", where="basel", fix=f"give at least {least}")
+                raise FieldError(f"{name} {getattr(self, name)}", where="basel", fix=f"give at least {least}")
         if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise InputError(
+            raise FieldError(
                 f"a learning rate of {self.learning_rate}", where="basel", fix="give a number above 0"
             )
 
@@ -113,9 +113,9 @@ class CapOptions:
         require_choice("selector", self.selector, choices, "--selector")
         for name in ("iterations", "steps", "window", "batch_tokens"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}", where="cap", fix="give at least 1")
+                raise FieldError(f"{name} {getattr(self, name)}", where="cap", fix="give at least 1")
         if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise InputError(
+            raise FieldError(
                 f"a learning rate of {self.learning_rate}", where="cap", fix="give a number above 0"
             )
 
@@ -124,8 +124,8 @@ def require_choice(kind: str, value: object, choices: tuple[object, ...], where:
     """Refuse a value that is none of some choices.
 
     Raises:
-        InputError: Lists them.
+        FieldError: Lists them.
     """
     if value not in choices:
         *some, last = [str(choice) for choice in choices if choice is not None]
-        raise InputError(f"unknown {kind} {value!r}", where=where, fix=f"choose {', '.join(some)} or {last}")
+        raise FieldError(f"unknown {kind} {value!r}", where=where, fix=f"choose {', '.join(some)} or {last}")
