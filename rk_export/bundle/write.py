@@ -23,6 +23,7 @@ from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
+from rk_export.json_codec import to_json
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import CompressOptions
@@ -311,8 +312,8 @@ def _write_report(
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.ep,
         "shared_kv_cache": not rewritten.architecture.is_encoder,
-        "parity": [tier.to_json() for tier in report.parity],
-        "golden": None if golden is None else golden.to_json(),
+        "parity": to_json(report.parity),
+        "golden": to_json(golden),
     }
     write_manifest(folder, info)
 

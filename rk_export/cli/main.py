@@ -8,7 +8,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from rk_export.cli.compress_arguments import (
 from rk_export.cli.method_arguments import add_method_arguments
 from rk_export.cli.run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
+from rk_export.json_codec import to_json
 
 if TYPE_CHECKING:
     from rk_export.evaluation.measure import EvalText
@@ -430,7 +430,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from rk_export.report.render import parity_text
 
     tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, run=_run_of(args))
-    _print_json([tier.to_json() for tier in tiers]) if args.json else print(parity_text(tiers))
+    _print_json(to_json(tiers)) if args.json else print(parity_text(tiers))
     return int(any(tier.passed is False for tier in tiers))
 
 
@@ -456,7 +456,7 @@ def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[s
 
     result = evaluate(model, text, **runtime)
     if as_json:
-        _print_json(asdict(result))
+        _print_json(to_json(result))
         return 0
     value = f"perplexity {result.perplexity:.3f} ± {result.perplexity_error:.3f}"
     loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
@@ -486,7 +486,7 @@ def run_explain(args: argparse.Namespace) -> int:
     from rk_export.report.render import findings_table
 
     findings = explain(args.bundle)
-    _print_json([finding.to_json() for finding in findings]) if args.json else print(findings_table(findings))
+    _print_json(to_json(findings)) if args.json else print(findings_table(findings))
     return 0
 
 

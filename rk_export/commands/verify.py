@@ -11,7 +11,8 @@ import torch
 from rk_export.commands.preparations import prepared_source
 from rk_export.commands.stages import Task, open_task
 from rk_export.errors import InputError
-from rk_export.folders import check_manifest
+from rk_export.folders import MANIFEST, check_manifest
+from rk_export.json_codec import from_json
 from rk_export.options.compress import CompressOptions
 from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
@@ -90,7 +91,9 @@ def _alone(
             where=str(folder),
             fix="give --against MODEL",
         )
-    golden = Golden.from_json(manifest["golden"])
+    golden = from_json(
+        Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
+    )
     return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.texts import TextFile
 
 
@@ -34,15 +34,15 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if self.metric not in ("none", "gain", "self", "corpus"):
-            raise InputError(
+            raise FieldError(
                 f"unknown metric {self.metric!r}",
                 where="--metric",
                 fix="choose none, gain, self or corpus:FILE",
             )
         if (self.metric == "corpus") != (self.corpus is not None):
-            raise InputError("the metric corpus reads a text file", where="--metric", fix="write corpus:FILE")
+            raise FieldError("the metric corpus reads a text file", where="--metric", fix="write corpus:FILE")
         if self.tokens < 512:
-            raise InputError(
+            raise FieldError(
                 f"{self.tokens} tokens are too few for second moments",
                 where="--calibration-tokens",
                 fix="give at least 512",

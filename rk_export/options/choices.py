@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 
 
 def require_choice(kind: str, value: object, choices: tuple[object, ...], where: str) -> None:
@@ -13,4 +13,4 @@ def require_choice(kind: str, value: object, choices: tuple[object, ...], where:
     """
     if value not in choices:
         *some, last = [str(choice) for choice in choices if choice is not None]
-        raise InputError(f"unknown {kind} {value!r}", where=where, fix=f"choose {', '.join(some)} or {last}")
+        raise FieldError(f"unknown {kind} {value!r}", where=where, fix=f"choose {', '.join(some)} or {last}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.choices import require_choice
 from rk_export.options.method import STAGES, MethodOptions
@@ -87,40 +86,40 @@ class CompressOptions:
         self._check_groups()
         require_choice("choice", self.qk, ("whole", "per-head"), "--qk")
         if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
-            raise InputError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
+            raise FieldError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
         require_choice("gauge", self.gauge, ("orthogonal", "balanced"), "--gauge")
         require_choice("execution provider", self.ep, ("cpu", "cuda", "portable"), "--ep")
         require_choice("level", self.accuracy_level, (0, 1, 4), "--accuracy-level")
         require_choice("form", self.form, ("plain", "identity", None), "--form")
         require_choice("allocation", self.allocation, ALLOCATIONS, "--allocation")
         if self.allocation != "uniform" and (self.rank_rule.kind != "keep" or self.budget or self.deciding):
-            raise InputError(
+            raise FieldError(
                 f"{self.allocation} spreads the share of a rank rule",
                 where="--allocation",
                 fix="give --keep SHARE with --uniform, or drop it",
             )
         if self.allocation != "uniform" and self.qk == "per-head":
-            raise InputError(
+            raise FieldError(
                 "it gives one rank to each group", where="--allocation", fix="drop it, or --qk per-head"
             )
         require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
         for name in self.prepare or ():
             require_choice("preparation", name, (*PREPARATIONS, *PARTS_OF_FOLD), "--prepare")
         if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
-            raise InputError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
+            raise FieldError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
         require_choice("choice", self.recompute, ("all", "none"), "--recompute")
         if self.recompute == "none":
             self._check_carried()
         self._check_int8()
         self._check_methods()
         if self.context_length is not None and self.context_length < SHORTEST_CONTEXT:
-            raise InputError(
+            raise FieldError(
                 f"a context of {self.context_length} tokens is too short to verify a bundle in",
                 where="--context-length",
                 fix=f"give at least {SHORTEST_CONTEXT}",
             )
         if self.rank_multiple is not None and self.rank_multiple < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
             )
 
@@ -128,12 +127,12 @@ class CompressOptions:
         seen: dict[str, str] = {}
         for group in self.groups or ():
             if group not in GROUPS:
-                raise InputError(
+                raise FieldError(
                     f"unknown group {group!r}", where="--groups", fix=f"choose from {', '.join(GROUPS)}"
                 )
             for role in GROUPS[group]:
                 if role in seen:
-                    raise InputError(
+                    raise FieldError(
                         f"{role!r} stands in both {seen[role]!r} and {group!r}",
                         where="--groups",
                         fix="name each matrix once",
@@ -154,7 +153,7 @@ class CompressOptions:
             **{method.asked_by: True for method in self.methods},
         }
         if asked := [name for name, value in changes.items() if value]:
-            raise InputError(
+            raise FieldError(
                 f"codes that are carried over cannot be changed, which {asked[0]} does",
                 where="--recompute",
                 fix=f"drop {asked[0]}, or --recompute none",
@@ -162,13 +161,13 @@ class CompressOptions:
 
     def _check_int8(self) -> None:
         if self.quant is not None and self.quant.activations == 8 and self.ep != "cpu":
-            raise InputError(
+            raise FieldError(
                 f"int8 inputs have no kernels in a graph for {self.ep}",
                 where="quant",
                 fix="use them with --ep cpu, or choose weight-only quantization",
             )
         if self.embedding_quant is not None and self.embedding_quant.activations == 8:
-            raise InputError(
+            raise FieldError(
                 "an embedding has no inputs to quantize",
                 where="embedding_quant",
                 fix="choose weight-only quantization for it",
@@ -183,11 +182,11 @@ class CompressOptions:
                     if first.stage == "decide"
                     else f"{first.stage} the model"
                 )
-                raise InputError(
+                raise FieldError(
                     f"both {what}", where=f"{first.name} and {second.name}", fix="choose one of the two"
                 )
             if STAGES.index(first.stage) > STAGES.index(second.stage):
-                raise InputError(
+                raise FieldError(
                     f"{second.name} comes before {first.name}", where="methods", fix="exchange the two"
                 )
         if self.deciding is not None:
@@ -200,33 +199,33 @@ class CompressOptions:
     def _check_correction(self) -> None:
         where = "--correction"
         if self.correction < 0:
-            raise InputError(f"rank {self.correction}", where=where, fix="give 0 or more")
+            raise FieldError(f"rank {self.correction}", where=where, fix="give 0 or more")
         if self.quant is None or self.quant.activations == 8:
-            raise InputError(
+            raise FieldError(
                 "only weight-only quantization is corrected", where=where, fix="give --bits 2, 4 or 8"
             )
         if self.deciding is not None:
-            raise InputError(
+            raise FieldError(
                 f"{self.deciding.name} leaves factor pairs, and only dense quantized matrices are corrected",
                 where=where,
                 fix="drop it",
             )
         if self.budget is not None:
-            raise InputError("a budget does not price corrections", where=where, fix="drop one of the two")
+            raise FieldError("a budget does not price corrections", where=where, fix="drop one of the two")
 
     def _check_single(self, method: MethodOptions) -> None:
         if any(len(GROUPS[group]) > 1 for group in self.groups or ()):
-            raise InputError(
+            raise FieldError(
                 "it decides matrix by matrix, so joint groups cannot follow it",
                 where=f"{method.name} and --groups",
                 fix="drop --groups",
             )
         if self.qk != "whole" or (method.decides_form and self.form is not None):
-            raise InputError(
+            raise FieldError(
                 "it decides the form of every matrix itself", where=method.name, fix="drop --form and --qk"
             )
         if self.calibration.prefix:
-            raise InputError(
+            raise FieldError(
                 "its parts do not depend on the compressed prefix", where=method.name, fix="drop --prefix"
             )
 
@@ -284,8 +283,3 @@ class CompressOptions:
     def float_dtype(self) -> Literal["fp32", "fp16"]:
         """The float type of the exported graph."""
         return "fp32" if self.ep == "cpu" else "fp16"
-
-
-def options_from_json(data: Mapping[str, Any]) -> CompressOptions:
-    """Build options from their `asdict` form."""
-    raise NotImplementedError

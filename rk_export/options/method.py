@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.ranks import Budget, RankRule
 
 if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
     from rk_export.options.compress import CompressOptions
 
 # When a method works: it takes whole structures, decides every matrix, or trains what compression left.
@@ -69,15 +72,32 @@ class MethodOptions:
             "--keep SHARE or --energy SHARE" if cls.amount == "rank rule" else "--keep SHARE or --size BYTES"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return its fields and its name, JSON-ready."""
-        return {"name": self.name, **{item.name: getattr(self, item.name) for item in fields(self)}}
+    @property
+    def json_tag(self) -> str:
+        """The name under which its fields are saved."""
+        return self.name
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Read what `json_tag` saved: one object whose only key names the method."""
+        if cls is not MethodOptions:
+            return handler(source)
+        from pydantic_core import core_schema
+
+        from rk_export.methods import METHODS
+
+        known = {
+            kind.name: core_schema.typed_dict_field(handler.generate_schema(kind), required=False)
+            for kind in METHODS
+        }
+        table = core_schema.typed_dict_schema(known, extra_behavior="forbid")
+        return core_schema.no_info_after_validator_function(_only, table)
 
     def require_least(self, **least: int) -> None:
         """Refuse fields below the least value that is given for each."""
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                raise InputError(
+                raise FieldError(
                     f"{name} {getattr(self, name)}", where=self.name, fix=f"give at least {smallest}"
                 )
 
@@ -105,3 +125,9 @@ def flag(
 def flags_of(kind: type[MethodOptions]) -> list[Field[Any]]:
     """Return the fields of a method's options that have a flag."""
     return [item for item in fields(kind) if "flag" in item.metadata]
+
+
+def _only(found: dict[str, MethodOptions]) -> MethodOptions:
+    if len(found) != 1:
+        raise FieldError(f"{len(found)} methods in one entry", where="methods", fix="give each its own entry")
+    return next(iter(found.values()))

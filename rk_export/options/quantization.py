@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,19 @@ class QuantSpec:
         if self.activations == 8 and (self.bits, self.block_size, self.symmetric) == (8, 0, True):
             return
         if self.activations != 16:
-            raise InputError(
+            raise FieldError(
                 f"{self.activations}-bit activations do not go with {self.bits} bits in blocks of {self.block_size}",
                 where="quant",
                 fix="8-bit activations take bits 8, block_size 0 and symmetric weights; 16 leaves them in floats",
             )
         if self.bits not in (2, 4, 8):
-            raise InputError(
+            raise FieldError(
                 f"{self.bits} bits cannot be packed",
                 where="--bits or --embedding-bits",
                 fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
             )
         if self.block_size not in (16, 32, 64, 128, 256):
-            raise InputError(
+            raise FieldError(
                 f"a block of {self.block_size} columns is not supported",
                 where="--block",
                 fix="choose 16, 32, 64, 128 or 256",
@@ -56,7 +55,3 @@ class QuantSpec:
 
 # Weight-only INT8 and INT4 as the command line's defaults have them, and int8 weights with int8 inputs.
 W8A8 = QuantSpec(8, 0, activations=8)
-
-
-def quant_from_json(data: Mapping[str, Any] | None) -> QuantSpec | None:
-    return None if data is None else QuantSpec(**data)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 
 # Matrices that may be factorized together: they read the same input. A group of one is the paper's
 # "separate" baseline.
@@ -36,16 +36,16 @@ class RankRule:
     def __post_init__(self) -> None:
         where = f"--{self.kind}"
         if self.kind not in ("keep", "rank", "energy"):
-            raise InputError(
+            raise FieldError(
                 f"unknown rank rule {self.kind!r}", where="rank", fix="choose keep, rank or energy"
             )
         if self.kind == "rank":
             if not math.isfinite(self.value) or self.value < 1 or self.value != int(self.value):
-                raise InputError(
+                raise FieldError(
                     f"{self.value} is not a rank", where=where, fix="give a whole number of at least 1"
                 )
         elif not 0 < self.value < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
             )
 
@@ -69,14 +69,14 @@ class Budget:
     def __post_init__(self) -> None:
         where = f"--{self.kind.replace('_', '-')}"
         if self.kind == "keep" and not 0 < self.value < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.value} is not a share between 0 and 1", where=where, fix="0.9 keeps nine tenths"
             )
         if not math.isfinite(self.value) or self.value <= 0:
-            raise InputError(f"{self.value} is no budget", where=where, fix="give a number above 0")
+            raise FieldError(f"{self.value} is no budget", where=where, fix="give a number above 0")
         if self.kind == "bits" and not 2 <= self.value <= 16:
-            raise InputError(f"{self.value} bits", where=where, fix="give a mean between 2 and 16")
+            raise FieldError(f"{self.value} bits", where=where, fix="give a mean between 2 and 16")
         if self.kind == "speed_up" and self.value <= 1:
-            raise InputError(f"{self.value} is no speed-up", where=where, fix="give a factor above 1")
+            raise FieldError(f"{self.value} is no speed-up", where=where, fix="give a factor above 1")
         if self.phase not in ("prefill", "decode"):
-            raise InputError(f"unknown phase {self.phase!r}", where="--phase", fix="choose prefill or decode")
+            raise FieldError(f"unknown phase {self.phase!r}", where="--phase", fix="choose prefill or decode")

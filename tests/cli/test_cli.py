@@ -16,7 +16,7 @@ from conftest import Cli, Ended
 import rk_export
 from rk_export.cli import main as command_line
 from rk_export.folders import sha256_of
-from rk_export.parity.greedy import Golden
+from rk_export.json_codec import from_json
 from rk_export.report.records import Report
 
 COMMANDS = (
@@ -180,8 +180,10 @@ def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
 def test_verify_ends_with_one_when_parity_fails(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Golden.from_json
-    monkeypatch.setattr(Golden, "from_json", lambda data: replace(read(data), level_bound=1e-9))
+    def strict(*args: Any, **options: Any) -> Any:
+        return replace(from_json(*args, **options), level_bound=1e-9)
+
+    monkeypatch.setattr("rk_export.commands.pipeline.from_json", strict)
     ended = cli("verify", bundle, "--provider", "cpu", "--threads", 1, "--json")
     assert ended.code == 1
     assert [tier["tier"] for tier in json.loads(ended.out) if tier["passed"] is False] == ["d"]

@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 from rk_export import Plan, compress, dry_run, make_plan, verify
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest
+from rk_export.json_codec import to_json
 from rk_export.options.quantization import QuantSpec
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Outcome, Report
@@ -82,8 +83,8 @@ def test_report_and_manifest_tell_the_run(llama: Path, bundle: Path) -> None:
     assert [spectrum.target for spectrum in report.spectra][:2] == ["layers.0.qk", "layers.0.gate_up"]
     manifest = check_manifest(bundle)
     assert manifest["source"] == {"model": llama.name, "structure": open_source(llama).structure()}
-    assert manifest["parity"] == [tier.to_json() for tier in report.parity]
-    assert [len(prompt) for prompt in manifest["golden"]["prompts"]] == [32] * 8
+    assert manifest["parity"] == to_json(report.parity)
+    assert [len(prompt) for prompt in manifest["golden"]["probe"]["prompts"]] == [32] * 8
 
 
 def test_sizes_are_known_before_the_work(llama: Path, bundle: Path) -> None:

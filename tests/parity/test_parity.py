@@ -21,6 +21,7 @@ from rk_export.commands import pipeline
 from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
 from rk_export.graph.build import save_graph
+from rk_export.json_codec import from_json
 from rk_export.parity import tiers as parity
 from rk_export.parity.comparison import compare, require_parity
 from rk_export.parity.greedy import Golden
@@ -215,7 +216,7 @@ def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -
 
 
 def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
-    golden = Golden.from_json(check_manifest(own_bundle)["golden"])
+    golden = from_json(Golden, check_manifest(own_bundle)["golden"], "golden")
     damage(own_bundle, wrong_scale)
     tiers = parity.bundle_tiers(own_bundle, golden, "fp32", provider="cpu", threads=1)
     assert [tier.tier for tier in tiers] == list("defgh")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.choices import require_choice
 from rk_export.options.compress import CompressOptions
@@ -63,14 +63,14 @@ class BaselOptions(MethodOptions):
         require_choice("choice", self.bases, ("plain", "whitened"), "--bases")
         self.require_least(steps=1, tune=0, batch_tokens=1, new_basis=0, events=1)
         if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise InputError(
+            raise FieldError(
                 f"a learning rate of {self.learning_rate}", where=self.name, fix="give a number above 0"
             )
 
     def check_with(self, options: CompressOptions) -> None:
         """Refuse anything but a share of the parameters or of the importances."""
         if options.rank is None or options.rank.kind == "rank" or options.budget is not None:
-            raise InputError(
+            raise FieldError(
                 "basis selection ends at a kept share of the parameters, or of the importances",
                 where=self.name,
                 fix=f"give {self.needed()}, and no other budget",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.choices import require_choice
 from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions, Stage, flag
@@ -53,18 +53,18 @@ class CapOptions(MethodOptions):
         require_choice("selector", self.selector, choices, "--selector")
         self.require_least(iterations=1, steps=1, window=1, batch_tokens=1)
         if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise InputError(
+            raise FieldError(
                 f"a learning rate of {self.learning_rate}", where=self.name, fix="give a number above 0"
             )
 
     def check_with(self, options: CompressOptions) -> None:
         """Refuse anything but a budget of parameters or bytes."""
         if options.rank is not None:
-            raise InputError(
+            raise FieldError(
                 "a rank rule does not say how much is sparse", where=self.name, fix=f"give {self.needed()}"
             )
         if options.budget is None or options.budget.kind not in ("keep", "size"):
-            raise InputError(
+            raise FieldError(
                 "low rank and sparse parts are paid from a budget of parameters or bytes",
                 where=self.name,
                 fix=f"give {self.needed()}",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.choices import require_choice
 from rk_export.options.method import MethodOptions, Stage, flag
 
@@ -48,16 +48,16 @@ class HealOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise InputError(f"{self.steps} steps train nothing", where="--heal", fix="give at least 1")
+            raise FieldError(f"{self.steps} steps train nothing", where="--heal", fix="give at least 1")
         self.require_least(batch_tokens=2)
         for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{value} is out of range", where=name, fix="give a number above 0")
+                raise FieldError(f"{value} is out of range", where=name, fix="give a number above 0")
         if not 0 <= self.warmup < 1:
-            raise InputError(f"{self.warmup} is no share of the steps", where="warmup", fix="0.1 is a tenth")
+            raise FieldError(f"{self.warmup} is no share of the steps", where="warmup", fix="0.1 is a tenth")
         if not self.what or set(self.what) - set(TRAINABLE):
-            raise InputError(
+            raise FieldError(
                 f"cannot train {list(self.what)}", where="what", fix=f"choose from {', '.join(TRAINABLE)}"
             )
         require_choice("precision", self.precision, ("auto", "fp32", "bf16"), "precision")

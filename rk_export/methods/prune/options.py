@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError
 from rk_export.options.method import MethodOptions, Stage, flag
 
 
@@ -33,19 +33,19 @@ class PruneOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         if self.blocks < 0:
-            raise InputError(f"{self.blocks} blocks", where="--prune-blocks", fix="give 0 or more")
+            raise FieldError(f"{self.blocks} blocks", where="--prune-blocks", fix="give 0 or more")
         if not 0 < self.ffn <= 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.ffn} is not a share between 0 and 1",
                 where="--prune-ffn",
                 fix="0.9 keeps nine tenths of the neurons",
             )
         if self.kv_groups is not None and self.kv_groups < 1:
-            raise InputError(
+            raise FieldError(
                 f"{self.kv_groups} key/value heads", where="--prune-heads", fix="keep at least 1"
             )
         if (self.blocks, self.ffn, self.kv_groups) == (0, 1.0, None):
-            raise InputError("nothing goes", where="prune", fix="name what goes, or leave it out")
+            raise FieldError("nothing goes", where="prune", fix="name what goes, or leave it out")
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""
