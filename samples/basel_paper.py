@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.calibration.target_text import target_tokens
 from rk_export.cli.main import quiet_libraries
-from rk_export.commands.compression_inputs import groundwork
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.evaluation.assets import smollm2, wiki_text
 from rk_export.evaluation.measure import perplexity_of
@@ -153,7 +153,7 @@ class Comparison:
             calibration=calibration,
             device=str(self.device),
         )
-        ground = groundwork(open_source(self.model), options)
+        ground = compression_inputs(open_source(self.model), options)
         rewritten = ground.rewrite(
             make_plan(ground.source, options, statistics=ground.statistics, table=ground.table)
         )

@@ -27,7 +27,7 @@ from torch import nn
 
 from rk_export import CompressOptions, EvalText, QuantSpec
 from rk_export.cli.main import quiet_libraries
-from rk_export.commands.compression_inputs import groundwork
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
 from rk_export.methods.prune.options import PruneOptions
@@ -119,7 +119,7 @@ class Row:
 def measure(source: ModelSource, case: Case, text: EvalText) -> Row:
     """Prune, rewrite, evaluate."""
     start = time.perf_counter()
-    ground = groundwork(source, case.options)
+    ground = compression_inputs(source, case.options)
     plan = make_plan(ground.source, ground.options, statistics=ground.statistics, table=ground.table)
     rewritten = ground.rewrite(replace(plan, pruning=ground.source.pruning))
     layers = rewritten.model.get_submodule(source.architecture.layers)

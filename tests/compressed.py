@@ -36,7 +36,6 @@ def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
         "quant": None,
         "embedding_quant": None,
         "accuracy_level": 0,
-        "device": "cpu",
         "calibration": CalibrationOptions("none"),
         "quantizer": "rtn",
     }

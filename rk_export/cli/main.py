@@ -148,7 +148,7 @@ def _add_model_commands(add: AddCommand) -> None:
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
     add_context_argument(export)
-    _add_bundle_arguments(export)
+    _add_bundle_arguments(export, texts=False)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
@@ -223,7 +223,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser)
+    _add_bundle_arguments(parser, texts=True)
 
 
 def _add_model(
@@ -255,9 +255,9 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
     parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
-    _add_run(parser)
+    _add_run(parser, texts=texts)
     _add_json(parser)
 
 
@@ -273,10 +273,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of options")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:
     """Add what describes the machine; it goes with a plan too."""
     parser.add_argument("--device", **_DEVICE)
     parser.add_argument("--threads", **_THREADS)
+    if not texts:
+        return
     parser.add_argument(
         "--calibration-text",
         type=Path,
@@ -290,7 +292,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _run_of(args: argparse.Namespace) -> Run:
     from rk_export.options.run import Run
 
-    return Run(args.device, args.threads, tuple(args.calibration_text))
+    return Run(args.device, args.threads, tuple(getattr(args, "calibration_text", ())))
 
 
 def _plan_of(args: argparse.Namespace) -> Plan | None:

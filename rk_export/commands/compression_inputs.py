@@ -26,6 +26,7 @@ from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.calibration.table_statistics import table_curvature
 from rk_export.commands.preparations import decided_preparations, prepared_source
+from rk_export.device import CPU
 from rk_export.methods.base import Decision, Method, Work, methods_of
 from rk_export.methods.sparse_sites import check_parts
 from rk_export.model.torch_logits import torch_logits
@@ -124,7 +125,7 @@ class CompressionInputs:
 def compression_inputs(
     source: ModelSource,
     options: CompressOptions,
-    device: torch.device,
+    device: torch.device = CPU,
     *,
     pruning: Pruning | None = None,
     states: Callable[[str], Path] | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rk_export.errors import FieldError
@@ -84,11 +85,12 @@ class MethodOptions:
             return handler(source)
         from pydantic_core import core_schema
 
-        from rk_export.methods import METHODS
-
+        kinds: tuple[type[MethodOptions], ...] = import_module(
+            "rk_export.methods"
+        ).METHODS  # it stands above us
         known = {
             kind.name: core_schema.typed_dict_field(handler.generate_schema(kind), required=False)
-            for kind in METHODS
+            for kind in kinds
         }
         table = core_schema.typed_dict_schema(known, extra_behavior="forbid")
         return core_schema.no_info_after_validator_function(_only, table)

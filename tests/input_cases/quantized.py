@@ -30,7 +30,7 @@ Change = Callable[[Path], object]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128}
 # Every matrix keeps its codes; what has none stays in floats.
 CARRIED = CompressOptions(
-    groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none"), device="cpu"
+    groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none")
 )
 
 

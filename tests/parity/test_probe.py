@@ -11,9 +11,10 @@ import onnx
 import pytest
 from tiny_models import tiny_config, tiny_model
 
-from rk_export.commands import pipeline
+import rk_export
 from rk_export.json_codec import from_json, to_json
 from rk_export.model.switches import switches_of
+from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
 from rk_export.parity.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
 from rk_export.parity.tiers import bundle_tiers
@@ -85,7 +86,7 @@ def test_a_wrong_window_shows_only_beyond_the_common_prompts(tmp_path: Path) -> 
     """The window of 100 lies beyond the 32 tokens of a prompt and the 64 new ones."""
     model, out = tmp_path / "model", tmp_path / "out"
     tiny_model("mistral", sliding_window=100, max_position_embeddings=256).save_pretrained(model)
-    tiers = {tier.tier: tier for tier in pipeline.export(model, out, threads=1).parity}
+    tiers = {tier.tier: tier for tier in rk_export.export(model, out, run=Run(threads=1)).parity}
     assert all("one of 116 tokens crosses the sliding window" in tiers[tier].note for tier in "eg")
     narrow_windows(out / "model.onnx", 98)
     golden = from_json(Golden, unchecked_manifest(out)["golden"], "golden")

@@ -156,9 +156,7 @@ def test_eight_bits_lose_about_a_sixteenth_of_what_four_lose(source_of: SourceOf
 
 
 def test_members_of_a_joint_site_read_quantized_factors(source_of: SourceOf) -> None:
-    options = CompressOptions(
-        groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None, device="cpu"
-    )
+    options = CompressOptions(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None)
     model = compress(source_of("llama"), options).model
     members = [module for module in model.modules() if isinstance(module, JointMember)]
     assert len(members) == 2 * 4

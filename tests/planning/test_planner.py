@@ -133,7 +133,7 @@ def test_rounding_suits_size_and_block(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    plan = make_plan(source, CompressOptions(rank=RankRule("keep", 0.95), device="cpu"))
+    plan = make_plan(source, CompressOptions(rank=RankRule("keep", 0.95)))
     assert (plan.model_type, plan.structure) == (source.config.model_type, source.structure())
     for index in range(source.layer_count):
         planned = [path for site in plan.of_layer(index) for path in site.paths]

@@ -37,7 +37,7 @@ ORDER = (
         "folders",
         "tensor_cache",
     ),
-    *("passes", "model", "source", "calibration", "planning", "training", "methods", "rewrite", "graph"),
+    *("passes", "model", "source", "calibration", "planning", "training", "rewrite", "methods", "graph"),
     *("evaluation", "parity", "bundle", "commands", "testing", "cli"),
 )
 FRONT_DOORS = {"rk_export", "rk_export.cli.main", "rk_export.testing"}  # may use the whole pipeline
