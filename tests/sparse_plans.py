@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from rk_export.calibration.dense_statistics import Place
-from rk_export.options.compress import SINGLE_GROUPS, CompressOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import Gauge
+from rk_export.options.ranks import Gauge
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember, SharedFactors
 from rk_export.passes.modules.quantized import linear_of as linear_of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules.factors import IdentityFactors, JointFactors, JointMember
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear

@@ -14,10 +14,19 @@ from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap import choose as cap
 from rk_export.methods.cap import pools as cap_pools
-from rk_export.methods.cap.choose import amount_of, cap_parts, check_pools, cost_of, over_dense
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, flat_prices, linear_shapes, make_pools
-from rk_export.options.compress import Budget
-from rk_export.options.methods import CapOptions
+from rk_export.methods.cap.choose import cap_parts, check_pools
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.cap.pools import flat_prices, make_pools
+from rk_export.methods.sparse_sites import (
+    BYTES,
+    PARAMETERS,
+    Prices,
+    amount_of,
+    cost_of,
+    linear_shapes,
+    over_dense,
+)
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import ModelSource
 

@@ -11,7 +11,9 @@ from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, toke
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.modules.factors import IdentityFactors
 from rk_export.passes.modules.quantized import linear_of

@@ -11,7 +11,9 @@ from compressed import SourceOf, compress, floats
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.options.compress import W8A8, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import Int8Linear, float_inputs
 from rk_export.passes.numerics.int8 import int8_bytes, int8_product, quantize_rows, token_codes

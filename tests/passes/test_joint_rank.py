@@ -7,7 +7,7 @@ import torch
 from compressed import SourceOf, compress, floats, full_rank_plan, logits, tokens
 from torch import nn
 
-from rk_export.options.compress import Gauge, RankRule
+from rk_export.options.ranks import Gauge, RankRule
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.weights.joint_rank import JointRank, empty_factors

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge

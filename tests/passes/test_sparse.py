@@ -11,13 +11,14 @@ import torch
 from compressed import INT4, OnnxModel, SourceOf, floats, logits, tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from rk_export.methods.plans import sparse_plan as sparse_parts_plan
 from sparse_plans import parts_of, sparse_plan
 from tiny_models import DECODERS
 
 from rk_export.errors import InputError
-from rk_export.methods.plans import sparse_plan as sparse_parts_plan
-from rk_export.options.compress import Budget, QuantSpec
-from rk_export.options.presets import cap
+from rk_export.methods.cap.options import CapOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import Budget
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
 from rk_export.plan import Plan, SitePlan
@@ -192,7 +193,7 @@ def test_parts_of_is_what_the_tests_believe() -> None:
 def test_what_cannot_be_quantized_is_said(source_of: SourceOf) -> None:
     source = source_of("llama")
     _, parts = sparse_plan(source, floats(), 0, 50)
-    plans = [sparse_parts_plan(source, cap(Budget("keep", 0.5)), parts)]
+    plans = [sparse_parts_plan(source, CapOptions().recipe(Budget("keep", 0.5)), parts)]
     plans.append(sparse_parts_plan(source, replace(plans[0].options, quant=QuantSpec(8, 32)), parts))
     reasons = [{site.reason for site in plan.sites} for plan in plans]
     assert reasons == [{""}, {"no direction was chosen: entries are not quantized further"}]

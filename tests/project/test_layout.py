@@ -26,6 +26,7 @@ REGISTER = "optimum.commands.register"
 ORDER = (
     *(
         "errors",
+        "json_codec",
         "memory",
         "device",
         "report",
@@ -36,7 +37,7 @@ ORDER = (
         "folders",
         "tensor_cache",
     ),
-    *("passes", "model", "source", "calibration", "planning", "training", "methods", "rewrite", "graph"),
+    *("passes", "model", "source", "calibration", "planning", "training", "rewrite", "methods", "graph"),
     *("evaluation", "parity", "bundle", "commands", "testing", "cli"),
 )
 FRONT_DOORS = {"rk_export", "rk_export.cli.main", "rk_export.testing"}  # may use the whole pipeline
@@ -137,7 +138,7 @@ def test_packages_import_what_stands_before_them() -> None:
     ("package", "others"),
     [
         ("rk_export.passes", {"errors", "report", "options", "plan"}),
-        ("rk_export.runtime", {"errors", "report"}),
+        ("rk_export.runtime", {"errors", "json_codec", "report"}),
     ],
 )
 def test_lower_packages_import_themselves_and_leaves(package: str, others: set[str]) -> None:
@@ -168,7 +169,7 @@ def test_imports_form_no_cycle() -> None:
     [
         (
             "import rk_export, rk_export.runtime, rk_export.cli.main",
-            {"torch", "transformers", "onnx", "onnxruntime"},
+            {"torch", "transformers", "onnx", "onnxruntime", "pydantic"},
         ),
         ("from rk_export.runtime import Session, bench", {"torch", "transformers", "rk_export.passes"}),
     ],
