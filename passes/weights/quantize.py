@@ -22,7 +22,7 @@ from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.numerics.identity_form import refit_up
 from rk_export.passes.weights.correction import corrected_linear
-from rk_export.passes.weights.joint_rank import factors_path
+from rk_export.passes.weights.factorize import factors_path
 from rk_export.passes.weights.quantization_tally import QuantizationTally
 from rk_export.passes.weights.quantizer import Inputs, Quantizer, QuantizerName
 from rk_export.plan import SitePlan

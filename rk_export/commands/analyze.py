@@ -18,7 +18,7 @@ from rk_export.options.run import Run
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
-from rk_export.passes.weights.joint_rank import stacked_pairs
+from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.planner import default_groups

@@ -25,7 +25,7 @@ from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, rank_of_ratio, round_rank
-from rk_export.passes.weights.joint_rank import stacked_pairs
+from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import Table, spend, too_small

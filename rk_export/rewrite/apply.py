@@ -19,8 +19,8 @@ from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.carry import Carry
 from rk_export.passes.weights.embedding import quantize_embedding
+from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.int8 import Int8
-from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.passes.weights.shapes import reshape_layer
 from rk_export.passes.weights.sparse import Sparse
@@ -149,7 +149,7 @@ class _LayerPasses:
         parts: Mapping[Place, Parts],
     ) -> None:
         self._plan, self._device = plan, quantize.device
-        self._joint = JointRank(plan.options.gauge, self._device, mlp)
+        self._joint = Factorize(plan.options.gauge, self._device, mlp)
         self._sparse = Sparse(parts)
         self._rounding: tuple[WeightPass, ...] = (carry, quantize, Int8(self._device))
         self._layer: Layer | None = None

@@ -20,7 +20,7 @@ from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.weights.correction import empty_corrected
 from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
-from rk_export.passes.weights.joint_rank import empty_factors, install
+from rk_export.passes.weights.factorize import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.passes.weights.sparse import empty_sparse

@@ -75,7 +75,8 @@ def options_of(one: Method, other: Method) -> CompressOptions:
     prunes = {**one.prunes, **other.prunes}
     fields = {**one.fields, **other.fields}
     pruning = (PruneOptions(**prunes),) if prunes else ()
-    fields["methods"] = (*pruning, *one.fields.get("methods", ()), *other.fields.get("methods", ()))
+    rows = (one,) if one is other else (one, other)
+    fields["methods"] = (*pruning, *(method for row in rows for method in row.fields.get("methods", ())))
     return CompressOptions(
         **{
             "groups": (),
@@ -180,9 +181,8 @@ def test_all_pruning_goes_with_a_method_and_a_format(
 ) -> None:
     by_title = {row.title: row for row in outcomes[0]}
     fields = {name: value for title in chosen for name, value in by_title[title].fields.items()}
-    options = replace(
-        options_of(by_title["FFN width"], by_title["blocks"]), **fields, prune=PruneOptions(1, 0.75, 1)
-    )
+    fields["methods"] = (PruneOptions(1, 0.75, 1), *fields.get("methods", ()))
+    options = replace(options_of(by_title["INT8"], by_title["INT8"]), **{"quant": None, **fields})
     report = compress(llama, tmp_path / "out", options)
     assert all(tier.passed is not False for tier in report.parity)
 

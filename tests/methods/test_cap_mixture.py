@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
@@ -27,7 +28,7 @@ from rk_export.methods.cap.mixture import (
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.pools import make_pools
 from rk_export.methods.cap.scores import curvature_score
-from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, cost_of, linear_shapes
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
