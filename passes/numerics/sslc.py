@@ -1,16 +1,21 @@
 """Sparse and low rank together under the inputs (SSLC, 2510.26446), with the kept entries refitted.
 
 Minimize the error tr((W - U V - S) C (W - U V - S)ᵀ) on inputs of second moment C, with the rank of U V and the number
-of S' entries given. The two parts alternate: S keeps the entries of W - U V of largest |e_ij| √C_jj (Wanda's score,
-2306.11695), then U V is fitted to what S leaves. Beyond the paper the entries do not stay what they were in W - U V:
-their values solve the normal equations ((W - U V - S) C)_ij = 0 on S' places, which is what makes up for the entries
-that went. The first low-rank part is the whitened singular value decomposition (2403.07378); later ones are one step
-of alternating least squares from the last, a block power iteration, which cannot raise the error.
+of S' entries given. Both parts are fitted in turn, S to W - U V and U V to W - S: the first time by the whitened
+singular value decomposition (2403.07378), then by a step of alternating least squares from the last, a block power
+iteration, which cannot raise the error.
+
+Beyond the paper: kept entries do not stay what they were. Their values solve the normal equations
+((W - U V - S) C)_ij = 0 on S' places, which makes up for the entries that went. Entries go in stages, at each those
+that would then cost least, s_ij² / (C⁻¹)_jj with the others free to make up for them (Optimal Brain Surgeon);
+the paper's score |w_ij| √C_jj, Wanda's (2306.11695), is what they cost alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,10 +24,12 @@ from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
 from rk_export.passes.numerics.metric import Metric
+from rk_export.passes.numerics.mixed import largest
 
-ROUNDS = 8
-# Steps of conjugate gradients that refit the entries in a round, and after the last one.
-STEPS, LAST_STEPS = 6, 20
+# Steps of conjugate gradients that refit the entries: at a stage, and at the end.
+STEPS, LAST_STEPS = 6, 12
+# Rounds of both parts in turn once all entries that go are gone.
+ROUNDS = 3
 _TINY = 1e-30
 
 
@@ -31,25 +38,29 @@ def squared_error(E: Tensor, C: Tensor) -> float:
     return float((product(E, C) * E).sum(dtype=torch.float64))
 
 
-def largest_in_rows(scores: Tensor, count: int) -> Tensor:
-    """Return which entries to keep, bool like `scores` (out, in): exactly `count`, the same number in every row.
+def column_costs(C: Tensor) -> Tensor:
+    """Return what a unit of squared error costs in each column once all others make up for it: 1 / (C⁻¹)_jj.
 
-    What `count` leaves over after whole rows goes to the entries of largest score that come next in their row.
+    Args:
+        C: Positive definite (in, in).
+
+    Returns:
+        (in,), of C's dtype; the variance of an input that the others do not explain.
 
     Raises:
-        ValueError: If the matrix has not so many entries.
+        ValueError: If C is not positive definite.
     """
-    rows, columns = scores.shape
-    if not 0 <= count <= rows * columns:
-        raise ValueError(f"{count} entries of a {rows} x {columns} matrix")
-    whole, rest = divmod(count, rows)
-    order = scores.topk(min(whole + 1, columns), dim=1)
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    mask.scatter_(1, order.indices[:, :whole], True)
-    if rest:
-        lucky = order.values[:, whole].topk(rest).indices
-        mask[lucky, order.indices[lucky, whole]] = True
-    return mask
+    root = _root(C)
+    inverse = torch.cholesky_inverse(root)
+    return (1 / inverse.diagonal()).to(C.dtype)
+
+
+def _root(C: Tensor) -> Tensor:
+    root, failed = torch.linalg.cholesky_ex(C.to(torch.float64))
+    if int(failed):
+        raise ValueError("the second moment is not positive definite")
+    lower: Tensor = root
+    return lower
 
 
 def refit_entries(R: Tensor, C: Tensor, mask: Tensor, start: Tensor, steps: int) -> Tensor:
@@ -62,11 +73,11 @@ def refit_entries(R: Tensor, C: Tensor, mask: Tensor, start: Tensor, steps: int)
         R: What S stands for (out, in), float32.
         C: Second moment of the inputs (in, in), positive definite, float32.
         mask: Places of the entries, bool (out, in).
-        start: (out, in), zero off the mask.
+        start: (out, in); only what is on the mask counts.
         steps: Of conjugate gradients.
     """
     scale = C.diagonal()
-    S = start.clone()
+    S = start * mask
     residual = product(R - S, C) * mask
     conditioned = residual / scale
     direction, power = conditioned.clone(), _by_row(residual, conditioned)
@@ -96,10 +107,7 @@ def best_low_rank(R: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If C is not positive definite.
     """
-    root, failed = torch.linalg.cholesky_ex(C.to(torch.float64))
-    if int(failed):
-        raise ValueError("the second moment is not positive definite")
-    factors = joint_factors(R, rank, gauge="balanced", inputs=Metric((root,), (0.0,)))
+    factors = joint_factors(R, rank, gauge="balanced", inputs=Metric((_root(C),), (0.0,)))
     return factors.up, factors.down
 
 
@@ -112,7 +120,7 @@ def improved_low_rank(R: Tensor, C: Tensor, down: Tensor) -> tuple[Tensor, Tenso
         down: V (rank, in) to start from.
     """
     up = _best_up(R, C, down)
-    # With all columns of the inputs free the metric cancels: V = U⁺ R.
+    # All columns are free, so that the metric cancels: V = U⁺ R.
     down = torch.linalg.lstsq(up.to(torch.float64), R.to(torch.float64)).solution.to(R.dtype)
     return _best_up(R, C, down), down
 
@@ -120,32 +128,42 @@ def improved_low_rank(R: Tensor, C: Tensor, down: Tensor) -> tuple[Tensor, Tenso
 def _best_up(R: Tensor, C: Tensor, down: Tensor) -> Tensor:
     """Return the U (out, rank) of least error beside V (rank, in): U V C Vᵀ = R C Vᵀ."""
     weighed = product(down, C)
-    gram = product(weighed, down.T).to(torch.float64)
-    solved: Tensor = torch.linalg.lstsq(gram, product(R, weighed.T).T.to(torch.float64)).solution
-    return solved.T.to(R.dtype)
+    gram = product(weighed, down.T.contiguous()).to(torch.float64)
+    seen = product(R, weighed.T.contiguous()).to(torch.float64)
+    solved: Tensor = torch.linalg.lstsq(gram, seen.T).solution
+    return solved.T.to(R.dtype).contiguous()
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A low-rank part and entries beside it.
+    """A low-rank part and entries beside it, W ~ U V + S.
 
     Args:
         up: U (out, rank).
         down: V (rank, in).
         sparse: S (out, in), zero off the mask.
         mask: Places of S' entries, bool (out, in).
-        errors: The error under C after every round, as it was minimized; the last is this fit's.
     """
 
     up: Tensor
     down: Tensor
     sparse: Tensor
     mask: Tensor
-    errors: tuple[float, ...]
+
+    @classmethod
+    def start(cls, W: Tensor) -> Fit:
+        """Return all entries of W (out, in), and rank 0."""
+        up, down = empty_factors((W.shape[0], W.shape[1]), W)
+        return cls(up, down, W, torch.ones_like(W, dtype=torch.bool))
+
+    @property
+    def low_rank(self) -> Tensor:
+        """U V (out, in)."""
+        return product(self.up, self.down)
 
     def dense(self) -> Tensor:
         """Return U V + S (out, in)."""
-        return product(self.up, self.down) + self.sparse
+        return self.low_rank + self.sparse
 
     def parts(self) -> Parts:
         """Return the fit as it is stored; on the CPU."""
@@ -155,44 +173,82 @@ class Fit:
         return Parts(self.up.cpu(), self.down.cpu(), indices.to(dtype).cpu(), values.cpu())
 
 
-def alternate(W: Tensor, C: Tensor, rank: int, entries: int, rounds: int = ROUNDS) -> Fit:
-    """Return W (out, in) as a factor pair of a rank and a number of entries, fitted to each other under C.
+@dataclass(frozen=True)
+class Target:
+    """What is approximated, and what errors cost.
 
     Args:
-        W: float32.
+        W: (out, in), float32.
         C: Second moment of the inputs (in, in), damped so far that it is positive definite, float32.
-        rank: From 0 to min(out, in).
-        entries: From 0 to out · in.
-        rounds: How often the entries are chosen anew beside the low rank. A round that does not lower the error is
-            the last; without a low-rank part the first choice stands.
+        rows: What a squared error in each row weighs when entries of different rows are compared (out,), float32.
     """
-    weights = C.diagonal()
-    mask = largest_in_rows(W.square() * weights, entries)
-    up, down = empty_factors((W.shape[0], W.shape[1]), W)
-    sparse = W * mask
-    if rank:
-        up, down = best_low_rank(W - sparse, C, rank)
-    best = Fit(up, down, sparse, mask, (squared_error(W - product(up, down) - sparse, C),))
-    for _ in range(rounds if rank and entries else 0):
-        newest = _round(W, C, best)
-        if newest.errors[-1] >= best.errors[-1]:
-            break
-        best = newest
-    return _finished(W, C, best)
+
+    W: Tensor
+    C: Tensor
+    rows: Tensor
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """What a squared error in each column costs once the others make up for it (in,)."""
+        return column_costs(self.C)
+
+    def stages(self, counts: Sequence[int], rank: int = 0) -> Iterator[Fit]:
+        """Yield a fit at each number of entries, falling; each starts from the one before.
+
+        Args:
+            counts: Entries that stay, falling, each from 0 to out · in.
+            rank: Of the low-rank part, from 0 to min(out, in).
+        """
+        fit, costs = Fit.start(self.W), self.rows[:, None] * self.columns
+        for count in counts:
+            scores = (fit.sparse.square() * costs).masked_fill(~fit.mask, -1.0)
+            fit = self.refitted(replace(fit, mask=largest(scores, count)), rank)
+            yield fit
+
+    def refitted(self, fit: Fit, rank: int, steps: int = STEPS) -> Fit:
+        """Return a fit with its entries refitted on their places, then its low-rank part to what they leave.
+
+        No error is higher than before where the entries already lie on the mask.
+        """
+        sparse = refit_entries(self.W - fit.low_rank, self.C, fit.mask, fit.sparse, steps)
+        if not rank:
+            return replace(fit, sparse=sparse)
+        left = self.W - sparse
+        known = len(fit.down) == rank
+        up, down = improved_low_rank(left, self.C, fit.down) if known else best_low_rank(left, self.C, rank)
+        return replace(fit, up=up, down=down, sparse=sparse)
+
+    def fitted(self, counts: Sequence[int], rank: int = 0) -> Fit:
+        """Return the fit at the last of the numbers of entries, both parts refitted to each other.
+
+        Args:
+            counts: As in `stages`, at least one.
+            rank: Of the low-rank part.
+        """
+        *_, fit = self.stages(counts, rank)
+        for _ in range(ROUNDS if rank else 0):
+            fit = self.refitted(fit, rank)
+        left = self.W - fit.low_rank
+        return replace(fit, sparse=refit_entries(left, self.C, fit.mask, fit.sparse, LAST_STEPS))
 
 
-def _round(W: Tensor, C: Tensor, fit: Fit) -> Fit:
-    """Choose the entries anew beside the low rank, refit them, and fit the low rank to what they leave."""
-    left = W - product(fit.up, fit.down)
-    mask = largest_in_rows(left.square() * C.diagonal(), int(fit.mask.sum()))
-    start = torch.where(fit.mask, fit.sparse, left) * mask
-    sparse = refit_entries(left, C, mask, start, STEPS)
-    up, down = improved_low_rank(W - sparse, C, fit.down)
-    error = squared_error(W - product(up, down) - sparse, C)
-    return Fit(up, down, sparse, mask, (*fit.errors, error))
+def dropped_losses(E: Tensor, costs: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return what is lost where only so many entries of E stay, those that cost most, (counts,), float64.
+
+    Args:
+        E: What the entries stand for (out, in).
+        costs: Of a unit of squared error in each place (out, in); see `column_costs`.
+        counts: Each from 0 to out · in.
+    """
+    losses = (E.square() * costs).flatten().sort().values.to(torch.float64).cumsum(0)
+    dropped = torch.tensor([E.numel() - count for count in counts], device=E.device)
+    return torch.cat([losses.new_zeros(1), losses])[dropped].cpu()
 
 
-def _finished(W: Tensor, C: Tensor, fit: Fit) -> Fit:
-    left = W - product(fit.up, fit.down)
-    sparse = refit_entries(left, C, fit.mask, fit.sparse, LAST_STEPS)
-    return Fit(fit.up, fit.down, sparse, fit.mask, (*fit.errors, squared_error(left - sparse, C)))
+def falling_counts(size: int, entries: int, stages: int) -> list[int]:
+    """Return how many of `size` entries stay after each of some stages, from most to `entries`.
+
+    Most go early, where they are nearly free: what is left to go falls as a square.
+    """
+    left = [((stages - stage) / stages) ** 2 for stage in range(1, stages + 1)]
+    return [entries + int((size - entries) * share) for share in left]

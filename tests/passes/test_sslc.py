@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from rk_export.passes.numerics.sslc import (
-    alternate,
+    Target,
     best_low_rank,
+    column_costs,
+    dropped_losses,
+    falling_counts,
     improved_low_rank,
-    largest_in_rows,
     refit_entries,
     squared_error,
 )
@@ -25,8 +27,16 @@ def _moment(seed: int = 1, size: int = IN) -> Tensor:
     return root @ root.T / size
 
 
+def _matrix_of(rows: int, columns: int, seed: int = 3) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
 def _matrix(seed: int = 3) -> Tensor:
-    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed))
+    return _matrix_of(OUT, IN, seed)
+
+
+def _target() -> Target:
+    return Target(_matrix(), _moment(), torch.ones(OUT))
 
 
 def _mask(seed: int = 4) -> Tensor:
@@ -40,22 +50,28 @@ def test_the_error_is_that_of_the_outputs() -> None:
     assert squared_error(E, x.T @ x / 50) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [0, 1, OUT, 3 * OUT + 5, OUT * IN - 1, OUT * IN])
-def test_rows_keep_their_largest_entries_alike(count: int) -> None:
-    scores = _matrix().abs()
-    mask = largest_in_rows(scores, count)
-    kept = mask.sum(1)
-    assert int(mask.sum()) == count
-    assert int(kept.max() - kept.min()) <= 1
-    for row, chosen in zip(scores, mask, strict=True):
-        if bool(chosen.any()) and not bool(chosen.all()):
-            assert float(row[chosen].min()) >= float(row[~chosen].max())
+def test_column_costs_are_what_others_cannot_make_up_for() -> None:
+    C = _moment()
+    costs = column_costs(C)
+    for column in range(IN):
+        others = [place for place in range(IN) if place != column]
+        explained = C[column, others] @ torch.linalg.solve(C[others][:, others], C[others, column])
+        assert float(costs[column]) == pytest.approx(float(C[column, column] - explained), rel=1e-3)
+    with pytest.raises(ValueError, match="positive definite"):
+        column_costs(-C)
 
 
-@pytest.mark.parametrize("count", [-1, OUT * IN + 1])
-def test_more_entries_than_there_are_are_refused(count: int) -> None:
-    with pytest.raises(ValueError, match="entries"):
-        largest_in_rows(_matrix(), count)
+def test_one_entry_that_goes_loses_its_cost() -> None:
+    target = _target()
+    mask = torch.ones_like(target.W, dtype=torch.bool)
+    mask[4, 7] = False
+    S = refit_entries(target.W, target.C, mask, target.W, steps=2 * IN)
+    expected = float(target.W[4, 7].square() * target.columns[7])
+    assert squared_error(target.W - S, target.C) == pytest.approx(expected, rel=1e-3)
+    costs = target.columns.expand(OUT, IN)
+    losses = dropped_losses(target.W, costs, [OUT * IN, OUT * IN - 1, 0])
+    weighed = target.W.square() * costs
+    assert losses.tolist() == pytest.approx([0.0, float(weighed.min()), float(weighed.sum())], rel=1e-4)
 
 
 def test_refitted_entries_solve_the_normal_equations() -> None:
@@ -119,31 +135,79 @@ def test_a_moment_without_a_root_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("rank", "entries"), [(0, 0), (0, 70), (3, 0), (3, 41), (IN, 20), (2, OUT * IN)])
-def test_counts_are_exact_and_the_error_never_rises(rank: int, entries: int) -> None:
-    W, C = _matrix(), _moment()
-    fit = alternate(W, C, rank, entries)
+def test_counts_are_exact(rank: int, entries: int) -> None:
+    fit = _target().fitted(falling_counts(OUT * IN, entries, 3), rank)
     parts = fit.parts()
     assert (parts.rank, parts.entries) == (rank, entries)
     torch.testing.assert_close(parts.dense(), fit.dense())
-    assert all(after <= before * (1 + 1e-5) + 1e-6 for before, after in pairwise(fit.errors))
-    assert fit.errors[-1] == pytest.approx(squared_error(W - parts.dense(), C), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_the_error_never_rises_over_rounds(rank: int) -> None:
+    target = _target()
+    *_, fit = target.stages([100, 60], rank)
+    errors = [squared_error(target.W - fit.dense(), target.C)]
+    for _ in range(12):
+        fit = target.refitted(fit, rank)
+        errors.append(squared_error(target.W - fit.dense(), target.C))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
+    if rank:
+        assert errors[-1] < errors[0]
+
+
+def test_entries_end_at_their_normal_equations() -> None:
+    target = _target()
+    fit = target.fitted([60], 2)
+    left = (target.W - fit.dense()) @ target.C
+    assert float(left[fit.mask].abs().max()) < 1e-4 * float((target.W @ target.C).abs().max())
+
+
+def test_stages_take_away_and_never_bring_back() -> None:
+    counts = falling_counts(OUT * IN, 30, 4)
+    fits = list(_target().stages(counts, 2))
+    assert [int(fit.mask.sum()) for fit in fits] == counts
+    assert all(not (after.mask & ~before.mask).any() for before, after in pairwise(fits))
+
+
+def test_counts_fall_to_the_last() -> None:
+    assert falling_counts(100, 20, 1) == [20]
+    assert falling_counts(100, 20, 2) == [40, 20]
+    assert falling_counts(100, 100, 3) == [100, 100, 100]
+
+
+def test_rows_that_weigh_nothing_keep_nothing() -> None:
+    rows = torch.ones(OUT)
+    rows[:4] = 0
+    fit = Target(_matrix(), _moment(), rows).fitted([50])
+    assert not fit.mask[:4].any()
+
+
+def test_more_stages_leave_less_error() -> None:
+    errors = []
+    for stages in (1, 4):
+        target = Target(_matrix_of(60, 40), _moment(size=40), torch.ones(60))
+        fit = target.fitted(falling_counts(2400, 800, stages))
+        errors.append(squared_error(target.W - fit.dense(), target.C))
+    assert errors[1] < errors[0]
 
 
 def test_planted_parts_are_found() -> None:
     generator = torch.Generator().manual_seed(7)
-    low = torch.randn(40, 2, generator=generator) @ torch.randn(2, 30, generator=generator)
+    low = 0.1 * torch.randn(40, 2, generator=generator) @ torch.randn(2, 30, generator=generator)
     sparse = 8 * torch.randn(40, 30, generator=generator) * (torch.rand(40, 30, generator=generator) < 0.05)
-    W, C = low + sparse, _moment(size=30)
-    fit = alternate(W, C, 2, 4 * 40, rounds=60)
-    assert squared_error(W - fit.dense(), C) < 1e-3 * squared_error(W, C)
+    W = low + sparse
+    fit = Target(W, _moment(size=30), torch.ones(40)).fitted(falling_counts(1200, 160, 4), 2)
+    assert squared_error(W - fit.dense(), _moment(size=30)) < 1e-2 * squared_error(low, _moment(size=30))
 
 
-def test_alternation_beats_either_part_alone_on_a_matrix_of_both() -> None:
+def test_both_parts_beat_either_alone_on_a_matrix_of_both() -> None:
     generator = torch.Generator().manual_seed(8)
     W = torch.randn(24, 2, generator=generator) @ torch.randn(2, 20, generator=generator)
     W += torch.randn(24, 20, generator=generator) ** 3  # few of them large
-    C, amount = _moment(size=20), 240
-    both = alternate(W, C, 2, amount - 2 * 44)
-    alone = alternate(W, C, 0, amount)
-    low = alternate(W, C, amount // 44, 0)
-    assert both.errors[-1] < min(alone.errors[-1], low.errors[-1])
+    target, amount = Target(W, _moment(size=20), torch.ones(24)), 240
+    fits = [
+        target.fitted(falling_counts(480, entries, 3), rank)
+        for rank, entries in ((2, amount - 2 * 44), (0, amount), (amount // 44, 0))
+    ]
+    both, alone, low = (squared_error(W - fit.dense(), target.C) for fit in fits)
+    assert both < min(alone, low)

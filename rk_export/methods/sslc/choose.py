@@ -1,0 +1,162 @@
+"""From a budget to sparse and low-rank parts of every matrix (SSLC, 2510.26446), by one allocation over predicted loss.
+
+Every matrix offers some ranks, each beside many numbers of entries, priced, and with the loss that the curvature
+predicts for what goes. One auction spends the budget over all of them, and what it buys is fitted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.methods.sparse_sites import Prices, amount_of, check_source, log_choice, share_of_entries
+from rk_export.methods.sslc.options import SslcOptions
+from rk_export.options.ranks import Budget
+from rk_export.passes.numerics.auction import Lot, auction
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.numerics.mixed import largest
+from rk_export.passes.numerics.pruning import damped
+from rk_export.passes.numerics.sslc import Target, best_low_rank, dropped_losses, falling_counts
+from rk_export.source.stored import ModelSource, loaded_layers
+
+logger = logging.getLogger(__name__)
+
+# Shares of a matrix' parameters that its low-rank part may take.
+RANK_SHARES = (0.0, 0.03)
+COUNTS = 49  # numbers of entries on offer beside each rank
+# Share of itself by which every diagonal entry of a second moment is raised: least squares over thousands of tokens
+# would else fit what only these tokens say.
+DAMPING = 0.3
+# How strongly output curvature tells the rows of a matrix apart when its entries are chosen.
+ROW_POWER = 0.5
+
+
+def sslc_parts(
+    source: ModelSource,
+    budget: Budget,
+    options: SslcOptions,
+    *,
+    statistics: DenseStatistics,
+    device: torch.device,
+    prices: Prices | None = None,
+) -> dict[Place, Parts]:
+    """Choose rank and sparse entries of every matrix of the decoder layers, and fit them to each other.
+
+    Args:
+        source: The dense model.
+        budget: `keep` is the share of the matrices' parameters that may remain, a direction of an (out, in) matrix
+            counted as out + in and an entry as one; `size` is the bytes that they may take.
+        options: How entries go.
+        statistics: Of the dense model.
+        device: Where matrices are fitted.
+        prices: Bytes of what is stored, for `size`; `BYTES` when None.
+
+    Returns:
+        The parts by layer index and path in the canonical layer; on the CPU, float32.
+
+    Raises:
+        InputError: If the model is an encoder or has experts, or the budget keeps nothing, or holds everything.
+    """
+    check_source(source, options.name)
+    amount, prices = amount_of(source, budget, prices)
+    share = share_of_entries(source, amount, prices)
+    offers = {
+        place: offered(target, share, statistics.gradients[place].to(device) * statistics.tokens)
+        for place, target in targets(source, statistics, device)
+    }
+    choice = auction([item.lot(prices) for item in offers.values()], amount)
+    logger.info("sslc: predicted loss %.4f", choice.loss)
+    bought = {
+        place: item.at(index) for (place, item), index in zip(offers.items(), choice.taken, strict=True)
+    }
+    parts = {}
+    for place, target in targets(source, statistics, device):
+        rank, entries = bought[place]
+        counts = falling_counts(target.W.numel(), entries, options.stages)
+        parts[place] = target.fitted(counts, rank).parts()
+    log_choice(parts)
+    return parts
+
+
+def targets(
+    source: ModelSource, statistics: DenseStatistics, device: torch.device
+) -> Iterator[tuple[Place, Target]]:
+    """Yield every matrix of the decoder layers with what its errors cost, layer by layer."""
+    for layer in loaded_layers(source):
+        logger.info("sslc: layer %d", layer.index + 1)
+        moments: dict[int, Tensor] = {}
+        for item in source.architecture.projections(source.config, layer.index):
+            place = layer.index, item.path
+            second = statistics.second[place]
+            if id(second) not in moments:
+                moments[id(second)] = damped(second.to(device), DAMPING).float()
+            rows = _diagonal(statistics.gradients[place].to(device)).pow(ROW_POWER)
+            W = layer.linear(item.path).weight.detach().to(device, torch.float32)
+            yield place, Target(W, moments[id(second)], rows)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one matrix may become.
+
+    Args:
+        shape: (out, in).
+        ranks: (offers,), integers.
+        entries: (offers,), integers.
+        losses: Predicted, nats per token (offers,), float64.
+    """
+
+    shape: tuple[int, int]
+    ranks: np.ndarray[tuple[int], np.dtype[np.int64]]
+    entries: np.ndarray[tuple[int], np.dtype[np.int64]]
+    losses: np.ndarray[tuple[int], np.dtype[np.float64]]
+
+    def lot(self, prices: Prices) -> Lot:
+        """Return the offers with their prices."""
+        pairs = zip(self.ranks.tolist(), self.entries.tolist(), strict=True)
+        return Lot(np.array([prices.total(self.shape, *pair) for pair in pairs]), self.losses)
+
+    def at(self, index: int) -> tuple[int, int]:
+        """Return rank and entries of one of them."""
+        return int(self.ranks[index]), int(self.entries[index])
+
+
+def offered(target: Target, share: float, gradient: Tensor) -> Offer:
+    """Return what a matrix may become where the budget holds a share of all entries.
+
+    Predictions hold for small errors, so none strays far: between half that share and halfway to all.
+
+    Args:
+        target: The matrix.
+        share: Between 0 and 1.
+        gradient: G summed over tokens, (out, out) or its diagonal (out,).
+    """
+    size, shape = target.W.numel(), (target.W.shape[0], target.W.shape[1])
+    costs = _diagonal(gradient)[:, None] * target.columns
+    found: list[tuple[int, int, float]] = []
+    for rank in sorted({round(part * size / sum(shape)) for part in RANK_SHARES}):
+        kept = np.linspace(share / 2, (1 + share) / 2, COUNTS) * size - rank * sum(shape)
+        counts = [int(number) for number in kept if number >= 0]
+        losses = 0.5 * dropped_losses(_beside(target, costs, rank, int(share * size)), costs, counts)
+        found += [(rank, *point) for point in zip(counts, losses.tolist(), strict=True)]
+    ranks, entries, predicted = (np.array(column) for column in zip(*found, strict=True))
+    return Offer(shape, ranks, entries, predicted)
+
+
+def _beside(target: Target, costs: Tensor, rank: int, count: int) -> Tensor:
+    """Return what is left of a matrix by the best low-rank part of what its largest entries leave (out, in)."""
+    if not rank:
+        return target.W
+    sparse = target.W * largest(target.W.square() * costs, count)
+    up, down = best_low_rank(target.W - sparse, target.C, rank)
+    return target.W - up @ down
+
+
+def _diagonal(gradient: Tensor) -> Tensor:
+    return (gradient if gradient.ndim == 1 else gradient.diagonal()).clamp_min(0)

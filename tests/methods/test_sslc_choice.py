@@ -1,0 +1,130 @@
+"""SSLC from a budget to parts: budgets are kept, the allocation follows predicted loss, and a bundle passes parity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+
+from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.sensitivity import dense_statistics
+from rk_export.errors import InputError
+from rk_export.methods.cap.baselines import wanda
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, cost_of, linear_shapes
+from rk_export.methods.sslc.choose import RANK_SHARES, offered, sslc_parts, targets
+from rk_export.methods.sslc.options import SslcOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import Budget, RankRule
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.source.stored import ModelSource
+
+SourceOf = Callable[..., ModelSource]
+Chosen = dict[tuple[int, str], Parts]
+CPU = torch.device("cpu")
+
+
+def _statistics(source: ModelSource, folder: Path, diagonal: bool = False) -> DenseStatistics:
+    tokens = torch.randint(3, source.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(2))
+    return dense_statistics(
+        source.load(), source.architecture, tokens, diagonal=diagonal, device=CPU, cache_dir=folder
+    )
+
+
+@pytest.fixture
+def source(source_of: SourceOf) -> ModelSource:
+    return source_of("qwen2")
+
+
+@pytest.fixture
+def statistics(source: ModelSource, tmp_path: Path) -> DenseStatistics:
+    return _statistics(source, tmp_path)
+
+
+def _numbers(source: ModelSource) -> int:
+    return sum(rows * columns for rows, columns in linear_shapes(source).values())
+
+
+def _predicted(source: ModelSource, chosen: Chosen, statistics: DenseStatistics) -> float:
+    layers = source.load().get_submodule(source.architecture.layers)
+    total = 0.0
+    for (layer, path), parts in chosen.items():
+        E = layers.get_submodule(f"{layer}.{path}").weight.detach() - parts.dense()
+        place = layer, path
+        total += loss_increase(statistics.gradients[place], E, statistics.second[place], statistics.tokens)
+    return total
+
+
+def _chosen(source: ModelSource, budget: Budget, statistics: DenseStatistics, stages: int = 3) -> Chosen:
+    return sslc_parts(source, budget, SslcOptions(stages), statistics=statistics, device=CPU)
+
+
+@pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_the_budget_is_spent_and_not_exceeded(
+    source: ModelSource, statistics: DenseStatistics, prices: Prices, share: float
+) -> None:
+    amount = share * prices.column * _numbers(source)
+    budget = Budget("keep", share) if prices is PARAMETERS else Budget("size", amount)
+    chosen = _chosen(source, budget, statistics)
+    spent = sum(cost_of(parts, prices) for parts in chosen.values())
+    assert {place: parts.shape for place, parts in chosen.items()} == linear_shapes(source)
+    assert 0.97 * amount < spent <= amount
+    assert len({parts.parameters for parts in chosen.values()}) > 3
+
+
+def test_it_loses_less_than_wanda_and_more_stages_lose_less(
+    source: ModelSource, statistics: DenseStatistics
+) -> None:
+    budget = Budget("keep", 0.5)
+    baseline = _predicted(source, wanda(source, 0.5, statistics), statistics)
+    one, four = (
+        _predicted(source, _chosen(source, budget, statistics, stages), statistics) for stages in (1, 4)
+    )
+    assert four < one < 0.8 * baseline
+
+
+def test_offers_lose_less_the_more_they_hold(source: ModelSource, statistics: DenseStatistics) -> None:
+    for place, target in targets(source, statistics, CPU):
+        offer = offered(target, 0.5, statistics.gradients[place])
+        assert len(set(offer.ranks.tolist())) == len(RANK_SHARES)
+        for rank in set(offer.ranks.tolist()):
+            mine = offer.ranks == rank
+            assert (offer.entries[mine][1:] >= offer.entries[mine][:-1]).all()
+            assert (offer.losses[mine][1:] <= offer.losses[mine][:-1]).all()
+
+
+def test_diagonals_of_output_curvature_are_enough(source: ModelSource, tmp_path: Path) -> None:
+    statistics = _statistics(source, tmp_path, diagonal=True)
+    chosen = _chosen(source, Budget("keep", 0.5), statistics)
+    assert sum(parts.parameters for parts in chosen.values()) <= 0.5 * _numbers(source)
+
+
+def test_experts_and_encoders_are_refused(source_of: SourceOf, statistics: DenseStatistics) -> None:
+    with pytest.raises(InputError, match="experts"):
+        _chosen(source_of("mixtral"), Budget("keep", 0.5), statistics)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("keep", 1e-9), ("size", 1e12)])
+def test_budgets_that_leave_no_choice_are_refused(
+    source: ModelSource, statistics: DenseStatistics, kind: str, value: float
+) -> None:
+    with pytest.raises(InputError) as refused:
+        _chosen(source, Budget(kind, value), statistics)  # type: ignore[arg-type]
+    assert refused.value.where == f"--{kind}"
+
+
+def test_a_rank_rule_says_not_how_much_is_sparse() -> None:
+    with pytest.raises(InputError, match="budget of parameters or bytes"):
+        CompressOptions(groups=(), rank=RankRule("keep", 0.5), methods=(SslcOptions(),))
+    with pytest.raises(InputError, match="stages"):
+        SslcOptions(0)
+
+
+def test_a_bundle_of_it_passes_parity(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    asked = ("--method", "sslc", "--keep", 0.6, "--calibration-tokens", 256)
+    made = cli("compress", llama, "-o", tmp_path / "out", *asked)
+    assert made.code == 0, made.err
+    assert cli("verify", tmp_path / "out").code == 0
