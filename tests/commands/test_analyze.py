@@ -19,7 +19,7 @@ TEXT = ("--calibration-tokens", 512)
         ("--groups", "qk,gate_up", "--keep", 0.5, "--uniform", "--rank-multiple", 1),
         ("--keep", 0.5, "--uniform", "--allocation", "effective-rank", "--rank-multiple", 1, *TEXT),
         ("--keep", 0.6, "--rank-multiple", 1, *TEXT),
-        ("--groups", "q,down", "--energy", 0.9, "--rank-multiple", 1),
+        ("--groups", "q,down", "--energy", 0.5, "--rank-multiple", 1),
     ],
     ids=["uniform", "by spectra", "budget", "energy"],
 )
