@@ -11,11 +11,12 @@ import onnxruntime as ort
 import pytest
 
 from rk_export.errors import FusionError
-from rk_export.passes.base import run_graph_passes
 from rk_export.passes.graph.attention_mask import ATTENTION_BIAS, SEQLENS_K, TOTAL_LENGTH, AttentionMask
+from rk_export.passes.graph.base import run_graph_passes
 from rk_export.passes.graph.logits_start import LogitsStart
 from rk_export.passes.graph.nodes import MICROSOFT, Mark, concatenated, constant, mark
-from rk_export.passes.graph.packed_projections import PackedAttention, PackedProjections
+from rk_export.passes.graph.packed_attention import PackedAttention
+from rk_export.passes.graph.packed_projections import PackedProjections
 from rk_export.passes.graph.positions import PositionsFromMask
 from rk_export.report.records import Fusion
 
@@ -280,7 +281,7 @@ def test_the_packed_projection_feeds_attention_directly() -> None:
     _, node = attention(graph)
     feeds = {"packed": X[:1, :, :].repeat(2, axis=2), **empty_past(1)}
     expected = graph.run(**feeds)
-    fusion = PackedAttention(1).call(graph.model)
+    fusion = PackedAttention(1)(graph.model).fusion
     assert (fusion.found, fusion.reason) == (1, "")
     assert graph.ops() == ["GroupQueryAttention"]
     assert node.inputs[1] is None
@@ -302,7 +303,7 @@ def test_attention_on_anything_else_keeps_its_split(change: dict[str, Any]) -> N
     graph = Graph()
     attention(graph, **change)
     before = graph.ops()
-    assert PackedAttention(0).call(graph.model) == Fusion("packed query, key and value", 0, 0)
+    assert PackedAttention(0)(graph.model).fusion == Fusion("packed query, key and value", 0, 0)
     assert_unchanged(graph, before)
     with pytest.raises(FusionError, match="exactly q, k, v"):
         run_graph_passes([PackedAttention(1)], graph.model)
@@ -339,7 +340,7 @@ def test_an_attention_of_another_operator_is_a_miss() -> None:
     graph.input("attention_mask", ["batch", "total"], INT64)
     attention(graph, domain="elsewhere")
     before = graph.ops()
-    with pytest.raises(FusionError, match="an attention layer is not GroupQueryAttention"):
+    with pytest.raises(FusionError, match="an attention layer must be GroupQueryAttention"):
         run_graph_passes([AttentionMask(1)], graph.model)
     assert_unchanged(graph, before)
 
@@ -378,7 +379,7 @@ def test_positions_count_the_attended_tokens(
 
 def test_unused_positions_are_dropped_and_a_planned_miss_is_an_error() -> None:
     graph = positions_graph(used=False)
-    assert PositionsFromMask(0).call(graph.model) == Fusion("positions from the mask", 0, 0)
+    assert PositionsFromMask(0)(graph.model).fusion == Fusion("positions from the mask", 0, 0)
     assert [value.name for value in graph.graph.inputs] == ["input_ids", "attention_mask"]
     assert graph.ops() == ["Identity"]
     with pytest.raises(FusionError, match="the graph uses no position_ids"):
@@ -402,7 +403,7 @@ def test_logits_start_defaults_to_every_position() -> None:
 def test_a_graph_without_a_marked_head_is_a_miss() -> None:
     graph = Graph()
     graph.output(graph.matmul(graph.input("hidden", ["batch", "length", 32]), "other", 5, "layers.0.q"))
-    assert LogitsStart(0).call(graph.model).found == 0
+    assert LogitsStart(0)(graph.model).fusion.found == 0
     with pytest.raises(FusionError, match="no node is marked as lm_head"):
         run_graph_passes([LogitsStart(1)], graph.model)
     assert graph.ops() == ["MatMul"]

@@ -6,6 +6,7 @@ weights and position ids) are not wired.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -15,9 +16,15 @@ from mobius.components import FCMLP, MLP, Embedding, LayerNorm, Linear, MoELayer
 from onnxscript import OpBuilder, nn
 
 from rk_export.graph.dense.rotary import Rotary, scaled
+from rk_export.graph.modules.base import ExportModule, Pattern, operators
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.rotary import RotaryTable
+from rk_export.passes.graph.nodes import MICROSOFT
 
+ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
+SKIP_NORM = operators(
+    "residual sum with norm", MICROSOFT, "SkipSimplifiedLayerNormalization", "SkipLayerNormalization"
+)
 KeyValue = tuple[ir.Value, ir.Value]
 
 
@@ -52,6 +59,11 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self._logit_scale, self._logit_softcap = spec.logit_scale, spec.logit_softcap
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether the graph reads ``position_ids``: positions are learned."""
+        return self.model.embed_positions is not None
+
     def forward(
         self,
         op: OpBuilder,
@@ -68,7 +80,7 @@ class Decoder(nn.Module):
         return logits, present
 
 
-class _DecoderBody(nn.Module):
+class _DecoderBody(ExportModule):
     def __init__(
         self,
         spec: DecoderSpec,
@@ -87,6 +99,9 @@ class _DecoderBody(nn.Module):
         for rotary in self.rotary.values():
             setattr(self, cast(str, rotary.name), rotary)
         self._embedding_scale = spec.embedding_scale
+
+    def emits(self) -> Counter[Pattern]:
+        return Counter({SKIP_NORM: 1})
 
     def forward(
         self,
@@ -116,17 +131,19 @@ class _DecoderBody(nn.Module):
         )
 
 
-class _Layer(nn.Module):
+class _Layer(ExportModule):
     """Attention and MLP on a residual stream, with the norms that the family has around each."""
 
     def __init__(self, spec: DecoderSpec, config: ArchitectureConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = _Attention(spec, config, index)
+        self.self_attn = Attention(spec, config, index)
         self.mlp = _mlp(spec, config, index)
         self._names = spec.norm_names
         for name in filter(None, self._names):
             setattr(self, name, _norm(spec, spec.hidden_size))
         self._residual_scale = spec.residual_scale
+        # The first layer reads the embedding, in some families the sum of embedding and position.
+        self._reads_sum = index > 0 or bool(spec.learned_positions)
 
     def forward(
         self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: KeyValue
@@ -140,11 +157,16 @@ class _Layer(nn.Module):
         transformed = self._normed(op, self._names.after_mlp, transformed)
         return op.Add(hidden, scaled(op, transformed, self._residual_scale)), present
 
+    def emits(self) -> Counter[Pattern]:
+        """The norms in front of attention and MLP read the residual stream."""
+        before_attention = self._names.before_attention is not None and self._reads_sum
+        return Counter({SKIP_NORM: before_attention + (self._names.before_mlp is not None)})
+
     def _normed(self, op: OpBuilder, name: str | None, hidden: ir.Value) -> ir.Value:
         return hidden if name is None else getattr(self, name)(op, hidden)
 
 
-class _Attention(nn.Module):
+class Attention(ExportModule):
     """Projections around one GroupQueryAttention node.
 
     The node rotates queries and keys, appends to the cache and masks: a query sees the keys up to its own
@@ -176,6 +198,14 @@ class _Attention(nn.Module):
             self._attributes["softcap"] = spec.attention_softcap
         if layer.window is not None:
             self._attributes["local_window_size"] = layer.window
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether the operator reads q, k and v as the projections return them."""
+        return self.q_norm is None
+
+    def emits(self) -> Counter[Pattern]:
+        return Counter({ATTENTION: 1})
 
     def forward(
         self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: KeyValue
