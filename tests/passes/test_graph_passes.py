@@ -309,6 +309,17 @@ def test_attention_on_anything_else_keeps_its_split(change: dict[str, Any]) -> N
         run_graph_passes([PackedAttention(1)], graph.model)
 
 
+def test_a_split_that_somebody_else_reads_stays() -> None:
+    graph = Graph()
+    split, _ = attention(graph)
+    graph.output(graph.node("Identity", [split.outputs[0]]).outputs[0])
+    before = graph.ops()
+    assert PackedAttention()(graph.model).fusion.found == 0
+    assert_unchanged(graph, before)
+    with pytest.raises(FusionError, match="exactly q, k, v"):
+        PackedAttention(1)(graph.model)
+
+
 def masked_graph() -> tuple[Graph, ir.Node]:
     graph = Graph()
     graph.input("input_ids", ["batch", "length"], INT64)
@@ -343,6 +354,26 @@ def test_an_attention_of_another_operator_is_a_miss() -> None:
     with pytest.raises(FusionError, match="an attention layer must be GroupQueryAttention"):
         run_graph_passes([AttentionMask(1)], graph.model)
     assert_unchanged(graph, before)
+
+
+def test_attention_with_a_bias_of_its_own_is_a_miss() -> None:
+    graph, node = masked_graph()
+    bias = graph.input("bias", ["batch", 1, "length", "total"])
+    node.resize_inputs(ATTENTION_BIAS + 1)
+    node.replace_input_with(ATTENTION_BIAS, bias)
+    before = graph.ops()
+    assert AttentionMask()(graph.model).fusion.found == 0
+    with pytest.raises(FusionError, match="no bias of its own"):
+        AttentionMask(1)(graph.model)
+    assert_unchanged(graph, before)
+    assert node.inputs[ATTENTION_BIAS] is bias
+
+
+def test_a_graph_without_a_mask_is_a_miss() -> None:
+    graph = Graph()
+    attention(graph)
+    with pytest.raises(FusionError, match="inputs input_ids and attention_mask"):
+        AttentionMask(1)(graph.model)
 
 
 def positions_graph(used: bool = True) -> Graph:
