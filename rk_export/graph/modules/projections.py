@@ -125,7 +125,8 @@ class CorrectedProjection(ExportModule):
         return quantized + self.down.products(source) + self.up.products(behind_down)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        y: ir.Value = op.Add(self.quantized(op, x), self.up(op, self.down(op, x)))
+        # A norm may follow. Behind an Add it would be taken for one on the residual stream.
+        y: ir.Value = op.Sum(self.quantized(op, x), self.up(op, self.down(op, x)))
         return y
 
 
