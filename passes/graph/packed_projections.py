@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from rk_export.passes.graph.base import GraphPass
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY, concatenated, constant, weight_of
-from rk_export.passes.graph.packing import INT8_PRODUCT, MatrixFormat, packs, parts_of
+from rk_export.passes.graph.packing import INT8_PRODUCT, MatrixFormat, packs, role_of
 
 # Operator -> the most tensors that a matrix is stored in: others that it may take are not stacked.
 _TENSORS = {"MatMul": 1, "MatMulNBits": 3, INT8_PRODUCT: 2}
@@ -53,6 +53,11 @@ class ProductNode:
     def part(self) -> str:
         """The matrix' part in the site."""
         return self.node.metadata_props[PART_KEY]
+
+    @property
+    def role(self) -> str:
+        """What the product computes."""
+        return role_of(self.part)
 
     @property
     def source(self) -> Hashable:
@@ -125,7 +130,7 @@ class PackedProjections(GraphPass[list[ProductNode]]):
 
 def _pack(graph: ir.Graph, group: list[ProductNode]) -> None:
     """Replace products by one, the Add of their joined biases, and a Split into their outputs."""
-    parts = "_".join(parts_of(group))
+    parts = "_".join(product.part for product in group)
     name = f"{group[0].site}.{parts}"
     packed = _packed_node(graph, group, name)
     packed.metadata_props.update(group[0].node.metadata_props)

@@ -12,8 +12,10 @@ from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 
+from rk_export.passes.graph.nodes import UP
+
 INT8_PRODUCT = "DynamicQuantizeMatMul"
-ATTENTION_PARTS = ("q", "k", "v")
+ATTENTION_ROLES = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class MatrixFormat:
 
 
 class ProductLike(Protocol):
-    """What the rule asks of a product: what it reads, how its matrix is stored, and its part in the model."""
+    """What the rule asks of a product: what it reads, how its matrix is stored, and what it computes."""
 
     @property
     def source(self) -> Hashable: ...
     @property
     def format(self) -> MatrixFormat: ...
     @property
-    def part(self) -> str: ...
+    def role(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Product:
     format: MatrixFormat
     is_whole: bool = True
 
+    @property
+    def role(self) -> str:
+        """What the product computes."""
+        return role_of(self.part)
+
 
 ProductT = TypeVar("ProductT", bound=ProductLike)
 
@@ -85,9 +92,14 @@ def packs(products: Iterable[ProductT]) -> list[list[ProductT]]:
 
 
 def _is_worth_it(group: list[ProductT]) -> bool:
-    return not group[0].format.is_int8 or parts_of(group) == ATTENTION_PARTS
+    return not group[0].format.is_int8 or roles_of(group) == ATTENTION_ROLES
 
 
-def parts_of(products: Iterable[ProductLike]) -> tuple[str, ...]:
-    """Return the parts of products in their order."""
-    return tuple(product.part for product in products)
+def roles_of(products: Iterable[ProductLike]) -> tuple[str, ...]:
+    """Return what products compute, in their order."""
+    return tuple(product.role for product in products)
+
+
+def role_of(part: str) -> str:
+    """Return what a part of a site computes: an up-projection computes what its member does."""
+    return part.removeprefix(UP)

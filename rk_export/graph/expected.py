@@ -27,7 +27,7 @@ from rk_export.passes.graph.half_scales import BLOCKWISE, HalfScales
 from rk_export.passes.graph.logits_start import LogitsStart
 from rk_export.passes.graph.packed_attention import PackedAttention
 from rk_export.passes.graph.packed_projections import PackedProjections
-from rk_export.passes.graph.packing import ATTENTION_PARTS, MatrixFormat, Product, packs, parts_of
+from rk_export.passes.graph.packing import ATTENTION_ROLES, MatrixFormat, Product, packs, roles_of
 from rk_export.passes.graph.positions import PositionsFromMask
 from rk_export.passes.graph.token_scales import TokenScales
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
@@ -117,7 +117,7 @@ def _attention_packs(decoder: Decoder, groups: Sequence[Sequence[Product]]) -> i
     if not all(child.takes_products for child in decoder.modules() if isinstance(child, Attention)):
         return 0
     return sum(
-        parts_of(group) == ATTENTION_PARTS and all(product.is_whole for product in group) for group in groups
+        roles_of(group) == ATTENTION_ROLES and all(product.is_whole for product in group) for group in groups
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rk_export.passes.graph.packing import INT8_PRODUCT, MatrixFormat, Product, packs, parts_of
+from rk_export.passes.graph.packing import INT8_PRODUCT, MatrixFormat, Product, packs, roles_of
 
 FLOAT = MatrixFormat("MatMul", (ir.DataType.FLOAT,))
 NBITS = MatrixFormat("MatMulNBits", (ir.DataType.UINT8, ir.DataType.FLOAT), (("K", 32), ("bits", 4)))
@@ -24,7 +24,7 @@ def products(parts: str, stored: MatrixFormat = FLOAT) -> list[Product]:
 @pytest.mark.parametrize("parts", ["q k v", "gate up", "q k"])
 def test_products_on_one_input_in_one_format_become_one(stored: MatrixFormat, parts: str) -> None:
     (group,) = packs(products(parts, stored))
-    assert parts_of(group) == tuple(parts.split())
+    assert roles_of(group) == tuple(parts.split())
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,10 @@ def test_another_input_or_format_is_packed_with_nothing(change: dict[str, object
     assert packs([q, replace(k, **change)]) == []  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("parts", "found"), [("q k v", 1), ("q v k", 0), ("q k", 0), ("gate up", 0)])
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [("q k v", 1), ("factor_up_q factor_up_k factor_up_v", 1), ("q v k", 0), ("q k", 0), ("gate up", 0)],
+)
 def test_int8_products_become_one_where_attention_takes_all_three(parts: str, found: int) -> None:
     assert len(packs(products(parts, INT8))) == found
 
