@@ -7,7 +7,7 @@ nodes that it finds. Both get the answer from `packs`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import onnx_ir as ir
@@ -73,6 +73,11 @@ class Product:
     def role(self) -> str:
         """What the product computes."""
         return role_of(self.part)
+
+
+def inner(products: Iterable[Product]) -> tuple[Product, ...]:
+    """Return the products of a child whose output is not yet what its parent returns."""
+    return tuple(replace(product, is_whole=False) for product in products)
 
 
 ProductT = TypeVar("ProductT", bound=ProductLike)

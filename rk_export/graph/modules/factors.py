@@ -13,7 +13,7 @@ from onnxscript import OpBuilder
 from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.projections import projection
 from rk_export.passes.graph.nodes import DOWN, PART_KEY, UP, Mark
-from rk_export.passes.graph.packing import Product
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors
 
 
@@ -38,10 +38,9 @@ class _Pair:
     ups: dict[str, ExportModule]
     emitted: dict[int, tuple[ir.Value, ir.Value]]
 
-    def products(self, source: Hashable) -> tuple[Product, ...]:
-        behind_down = (source, self.name, DOWN)
-        ups = (product for up in self.ups.values() for product in up.products(behind_down))
-        return (*self.down.products(source), *ups)
+    def products_of(self, role: str, source: Hashable) -> tuple[Product, ...]:
+        up = self.ups[role].products((source, self.name, DOWN))
+        return inner(self.down.products(source)) + up
 
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
         if id(x) not in self.emitted:
@@ -76,8 +75,10 @@ class FactorPairs(ExportModule):
     def emits(self) -> Counter[Pattern]:
         return Counter({SHARED_DOWN: len(self._pairs)})
 
-    def products(self, source: Hashable) -> tuple[Product, ...]:
-        return tuple(product for pair in self._pairs for product in pair.products(source))
+    def products_of(self, role: str, source: Hashable) -> tuple[Product, ...]:
+        """Return the products of a member; the down-projections are equal for members of one input."""
+        products = tuple(product for pair in self._pairs for product in pair.products_of(role, source))
+        return products if len(self._pairs) == 1 else inner(products)
 
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
         """Emit one member; the groups' outputs stand side by side."""
@@ -88,8 +89,8 @@ class FactorPairs(ExportModule):
 class MembersSource(Protocol):
     """What the members of a site share."""
 
-    def products(self, source: Hashable) -> tuple[Product, ...]:
-        """Return the products of all members."""
+    def products_of(self, role: str, source: Hashable) -> tuple[Product, ...]:
+        """Return the products of one member, those that it shares with others included."""
         ...
 
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
@@ -105,8 +106,7 @@ class Member(ExportModule):
         self._factors, self._role = [factors], role
 
     def products(self, source: Hashable) -> tuple[Product, ...]:
-        """Return the products of all members: members of one input declare equal ones."""
-        return self._factors[0].products(source)
+        return self._factors[0].products_of(self._role, source)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return self._factors[0].member(op, self._role, x)

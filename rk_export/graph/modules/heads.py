@@ -7,14 +7,13 @@ dimensions are filled with zeros, which pass through attention as zeros.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
 from torch import nn
 
 from rk_export.graph.modules.base import ExportModule
-from rk_export.passes.graph.packing import Product
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 
 
@@ -31,7 +30,7 @@ class PaddedProjection(ExportModule):
         self.linear, self._slots = projection, slots
 
     def products(self, source: Hashable) -> tuple[Product, ...]:
-        return tuple(replace(product, is_whole=False) for product in self.linear.products(source))
+        return inner(self.linear.products(source))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         slots, y = self._slots, self.linear(op, x)

@@ -21,7 +21,7 @@ from rk_export.graph.modules.bound import Bound
 from rk_export.graph.modules.factors import SHARED_DOWN
 from rk_export.graph.modules.projections import projection
 from rk_export.passes.graph.nodes import DOWN, UP, Mark, mark
-from rk_export.passes.graph.packing import Product
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.factors import IdentityFactors
 
 # A member of more stretches is gathered.
@@ -101,9 +101,11 @@ class PivotFactors(ExportModule):
     def emits(self) -> Counter[Pattern]:
         return Counter({SHARED_DOWN: 1})
 
-    def products(self, source: Hashable) -> tuple[Product, ...]:
+    def products_of(self, role: str, source: Hashable) -> tuple[Product, ...]:
+        """Return the products of a member: every member reads both."""
+        del role
         behind_down = (source, self._mark.site, DOWN)
-        return self.down.products(source) + self.rest.products(behind_down)
+        return inner((*self.down.products(source), *self.rest.products(behind_down)))
 
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
         """Emit one member; what the members share is emitted once for each input value."""

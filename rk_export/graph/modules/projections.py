@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import replace
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -14,7 +13,7 @@ from rk_export.graph.modules.base import ExportModule, Pattern, operators
 from rk_export.graph.modules.bound import Bound
 from rk_export.graph.modules.int8 import Int8Projection
 from rk_export.passes.graph.nodes import CORRECTION, MICROSOFT, Mark, mark
-from rk_export.passes.graph.packing import MatrixFormat, Product
+from rk_export.passes.graph.packing import MatrixFormat, Product, inner
 from rk_export.passes.modules.quantized import CorrectedLinear, Int8Linear, QuantizedLinear
 
 UINT8 = ir.DataType.UINT8
@@ -121,8 +120,8 @@ class CorrectedProjection(ExportModule):
 
     def products(self, source: Hashable) -> tuple[Product, ...]:
         behind_down = (source, self._site, CORRECTION)
-        quantized = tuple(replace(product, is_whole=False) for product in self.quantized.products(source))
-        return quantized + self.down.products(source) + self.up.products(behind_down)
+        of_input = (*self.quantized.products(source), *self.down.products(source))
+        return inner((*of_input, *self.up.products(behind_down)))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         # A norm may follow. Behind an Add it would be taken for one on the residual stream.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import replace
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -20,7 +19,7 @@ from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.bound import Bound
 from rk_export.graph.modules.projections import UINT8
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY, Mark, mark
-from rk_export.passes.graph.packing import Product
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import SplitColumns, split_columns
@@ -70,9 +69,7 @@ class SparseProjection(Bound):
 
     def products(self, source: Hashable) -> tuple[Product, ...]:
         """Return those of the low rank: the sparse matrix is no initializer that could be stacked."""
-        if self.low_rank is None:
-            return ()
-        return tuple(replace(product, is_whole=False) for product in self.low_rank.products(source))
+        return () if self.low_rank is None else inner(self.low_rank.products(source))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         parts = [part(op, x) for part in (self.low_rank, self.columns, self.entries) if part is not None]

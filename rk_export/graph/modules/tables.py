@@ -13,7 +13,7 @@ from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.bound import Bound
 from rk_export.graph.modules.projections import NBITS, UINT8, nbits_attributes
 from rk_export.passes.graph.nodes import MICROSOFT, Mark, mark
-from rk_export.passes.graph.packing import MatrixFormat, Product
+from rk_export.passes.graph.packing import MatrixFormat, Product, inner
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
 
 
@@ -122,7 +122,7 @@ class RotatedProjection(ExportModule):
         self.rotation, self.head = rotation, head
 
     def products(self, source: Hashable) -> tuple[Product, ...]:
-        return self.rotation.products(source) + self.head.products((source, "rotated"))
+        return inner(self.rotation.products(source)) + self.head.products((source, "rotated"))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         logits: ir.Value = self.head(op, self.rotation(op, x))
