@@ -18,7 +18,8 @@ from rk_export.graph.expected import declared
 from rk_export.graph.modules import projections
 from rk_export.graph.modules.base import Pattern, operators
 from rk_export.graph.modules.projections import NBITS, DenseProjection, QuantizedProjection
-from rk_export.options.compress import QuantSpec, RankRule
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.graph.packing import Product
 from rk_export.rewrite.apply import Rewritten
 
