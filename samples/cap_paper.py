@@ -1,9 +1,9 @@
 """Global rank and sparsity optimization (2505.03801) against its parts and against pruning, by perplexity.
 
 For each kept share of the linear layers' parameters: CAP as published (policy gradient), what its search starts
-from, low rank alone, our auction over mixtures that are fitted anew, SSLC (2510.26446) under one allocation with
-refitted entries, and pruning by magnitude and by Wanda (2306.11695). All methods that use data see the same
-calibration text. Nothing is quantized or exported: matrices are replaced in the PyTorch model, which is evaluated.
+from, low rank alone, our auction over mixtures that are fitted anew, and pruning by magnitude and by Wanda
+(2306.11695). All methods that use data see the same calibration text. Nothing is quantized or exported: matrices
+are replaced in the PyTorch model, which is evaluated.
 
     python samples/cap_paper.py                      all rows that are not in the results yet
     python samples/cap_paper.py --rows 'policy@*'    some of them
@@ -48,8 +48,6 @@ from rk_export.methods.cap.policy import Learned, first_probabilities, learn
 from rk_export.methods.cap.pools import Pools, make_pools
 from rk_export.methods.cap.scores import Score, all_scores, curvature_score, directions_only, energy_score
 from rk_export.methods.sparse_sites import PARAMETERS, Prices, amount_of, linear_shapes, over_dense
-from rk_export.methods.sslc.choose import sslc_parts
-from rk_export.methods.sslc.options import SslcOptions
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import SINGLE_GROUPS, Budget
@@ -67,7 +65,6 @@ KEPT = (0.8, 0.5)
 ENERGY_KEPT = 0.5
 DENSE, WHOLE = "dense", "split"
 POLICY, AUCTION, BLIND_POLICY, ENERGY, MIXTURE = "policy", "auction", "policy-energy", "energy", "mixture"
-SSLC = "sslc"
 TITLES = {
     DENSE: "dense",
     WHOLE: "RPCA split, all of it",
@@ -79,7 +76,6 @@ TITLES = {
     ENERGY: "CAP's candidates by energy (that policy's start)",
     "split-each": "CAP's candidates by energy, each matrix alike",
     MIXTURE: "rk-export: auction over fitted mixtures",
-    SSLC: "SSLC under one allocation, entries refitted",
     "low-rank-pool": "low rank alone: CAP's directions by curvature",
     "low-rank-svd": "low rank alone: SVD under curvature, planned",
     "magnitude-global": "magnitude, all matrices together",
@@ -90,7 +86,7 @@ TITLES = {
 SEARCHES = {POLICY: AUCTION, BLIND_POLICY: ENERGY}
 # Stored in half precision: a factor's number, an entry with its gap byte, a number of a dense column.
 HALF = Prices(2, 3, 2)
-DRAWN = (POLICY, AUCTION, MIXTURE, SSLC)  # in the picture of the allocation
+DRAWN = (POLICY, AUCTION, MIXTURE)  # in the picture of the allocation
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 Record = dict[str, Any]
 
@@ -184,11 +180,6 @@ class Workshop:
         if method == MIXTURE:
             return mixture_selection(
                 self.source, self.mixtures, amount, PARAMETERS, self.statistics, self.device
-            )
-        if method == SSLC:
-            budget = Budget("keep", keep)
-            return sslc_parts(
-                self.source, budget, SslcOptions(), statistics=self.statistics, device=self.device
             )
         if method == "wanda":
             return wanda(self.source, keep, self.statistics)
