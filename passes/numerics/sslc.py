@@ -150,12 +150,6 @@ class Fit:
     sparse: Tensor
     mask: Tensor
 
-    @classmethod
-    def start(cls, W: Tensor) -> Fit:
-        """Return all entries of W (out, in), and rank 0."""
-        up, down = empty_factors((W.shape[0], W.shape[1]), W)
-        return cls(up, down, W, torch.ones_like(W, dtype=torch.bool))
-
     @property
     def low_rank(self) -> Tensor:
         """U V (out, in)."""
@@ -192,6 +186,25 @@ class Target:
         """What a squared error in each column costs once the others make up for it (in,)."""
         return column_costs(self.C)
 
+    @property
+    def costs(self) -> Tensor:
+        """What a squared error in each place costs when entries are compared (out, in)."""
+        return self.rows[:, None] * self.columns
+
+    def start(self, rank: int, entries: int) -> Fit:
+        """Return all entries beside the low-rank part that is best beside the costliest of them alone.
+
+        Args:
+            rank: From 0 to min(out, in).
+            entries: How many are set aside for that, those that will stay.
+        """
+        W, everywhere = self.W, torch.ones_like(self.W, dtype=torch.bool)
+        if not rank:
+            return Fit(*empty_factors((W.shape[0], W.shape[1]), W), W, everywhere)
+        aside = W * largest(W.square() * self.costs, entries)
+        fit = Fit(*best_low_rank(W - aside, self.C, rank), W, everywhere)
+        return replace(fit, sparse=W - fit.low_rank)
+
     def stages(self, counts: Sequence[int], rank: int = 0) -> Iterator[Fit]:
         """Yield a fit at each number of entries, falling; each starts from the one before.
 
@@ -199,23 +212,21 @@ class Target:
             counts: Entries that stay, falling, each from 0 to out · in.
             rank: Of the low-rank part, from 0 to min(out, in).
         """
-        fit, costs = Fit.start(self.W), self.rows[:, None] * self.columns
+        fit = self.start(rank, counts[-1])
         for count in counts:
-            scores = (fit.sparse.square() * costs).masked_fill(~fit.mask, -1.0)
-            fit = self.refitted(replace(fit, mask=largest(scores, count)), rank)
+            scores = (fit.sparse.square() * self.costs).masked_fill(~fit.mask, -1.0)
+            fit = self.refitted(replace(fit, mask=largest(scores, count)))
             yield fit
 
-    def refitted(self, fit: Fit, rank: int, steps: int = STEPS) -> Fit:
+    def refitted(self, fit: Fit, steps: int = STEPS) -> Fit:
         """Return a fit with its entries refitted on their places, then its low-rank part to what they leave.
 
-        No error is higher than before where the entries already lie on the mask.
+        The error does not rise where the entries already lie on the mask.
         """
         sparse = refit_entries(self.W - fit.low_rank, self.C, fit.mask, fit.sparse, steps)
-        if not rank:
+        if not len(fit.down):
             return replace(fit, sparse=sparse)
-        left = self.W - sparse
-        known = len(fit.down) == rank
-        up, down = improved_low_rank(left, self.C, fit.down) if known else best_low_rank(left, self.C, rank)
+        up, down = improved_low_rank(self.W - sparse, self.C, fit.down)
         return replace(fit, up=up, down=down, sparse=sparse)
 
     def fitted(self, counts: Sequence[int], rank: int = 0) -> Fit:
@@ -227,7 +238,7 @@ class Target:
         """
         *_, fit = self.stages(counts, rank)
         for _ in range(ROUNDS if rank else 0):
-            fit = self.refitted(fit, rank)
+            fit = self.refitted(fit)
         left = self.W - fit.low_rank
         return replace(fit, sparse=refit_entries(left, self.C, fit.mask, fit.sparse, LAST_STEPS))
 

@@ -13,7 +13,7 @@ from rk_export.calibration.dense_statistics import DenseStatistics, loss_increas
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap.baselines import wanda
-from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, cost_of, linear_shapes
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.methods.sslc.choose import RANK_SHARES, offered, sslc_parts, targets
 from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.compress import CompressOptions
@@ -69,7 +69,7 @@ def test_the_budget_is_spent_and_not_exceeded(
     amount = share * prices.column * _numbers(source)
     budget = Budget("keep", share) if prices is PARAMETERS else Budget("size", amount)
     chosen = _chosen(source, budget, statistics)
-    spent = sum(cost_of(parts, prices) for parts in chosen.values())
+    spent = sum(prices.total(parts.shape, parts.rank, parts.entries) for parts in chosen.values())
     assert {place: parts.shape for place, parts in chosen.items()} == linear_shapes(source)
     assert 0.97 * amount < spent <= amount
     assert len({parts.parameters for parts in chosen.values()}) > 3
@@ -124,7 +124,7 @@ def test_a_rank_rule_says_not_how_much_is_sparse() -> None:
 
 
 def test_a_bundle_of_it_passes_parity(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    asked = ("--method", "sslc", "--keep", 0.6, "--calibration-tokens", 256)
+    asked = ("--method", "sslc", "--keep", 0.6, "--calibration-tokens", 512)
     made = cli("compress", llama, "-o", tmp_path / "out", *asked)
     assert made.code == 0, made.err
     assert cli("verify", tmp_path / "out").code == 0

@@ -148,7 +148,7 @@ def test_the_error_never_rises_over_rounds(rank: int) -> None:
     *_, fit = target.stages([100, 60], rank)
     errors = [squared_error(target.W - fit.dense(), target.C)]
     for _ in range(12):
-        fit = target.refitted(fit, rank)
+        fit = target.refitted(fit)
         errors.append(squared_error(target.W - fit.dense(), target.C))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     if rank:
@@ -202,12 +202,12 @@ def test_planted_parts_are_found() -> None:
 
 def test_both_parts_beat_either_alone_on_a_matrix_of_both() -> None:
     generator = torch.Generator().manual_seed(8)
-    W = torch.randn(24, 2, generator=generator) @ torch.randn(2, 20, generator=generator)
-    W += torch.randn(24, 20, generator=generator) ** 3  # few of them large
-    target, amount = Target(W, _moment(size=20), torch.ones(24)), 240
+    W = torch.randn(60, 2, generator=generator) @ torch.randn(2, 50, generator=generator)
+    W += torch.randn(60, 50, generator=generator) ** 3  # few of them large
+    target, amount = Target(W, _moment(size=50), torch.ones(60)), 1500
     fits = [
-        target.fitted(falling_counts(480, entries, 3), rank)
-        for rank, entries in ((2, amount - 2 * 44), (0, amount), (amount // 44, 0))
+        target.fitted(falling_counts(3000, entries, 3), rank)
+        for rank, entries in ((2, amount - 2 * 110), (0, amount), (amount // 110, 0))
     ]
     both, alone, low = (squared_error(W - fit.dense(), target.C) for fit in fits)
-    assert both < min(alone, low)
+    assert both < 0.9 * min(alone, low)

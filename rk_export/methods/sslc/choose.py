@@ -20,9 +20,8 @@ from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.passes.numerics.mixed import largest
 from rk_export.passes.numerics.pruning import damped
-from rk_export.passes.numerics.sslc import Target, best_low_rank, dropped_losses, falling_counts
+from rk_export.passes.numerics.sslc import Target, dropped_losses, falling_counts
 from rk_export.source.stored import ModelSource, loaded_layers
 
 logger = logging.getLogger(__name__)
@@ -143,19 +142,10 @@ def offered(target: Target, share: float, gradient: Tensor) -> Offer:
     for rank in sorted({round(part * size / sum(shape)) for part in RANK_SHARES}):
         kept = np.linspace(share / 2, (1 + share) / 2, COUNTS) * size - rank * sum(shape)
         counts = [int(number) for number in kept if number >= 0]
-        losses = 0.5 * dropped_losses(_beside(target, costs, rank, int(share * size)), costs, counts)
+        losses = 0.5 * dropped_losses(target.start(rank, int(share * size)).sparse, costs, counts)
         found += [(rank, *point) for point in zip(counts, losses.tolist(), strict=True)]
     ranks, entries, predicted = (np.array(column) for column in zip(*found, strict=True))
     return Offer(shape, ranks, entries, predicted)
-
-
-def _beside(target: Target, costs: Tensor, rank: int, count: int) -> Tensor:
-    """Return what is left of a matrix by the best low-rank part of what its largest entries leave (out, in)."""
-    if not rank:
-        return target.W
-    sparse = target.W * largest(target.W.square() * costs, count)
-    up, down = best_low_rank(target.W - sparse, target.C, rank)
-    return target.W - up @ down
 
 
 def _diagonal(gradient: Tensor) -> Tensor:
