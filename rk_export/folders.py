@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -18,8 +17,6 @@ from typing import Any
 
 from rk_export.errors import InputError
 from rk_export.plan import PLAN_MARK
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "rk_manifest.json"
 _FORMAT = 1

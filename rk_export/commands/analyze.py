@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,19 +15,17 @@ from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
 from rk_export.passes.weights.joint_rank import stacked_pairs
 from rk_export.planning.planner import layer_sites, with_default_groups
+from rk_export.progress import track
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html
 from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
-logger = logging.getLogger(__name__)
-
 
 def spectra(source: ModelSource, options: CompressOptions) -> Iterator[Spectrum]:
     """Yield the spectrum of every group of every layer; ranks are those that the options would choose."""
     device, options = resolve_device(options.device), with_default_groups(source, options)
-    for layer in loaded_layers(source):
-        logger.info("layer %d of %d", layer.index + 1, source.layer_count)
+    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
         for site in layer_sites(layer, source.architecture.projections(source.config, layer.index), options):
             if site.site.rpartition(".")[2] not in (options.groups or ()):
                 continue

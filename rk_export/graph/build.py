@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -57,10 +56,9 @@ from rk_export.passes.modules.quantized import (
     RotatedHead,
 )
 from rk_export.passes.modules.sparse import SparseSum, without_sparse
+from rk_export.progress import stage
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten
-
-logger = logging.getLogger(__name__)
 
 # Tensors below this size stay inside model.onnx: shape inference must be able to read them.
 INLINE_BELOW_BYTES = 1024
@@ -92,9 +90,16 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
 
 def save_graph(model: ir.Model, folder: Path) -> None:
     """Write model.onnx and model.onnx.data; weights are converted one at a time."""
-    ir.save(
-        model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=INLINE_BELOW_BYTES
-    )
+    values = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    external = sum(value is not None and value.nbytes > INLINE_BELOW_BYTES for value in values)
+    with stage("writing tensors", external) as bar:
+        ir.save(
+            model,
+            folder / "model.onnx",
+            external_data="model.onnx.data",
+            size_threshold_bytes=INLINE_BELOW_BYTES,
+            callback=lambda *_: bar.advance(),
+        )
 
 
 def _torch_layers(rewritten: Rewritten) -> list[nn.Module]:

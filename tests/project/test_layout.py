@@ -26,6 +26,7 @@ REGISTER = "optimum.commands.register"
 ORDER = (
     *(
         "errors",
+        "progress",
         "memory",
         "device",
         "report",

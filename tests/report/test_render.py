@@ -16,7 +16,8 @@ from rk_export.report import humanize, plots, render
 from rk_export.report.matrix_groups import matrix_groups, split_target
 from rk_export.report.records import Finding, LayerError, Outcome, Report
 from rk_export.report.sections import TITLES
-from rk_export.report.tables import Column, make_table, matrices_table
+from rk_export.report.table import Column, make_table
+from rk_export.report.tables import matrices_table
 
 HOSTILE = "<script>alert('x')</script>|`*_$x^{$&\"\x1b[2J\n# head"
 EMPTY = Report("example/model", "llama", "2026-01-02")
