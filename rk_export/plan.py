@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
 from rk_export.options.compress import CompressOptions, QuantSpec, options_from_json, quant_from_json
 
@@ -246,7 +247,8 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

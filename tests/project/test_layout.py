@@ -27,6 +27,7 @@ ORDER = (
     *(
         "errors",
         "progress",
+        "atomic",
         "memory",
         "device",
         "report",
