@@ -22,10 +22,12 @@ from rk_export.report.table import Column, Table
 
 HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"
 PROGRAM = """
-import argparse, logging, sys, time
+import argparse, logging, signal, sys, time
 from rk_export.cli.main import run_command
 from rk_export.errors import InputError
 from rk_export.progress import track
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background ignores it
 
 def work(args):
     for step in track(range(4), "testing steps"):

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from second_order import loss_increase
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap import mixture as cap_mixture
 from rk_export.methods.cap.auction import auction_selection
-from rk_export.methods.cap.choose import cap_parts, cost_of
+from rk_export.methods.cap.choose import cap_parts
 from rk_export.methods.cap.mixture import (
     Mixtures,
     cheapest,
@@ -98,7 +99,7 @@ def test_the_budget_is_spent_on_fitted_mixtures(
     assert {place: item.shape for place, item in offered.items()} == linear_shapes(source)
     budget = 0.5 * prices.column * _numbers(source)
     chosen = mixture_selection(source, offered, budget, prices, statistics, CPU, tmp_path)
-    spent = sum(cost_of(parts, prices) for parts in chosen.values())
+    spent = sum(prices.total(parts.shape, parts.rank, parts.entries) for parts in chosen.values())
     assert 0.95 * budget < spent <= budget
     assert len({parts.parameters for parts in chosen.values()}) > 3
 

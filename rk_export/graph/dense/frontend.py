@@ -144,11 +144,6 @@ def float_type(dtype: Dtype) -> ir.DataType:
     return _IR_DTYPE[dtype]
 
 
-def linear_class() -> type[nn.Module]:
-    """Return the class of the module tree's linears: ``weight`` (out, in), ``bias`` (out) or None."""
-    return cast("type[nn.Module]", Linear)
-
-
 def _check_dtype(ep: str, dtype: str) -> None:
     if _DTYPE_OF.get(ep) != dtype:
         raise UnsupportedModelError(

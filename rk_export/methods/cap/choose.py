@@ -161,11 +161,6 @@ def most_probable(pools: Pools, probabilities: Tensor, amount: float, prices: Pr
     return selected(pools, largest_within(probabilities, flat_prices(pools, prices), amount))
 
 
-def cost_of(parts: Parts, prices: Prices) -> float:
-    """Return what the parts of one matrix cost."""
-    return prices.total(parts.shape, parts.rank, parts.entries)
-
-
 def over_dense(parts: Mapping[Place, Parts]) -> list[Place]:
     """Return the matrices whose parts have more parameters than the dense matrix; a global choice may do that."""
     return [place for place, item in parts.items() if item.parameters > item.shape[0] * item.shape[1]]
