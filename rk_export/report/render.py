@@ -22,7 +22,8 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 def planned(report: Report) -> tuple[Block, ...]:
     """Return what a dry run found: the table of matrix groups, and the notices."""
-    return tuple(filter(None, (tables.matrices_table(report.findings), _notices(report))))
+    table = tables.matrices_table(report.findings)
+    return tuple(filter(None, ((table if table.rows else ""), _notices(report))))
 
 
 def text_table(report: Report) -> str:

@@ -135,6 +135,18 @@ def test_unfilled_columns_are_left_out() -> None:
     assert table.text() == "a  c\nx  –\ny  2"
 
 
+def test_wide_characters_take_two_places() -> None:
+    table = make_table((Column("名前", "name"), Column("n", "number")), [("a", "1"), ("日本語", "22")])
+    assert table.text() == "名前     n\na        1\n日本語  22"
+
+
+def test_text_is_not_folded_and_prose_on_a_terminal_is() -> None:
+    prose = "a reason of many words " * 20
+    table = make_table((Column("name", "name"), Column("why")), [("layers.0.qk", prose)])
+    assert len(table.text().splitlines()) == 2
+    assert table.least_width == len("layers.0.qk") + 2 + 12
+
+
 def test_layers_with_the_same_reason_share_a_line() -> None:
     findings = [Finding(f"layers.{i}.mlp.gate_up", Outcome.SKIPPED, "too small") for i in (0, 1, 2, 5)]
     text = render.text_table(dataclasses.replace(EMPTY, findings=tuple(findings)))
