@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
-from rk_export.methods.cap import choose as cap
 from rk_export.methods.cap import pools as cap_pools
-from rk_export.methods.cap.choose import amount_of, cap_parts, check_pools, over_dense
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, flat_prices, linear_shapes, make_pools
-from rk_export.options.compress import Budget
-from rk_export.options.methods import CapOptions
+from rk_export.methods.cap.choose import cap_parts, check_pools
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.cap.pools import flat_prices, make_pools
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, amount_of, linear_shapes, over_dense
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import ModelSource
 
@@ -57,7 +58,7 @@ def test_parts_of_every_matrix_within_the_budget(
     amount, prices = (0.5 * numbers, PARAMETERS) if kind == "keep" else (1.2 * numbers, BYTES)
     parts = _chosen(source, tmp_path, Budget(kind, 0.5 if kind == "keep" else amount), selector=selector)
     assert {place: item.shape for place, item in parts.items()} == shapes
-    total = sum(prices.total(item.shape, item.rank, item.entries) for item in parts.values())
+    total = sum(cost_of(item, prices) for item in parts.values())
     assert 0.97 * amount < total <= amount
     assert any(item.rank for item in parts.values()) == (selector not in ("wanda", "magnitude"))
     assert any(item.entries for item in parts.values())
@@ -145,10 +146,10 @@ def test_matrices_dearer_than_dense_are_found() -> None:
     full = Parts(torch.zeros(4, 3), torch.zeros(3, 4), none, torch.zeros(0))
     small = Parts(torch.zeros(4, 2), torch.zeros(2, 4), none, torch.zeros(0))
     assert over_dense({(0, "a"): full, (0, "b"): small}) == [(0, "a")]
-    assert BYTES.total(full.shape, full.rank, full.entries) == 3 * 8 * 4
+    assert cost_of(full, BYTES) == 3 * 8 * 4
 
 
 def test_the_choice_is_logged(source_of: SourceOf, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger=cap.__name__):
+    with caplog.at_level("INFO", logger="rk_export.methods.sparse_sites"):
         _chosen(source_of("llama"), tmp_path, Budget("keep", 0.5), selector="auction")
     assert "more than dense" in caplog.text

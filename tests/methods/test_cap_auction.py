@@ -7,14 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from second_order import loss_increase
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.errors import InputError
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Pool, Pools, Prices, linear_shapes, pool_of
+from rk_export.methods.cap.pools import Pool, Pools, pool_of
 from rk_export.methods.cap.scores import curvature_score, directions_only, energy_score
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.rpca import rpca
 from rk_export.source.stored import ModelSource
@@ -80,7 +82,7 @@ def test_the_auction_spends_the_budget_on_the_largest_scores(prices: Prices) -> 
     score = curvature_score(prices, _statistics(_shapes(pools)))
     total = sum(float(pool.prices(prices).sum()) for pool in pools.values())
     chosen = auction_selection(score, pools, 0.4 * total, prices)
-    spent = sum(prices.total(parts.shape, parts.rank, parts.entries) for parts in chosen.values())
+    spent = sum(cost_of(parts, prices) for parts in chosen.values())
     assert 0.4 * total - 32 * prices.number < spent <= 0.4 * total
     kept, lost = [], []
     for place, pool in pools.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from second_order import loss_increase
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
@@ -25,10 +26,11 @@ from rk_export.methods.cap.mixture import (
     offered_mixtures,
     refitted_parts,
 )
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, linear_shapes, make_pools
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.cap.pools import make_pools
 from rk_export.methods.cap.scores import curvature_score
-from rk_export.options.compress import Budget
-from rk_export.options.methods import CapOptions
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides
@@ -99,7 +101,7 @@ def test_the_budget_is_spent_on_fitted_mixtures(
     assert {place: item.shape for place, item in offered.items()} == linear_shapes(source)
     budget = 0.5 * prices.column * _numbers(source)
     chosen = mixture_selection(source, offered, budget, prices, statistics, CPU, tmp_path)
-    spent = sum(prices.total(parts.shape, parts.rank, parts.entries) for parts in chosen.values())
+    spent = sum(cost_of(parts, prices) for parts in chosen.values())
     assert 0.95 * budget < spent <= budget
     assert len({parts.parameters for parts in chosen.values()}) > 3
 
