@@ -48,7 +48,7 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
         args: Its parsed arguments.
         words: The command line, which reports repeat.
     """
-    args.command_line = shlex.join(words)
+    args.command_line = shlex.join(map(_without_folders, words))
     quiet_libraries()
     try:
         with work_shown(bars=not getattr(args, "json", False)):
@@ -69,6 +69,12 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
         )
         print(f"rk-export: error: {problem}", file=sys.stderr)
         return problem.exit_code
+
+
+def _without_folders(word: str) -> str:
+    """Return a word of the command line with absolute paths by their names: reports travel with bundles."""
+    kind, colon, place = word.rpartition(":")
+    return f"{kind}{colon}{Path(place).name}" if place.startswith(("/", "~")) else word
 
 
 def quiet_libraries() -> None:
