@@ -95,6 +95,16 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
 
 
+def test_a_padded_and_a_plain_member_of_one_pair_count_it_once(source_of: SourceOf, tmp_path: Path) -> None:
+    """The values are narrower and padded, the queries and keys are not; all three read one down-projection."""
+    source = source_of("llama")
+    rewritten = shaped(source, SHAPES["values"], floats(("qkv",), rank=RankRule("rank", 8)))
+    ids, model = tokens(source), OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+    assert model.fusion("packed projections").found == 2 * source.layer_count  # up-projections, gate and up
+    assert model.fusion("packed query, key and value").found == 0
+
+
 def test_half_precision_graphs_pad_and_slice(
     source_of: SourceOf, tmp_path: Path, tolerance: dict[str, float]
 ) -> None:
