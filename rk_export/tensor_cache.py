@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 CACHE = Path("~/.cache/rk-export")
 
 
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the cache's folder; ``~/.cache/rk-export`` when None."""
+    return Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
+
+
 def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return where the tensors of a key lie; nothing is read or written.
 
@@ -28,9 +33,14 @@ def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[s
         key: All that the tensors depend on, JSON-ready.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
-    root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return root / kind / f"{digest[:32]}.safetensors"
+    return cache_root(cache_dir) / kind / f"{digest[:32]}.safetensors"
+
+
+def text_key(tokens: Tensor) -> dict[str, Any]:
+    """Return what a text (sequences, length) is known by in keys."""
+    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest()
+    return {"text": digest, "shape": list(tokens.shape)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -48,11 +58,17 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a cache file in one step; where that is impossible the run goes on without, and says so."""
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    put_file(path, lambda partial: save_file(on_cpu, partial))
+
+
+def put_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file of the cache beside its place and move it in; a place that cannot be written is logged."""
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            write(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from rk_export.source.tuned import TunedSource
 from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText, RankRule
@@ -47,7 +48,6 @@ from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import open_source
-from rk_export.source.tuned import TunedSource
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from rk_export.passes.base import Layer
 
 _KINDS = ("second", "peaks", "gradients")
 _TOKEN_PEAKS = "token_peaks"
@@ -80,7 +82,7 @@ def loss_increase(gradient: Tensor, difference: Tensor, second: Tensor, tokens: 
     return 0.5 * tokens * float(weighed.sum())
 
 
-def layerwise(statistics: DenseStatistics, weights: Mapping[Place, Tensor]) -> DenseStatistics:
+def layerwise(statistics: DenseStatistics, layers: Iterable[Layer]) -> DenseStatistics:
     """Return statistics whose gradients weigh every matrix by its relative error alone.
 
     Then the predicted loss of an error is half its relative squared error, |E C^½|² / |W C^½|²: what can be said
@@ -88,12 +90,16 @@ def layerwise(statistics: DenseStatistics, weights: Mapping[Place, Tensor]) -> D
 
     Args:
         statistics: Second moments of the inputs; the gradients are replaced.
-        weights: The dense matrices (out, in).
+        layers: Of the dense model, with their weights.
     """
+    paths: defaultdict[int, list[str]] = defaultdict(list)
+    for layer, path in statistics.second:
+        paths[layer].append(path)
     gradients = {}
-    for place, W in weights.items():
-        if place in statistics.second:
-            C = statistics.second[place].to(W.device)
+    for each in layers:
+        for path in paths[each.index]:
+            W = each.linear(path).weight
+            C = statistics.second[each.index, path].to(W.device)
             power = float(((W @ C) * W).sum(dtype=torch.float64))
-            gradients[place] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)
+            gradients[each.index, path] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)
     return replace(statistics, gradients=gradients)

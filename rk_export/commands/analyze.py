@@ -19,17 +19,18 @@ from rk_export.planning.planner import layer_sites, with_default_groups
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html
-from rk_export.source.stored import ModelSource, loaded_layers, open_source
+from rk_export.source.protocol import Source
+from rk_export.source.stored import open_source
 
 logger = logging.getLogger(__name__)
 
 
-def spectra(source: ModelSource, options: CompressOptions) -> Iterator[Spectrum]:
+def spectra(source: Source, options: CompressOptions) -> Iterator[Spectrum]:
     """Yield the spectrum of every group of every layer; ranks are those that the options would choose."""
     device, options = resolve_device(options.device), with_default_groups(source, options)
-    for layer in loaded_layers(source):
+    for layer in source.layers():
         logger.info("layer %d of %d", layer.index + 1, source.layer_count)
-        for site in layer_sites(layer, source.architecture.projections(source.config, layer.index), options):
+        for site in layer_sites(layer, source.description.projections(layer.index), options):
             if site.site.rpartition(".")[2] not in (options.groups or ()):
                 continue
             for target, rows in stacked_pairs(layer, site):

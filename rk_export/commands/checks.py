@@ -9,24 +9,24 @@ from rk_export.methods.cap.pools import check_source
 from rk_export.methods.plans import sparse_budget, stored_prices
 from rk_export.methods.prune.pruned import check_blocks, kept_width
 from rk_export.model.context import check_context
-from rk_export.model.pruned_config import check_decoder, pruned_config
+from rk_export.model.pruned_description import check_decoder, pruned_description
 from rk_export.options.compress import CompressOptions
 from rk_export.options.methods import PruneOptions
 from rk_export.plan import Pruning
 from rk_export.planning.cost_table import TIMED_CONTEXT
 from rk_export.planning.planner import check_groups, check_size, with_default_groups
 from rk_export.rewrite.changes import task_tokens
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
-def check_options(source: ModelSource, options: CompressOptions) -> None:
+def check_options(source: Source, options: CompressOptions) -> None:
     """Refuse, before any work, options that do not go with a model or with each other.
 
     Raises:
         InputError: If a group matches nothing, a method or a budget lacks the statistics that it needs, the model
             cannot lose what is to go, or a task's text cannot be used.
     """
-    check_context(source.config, options.context_length)
+    check_context(source.description, options.context_length)
     check_groups(source, with_default_groups(source, options).groups or ())
     _check_budget(source, options)
     if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
@@ -51,7 +51,7 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
         amount_of(source, sparse_budget(source, options), stored_prices(options))
 
 
-def _check_budget(source: ModelSource, options: CompressOptions) -> None:
+def _check_budget(source: Source, options: CompressOptions) -> None:
     budget = options.budget
     if budget is None:
         return
@@ -73,7 +73,7 @@ def _check_budget(source: ModelSource, options: CompressOptions) -> None:
         _check_speed_up(source, options)
 
 
-def _check_speed_up(source: ModelSource, options: CompressOptions) -> None:
+def _check_speed_up(source: Source, options: CompressOptions) -> None:
     if options.ep != "cpu":
         raise InputError(
             f"products are timed on the CPU provider, the graph is made for {options.ep}",
@@ -89,8 +89,8 @@ def _check_speed_up(source: ModelSource, options: CompressOptions) -> None:
         )
 
 
-def _check_prune(source: ModelSource, options: CompressOptions, prune: PruneOptions) -> None:
-    check_decoder(source.config)
+def _check_prune(source: Source, options: CompressOptions, prune: PruneOptions) -> None:
+    check_decoder(source.description)
     check_blocks(source.layer_count, prune)
     if prune.blocks and not options.calibration.uses_text:
         raise InputError(
@@ -102,4 +102,4 @@ def _check_prune(source: ModelSource, options: CompressOptions, prune: PruneOpti
     groups: tuple[tuple[int, ...], ...] = ()
     if prune.kv_groups is not None:
         groups = (tuple(range(prune.kv_groups)),) * len(kept)
-    pruned_config(source.config, Pruning(kept, kept_width(source, prune.ffn), groups))
+    pruned_description(source.description, Pruning(kept, kept_width(source, prune.ffn), groups))

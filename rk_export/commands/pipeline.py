@@ -23,7 +23,7 @@ from rk_export.folders import AtomicFolder, check_free_space, check_manifest, ch
 from rk_export.graph.dense.frontend import check_supported
 from rk_export.methods.plans import basis_plan, sparse_plan
 from rk_export.model.context import check_context, context_notices
-from rk_export.model.sites import canonical_layers
+from rk_export.model.description import describe
 from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import CalibrationOptions, CompressOptions
@@ -48,8 +48,9 @@ from rk_export.rewrite.heal import HealOptions, heal
 from rk_export.rewrite.sizes import least_bytes, model_bytes, planned_bytes, planned_findings
 from rk_export.runtime import bench
 from rk_export.runtime.providers import Provider
-from rk_export.source.prepared import PreparedSource, save_prepared
-from rk_export.source.stored import ModelSource, open_source, read_config
+from rk_export.source.prepared import Prepared, save_prepared
+from rk_export.source.protocol import Source
+from rk_export.source.stored import open_source, read_config
 
 
 def make_plan(
@@ -88,7 +89,7 @@ def _decided(ground: Groundwork, threads: int | None) -> Plan:
     )
 
 
-def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostTable:
+def model_costs(source: Source, phase: Phase, threads: int | None) -> CostTable:
     """Measure the time of a dense model in floats and of its matrix products in every format.
 
     Args:
@@ -96,12 +97,7 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
         phase: `prefill` or `decode`.
         threads: Threads of ONNX Runtime; None takes all cores.
     """
-    shapes = [
-        (linear.out_features, linear.in_features)
-        for layer in canonical_layers(source.config)
-        for item in source.architecture.projections(source.config, layer.index)
-        for linear in [layer.linear(item.path)]
-    ]
+    shapes = [matrix.shape for matrix in source.description.matrices]
     table = measure_costs(shapes, TIMED_FORMATS, phase, threads=threads)
     with TemporaryDirectory() as folder:
         model, base = source.origin
@@ -152,16 +148,16 @@ def dry_run(
     plan = plan or _plan(ground, None)
     if out is not None:
         check_free_space(out, planned_bytes(ground.source, plan))
-    fixed = fixed_findings(ground.source.config, plan.options)
+    fixed = fixed_findings(ground.source.description, plan.options)
     findings = (*ground.findings, *planned_findings(ground.source, plan), *fixed)
-    notices = (*source.notices, *before.notices, *context_notices(source.config, options.context_length))
+    notices = (*source.notices, *before.notices, *context_notices(source.description, options.context_length))
     return new_report(
         source.title, source.config.model_type, findings=findings, parity=(before.tier,), notices=notices
     )
 
 
 def _check_outputs(
-    source: ModelSource, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
+    source: Source, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
 ) -> None:
     """Refuse outputs that cannot be written, or would take the place of the model or of each other."""
     target = Path(out).expanduser()
@@ -170,16 +166,14 @@ def _check_outputs(
         check_replaceable(Path(checkpoint), force, inputs=[*source.places, target])
 
 
-def _least_bytes(source: ModelSource, options: CompressOptions, plan: Plan | None) -> int:
+def _least_bytes(source: Source, options: CompressOptions, plan: Plan | None) -> int:
     """Return what a run will write at least, as far as that is known before it."""
     if plan is not None and plan.pruning is None:
         return planned_bytes(source, plan)
     return least_bytes(source, options)
 
 
-def _checked_options(
-    source: ModelSource, options: CompressOptions | None, plan: Plan | None
-) -> CompressOptions:
+def _checked_options(source: Source, options: CompressOptions | None, plan: Plan | None) -> CompressOptions:
     """Return the options of a run, or refuse them before any work."""
     if plan is not None and options is not None:
         raise InputError(
@@ -189,7 +183,7 @@ def _checked_options(
         planner.check_plan(source, plan)
         options = plan.options
     options = options or CompressOptions()
-    check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
+    check_supported(source.description, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
     if not source.architecture.is_encoder:
         check_ends(source.folder, source.config, source.origin[1])
@@ -253,7 +247,13 @@ def compress(
         before = preflight(source, options)
     with stages.stage("calibrate", f"metric {options.calibration.metric}"):
         training = _state(Path(out), "basel")
-        ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=training)
+        ground = groundwork(
+            source,
+            options,
+            pruning=None if plan is None else plan.pruning,
+            state=training,
+            probe=torch.from_numpy(before.probe.batch),
+        )
     with stages.stage("plan", "choosing ranks and bits"):
         plan = plan or _plan(ground, threads)
         needed = planned_bytes(ground.source, plan)
@@ -338,7 +338,7 @@ def export(
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
-    check_context(read_config(folder), context_length)
+    check_context(describe(read_config(folder)), context_length)
     check_replaceable(Path(out).expanduser(), force, inputs=[folder])
     request = BundleRequest(triton=triton, threads=threads, command=command)
     stages = Stages()
@@ -349,7 +349,7 @@ def export(
     needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
     with AtomicFolder(out, force=force, needed=needed) as partial:
         config = rewritten.model.config
-        probe = make_probe(folder, config.vocab_size, switches_of(config))
+        probe = make_probe(folder, config.vocab_size, switches_of(rewritten.description))
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
         name = Path(out).name
@@ -412,9 +412,9 @@ def verify(
         )
     source = open_source(against, base)
     before = preflight(source, plan.options)
-    ground = groundwork(source, plan.options, pruning=plan.pruning)
-    rewritten = ground.rewrite(plan, torch.from_numpy(before.probe.batch))
-    rewritten = choose_levels(rewritten, torch.from_numpy(before.probe.batch))
+    batch = torch.from_numpy(before.probe.batch)
+    ground = groundwork(source, plan.options, pruning=plan.pruning, probe=batch)
+    rewritten = choose_levels(ground.rewrite(plan, batch), batch)
     tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, before), *tiers)
 
@@ -449,9 +449,9 @@ def prepare(
         device = resolve_device("auto")
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
-    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
-    logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
-    require_parity((prepared_tier(before, logits.numpy(), prepared.prepared),), source.name)
+    change = Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
+    logits, _ = dense_logits(source.then(change), torch.from_numpy(before.probe.batch))
+    require_parity((prepared_tier(before, logits.numpy(), change.names),), source.name)
     return save_prepared(source, names, Path(out), seed=seed, peaks=peaks, alpha=SCALE_ALPHA, force=force)
 
 

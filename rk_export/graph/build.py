@@ -31,7 +31,6 @@ from rk_export.graph.modules.projections import (
     projection,
 )
 from rk_export.graph.modules.sparse import COLUMNS, ENTRIES, SparseProjection
-from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import Projection
 from rk_export.options.compress import W8A8
 from rk_export.passes.base import require, run_graph_passes
@@ -76,7 +75,7 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
     """
     options = rewritten.plan.options
     module = frontend.build_module(
-        rewritten.model.config,
+        rewritten.description,
         ep=options.ep,
         dtype=options.float_dtype,
         positions=options.context_length,
@@ -103,7 +102,7 @@ def _torch_layers(rewritten: Rewritten) -> list[nn.Module]:
 
 def _projections(rewritten: Rewritten) -> Iterator[tuple[int, nn.Module, tuple[Projection, ...]]]:
     for index, layer in enumerate(_torch_layers(rewritten)):
-        yield index, layer, rewritten.architecture.projections(rewritten.model.config, index)
+        yield index, layer, rewritten.description.projections(index)
 
 
 def _swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:
@@ -251,7 +250,7 @@ def _planned_skip_norms(rewritten: Rewritten, layers: int) -> int:
 
     With learned positions the first follows a sum too, that of embedding and position.
     """
-    spec = decoder_spec(rewritten.model.config)
+    spec = rewritten.description.decoder
     names = spec.norm_names
     inside = layers * sum(name is not None for name in (names.before_attention, names.before_mlp))
     return inside + int(bool(spec.learned_positions)) if inside else 1
@@ -267,17 +266,19 @@ def _first_members(rewritten: Rewritten) -> list[JointMember]:
 
 
 def _graph_passes(rewritten: Rewritten) -> list[Any]:
-    architecture, config = rewritten.architecture, rewritten.model.config
+    architecture = rewritten.architecture
     packs = attention = int8 = 0
     for _, layer, projections in _projections(rewritten):
         layer_packs, layer_int8, qkv = _planned_packs(layer, projections)
         packs += layer_packs
         int8 += layer_int8
-        attention += qkv and not architecture.is_encoder and decoder_spec(config).query_key_norm is None
+        attention += (
+            qkv and not architecture.is_encoder and rewritten.description.decoder.query_key_norm is None
+        )
     passes: list[Any] = [PackedProjections(packs)]
     if not architecture.is_encoder:
         layers = len(_torch_layers(rewritten))
-        learned = int(bool(decoder_spec(config).learned_positions))
+        learned = int(bool(rewritten.description.decoder.learned_positions))
         passes += [
             PackedAttention(attention),
             AttentionMask(layers),

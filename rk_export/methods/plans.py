@@ -8,7 +8,7 @@ from dataclasses import replace
 from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
 from rk_export.methods.cap.pools import Prices
-from rk_export.model.sites import canonical_layers, plain_sites
+from rk_export.model.sites import plain_sites
 from rk_export.options.compress import Budget, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
@@ -18,13 +18,13 @@ from rk_export.planning.currencies import table_count
 from rk_export.planning.fixed_parts import fixed_parts, in_words
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 # Nodes of model.onnx that add a sparse matrix to a factor pair: 3.5 kB a matrix, and a little in reserve.
 SUM_GRAPH_BYTES = 4_500
 
 
-def basis_plan(source: ModelSource, options: CompressOptions, ranks: Mapping[Place, int]) -> Plan:
+def basis_plan(source: Source, options: CompressOptions, ranks: Mapping[Place, int]) -> Plan:
     """Return the plan that stores every matrix at the rank that basis selection left it (2405.15877).
 
     The factorization that follows is the paper's second singular value decomposition; nothing is lost by it.
@@ -47,7 +47,7 @@ def basis_plan(source: ModelSource, options: CompressOptions, ranks: Mapping[Pla
     return _plan(source, options, decided)
 
 
-def sparse_plan(source: ModelSource, options: CompressOptions, parts: Mapping[Place, Parts]) -> Plan:
+def sparse_plan(source: Source, options: CompressOptions, parts: Mapping[Place, Parts]) -> Plan:
     """Return the plan that stores every matrix as the parts that were chosen for it (2505.03801)."""
 
     def decided(site: SitePlan) -> SitePlan:
@@ -60,11 +60,11 @@ def sparse_plan(source: ModelSource, options: CompressOptions, parts: Mapping[Pl
     return _plan(source, options, decided)
 
 
-def _plan(source: ModelSource, options: CompressOptions, decided: Callable[[SitePlan], SitePlan]) -> Plan:
+def _plan(source: Source, options: CompressOptions, decided: Callable[[SitePlan], SitePlan]) -> Plan:
     sites = tuple(
         decided(site)
-        for layer in canonical_layers(source.config)
-        for site in plain_sites(layer, source.architecture.projections(source.config, layer.index))
+        for layer in source.description.layers()
+        for site in plain_sites(layer, source.description.projections(layer.index))
     )
     named = replace(options, groups=())
     return Plan(source.config.model_type, source.structure(), named, sites)
@@ -99,7 +99,7 @@ def stored_prices(options: CompressOptions) -> Prices:
     return Prices(number, ENTRY_BYTES, VALUE_BYTES)
 
 
-def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
+def sparse_budget(source: Source, options: CompressOptions) -> Budget:
     """Return what low rank and sparse parts may cost together: a size without all that is stored beside them.
 
     Raises:

@@ -20,11 +20,11 @@ from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 
 def spectral_plan(
-    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None = None
+    source: Source, options: CompressOptions, statistics: DenseStatistics | None = None
 ) -> Plan:
     """Return the plan of an allocation: ranks in proportion to what its rule sees in each group's spectrum.
 
@@ -48,13 +48,13 @@ def spectral_plan(
 
 
 def _sites(
-    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None
+    source: Source, options: CompressOptions, statistics: DenseStatistics | None
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
     sides = None if statistics is None else InputSides(statistics, torch.device("cpu"))
-    for layer in loaded_layers(source):
-        for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
+    for layer in source.layers():
+        for site in dense_sites(layer, source.description.projections(layer.index), options):
             if site.members not in grouped:
                 yield site, None
                 continue

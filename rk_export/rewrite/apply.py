@@ -14,6 +14,7 @@ from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.calibration.streams import Streams
 from rk_export.device import resolve_device
+from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
@@ -28,7 +29,7 @@ from rk_export.plan import Plan, SitePlan
 from rk_export.planning.carried import head_findings, source_grids
 from rk_export.planning.planner import check_plan
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Rewritten:
 
     Args:
         model: The model in canonical form; it evaluates, saves and exports.
-        architecture: Its family.
+        description: Of the model.
         plan: The plan that was applied.
         findings: One per pass and site, and one per site that stayed dense though asked for.
         spectra: Spectra of the factorized matrices.
@@ -52,16 +53,21 @@ class Rewritten:
     """
 
     model: PreTrainedModel
-    architecture: Architecture
+    description: ModelDescription
     plan: Plan
     findings: tuple[Finding, ...]
     spectra: tuple[Spectrum, ...] = ()
     layer_errors: tuple[LayerError, ...] = ()
     probe_logits: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def architecture(self) -> Architecture:
+        """The model's family."""
+        return self.description.architecture
+
 
 def rewrite(
-    source: ModelSource,
+    source: Source,
     plan: Plan,
     *,
     statistics: LayerStatistics | None = None,
@@ -106,7 +112,7 @@ def rewrite(
     statistics.embedded()
     carry = Carry(source_grids(source), options.float_dtype)
     passes = _LayerPasses(plan, dict(architecture.mlp), carry, quantize, parts or {})
-    kv_groups = architecture.heads(source.config).kv_heads
+    kv_groups = source.description.heads.kv_heads
     for index in range(source.layer_count):
         logger.info("layer %d of %d", index + 1, source.layer_count)
         layer = Layer(index, source.load_layer(model, index), kv_groups)
@@ -118,7 +124,7 @@ def rewrite(
         statistics.rewritten(index)
     return Rewritten(
         model,
-        architecture,
+        source.description,
         plan,
         tuple(findings),
         passes.spectra,

@@ -13,13 +13,14 @@ from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks, shorten
 from rk_export.calibration.redundancy import block_influence
 from rk_export.calibration.target_text import target_tokens
 from rk_export.methods.basel.selection import Selection, select_basis
-from rk_export.methods.prune.pruned import PrunedSource, chosen_pruning
+from rk_export.methods.prune.pruned import Pruned, chosen_pruning
 from rk_export.options.compress import PREPARATIONS, CompressOptions
 from rk_export.options.methods import BaselOptions
 from rk_export.plan import Pruning
 from rk_export.planning.preparation_choice import PreparationChoice, Rounding, choose_preparations
-from rk_export.source.prepared import LayerPreparation, PreparedSource
-from rk_export.source.stored import ModelSource
+from rk_export.source.prepared import LayerPreparation, Prepared
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transformed
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ TASK_LENGTH = 256
 
 
 def decided_preparations(
-    source: ModelSource, options: CompressOptions, tokens: Tensor | None, device: torch.device
+    source: Source, options: CompressOptions, tokens: Tensor | None, device: torch.device
 ) -> PreparationChoice:
     """Return the reparameterizations that were named, or those that lower the predicted loss.
 
@@ -49,15 +50,15 @@ def decided_preparations(
     if spec.activations == 8:
         names, peaks = PREPARATIONS, neuron_peaks(source, shortened(tokens), device)
     logger.info("predicting what each reparameterization would save, on %d tokens", shortened(tokens).numel())
-    preparation = LayerPreparation(source.config, names, options.calibration.seed, peaks, SCALE_ALPHA)
+    preparation = LayerPreparation(source.description, names, options.calibration.seed, peaks, SCALE_ALPHA)
     int8_inputs = options.ep == "cpu" and options.accuracy_level == 4
     rounding = Rounding(spec, compensated=options.quantizer == "gptq", int8_inputs=int8_inputs)
     return choose_preparations(source, tokens, rounding, preparation, device)
 
 
 def prepared_source(
-    source: ModelSource, options: CompressOptions, tokens: Tensor | None, device: torch.device
-) -> ModelSource:
+    source: Transformed, options: CompressOptions, tokens: Tensor | None, device: torch.device
+) -> Transformed:
     """Return the model under the exact reparameterizations that the options ask for.
 
     Args:
@@ -74,16 +75,17 @@ def prepared_source(
         peaks = neuron_peaks(source, shortened(tokens), device)
     if not names:
         return source
-    return PreparedSource(source, names, seed=options.calibration.seed, peaks=peaks, alpha=SCALE_ALPHA)
+    seed = options.calibration.seed
+    return source.then(Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA))
 
 
 def pruned_source(
-    source: ModelSource,
+    source: Transformed,
     options: CompressOptions,
     pruning: Pruning | None,
     tokens: Tensor | None,
     device: torch.device,
-) -> ModelSource:
+) -> Transformed:
     """Return what is left of a model, or the model where nothing is to go.
 
     Args:
@@ -97,17 +99,18 @@ def pruned_source(
     if pruning is None and wanted is None:
         return source
     if tokens is not None:
-        model = source.load()
-        statistics = model_statistics(source, model, tokens, options)
+        statistics = model_statistics(source, tokens, options)
         if pruning is None and wanted is not None and wanted.blocks:
-            influence = block_influence(model, source.architecture, tokens, device)
+            influence = block_influence(source, tokens, device)
     if pruning is None and wanted is not None:
         pruning = chosen_pruning(source, wanted, influence, statistics)
-    return source if pruning is None else PrunedSource(source, pruning, statistics, device)
+    if pruning is None:
+        return source
+    return source.then(Pruned(source.description, pruning, statistics, device))
 
 
 def selected_bases(
-    source: ModelSource, options: CompressOptions, device: torch.device, state: Path | None
+    source: Source, options: CompressOptions, device: torch.device, state: Path | None
 ) -> Selection:
     """Train for the task that the options name, and return what is left of every matrix.
 
@@ -123,7 +126,7 @@ def selected_bases(
     return select_basis(source, tokens, options.rank, options.basel, device=device, state=state)
 
 
-def task_tokens(source: ModelSource, options: BaselOptions) -> Tensor:
+def task_tokens(source: Source, options: BaselOptions) -> Tensor:
     """Return the text of a target task, int64 (sequences, length), at most what the training reads.
 
     Raises:

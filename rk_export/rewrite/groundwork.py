@@ -37,8 +37,10 @@ from rk_export.plan import Plan, Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
 from rk_export.rewrite.changes import decided_preparations, prepared_source, pruned_source, selected_bases
-from rk_export.source.stored import ModelSource
-from rk_export.source.tuned import TunedSource
+from rk_export.source.memory import Memory
+from rk_export.source.protocol import Source
+from rk_export.source.replaced import Replaced
+from rk_export.source.transformed import Transformed
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Groundwork:
         parts: The low rank and sparse parts that were chosen (2505.03801).
         choice: What each reparameterization would have cost.
         left_out: What was asked for and could not be had, with the reason.
+        dense_logits: Of `dense` on the probe, where `source` is another model and a probe was given.
     """
 
-    dense: ModelSource
-    source: ModelSource
+    dense: Transformed
+    source: Transformed
     options: CompressOptions
     statistics: DenseStatistics | None = None
     table: TableCurvature | None = None
@@ -68,6 +71,7 @@ class Groundwork:
     parts: Mapping[Place, Parts] | None = None
     choice: tuple[Finding, ...] = ()
     left_out: tuple[Finding, ...] = ()
+    dense_logits: Tensor | None = None
 
     def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
         """Apply a plan to the model, under what is known about it.
@@ -76,6 +80,9 @@ class Groundwork:
             InputError: If the plan does not fit the model, or asks for other sparse parts than were chosen.
         """
         check_parts(plan, self.parts or {})
+        dense = self.dense_logits
+        if dense is None and probe is not None and self.source is not self.dense:
+            dense = torch_logits(self.dense.load())(probe.numpy())
         rewritten = rewrite(
             self.source,
             plan,
@@ -85,9 +92,10 @@ class Groundwork:
             probe=probe,
         )
         logits = rewritten.probe_logits
-        if probe is not None and self.source is not self.dense:
+        if dense is not None:
             # The first tier tells what all methods did, pruning and tuning included.
-            logits = {**logits, DENSE: torch_logits(self.dense.load())(probe.numpy())}
+            logits = {**logits, DENSE: dense}
+        self.source.forget()
         return replace(rewritten, findings=(*self.findings, *rewritten.findings), probe_logits=logits)
 
     @property
@@ -104,7 +112,7 @@ class Groundwork:
         """Return where the statistics of the layers' sites come from."""
         calibration, architecture = self.options.calibration, self.source.architecture
         if calibration.metric == "gain":
-            return FromGains(self.source.config)
+            return FromGains(self.source.description)
         if self.statistics is None or self.tokens is None:
             return NoStatistics()
         dense = FromDense(self.statistics)
@@ -112,11 +120,12 @@ class Groundwork:
 
 
 def groundwork(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     *,
     pruning: Pruning | None = None,
     state: Path | None = None,
+    probe: Tensor | None = None,
 ) -> Groundwork:
     """Reparameterize, prune and tune a model as the options ask, and gather what they need to know about it.
 
@@ -125,12 +134,14 @@ def groundwork(
         options: What was asked for.
         pruning: What a plan says stays; None chooses as the options ask.
         state: Where training for a task keeps its state, to go on after an interruption; None keeps none.
+        probe: Tokens (batch, length) that the model is to be rewritten on, as in `Groundwork.rewrite`.
 
     Raises:
         InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
             the model can lose.
     """
     device = resolve_device(options.device)
+    source = Transformed(source, (), Memory())
     tokens = None
     weighs = _weighs_errors(options)
     reads_text = options.calibration.uses_text and not source.architecture.is_encoder
@@ -139,21 +150,28 @@ def groundwork(
     choice = decided_preparations(source, options, tokens, device)
     options = replace(options, prepare=choice.names)
     dense = prepared_source(source, options, tokens, device)
+    dense_logits = None
+    if probe is not None and (options.prune or options.basel or pruning):
+        dense_logits = torch_logits(dense.shared().to("cpu"))(probe.numpy())
     changed = pruned_source(dense, options, pruning, tokens, device)
     selection = None
     if options.basel is not None:
         selection = selected_bases(changed, options, device, state)
-        changed = TunedSource(changed, selection.tensors)
+        changed = changed.then(Replaced(selection.tensors))
     if tokens is None or not weighs:
         left_out = tuple(_left_out(source, options))
         return Groundwork(
-            dense, changed, options, selection=selection, choice=choice.findings, left_out=left_out
+            dense,
+            changed,
+            options,
+            selection=selection,
+            choice=choice.findings,
+            left_out=left_out,
+            dense_logits=dense_logits,
         )
-    model = changed.load()
-    statistics = model_statistics(changed, model, tokens, options)
+    statistics = model_statistics(changed, tokens, options)
     priced = options.budget is not None
-    table = table_curvature(model, source.architecture, shortened(tokens), device, gradients=priced)
-    del model
+    table = table_curvature(changed, shortened(tokens), device, gradients=priced)
     parts = None
     if options.cap is not None:
         parts = _parts(changed, options, tokens, statistics, device)
@@ -168,11 +186,12 @@ def groundwork(
         parts,
         choice.findings,
         (diagonals_finding(changed),) if only_diagonals(changed, options) else (),
+        dense_logits,
     )
 
 
 def _parts(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     tokens: Tensor,
     statistics: DenseStatistics,
@@ -203,7 +222,7 @@ def _weighs_errors(options: CompressOptions) -> bool:
     )
 
 
-def _left_out(source: ModelSource, options: CompressOptions) -> Iterator[Finding]:
+def _left_out(source: Source, options: CompressOptions) -> Iterator[Finding]:
     """Yield what a model without calibration text goes without."""
     if options.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(options):
         reason = (

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from compressed import SourceOf, floats, logits, tokens
+from rk_export.source.tuned import TunedSource
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,6 @@ from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource
-from rk_export.source.tuned import TunedSource
 from rk_export.training.next_token import backward_next_token
 
 CPU = torch.device("cpu")

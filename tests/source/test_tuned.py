@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed import SourceOf, logits, tokens
+from rk_export.source.tuned import TunedSource
 
 from rk_export.errors import InputError
 from rk_export.source.prepared import PreparedSource
 from rk_export.source.stored import ModelSource
-from rk_export.source.tuned import TunedSource
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mixtral"])

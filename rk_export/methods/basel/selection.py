@@ -23,13 +23,12 @@ from rk_export.errors import InputError
 from rk_export.methods.basel.modules import BasisLinear
 from rk_export.methods.basel.training import BasisTraining
 from rk_export.model.families import Projection
-from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import RankRule
 from rk_export.options.methods import BaselOptions
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.report.records import Finding, Outcome
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.training.distillation import Head
 from rk_export.training.loop import check_tokens
 from rk_export.training.state import StateFile, run_fingerprint
@@ -62,7 +61,7 @@ class Selection:
 
 
 def select_basis(
-    source: ModelSource,
+    source: Source,
     tokens: Tensor,
     rank: RankRule,
     options: BaselOptions,
@@ -89,13 +88,13 @@ def select_basis(
     check_selection(source, rank, options)
     check_tokens(source.config, tokens)
     dtype = matmul_dtype(device)
+    inputs = _target_moments(source, tokens, device) if options.bases == "whitened" else {}
     model = source.load()
     choices = (asdict(rank), sorted({**asdict(options), "target": "", "matmul": str(dtype)}.items()))
     file = StateFile(state, run_fingerprint(model, tokens, choices), "basis selection")
     earlier = file.read()
     model.to(device)
-    head = Head(model, source.architecture, device, dtype)
-    inputs = _target_moments(model, source, tokens, device) if options.bases == "whitened" else {}
+    head = Head(model, source.description, device, dtype)
     modules = _decompose(model, source, options, dtype, inputs)
     others = _norms(model, source)
     for tensor in others.values():
@@ -107,7 +106,7 @@ def select_basis(
     return _selection(modules, others, training, options)
 
 
-def check_selection(source: ModelSource, rank: RankRule, options: BaselOptions) -> None:
+def check_selection(source: Source, rank: RankRule, options: BaselOptions) -> None:
     """Refuse, by shapes alone, what basis selection cannot do.
 
     Raises:
@@ -143,32 +142,26 @@ def check_selection(source: ModelSource, rank: RankRule, options: BaselOptions) 
         )
 
 
-def _projections(source: ModelSource) -> Iterator[tuple[int, Projection]]:
+def _projections(source: Source) -> Iterator[tuple[int, Projection]]:
     for layer in range(source.layer_count):
-        for item in source.architecture.projections(source.config, layer):
+        for item in source.description.projections(layer):
             yield layer, item
 
 
-def _sizes(source: ModelSource, new_basis: int) -> list[PairSize]:
-    layers = {layer.index: layer for layer in canonical_layers(source.config)}
-    linears = [layers[index].linear(item.path) for index, item in _projections(source)]
-    return [PairSize(linear.out_features, linear.in_features, new_basis) for linear in linears]
+def _sizes(source: Source, new_basis: int) -> list[PairSize]:
+    return [PairSize(*matrix.shape, new_basis) for matrix in source.description.matrices]
 
 
-def _target_moments(
-    model: PreTrainedModel, source: ModelSource, tokens: Tensor, device: torch.device
-) -> Mapping[Site, Tensor]:
+def _target_moments(source: Source, tokens: Tensor, device: torch.device) -> Mapping[Site, Tensor]:
     """Return the second moment of what every matrix reads on the first of the task's text."""
     sequences = max(1, _MOMENT_TOKENS // tokens.shape[1])
-    statistics = dense_statistics(
-        model, source.architecture, tokens[:sequences], diagonal=True, device=device, gradient_tokens=1
-    )
+    statistics = dense_statistics(source, tokens[:sequences], diagonal=True, device=device, gradient_tokens=1)
     return statistics.second
 
 
 def _decompose(
     model: PreTrainedModel,
-    source: ModelSource,
+    source: Source,
     options: BaselOptions,
     dtype: torch.dtype,
     inputs: Mapping[Site, Tensor],
@@ -188,7 +181,7 @@ def _decompose(
     return modules
 
 
-def _norms(model: PreTrainedModel, source: ModelSource) -> dict[str, Tensor]:
+def _norms(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
     """Return gains and biases of all norms: vectors that belong to no matrix, embedding or head."""
     architecture = source.architecture
     matrices = [name for name, module in model.named_modules() if isinstance(module, BasisLinear)]

@@ -32,13 +32,13 @@ from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.report.humanize import size
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 logger = logging.getLogger(__name__)
 
 
 def cap_parts(
-    source: ModelSource,
+    source: Source,
     budget: Budget,
     options: CapOptions,
     *,
@@ -101,7 +101,7 @@ def cap_parts(
     return parts
 
 
-def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None) -> tuple[float, Prices]:
+def amount_of(source: Source, budget: Budget, stored: Prices | None = None) -> tuple[float, Prices]:
     """Return what a budget may spend on the matrices of the decoder layers, and the prices in its unit.
 
     Args:
@@ -132,7 +132,7 @@ def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None)
     return amount, prices
 
 
-def _share_of_entries(source: ModelSource, amount: float, prices: Prices) -> float:
+def _share_of_entries(source: Source, amount: float, prices: Prices) -> float:
     """Return the share of all entries that an amount buys."""
     numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
     return min(1.0, amount / (prices.entry * numbers))

@@ -25,7 +25,7 @@ from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import packed, remembered, unpacked
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Mixtures:
 
 
 def offered_mixtures(
-    source: ModelSource,
+    source: Source,
     statistics: DenseStatistics,
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -119,7 +119,7 @@ def cheapest(offered: Mapping[Place, Mixtures], prices: Prices) -> float:
 
 
 def mixture_selection(
-    source: ModelSource,
+    source: Source,
     offered: Mapping[Place, Mixtures],
     budget: float,
     prices: Prices,
@@ -158,7 +158,7 @@ def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, sides: 
 
 
 def refitted_parts(
-    source: ModelSource, parts: Mapping[Place, Parts], statistics: DenseStatistics, device: torch.device
+    source: Source, parts: Mapping[Place, Parts], statistics: DenseStatistics, device: torch.device
 ) -> dict[Place, Parts]:
     """Return parts of the same ranks and entries with low-rank parts that are best beside the entries.
 
@@ -225,8 +225,8 @@ class _Matrices:
         return {"matrices": digest.hexdigest(), "device": self.device.type, "version": _VERSION, **more}
 
 
-def _matrices(source: ModelSource, statistics: DenseStatistics, device: torch.device) -> Iterator[_Matrices]:
-    for layer in loaded_layers(source):
-        projections = source.architecture.projections(source.config, layer.index)
+def _matrices(source: Source, statistics: DenseStatistics, device: torch.device) -> Iterator[_Matrices]:
+    for layer in source.layers():
+        projections = source.description.projections(layer.index)
         weights = {item.path: layer.linear(item.path).weight.detach().float() for item in projections}
         yield _Matrices(layer.index, weights, statistics, device)

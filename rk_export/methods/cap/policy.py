@@ -37,8 +37,7 @@ from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.methods.cap.pools import Pool, Pools, Prices, by_place, flat_prices
 from rk_export.options.methods import CapOptions
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
-from rk_export.source.fingerprints import model_fingerprint
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ def first_probabilities(pools: Pools, scores: Tensor, prices: Prices, budget: fl
 
 
 def learn(
-    source: ModelSource,
+    source: Source,
     pools: Pools,
     first: Tensor,
     budget: float,
@@ -107,9 +106,8 @@ def learn(
         device: Where the model runs.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
-    model = source.load()
     key = {
-        "model": model_fingerprint(model),
+        "model": source.fingerprint(cache_dir),
         "start": _digest(pools, first, tokens),
         "budget": budget,
         "prices": asdict(prices),
@@ -126,6 +124,7 @@ def learn(
         state = Learned(known["probabilities"], tuple(known["losses"].tolist()))
     if len(state.losses) >= options.steps:
         return state
+    model = source.load()
     layers = model.get_submodule(source.architecture.layers)
     linears = {(index, path): layers.get_submodule(f"{index}.{path}") for index, path in pools}
     search = _Search(model, linears, pools, budget, prices, options, tokens, device)

@@ -7,7 +7,6 @@ matrix, the directions of a matrix before its entries.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -19,13 +18,12 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
-from rk_export.model.sites import canonical_layers
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
-from rk_export.source.stored import ModelSource, loaded_layers
-from rk_export.tensor_cache import packed, remembered, unpacked
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import cache_file, packed, read_tensors, remembered, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more ar
 _BYTES_A_PARAMETER = 12
 # Singular values of L below this share of the largest are zeros of the thresholding.
 _RANK_TOLERANCE = 1e-5
-_VERSION = 1
+_VERSION = 2
 _FIELDS = ("up", "down", "indices", "values")
 
 
@@ -123,7 +121,7 @@ def selected(pools: Pools, taken: Tensor) -> dict[Place, Parts]:
     return {place: pools[place].selected(mask) for place, mask in by_place(pools, taken).items()}
 
 
-def check_source(source: ModelSource) -> None:
+def check_source(source: Source) -> None:
     """Refuse, before any work, models that the method does not cover.
 
     Raises:
@@ -136,7 +134,7 @@ def check_source(source: ModelSource) -> None:
             fix="give a rank rule: --keep with --uniform",
         )
     for layer in range(source.layer_count):
-        for item in source.architecture.projections(source.config, layer):
+        for item in source.description.projections(layer):
             if item.role == "expert":
                 raise InputError(
                     f"layer {layer} of {source.config.model_type} has experts, of which a token reads a few: one loss "
@@ -146,18 +144,13 @@ def check_source(source: ModelSource) -> None:
                 )
 
 
-def linear_shapes(source: ModelSource) -> dict[Place, tuple[int, int]]:
+def linear_shapes(source: Source) -> dict[Place, tuple[int, int]]:
     """Return (out, in) of every matrix of the decoder layers."""
-    shapes = {}
-    for layer in canonical_layers(source.config):
-        for item in source.architecture.projections(source.config, layer.index):
-            linear = layer.linear(item.path)
-            shapes[layer.index, item.path] = (linear.out_features, linear.in_features)
-    return shapes
+    return {matrix.id: matrix.shape for matrix in source.description.matrices}
 
 
 def make_pools(
-    source: ModelSource,
+    source: Source,
     iterations: int,
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -177,25 +170,40 @@ def make_pools(
     parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
     keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
     pools: dict[Place, Pool] = {}
-    for layer in loaded_layers(source):
-        paths = [item.path for item in source.architecture.projections(source.config, layer.index)]
-        make = partial(_packed_pools, layer, paths, iterations, device)
-        known = remembered("cap-pools", _key(layer, paths, iterations), make, cache_dir, keep=keep)
-        for name in paths:
-            parts, residual = Parts(*unpacked(known, name, _FIELDS)), float(known[f"{name}|residual"])
-            pools[layer.index, name] = Pool(parts, residual)
+    for index, known in _remembered(source, iterations, device, cache_dir, keep=keep):
+        for item in source.description.projections(index):
+            parts = Parts(*unpacked(known, item.path, _FIELDS))
+            pools[index, item.path] = Pool(parts, float(known[f"{item.path}|residual"]))
     return pools
 
 
-def _key(layer: Layer, paths: list[str], iterations: int) -> dict[str, object]:
-    """Return what a layer's pools depend on: the values of its matrices, and how they are split."""
-    digest = hashlib.sha256()
-    for path in paths:
-        weight = layer.linear(path).weight.detach()
-        digest.update(f"{path} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().numpy().data)
-    split = {"iterations": iterations, "start": START, "growth": GROWTH}
-    return {"weights": digest.hexdigest(), **split, "version": _VERSION}
+def _remembered(
+    source: Source,
+    iterations: int,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None,
+    *,
+    keep: bool,
+) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    """Yield the packed pools of every layer; weights are read where an earlier run left none."""
+    key = {
+        "model": source.fingerprint(cache_dir),
+        "iterations": iterations,
+        "start": START,
+        "growth": GROWTH,
+        "version": _VERSION,
+    }
+    files = (
+        cache_file("cap-pools", {**key, "layer": index}, cache_dir) for index in range(source.layer_count)
+    )
+    known = [tensors for file in files if (tensors := read_tensors(file)) is not None]
+    if len(known) == source.layer_count:
+        yield from enumerate(known)
+        return
+    for layer in source.layers():
+        paths = [item.path for item in source.description.projections(layer.index)]
+        make = partial(_packed_pools, layer, paths, iterations, device)
+        yield layer.index, remembered("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
 
 
 def _packed_pools(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:
