@@ -29,7 +29,6 @@ from typing import Any
 
 import matplotlib
 import torch
-from rk_export.source.tuned import TunedSource
 from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText, RankRule
@@ -47,6 +46,7 @@ from rk_export.options.methods import BaselOptions
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.groundwork import groundwork
+from rk_export.source.replaced import Replaced
 from rk_export.source.stored import open_source
 
 matplotlib.use("Agg")
@@ -179,7 +179,7 @@ class Comparison:
         rank = RankRule("keep", keep)
         selection = select_basis(source, tokens, rank, options, device=self.device, state=state)
         details = selection.finding.details or {}
-        model = TunedSource(source, selection.tensors).load()
+        model = source.then(Replaced(selection.tensors)).load()
         wanted_details = ("kept", "steps", "tokens", "new_basis", "smallest_rank", "largest_rank", "dense")
         return {
             **{name: details[name] for name in wanted_details if name in details},

@@ -54,7 +54,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planning.planner import make_plan
 from rk_export.report.svg import new_figure, save_figure, styled
 from rk_export.rewrite.apply import rewrite
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 logger = logging.getLogger("cap_paper")
 
@@ -101,7 +101,7 @@ class Workshop:
         device: Where matrices are split and the model runs.
     """
 
-    source: ModelSource
+    source: StoredModel
     calibration: CalibrationOptions
     options: CapOptions
     text: EvalText
@@ -117,8 +117,7 @@ class Workshop:
         """Curvature of the dense model on the calibration text."""
         half = self.calibration.tokens // 2
         return dense_statistics(
-            self.source.load(),
-            self.source.architecture,
+            self.source,
             self.tokens,
             diagonal=False,
             device=self.device,

@@ -35,7 +35,7 @@ from rk_export.options.methods import PruneOptions
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.groundwork import groundwork
 from rk_export.rewrite.sizes import kept_parameters
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 logger = logging.getLogger("pruning")
 
@@ -115,7 +115,7 @@ class Row:
     seconds: float
 
 
-def measure(source: ModelSource, case: Case, text: EvalText) -> Row:
+def measure(source: StoredModel, case: Case, text: EvalText) -> Row:
     """Prune, rewrite, evaluate."""
     start = time.perf_counter()
     ground = groundwork(source, case.options)
@@ -141,7 +141,7 @@ def _numbered(layers: nn.Module) -> nn.Module:
     return layers.to_empty(device=torch.device("cpu"))
 
 
-def _went(dense: ModelSource, left: ModelSource) -> str:
+def _went(dense: StoredModel, left: StoredModel) -> str:
     if left.pruning is None:
         return ""
     gone = sorted(set(range(dense.layer_count)) - set(left.pruning.blocks))

@@ -11,7 +11,7 @@ from rk_export.options.compress import SINGLE_GROUPS, CompressOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.stored import StoredModel
 
 
 def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:
@@ -25,14 +25,14 @@ def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:
 
 
 def sparse_plan(
-    source: ModelSource, options: CompressOptions, rank: int, entries: int
+    source: StoredModel, options: CompressOptions, rank: int, entries: int
 ) -> tuple[Plan, dict[Place, Parts]]:
     """Return a plan that puts every matrix but experts into the sparse form, and its parts."""
     roles = {item.role for item in source.architecture.projections(source.config, 0)}
     groups = tuple(name for name in SINGLE_GROUPS if name in roles)
     plan = make_plan(source, replace(options, groups=()))
     parts, sites = {}, []
-    for layer in loaded_layers(source):
+    for layer in source.layers():
         for site in plan.of_layer(layer.index):
             if site.members[0] in groups:
                 parts[layer.index, site.paths[0]] = parts_of(

@@ -95,7 +95,7 @@ class SafetensorFiles:
     def read(self, name: str) -> Tensor:
         path = self._entries[name].path
         with _said(path):
-            tensor: Tensor = self._open.at(path).get_tensor(name)
+            tensor: Tensor = self._open.at(path, name).get_tensor(name)
         self._open.note(tensor.nbytes)
         return tensor
 
@@ -103,21 +103,25 @@ class SafetensorFiles:
 class _OpenFile:
     """The file that was read last, which stays open for the next tensor: neighbours are read one after another.
 
-    Several threads may read: a file that one of them still reads is closed when it is done.
+    A tensor may be a view of the mapped file: it is given once, and a second time from the file opened anew, so that
+    what is made of the first in place is not read again. Several threads may read.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._path: Path | None = None
         self._file: Any = None
+        self._given: set[str] = set()
         self._mapped = 0
 
-    def at(self, path: Path) -> Any:
-        """Return an open file."""
+    def at(self, path: Path, name: str = "") -> Any:
+        """Return an open file, from which the tensor of a name has not been read."""
         with self._lock:
-            if self._path != path or self._mapped > _MAPPED:
+            if self._path != path or (name and name in self._given) or self._mapped > _MAPPED:
                 self._path = self._file = None
-                self._file, self._path, self._mapped = safe_open(path, framework="pt"), path, 0
+                self._file, self._path = safe_open(path, framework="pt"), path
+                self._given, self._mapped = set(), 0
+            self._given.add(name)
             return self._file
 
     def note(self, read: int) -> None:

@@ -23,7 +23,7 @@ from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.evaluation.multiple_choice import mean_and_error
 from rk_export.options.compress import GROUPS, CalibrationOptions, RankRule
 from rk_export.rewrite.groundwork import groundwork
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 from rk_export.text import tokens_of
 
 Row = dict[str, Any]
@@ -82,14 +82,14 @@ class Study:
 
     protocol: Protocol
     work: Path
-    makers: Mapping[str, Callable[[Study], ModelSource]]
+    makers: Mapping[str, Callable[[Study], StoredModel]]
     results: dict[str, Rows] = field(default_factory=dict)
-    _sources: dict[str, ModelSource] = field(default_factory=dict, init=False)
+    _sources: dict[str, StoredModel] = field(default_factory=dict, init=False)
     _models: dict[str, PreTrainedModel] = field(default_factory=dict, init=False)
     _statistics: dict[str, DenseStatistics] = field(default_factory=dict, init=False)
     _ladder: tuple[object, RankLadder] | None = field(default=None, init=False)
 
-    def source_of(self, name: str) -> ModelSource:
+    def source_of(self, name: str) -> StoredModel:
         """Return the files of a model, made on first use."""
         if name not in self._sources:
             self._sources[name] = self.makers[name](self)
@@ -102,7 +102,7 @@ class Study:
         return self._models[name]
 
     @property
-    def source(self) -> ModelSource:
+    def source(self) -> StoredModel:
         """The dense model's files."""
         return self.source_of(CLEAN)
 

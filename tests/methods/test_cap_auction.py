@@ -17,9 +17,9 @@ from rk_export.methods.cap.pools import BYTES, PARAMETERS, Pool, Pools, Prices, 
 from rk_export.methods.cap.scores import curvature_score, directions_only, energy_score
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.rpca import rpca
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 TOKENS = 64
 
 

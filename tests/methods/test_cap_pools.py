@@ -22,9 +22,9 @@ from rk_export.methods.cap.pools import (
     selected,
 )
 from rk_export.passes.numerics.rpca import rpca
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 
 

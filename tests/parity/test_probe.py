@@ -12,6 +12,7 @@ import pytest
 from tiny_models import tiny_config, tiny_model
 
 from rk_export.commands import pipeline
+from rk_export.model.description import describe
 from rk_export.model.switches import switches_of
 from rk_export.parity.greedy import Golden
 from rk_export.parity.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
@@ -30,7 +31,7 @@ LONGROPE: dict[str, Any] = {
 
 def probe_of(folder: Path, family: str, **overrides: Any) -> Probe:
     config = tiny_config(family, **overrides)
-    return make_probe(folder, config.vocab_size, switches_of(config))
+    return make_probe(folder, config.vocab_size, switches_of(describe(config)))
 
 
 @pytest.mark.parametrize(
