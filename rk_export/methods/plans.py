@@ -113,8 +113,8 @@ def sparse_budget(source: Source, options: CompressOptions) -> Budget:
     config = source.config
     float_bytes = FLOAT_BYTES[options.float_dtype]
     table = matrix_bytes(config.vocab_size, config.hidden_size, options.embedding_quant, float_bytes)
-    matrices = sum(len(source.architecture.projections(config, layer)) for layer in range(source.layer_count))
-    parts = fixed_parts(config, options)
+    matrices = len(source.description.matrices)
+    parts = fixed_parts(source.description, options)
     fixed, tables = sum(part.bytes for part in parts), table_count(source) * table
     rest = fixed + tables + matrices * SUM_GRAPH_BYTES
     if rest >= budget.value:

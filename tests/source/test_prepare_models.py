@@ -142,8 +142,8 @@ def test_layer_norms_are_folded_only_into_biases(source_of: SourceOf) -> None:
 
 
 def test_gelu_in_opt_cannot_be_scaled(source_of: SourceOf) -> None:
-    config = source_of("opt", activation_function="gelu").config
-    assert "gelu" in outcome(preparations_of(config, ("scale",)).findings, "prepare.scale").reason
+    description = source_of("opt", activation_function="gelu").description
+    assert "gelu" in outcome(preparations_of(description, ("scale",)).findings, "prepare.scale").reason
 
 
 @pytest.mark.parametrize("tied", [False, True])
