@@ -33,6 +33,8 @@ CALLS = {
     "graph modules": "rk_export.graph.dense.frontend.build_module",
     "files hashed": "rk_export.folders.sha256_of",
 }
+# Methods that are counted, where this version has them.
+KEPT = ("rk_export.source.memory", "Memory", "hold")
 WEIGHTS = ".safetensors"
 
 
@@ -47,7 +49,12 @@ def counts_of_one_compress(model_folder: Path, options: CompressOptions) -> dict
     """
     counts: Counter[str] = Counter()
     reads: Counter[str] = Counter()
-    with TemporaryDirectory() as folder, _counted_calls(counts), _counted_files(counts, reads):
+    with (
+        TemporaryDirectory() as folder,
+        _counted_calls(counts),
+        _counted_method(counts),
+        _counted_files(counts, reads),
+    ):
         compress(model_folder, Path(folder) / "out", options, threads=1)
     counts["tensor reads"] = sum(reads.values())
     counts["most reads of one tensor"] = max(reads.values())
@@ -75,6 +82,23 @@ def _counted_calls(counts: Counter[str]) -> Iterator[None]:
     finally:
         for user, attribute, function in changed:
             setattr(user, attribute, function)
+
+
+@contextmanager
+def _counted_method(counts: Counter[str]) -> Iterator[None]:
+    """Count how often a whole model is kept in memory."""
+    module, owner, name = KEPT
+    try:
+        kept = getattr(importlib.import_module(module), owner)
+    except ModuleNotFoundError:
+        yield
+        return
+    function = getattr(kept, name)
+    setattr(kept, name, _counting(function, counts, "whole models kept"))
+    try:
+        yield
+    finally:
+        setattr(kept, name, function)
 
 
 def _counting(function: Callable[..., Any], counts: Counter[str], what: str) -> Callable[..., Any]:
