@@ -19,9 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rk_export.options.methods import PruneOptions
+
 from rk_export import compress, tensor_cache
 from rk_export.options.compress import W8A8, CalibrationOptions, CompressOptions, QuantSpec
-from rk_export.options.methods import PruneOptions
 from rk_export.source import tensor_files
 
 # What is counted -> the function that does it.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
 from rk_export.calibration.sensitivity import dense_statistics
-from rk_export.device import resolve_device
 from rk_export.options.compress import CompressOptions
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
@@ -20,15 +20,18 @@ logger = logging.getLogger(__name__)
 GRADIENT_LIMIT = 8_000_000_000
 
 
-def model_statistics(source: Source, tokens: Tensor, options: CompressOptions) -> DenseStatistics:
+def model_statistics(
+    source: Source, tokens: Tensor, options: CompressOptions, device: torch.device
+) -> DenseStatistics:
     """Gather statistics of a dense model on a text, or read those of an earlier run.
 
     Args:
         source: The model.
         tokens: Calibration text, int64 (sequences, length).
-        options: Device, and whether outputs weigh by gradients.
+        options: Whether outputs weigh by gradients.
+        device: Where the model runs.
     """
-    device, weighed = resolve_device(options.device), weighs_outputs(options)
+    weighed = options.weighs_outputs
     wanted = weighed and options.calibration.gradients
     statistics = dense_statistics(
         source,
@@ -43,15 +46,10 @@ def model_statistics(source: Source, tokens: Tensor, options: CompressOptions) -
     return layerwise(statistics, source.layers())
 
 
-def weighs_outputs(options: CompressOptions) -> bool:
-    """Whether anything that was asked for weighs the outputs of matrices; rounding weighs their inputs alone."""
-    return bool(options.budget or options.rank or options.groups or options.cap or options.prune)
-
-
 def only_diagonals(source: Source, options: CompressOptions) -> bool:
     """Whether the gradients' whole second moments would take too much memory."""
     return (
-        weighs_outputs(options) and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
+        options.weighs_outputs and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rk_export.model.families import Projection
-from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import GROUPS
 from rk_export.passes.base import Layer
 from rk_export.plan import SitePlan
 

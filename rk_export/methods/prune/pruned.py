@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.errors import InputError
+from rk_export.methods.prune.options import PruneOptions
 from rk_export.model.description import ModelDescription
 from rk_export.model.pruned_description import pruned_description
 from rk_export.model.sites import plain_sites
-from rk_export.options.methods import PruneOptions
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.numerics.pruning import largest
 from rk_export.passes.weights.prune_groups import group_scores
