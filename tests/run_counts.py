@@ -19,10 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rk_export.options.methods import PruneOptions
-
 from rk_export import compress, tensor_cache
-from rk_export.options.compress import W8A8, CalibrationOptions, CompressOptions, QuantSpec
+from rk_export.methods.prune.options import PruneOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.run import Run
 from rk_export.source import tensor_files
 
 # What is counted -> the function that does it.
@@ -56,7 +58,7 @@ def counts_of_one_compress(model_folder: Path, options: CompressOptions) -> dict
         _counted_method(counts),
         _counted_files(counts, reads),
     ):
-        compress(model_folder, Path(folder) / "out", options, threads=1)
+        compress(model_folder, Path(folder) / "out", options, run=Run(device="cpu", threads=1))
     counts["tensor reads"] = sum(reads.values())
     counts["most reads of one tensor"] = max(reads.values())
     counts["tensors"] = len(reads)
@@ -148,11 +150,11 @@ def _counted_files(counts: Counter[str], reads: Counter[str]) -> Iterator[None]:
 def runs() -> dict[str, CompressOptions]:
     """Return the options of the three compressions that are counted: INT4, W8A8, one of two blocks pruned."""
     calibration = CalibrationOptions("self", tokens=512)
-    int4 = CompressOptions(device="cpu", calibration=calibration, quant=QuantSpec(4, 32))
+    int4 = CompressOptions(calibration=calibration, quant=QuantSpec(4, 32))
     return {
         "int4": int4,
         "w8a8": replace(int4, quant=W8A8),
-        "one block pruned": replace(int4, prune=PruneOptions(blocks=1)),
+        "one block pruned": replace(int4, methods=(PruneOptions(blocks=1),)),
     }
 
 
