@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from rk_export.calibration.dense_statistics import Place
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import SINGLE_GROUPS
@@ -28,7 +28,7 @@ def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:
 
 def sparse_plan(
     source: StoredModel, options: CompressOptions, rank: int, entries: int
-) -> tuple[Plan, dict[Place, Parts]]:
+) -> tuple[Plan, dict[MatrixId, Parts]]:
     """Return a plan that puts every matrix but experts into the sparse form, and its parts."""
     roles = {item.role for item in source.architecture.projections(source.config, 0)}
     groups = tuple(name for name in SINGLE_GROUPS if name in roles)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rk_export.matrix_id import MatrixId
 from rk_export.passes.base import Layer
 
 _KINDS = ("second", "peaks", "gradients")
 _TOKEN_PEAKS = "token_peaks"
-
-Place = tuple[int, str]  # layer index, path of a matrix in the canonical layer
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class DenseStatistics:
         tokens: Predicted tokens that the loss is the mean of.
     """
 
-    second: Mapping[Place, Tensor]
-    peaks: Mapping[Place, Tensor]
-    token_peaks: Mapping[Place, float]
-    gradients: Mapping[Place, Tensor]
+    second: Mapping[MatrixId, Tensor]
+    peaks: Mapping[MatrixId, Tensor]
+    token_peaks: Mapping[MatrixId, float]
+    gradients: Mapping[MatrixId, Tensor]
     tokens: int
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -44,8 +43,8 @@ class DenseStatistics:
         for (layer, path), peak in self.token_peaks.items():
             packed[f"{_TOKEN_PEAKS}|{layer}|{path}"] = torch.tensor(peak, dtype=torch.float64)
         for kind in _KINDS:
-            tensors: Mapping[Place, Tensor] = getattr(self, kind)
-            shared: defaultdict[int, list[Place]] = defaultdict(list)
+            tensors: Mapping[MatrixId, Tensor] = getattr(self, kind)
+            shared: defaultdict[int, list[MatrixId]] = defaultdict(list)
             for place, tensor in tensors.items():
                 shared[id(tensor)].append(place)
             for places in shared.values():
@@ -56,11 +55,11 @@ class DenseStatistics:
     @classmethod
     def from_tensors(cls, packed: Mapping[str, Tensor]) -> DenseStatistics:
         """Return the statistics that `to_tensors` packed."""
-        kinds: dict[str, dict[Place, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
+        kinds: dict[str, dict[MatrixId, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
         for name, tensor in packed.items():
             if name != "tokens":
                 kind, layer, *paths = name.split("|")
-                kinds[kind] |= {(int(layer), path): tensor for path in paths}
+                kinds[kind] |= {MatrixId(int(layer), path): tensor for path in paths}
         token_peaks = {place: float(peak) for place, peak in kinds.pop(_TOKEN_PEAKS).items()}
         return cls(**kinds, token_peaks=token_peaks, tokens=int(packed["tokens"]))
 
@@ -92,14 +91,11 @@ def layerwise(statistics: DenseStatistics, layers: Iterable[Layer]) -> DenseStat
         statistics: Second moments of the inputs; the gradients are replaced.
         layers: Of the dense model, with their weights.
     """
-    paths: defaultdict[int, list[str]] = defaultdict(list)
-    for layer, path in statistics.second:
-        paths[layer].append(path)
     gradients = {}
-    for each in layers:
-        for path in paths[each.index]:
-            W = each.linear(path).weight
-            C = statistics.second[each.index, path].to(W.device)
+    for layer in layers:
+        for place in (place for place in statistics.second if place.layer == layer.index):
+            W = layer.linear(place.path).weight
+            C = statistics.second[place].to(W.device)
             power = float(((W @ C) * W).sum(dtype=torch.float64))
-            gradients[each.index, path] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)
+            gradients[place] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)
     return replace(statistics, gradients=gradients)

@@ -77,16 +77,16 @@ class FromDense(Stationary):
         known = self.known
         return {
             site.site: SiteStatistics(
-                InputMoments(known.second[layer.index, site.paths[0]], None, known.tokens),
+                InputMoments(known.second[site.matrices[0]], None, known.tokens),
                 {
-                    role: known.gradients[layer.index, path] * known.tokens
-                    for role, path in zip(site.members, site.paths, strict=True)
+                    role: known.gradients[matrix] * known.tokens
+                    for role, matrix in zip(site.members, site.matrices, strict=True)
                     if known.gradients
                 },
             )
             for site in sites
             if "expert" not in site.members
-            and all((layer.index, path) in (known.gradients or known.second) for path in site.paths)
+            and all(matrix in (known.gradients or known.second) for matrix in site.matrices)
         }
 
 

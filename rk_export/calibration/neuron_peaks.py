@@ -49,7 +49,7 @@ def neuron_peaks(
 def _peaks(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
     model, peaks = source.shared().to(device), dict[str, Tensor]()
     modules = {
-        matrix.id.name: model.get_submodule(matrix.id.torch_path(source.architecture))
+        matrix.id.name: model.get_submodule(matrix.torch_path)
         for matrix in source.description.matrices
         if matrix.role == "down" or (matrix.role == "expert" and matrix.id.path.endswith("down_proj"))
     }

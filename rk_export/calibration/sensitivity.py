@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.recorders import GradientRecorder, InputRecorder, noted
 from rk_export.calibration.self_text import draw
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Architecture
 from rk_export.report.humanize import size
 from rk_export.source.protocol import Source
@@ -113,7 +114,7 @@ def dense_statistics(
 
 def output_weights(
     model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
-) -> dict[Place, Tensor]:
+) -> dict[MatrixId, Tensor]:
     """Return the mean over tokens of the squared gradient of a token's loss by what each matrix puts out, (out,).
 
     Args:
@@ -136,11 +137,11 @@ def output_weights(
 
 def _matrices(
     model: PreTrainedModel, architecture: Architecture, device: torch.device
-) -> dict[Place, nn.Module]:
+) -> dict[MatrixId, nn.Module]:
     """Freeze and move a model and return its matrices."""
     model.requires_grad_(False).to(device)
     return {
-        (index, item.path): layer.get_submodule(item.path)
+        MatrixId(index, item.path): layer.get_submodule(item.path)
         for index, layer in enumerate(model.get_submodule(architecture.layers).children())
         for item in architecture.projections(model.config, index)
     }

@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
 from rk_export.model.sites import plain_sites
 from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions
@@ -58,7 +59,7 @@ class Decision:
     """
 
     sites: tuple[SitePlan, ...]
-    parts: Mapping[Place, Parts] = field(default_factory=dict)
+    parts: Mapping[MatrixId, Parts] = field(default_factory=dict)
 
     def plan(self, source: Source, options: CompressOptions) -> Plan:
         """Return the plan that stores every matrix as it was decided."""

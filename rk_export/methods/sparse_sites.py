@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.base import Decision, matrices
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget
@@ -52,11 +52,11 @@ PARAMETERS = Prices(1, 1, 1)
 BYTES = Prices(4, 3, 2)
 
 
-def sparse_decision(source: Source, options: CompressOptions, parts: Mapping[Place, Parts]) -> Decision:
+def sparse_decision(source: Source, options: CompressOptions, parts: Mapping[MatrixId, Parts]) -> Decision:
     """Return the decision that stores every matrix as the parts that were chosen for it."""
 
     def decided(site: SitePlan) -> SitePlan:
-        own = parts[site.layer, site.paths[0]]
+        own = parts[site.matrices[0]]
         chosen = replace(site, form="sparse", rank=own.rank, entries=own.entries)
         if own.rank or options.quant is None:
             return replace(chosen, quant=options.quant)
@@ -65,7 +65,7 @@ def sparse_decision(source: Source, options: CompressOptions, parts: Mapping[Pla
     return Decision(tuple(decided(site) for site in matrices(source)), parts)
 
 
-def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
+def check_parts(plan: Plan, parts: Mapping[MatrixId, Parts]) -> None:
     """Refuse a plan that asks for other parts than were chosen: which directions and entries is not in a plan.
 
     Raises:
@@ -74,7 +74,7 @@ def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
     for site in plan.sites:
         if site.form != "sparse":
             continue
-        own = parts.get((site.layer, site.paths[0]))
+        own = parts.get(site.matrices[0])
         if own is None or (own.rank, own.entries) != (site.rank, site.entries):
             found = "none" if own is None else f"rank {own.rank} and {own.entries} entries"
             raise InputError(
@@ -149,7 +149,7 @@ def check_source(source: Source, method: str) -> None:
                 )
 
 
-def linear_shapes(source: Source) -> dict[Place, tuple[int, int]]:
+def linear_shapes(source: Source) -> dict[MatrixId, tuple[int, int]]:
     """Return (out, in) of every matrix of the decoder layers."""
     return {matrix.id: matrix.shape for matrix in source.description.matrices}
 
@@ -191,12 +191,12 @@ def share_of_entries(source: Source, amount: float, prices: Prices) -> float:
     return min(1.0, amount / (prices.entry * numbers))
 
 
-def over_dense(parts: Mapping[Place, Parts]) -> list[Place]:
+def over_dense(parts: Mapping[MatrixId, Parts]) -> list[MatrixId]:
     """Return the matrices whose parts have more parameters than the dense matrix; a global choice may do that."""
     return [place for place, item in parts.items() if item.parameters > item.shape[0] * item.shape[1]]
 
 
-def log_choice(parts: Mapping[Place, Parts]) -> None:
+def log_choice(parts: Mapping[MatrixId, Parts]) -> None:
     """Log rank, density and how many matrices have more parameters than dense ones."""
     numbers = sum(item.shape[0] * item.shape[1] for item in parts.values())
     entries = sum(item.entries for item in parts.values())

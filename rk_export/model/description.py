@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rk_export.matrix_id import MatrixId
 from rk_export.model.decoder_spec import DecoderSpec, decoder_spec
 from rk_export.model.families import (
     Architecture,
@@ -20,7 +21,7 @@ from rk_export.model.families import (
     empty_model,
     heads_of,
 )
-from rk_export.model.matrices import Matrix, MatrixId
+from rk_export.model.matrices import Matrix
 from rk_export.passes.base import Layer
 
 
@@ -81,10 +82,18 @@ class ModelDescription:
     def matrices(self) -> tuple[Matrix, ...]:
         """Every rewritable matrix, layer by layer in the order of the forward pass."""
         return tuple(
-            Matrix(MatrixId(index, item.path), item.role, (linear.out_features, linear.in_features))
+            self._matrix(MatrixId(index, item.path), item, cast(nn.Linear, layer.get_submodule(item.path)))
             for index, layer in enumerate(self._canonical_layers)
             for item in self.projections(index)
-            for linear in [cast(nn.Linear, layer.get_submodule(item.path))]
+        )
+
+    def _matrix(self, identity: MatrixId, item: Projection, linear: nn.Linear) -> Matrix:
+        return Matrix(
+            identity,
+            item.role,
+            (linear.out_features, linear.in_features),
+            torch_path=identity.below(self.architecture.layers),
+            onnx_path=f"{self.architecture.onnx_layers}.{identity.layer}.{item.onnx_path}",
         )
 
     def layers(self) -> Iterator[Layer]:

@@ -3,34 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from rk_export.model.families import Architecture, Role
-
-
-class MatrixId(NamedTuple):
-    """Which matrix of a model: the layer's number, and the torch path in the canonical layer."""
-
-    layer: int
-    path: str
-
-    @property
-    def name(self) -> str:
-        """The module's name below the layers of any family: `layers.3.self_attn.q_proj`."""
-        return f"layers.{self.layer}.{self.path}"
-
-    @property
-    def weight(self) -> str:
-        """Name of its values among a layer's new tensors: `layers.3.self_attn.q_proj.weight`."""
-        return f"{self.name}.weight"
-
-    def torch_path(self, architecture: Architecture) -> str:
-        """Return the path of the module in the torch model: `model.layers.3.self_attn.q_proj`."""
-        return f"{architecture.layers}.{self.layer}.{self.path}"
-
-    def onnx_path(self, architecture: Architecture) -> str:
-        """Return the path of the module in the exported graph."""
-        return f"{architecture.onnx_layers}.{self.layer}.{architecture.onnx_path(self.path)}"
+from rk_export.matrix_id import MatrixId
+from rk_export.model.families import Role
 
 
 @dataclass(frozen=True)
@@ -41,11 +16,15 @@ class Matrix:
         id: Which one.
         role: What it computes.
         shape: (out, in).
+        torch_path: Path of its module in the torch model, layers in canonical form.
+        onnx_path: Path of its module in the exported graph.
     """
 
     id: MatrixId
     role: Role
     shape: tuple[int, int]
+    torch_path: str
+    onnx_path: str
 
     @property
     def site(self) -> str:

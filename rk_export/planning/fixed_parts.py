@@ -85,7 +85,7 @@ _ROTARY = "rotary frequencies"
 def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     """Return kind -> parameters of what is no decided matrix."""
     architecture = description.architecture
-    decided = {f"{matrix.id.torch_path(architecture)}.weight" for matrix in description.matrices}
+    decided = {f"{matrix.torch_path}.weight" for matrix in description.matrices}
     if not architecture.is_encoder:
         decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
     counts: dict[str, int] = {}

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.moments import inputs_of, readers
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype
+from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
@@ -245,7 +245,7 @@ class _Trial:
         self._sides: dict[tuple[str, State], tuple[InputSide, Tensor]] = {}
 
     def costs(
-        self, roles: Mapping[str, str], weights: Mapping[Place, Tensor]
+        self, roles: Mapping[str, str], weights: Mapping[MatrixId, Tensor]
     ) -> Iterator[tuple[tuple[str, State], float]]:
         """Yield the predicted loss of every matrix in every state, by role and state.
 
@@ -265,7 +265,7 @@ class _Trial:
                 W = weight(layer.get_submodule(path))
                 yield (
                     (roles[path], state),
-                    self._cost(path, state, W, weights[self._index, path].to(W.device)),
+                    self._cost(path, state, W, weights[MatrixId(self._index, path)].to(W.device)),
                 )
             done.update(new)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.calibration.streams import Streams
 from rk_export.device import CPU
+from rk_export.matrix_id import MatrixId
 from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
@@ -72,7 +72,7 @@ def rewrite(
     *,
     statistics: LayerStatistics | None = None,
     table_inputs: Tensor | None = None,
-    parts: Mapping[Place, Parts] | None = None,
+    parts: Mapping[MatrixId, Parts] | None = None,
     probe: Tensor | None = None,
     device: torch.device = CPU,
 ) -> Rewritten:
@@ -152,7 +152,7 @@ class _LayerPasses:
         mlp: dict[str, str],
         carry: Carry,
         quantize: Quantize,
-        parts: Mapping[Place, Parts],
+        parts: Mapping[MatrixId, Parts],
     ) -> None:
         self._plan, self._device = plan, quantize.device
         self._joint = Factorize(plan.options.gauge, self._device, mlp)

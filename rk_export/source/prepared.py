@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, write_manifest
+from rk_export.matrix_id import MatrixId
 from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.plain_form import plain_model
@@ -72,7 +73,7 @@ class LayerPreparation:
 
     def peaks_of(self, index: int, down: str) -> Tensor:
         """Return the peaks of what a down matrix of layer `index` reads (neurons,)."""
-        return self.peaks[f"layers.{index}.{down}"]
+        return self.peaks[MatrixId(index, down).name]
 
     def apply(self, layer: nn.Module, wiring: Wiring, index: int, names: Collection[str]) -> None:
         """Reparameterize a layer in place by some of the preparations."""

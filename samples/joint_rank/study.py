@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from joint_rank.ladder import RankLadder
 from rk_export import CompressOptions, EvalText
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.recorders import InputRecorder, noted
 from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.evaluation.multiple_choice import mean_and_error
+from rk_export.matrix_id import MatrixId
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.source.stored import StoredModel
@@ -113,7 +114,7 @@ class Study:
         return self.model_of(CLEAN)
 
     @cached_property
-    def real_inputs(self) -> dict[Place, Tensor]:
+    def real_inputs(self) -> dict[MatrixId, Tensor]:
         """Second moments of what the dense model's matrices read on the text."""
         layers = self.model.get_submodule(self.source.architecture.layers)
         modules = {

@@ -35,6 +35,7 @@ ORDER = (
         "runtime",
         "text",
         "options",
+        "matrix_id",
         "plan",
         "folders",
         "tensor_cache",

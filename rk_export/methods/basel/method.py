@@ -56,7 +56,7 @@ class BasisSelection(Method[BaselOptions]):
 
         def decided(site: SitePlan) -> SitePlan:
             site = replace(site, quant=options.quant)
-            if rank := ranks.get((site.layer, site.paths[0]), 0):
+            if rank := ranks.get(site.matrices[0], 0):
                 return replace(site, form=form, rank=rank)
             return replace(site, reason="the selected bases are no smaller than the dense matrix")
 

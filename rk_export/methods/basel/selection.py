@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.basel.modules import BasisLinear
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.training import BasisTraining
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 _MOMENT_TOKENS = 16_384  # of the text, for whitened directions
 
-Site = tuple[int, str]  # layer, canonical path of a projection
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -55,7 +54,7 @@ class Selection:
     """
 
     tensors: dict[str, Tensor]
-    ranks: dict[Site, int]
+    ranks: dict[MatrixId, int]
     finding: Finding
     losses: tuple[tuple[int, float], ...]
 
@@ -99,7 +98,7 @@ def select_basis(
     others = _norms(model, source)
     for tensor in others.values():
         tensor.requires_grad_(True)
-    named = {f"layers.{layer}.{path}": module for (layer, path), module in modules.items()}
+    named = {matrix.name: module for matrix, module in modules.items()}
     training = BasisTraining(model, named, others, head, tokens, rank, options, dtype)
     training.restore(earlier)
     training.run(file)
@@ -152,7 +151,7 @@ def _sizes(source: Source, new_basis: int) -> list[PairSize]:
     return [PairSize(*matrix.shape, new_basis) for matrix in source.description.matrices]
 
 
-def _target_moments(source: Source, tokens: Tensor, device: torch.device) -> Mapping[Site, Tensor]:
+def _target_moments(source: Source, tokens: Tensor, device: torch.device) -> Mapping[MatrixId, Tensor]:
     """Return the second moment of what every matrix reads on the first of the task's text."""
     sequences = max(1, _MOMENT_TOKENS // tokens.shape[1])
     statistics = dense_statistics(source, tokens[:sequences], diagonal=True, device=device, gradient_tokens=1)
@@ -164,20 +163,21 @@ def _decompose(
     source: Source,
     options: BaselOptions,
     dtype: torch.dtype,
-    inputs: Mapping[Site, Tensor],
-) -> dict[Site, BasisLinear]:
+    inputs: Mapping[MatrixId, Tensor],
+) -> dict[MatrixId, BasisLinear]:
     """Replace every linear layer by its directions, in place; return the new modules."""
     generator = torch.Generator().manual_seed(options.seed)
-    modules: dict[Site, BasisLinear] = {}
+    modules: dict[MatrixId, BasisLinear] = {}
     model.requires_grad_(False)
     for index, item in _projections(source):
         path = f"{source.architecture.layers}.{index}.{item.path}"
         if not any(layer == index for layer, _ in modules):
             logger.info("singular directions: layer %d of %d", index + 1, source.layer_count)
         linear = cast(nn.Linear, model.get_submodule(path))
-        metric = Metric.of(inputs[index, item.path].to(linear.weight.device)) if inputs else None
-        modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype, metric)
-        model.set_submodule(path, modules[index, item.path])
+        matrix = MatrixId(index, item.path)
+        metric = Metric.of(inputs[matrix].to(linear.weight.device)) if inputs else None
+        modules[matrix] = BasisLinear(linear, options.new_basis, generator, dtype, metric)
+        model.set_submodule(path, modules[matrix])
     return modules
 
 
@@ -196,15 +196,18 @@ def _norms(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
 
 
 def _selection(
-    modules: dict[Site, BasisLinear], norms: dict[str, Tensor], training: BasisTraining, options: BaselOptions
+    modules: dict[MatrixId, BasisLinear],
+    norms: dict[str, Tensor],
+    training: BasisTraining,
+    options: BaselOptions,
 ) -> Selection:
     tensors, ranks = {}, {}
-    for (layer, path), module in modules.items():
-        name, size, count = f"layers.{layer}.{path}", module.size, len(module.coefficients)
-        tensors[f"{name}.weight"] = _float32(module.folded())
+    for matrix, module in modules.items():
+        size, count = module.size, len(module.coefficients)
+        tensors[matrix.weight] = _float32(module.folded())
         if module.bias is not None:
-            tensors[f"{name}.bias"] = _float32(module.bias)
-        ranks[layer, path] = count + size.extra if size.pair(count) < size.dense else 0
+            tensors[f"{matrix.name}.bias"] = _float32(module.bias)
+        ranks[matrix] = count + size.extra if size.pair(count) < size.dense else 0
     tensors |= {name: _float32(tensor) for name, tensor in norms.items()}
     finding = _finding(modules, ranks, training, options)
     return Selection(tensors, ranks, finding, tuple(training.losses))
@@ -215,11 +218,14 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _finding(
-    modules: dict[Site, BasisLinear], ranks: dict[Site, int], training: BasisTraining, options: BaselOptions
+    modules: dict[MatrixId, BasisLinear],
+    ranks: dict[MatrixId, int],
+    training: BasisTraining,
+    options: BaselOptions,
 ) -> Finding:
     dense = sum(module.size.dense for module in modules.values())
     stored = sum(module.size.stored(len(module.coefficients)) for module in modules.values())
-    whole = [f"layers.{layer}.{path}" for (layer, path), rank in ranks.items() if rank == 0]
+    whole = [matrix.name for matrix, rank in ranks.items() if rank == 0]
     pairs = [rank for rank in ranks.values() if rank]
     details: dict[str, Any] = {
         "pass": "basel",

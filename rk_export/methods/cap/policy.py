@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices
 from rk_export.methods.sparse_sites import Prices
@@ -127,7 +127,7 @@ def learn(
         return state
     model = source.load()
     layers = model.get_submodule(source.architecture.layers)
-    linears = {(index, path): layers.get_submodule(f"{index}.{path}") for index, path in pools}
+    linears = {place: layers.get_submodule(f"{place.layer}.{place.path}") for place in pools}
     search = _Search(model, linears, pools, budget, prices, options, tokens, device)
     return search.run(first, state, path)
 
@@ -147,7 +147,7 @@ class _Search:
     def __init__(
         self,
         model: PreTrainedModel,
-        linears: Mapping[Place, nn.Module],
+        linears: Mapping[MatrixId, nn.Module],
         pools: Pools,
         budget: float,
         prices: Prices,

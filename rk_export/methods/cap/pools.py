@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import Place
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices, check_source, linear_shapes
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
@@ -77,7 +77,7 @@ class Pool:
         )
 
 
-Pools = Mapping[Place, Pool]
+Pools = Mapping[MatrixId, Pool]
 
 
 def flat_prices(pools: Pools, prices: Prices) -> Tensor:
@@ -85,12 +85,12 @@ def flat_prices(pools: Pools, prices: Prices) -> Tensor:
     return torch.cat([pool.prices(prices) for pool in pools.values()])
 
 
-def by_place(pools: Pools, flat: Tensor) -> dict[Place, Tensor]:
+def by_place(pools: Pools, flat: Tensor) -> dict[MatrixId, Tensor]:
     """Return views of a tensor over all candidates (candidates,), matrix by matrix."""
     return dict(zip(pools, torch.split(flat, [len(pool) for pool in pools.values()]), strict=True))
 
 
-def selected(pools: Pools, taken: Tensor) -> dict[Place, Parts]:
+def selected(pools: Pools, taken: Tensor) -> dict[MatrixId, Parts]:
     """Return the parts that a mask over all candidates, bool (candidates,), leaves."""
     return {place: pools[place].selected(mask) for place, mask in by_place(pools, taken).items()}
 
@@ -100,7 +100,7 @@ def make_pools(
     iterations: int,
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[Place, Pool]:
+) -> dict[MatrixId, Pool]:
     """Split every matrix of the decoder layers, or read the pools of an earlier run, layer by layer.
 
     Args:
@@ -115,11 +115,11 @@ def make_pools(
     check_source(source, "cap")
     parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
     keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
-    pools: dict[Place, Pool] = {}
+    pools: dict[MatrixId, Pool] = {}
     for index, known in _remembered(source, iterations, device, cache_dir, keep=keep):
         for item in source.description.projections(index):
             parts = Parts(*unpacked(known, item.path, _FIELDS))
-            pools[index, item.path] = Pool(parts, float(known[f"{item.path}|residual"]))
+            pools[MatrixId(index, item.path)] = Pool(parts, float(known[f"{item.path}|residual"]))
     return pools
 
 
