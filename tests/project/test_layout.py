@@ -140,7 +140,7 @@ def test_packages_import_what_stands_before_them() -> None:
 @pytest.mark.parametrize(
     ("package", "others"),
     [
-        ("rk_export.passes", {"errors", "report", "options", "plan"}),
+        ("rk_export.passes", {"errors", "report", "options", "matrix_id", "plan"}),
         ("rk_export.runtime", {"errors", "json_codec", "report"}),
     ],
 )
