@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from rk_export.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -58,20 +59,9 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a cache file in one step; where that is impossible the run goes on without, and says so."""
-    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    put_file(path, lambda partial: save_file(on_cpu, partial))
-
-
-def put_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file of the cache beside its place and move it in; a place that cannot be written is logged."""
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
     except (SafetensorError, OSError) as error:
         logger.warning("not cached: %s cannot be written: %s", path, error)
 

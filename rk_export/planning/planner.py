@@ -34,6 +34,7 @@ from rk_export.planning.carried import carried_sites
 from rk_export.planning.cost_table import CostTable
 from rk_export.planning.currencies import currency_of, table_count
 from rk_export.planning.spectral_plan import spectral_plan
+from rk_export.progress import track
 from rk_export.source.protocol import Source
 
 
@@ -94,7 +95,7 @@ def _budgeted_plan(
         table = Table(embedding_weight(source), curvature, table_count(source))
     layers = (
         (layer, dense_sites(layer, source.description.projections(layer.index), options))
-        for layer in source.layers()
+        for layer in track(source.layers(), "predicting losses, layers", source.layer_count)
     )
     bought = spend(layers, currency, statistics, table, device)
     if table is not None:

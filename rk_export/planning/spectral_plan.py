@@ -22,6 +22,7 @@ from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
+from rk_export.progress import track
 from rk_export.source.protocol import Source
 
 
@@ -59,7 +60,7 @@ def _sites(
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
     sides = None if statistics is None else InputSides(statistics, device)
-    for layer in source.layers():
+    for layer in track(source.layers(), "spectra of layers", source.layer_count):
         for site in dense_sites(layer, source.description.projections(layer.index), options):
             if site.members not in grouped:
                 yield site, None

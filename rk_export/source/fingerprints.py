@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from rk_export.atomic import atomic_file
 from rk_export.folders import sha256_of
-from rk_export.tensor_cache import cache_root, put_file
+from rk_export.tensor_cache import cache_root
+
+logger = logging.getLogger(__name__)
 
 INDEX = "fingerprints.json"
 _MOST = 10_000  # files that are remembered; the oldest entries go
@@ -34,7 +38,11 @@ def files_fingerprint(files: Iterable[Path], cache_dir: str | os.PathLike[str] |
         made[place] = [*state, digests[-1]]
     if made:
         index = json.dumps(dict(list({**_read(path), **made}.items())[-_MOST:]))
-        put_file(path, lambda partial: partial.write_text(index, encoding="utf-8"))
+        try:
+            with atomic_file(path) as partial:
+                partial.write_text(index, encoding="utf-8")
+        except OSError as error:
+            logger.warning("digests of files are not kept: %s cannot be written: %s", path, error)
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

@@ -7,7 +7,6 @@ matrix, the directions of a matrix before its entries.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,10 +21,9 @@ from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
+from rk_export.progress import track
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, packed, read_tensors, remembered, unpacked
-
-logger = logging.getLogger(__name__)
 
 CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more are not kept on disk
 # What a dense parameter becomes in the pools at most, by measurement: 8 bytes of an entry, and factors.
@@ -146,14 +144,13 @@ def _remembered(
     if len(known) == source.layer_count:
         yield from enumerate(known)
         return
-    for layer in source.layers():
+    for layer in track(source.layers(), "splitting layers into low rank and sparse", source.layer_count):
         paths = [item.path for item in source.description.projections(layer.index)]
         make = partial(_packed_pools, layer, paths, iterations, device)
         yield layer.index, remembered("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
 
 
 def _packed_pools(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:
-    logger.info("low rank and sparse: layer %d", layer.index + 1)
     made = dict(_layer_pools(layer, paths, iterations, device))
     residuals = {f"{name}|residual": torch.tensor(pool.residual) for name, pool in made.items()}
     return packed({name: pool.parts for name, pool in made.items()}, _FIELDS) | residuals
