@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rk_export.atomic import atomic_file
 from rk_export.errors import FieldError, InputError
 from rk_export.json_codec import Float, from_json, load_json, to_json
+from rk_export.matrix_id import MatrixId
 from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 
@@ -50,6 +52,11 @@ class SitePlan:
     runner_up: str = ""
     entries: int = 0
     carried: bool = False
+
+    @property
+    def matrices(self) -> tuple[MatrixId, ...]:
+        """The members' matrices."""
+        return tuple(MatrixId(self.layer, path) for path in self.paths)
 
     def __post_init__(self) -> None:
         if self.form not in ("dense", "joint", "per_head", "identity", "sparse"):
@@ -233,7 +240,8 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

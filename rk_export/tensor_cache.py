@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rk_export.atomic import atomic_file
+
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/rk-export")
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the cache's folder; ``~/.cache/rk-export`` when None."""
+    return Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
 
 
 def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -28,9 +34,14 @@ def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[s
         key: All that the tensors depend on, JSON-ready.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
-    root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return root / kind / f"{digest[:32]}.safetensors"
+    return cache_root(cache_dir) / kind / f"{digest[:32]}.safetensors"
+
+
+def text_key(tokens: Tensor) -> dict[str, Any]:
+    """Return what a text (sequences, length) is known by in keys."""
+    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest()
+    return {"text": digest, "shape": list(tokens.shape)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -48,14 +59,9 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a cache file in one step; where that is impossible the run goes on without, and says so."""
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_file(path) as partial:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
     except (SafetensorError, OSError) as error:
         logger.warning("not cached: %s cannot be written: %s", path, error)
 

@@ -21,7 +21,6 @@ What the paper leaves open is settled here:
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -32,17 +31,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices
 from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
-from rk_export.source.fingerprints import model_fingerprint
-from rk_export.source.stored import ModelSource
+from rk_export.progress import stage
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
-
-logger = logging.getLogger(__name__)
 
 # Of the first probabilities, in nats of worth. SmolLM2 at one half: masks drawn at 0.5, 0.15 and 0.05 lose 3.5, 2.9
 # and 2.7 nats, as much as the top-K at last; at 0.15 every ninth candidate is in doubt.
@@ -84,7 +81,7 @@ def first_probabilities(pools: Pools, scores: Tensor, prices: Prices, budget: fl
 
 
 def learn(
-    source: ModelSource,
+    source: Source,
     pools: Pools,
     first: Tensor,
     budget: float,
@@ -108,9 +105,8 @@ def learn(
         device: Where the model runs.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
-    model = source.load()
     key = {
-        "model": model_fingerprint(model),
+        "model": source.fingerprint(cache_dir),
         "start": _digest(pools, first, tokens),
         "budget": budget,
         "prices": asdict(prices),
@@ -127,8 +123,9 @@ def learn(
         state = Learned(known["probabilities"], tuple(known["losses"].tolist()))
     if len(state.losses) >= options.steps:
         return state
+    model = source.load()
     layers = model.get_submodule(source.architecture.layers)
-    linears = {(index, path): layers.get_submodule(f"{index}.{path}") for index, path in pools}
+    linears = {place: layers.get_submodule(f"{place.layer}.{place.path}") for place in pools}
     search = _Search(model, linears, pools, budget, prices, options, tokens, device)
     return search.run(first, state, path)
 
@@ -148,7 +145,7 @@ class _Search:
     def __init__(
         self,
         model: PreTrainedModel,
-        linears: Mapping[Place, nn.Module],
+        linears: Mapping[MatrixId, nn.Module],
         pools: Pools,
         budget: float,
         prices: Prices,
@@ -171,24 +168,18 @@ class _Search:
         start = [self._loss(batch) for batch in self._batches]
         s, losses = state.probabilities.to(self._device), list(state.losses)
         steps, window = self._options.steps, self._options.window
-        for step in range(len(losses), steps):
-            turn = step % len(self._batches)
-            mask = self._draw(s, step)
-            loss = self._loss(self._batches[turn]) - start[turn]
-            advantage = loss - sum(losses[-window:]) / len(losses[-window:]) if losses else 0.0
-            losses.append(loss)
-            reinforce(s, mask, self._options.learning_rate * advantage)
-            s, multiplier = project_to_budget(s, self._prices, self._budget)
-            logger.info(
-                "policy: step %d of %d, loss %+.4f, advantage %+.4f, λ %.1e",
-                step + 1,
-                steps,
-                loss,
-                advantage,
-                multiplier,
-            )
-            if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
-                _keep(path, s, losses)
+        with stage("policy steps", steps, done=len(losses)) as bar:
+            for step in range(len(losses), steps):
+                turn = step % len(self._batches)
+                mask = self._draw(s, step)
+                loss = self._loss(self._batches[turn]) - start[turn]
+                advantage = loss - sum(losses[-window:]) / len(losses[-window:]) if losses else 0.0
+                losses.append(loss)
+                reinforce(s, mask, self._options.learning_rate * advantage)
+                s, multiplier = project_to_budget(s, self._prices, self._budget)
+                bar.advance(note=f"loss {loss:+.4f}, advantage {advantage:+.4f}, λ {multiplier:.1e}")
+                if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
+                    _keep(path, s, losses)
         return Learned(s.cpu(), tuple(losses))
 
     def _draw(self, s: Tensor, step: int) -> Tensor:
