@@ -7,14 +7,15 @@ predicts for what goes. One auction spends the budget over all of them, and what
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices, amount_of, check_source, log_choice, share_of_entries
 from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.ranks import Budget
@@ -22,7 +23,8 @@ from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.pruning import damped
 from rk_export.passes.numerics.sslc import Target, dropped_losses, falling_counts
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.progress import track
+from rk_export.source.protocol import Source
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +39,14 @@ ROW_POWER = 0.5
 
 
 def sslc_parts(
-    source: ModelSource,
+    source: Source,
     budget: Budget,
     options: SslcOptions,
     *,
     statistics: DenseStatistics,
     device: torch.device,
     prices: Prices | None = None,
-) -> dict[Place, Parts]:
+) -> dict[MatrixId, Parts]:
     """Choose rank and sparse entries of every matrix of the decoder layers, and fit them to each other.
 
     Args:
@@ -65,9 +67,13 @@ def sslc_parts(
     check_source(source, options.name)
     amount, prices = amount_of(source, budget, prices)
     share = share_of_entries(source, amount, prices)
+
+    def tracked(what: str) -> Iterable[tuple[MatrixId, Target]]:
+        return track(targets(source, statistics, device), what, len(source.description.matrices))
+
     offers = {
         place: offered(target, share, statistics.gradients[place].to(device) * statistics.tokens)
-        for place, target in targets(source, statistics, device)
+        for place, target in tracked("pricing matrices")
     }
     choice = auction([item.lot(prices) for item in offers.values()], amount)
     logger.info("sslc: predicted loss %.4f", choice.loss)
@@ -75,7 +81,7 @@ def sslc_parts(
         place: item.at(index) for (place, item), index in zip(offers.items(), choice.taken, strict=True)
     }
     parts = {}
-    for place, target in targets(source, statistics, device):
+    for place, target in tracked("fitting matrices"):
         rank, entries = bought[place]
         counts = falling_counts(target.W.numel(), entries, options.stages)
         parts[place] = target.fitted(counts, rank).parts()
@@ -84,14 +90,13 @@ def sslc_parts(
 
 
 def targets(
-    source: ModelSource, statistics: DenseStatistics, device: torch.device
-) -> Iterator[tuple[Place, Target]]:
+    source: Source, statistics: DenseStatistics, device: torch.device
+) -> Iterator[tuple[MatrixId, Target]]:
     """Yield every matrix of the decoder layers with what its errors cost, layer by layer."""
-    for layer in loaded_layers(source):
-        logger.info("sslc: layer %d", layer.index + 1)
+    for layer in source.layers():
         moments: dict[int, Tensor] = {}
-        for item in source.architecture.projections(source.config, layer.index):
-            place = layer.index, item.path
+        for item in source.description.projections(layer.index):
+            place = MatrixId(layer.index, item.path)
             second = statistics.second[place]
             if id(second) not in moments:
                 moments[id(second)] = damped(second.to(device), DAMPING).float()

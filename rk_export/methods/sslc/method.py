@@ -13,13 +13,13 @@ from rk_export.methods.sparse_sites import (
 from rk_export.methods.sslc.choose import sslc_parts
 from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.compress import CompressOptions
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
 class SparseAndLowRank(Method[SslcOptions]):
     """Spends one budget over what every matrix may become, and fits the entries and directions that it buys."""
 
-    def check(self, source: ModelSource, options: CompressOptions) -> None:
+    def check(self, source: Source, options: CompressOptions) -> None:
         """Refuse encoders, experts, and budgets that keep nothing or everything."""
         check_source(source, self.options.name)
         amount_of(source, sparse_budget(source, options), stored_prices(options))
