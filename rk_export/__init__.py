@@ -16,47 +16,127 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_variable, "1")
 
 if TYPE_CHECKING:
+    from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
-    from rk_export.commands.pipeline import compress, dry_run, evaluate, export, make_plan, verify
-    from rk_export.errors import RkExportError
-    from rk_export.evaluation.measure import EvalText, SpeedTest
-    from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+    from rk_export.commands.pipeline import (
+        compress,
+        dry_run,
+        evaluate,
+        explain,
+        export,
+        make_plan,
+        prepare,
+        rewrite_model,
+        verify,
+    )
+    from rk_export.errors import (
+        FusionError,
+        InputError,
+        ParityError,
+        ProviderError,
+        RkExportError,
+        UnsupportedModelError,
+    )
+    from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of
+    from rk_export.evaluation.models import evaluate_models
+    from rk_export.evaluation.score_table import score_table
+    from rk_export.evaluation.tasks import load_tasks
+    from rk_export.folders import library_versions
+    from rk_export.model.torch_logits import torch_logits
+    from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
+    from rk_export.options.presets import basel, cap, joint_rank
     from rk_export.plan import Plan
+    from rk_export.report.records import Report
+    from rk_export.report.render import findings_table, parity_text, text_table
+    from rk_export.rewrite.apply import Rewritten
+    from rk_export.rewrite.sizes import kept_parameters
+    from rk_export.source.stored import ModelSource, open_source
     from rk_export.testing import assert_parity
 
-_HOME = {
-    "analyze": "rk_export.commands.analyze",
-    "CompressOptions": "rk_export.options.compress",
-    "EvalText": "rk_export.evaluation.measure",
-    "Plan": "rk_export.plan",
-    "QuantSpec": "rk_export.options.compress",
-    "RankRule": "rk_export.options.compress",
-    "SpeedTest": "rk_export.evaluation.measure",
-    "RkExportError": "rk_export.errors",
-    "assert_parity": "rk_export.testing",
-    "compress": "rk_export.commands.pipeline",
-    "dry_run": "rk_export.commands.pipeline",
-    "evaluate": "rk_export.commands.pipeline",
-    "export": "rk_export.commands.pipeline",
-    "make_plan": "rk_export.commands.pipeline",
-    "verify": "rk_export.commands.pipeline",
+_NAMES = {
+    # what is done
+    "rk_export.commands.analyze": ("analyze",),
+    "rk_export.commands.pipeline": (
+        *("compress", "dry_run", "evaluate", "explain", "export", "make_plan", "prepare"),
+        *("rewrite_model", "verify"),
+    ),
+    "rk_export.evaluation.models": ("evaluate_models",),
+    "rk_export.testing": ("assert_parity",),
+    # what may be asked for
+    "rk_export.options.compress": (
+        *("Budget", "CalibrationOptions", "CompressOptions", "QuantSpec", "RankRule"),
+    ),
+    "rk_export.options.methods": ("BaselOptions", "CapOptions", "PruneOptions"),
+    "rk_export.options.presets": ("basel", "cap", "joint_rank"),
+    # what is measured, and on what
+    "rk_export.evaluation.measure": ("EvalText", "SpeedTest", "perplexity_of"),
+    "rk_export.evaluation.tasks": ("load_tasks",),
+    "rk_export.model.torch_logits": ("torch_logits",),
+    "rk_export.rewrite.sizes": ("kept_parameters",),
+    # what comes of it
+    "rk_export.plan": ("Plan",),
+    "rk_export.report.records": ("Report",),
+    "rk_export.rewrite.apply": ("Rewritten",),
+    "rk_export.source.stored": ("ModelSource", "open_source"),
+    "rk_export.errors": (
+        *("FusionError", "InputError", "ParityError", "ProviderError", "RkExportError"),
+        "UnsupportedModelError",
+    ),
+    # how it is shown
+    "rk_export.report.render": ("findings_table", "parity_text", "text_table"),
+    "rk_export.evaluation.score_table": ("score_table",),
+    "rk_export.folders": ("library_versions",),
+    "rk_export.cli.main": ("quiet_libraries",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "BaselOptions",
+    "Budget",
+    "CalibrationOptions",
+    "CapOptions",
     "CompressOptions",
     "EvalText",
+    "FusionError",
+    "InputError",
+    "ModelSource",
+    "ParityError",
     "Plan",
+    "ProviderError",
+    "PruneOptions",
     "QuantSpec",
     "RankRule",
+    "Report",
+    "Rewritten",
     "RkExportError",
     "SpeedTest",
+    "UnsupportedModelError",
     "analyze",
     "assert_parity",
+    "basel",
+    "cap",
     "compress",
     "dry_run",
     "evaluate",
+    "evaluate_models",
+    "explain",
     "export",
+    "findings_table",
+    "joint_rank",
+    "kept_parameters",
+    "library_versions",
+    "load_tasks",
     "make_plan",
+    "open_source",
+    "parity_text",
+    "perplexity_of",
+    "prepare",
+    "quiet_libraries",
+    "rewrite_model",
+    "score_table",
+    "text_table",
+    "torch_logits",
     "verify",
 ]
 

@@ -117,6 +117,36 @@ def model_costs(source: ModelSource, phase: Phase, threads: int | None) -> CostT
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
+def rewrite_model(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    base: str | Path | None = None,
+    threads: int | None = None,
+    state: Path | None = None,
+) -> Rewritten:
+    """Return the compressed PyTorch model that `compress` would export; nothing is exported or written.
+
+    Args:
+        model: As in `compress`.
+        options: As in `compress`.
+        plan: As in `compress`.
+        base: As in `compress`.
+        threads: Threads of ONNX Runtime, for a budget of time.
+        state: Where a training keeps its state, to go on after an interruption; None keeps none.
+
+    Raises:
+        RkExportError: As `compress`.
+    """
+    source = open_source(model, base)
+    options = _checked_options(source, options, plan)
+    before = preflight(source, options)
+    ground = groundwork(source, options, pruning=None if plan is None else plan.pruning, state=state)
+    rewritten = ground.rewrite(plan or _plan(ground, threads))
+    return _healed(rewritten, ground, before.probe, state) if options.heal else rewritten
+
+
 def dry_run(
     model: str | Path,
     options: CompressOptions | None = None,
@@ -263,7 +293,7 @@ def compress(
             rewritten = ground.rewrite(plan, torch.from_numpy(probe.batch))
         if options.heal:
             with stages.stage("heal", f"{options.heal} steps towards the dense model"):
-                rewritten = _healed(rewritten, ground, probe, Path(out))
+                rewritten = _healed(rewritten, ground, probe, _state(Path(out), "heal"))
         if checkpoint is not None:
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=source.folder, force=force)
         name = Path(out).name
@@ -280,7 +310,7 @@ def _state(out: Path, stage: str) -> Path:
     return out.with_name(f".{out.name}.{stage}")
 
 
-def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -> Rewritten:
+def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, state: Path | None) -> Rewritten:
     """Train a compressed model; its state stays until the bundle is in place, so a failed export loses nothing."""
     options = HealOptions(steps=ground.options.heal, seed=ground.options.calibration.seed)
     wanted = options.steps * options.batch_tokens
@@ -291,7 +321,7 @@ def _healed(rewritten: Rewritten, ground: Groundwork, probe: Probe, out: Path) -
     )
     # What the model was tuned to do is to be recovered too; what was pruned away is to be made up for.
     teacher = ground.dense if ground.selection is None else ground.source
-    result = heal(rewritten, teacher, tokens, options, state=_state(out, "heal"))
+    result = heal(rewritten, teacher, tokens, options, state=state)
     logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
     return replace(rewritten, findings=(*rewritten.findings, result.finding), probe_logits=logits)
 

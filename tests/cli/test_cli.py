@@ -37,8 +37,24 @@ COMMANDS = (
 PLAIN = ("--uniform", "--metric", "none", "--quantizer", "rtn", "--device", "cpu")
 OPTIONS = ("--groups", "qk,gate_up", "--keep", 0.8, *PLAIN, "--bits", 4, "--block", 32)
 PUBLIC = {
-    *("compress", "export", "analyze", "make_plan", "dry_run", "verify", "evaluate", "assert_parity"),
-    *("CompressOptions", "QuantSpec", "RankRule", "Plan", "EvalText", "RkExportError", "SpeedTest"),
+    *(
+        "compress",
+        "export",
+        "analyze",
+        "prepare",
+        "make_plan",
+        "dry_run",
+        "rewrite_model",
+        "explain",
+        "verify",
+    ),
+    *("evaluate", "evaluate_models", "assert_parity", "open_source", "load_tasks"),
+    *("CompressOptions", "QuantSpec", "RankRule", "Budget", "CalibrationOptions", "EvalText", "SpeedTest"),
+    *("PruneOptions", "BaselOptions", "CapOptions", "joint_rank", "basel", "cap"),
+    *("Plan", "Report", "Rewritten", "ModelSource"),
+    *("torch_logits", "perplexity_of", "kept_parameters", "library_versions", "quiet_libraries"),
+    *("findings_table", "parity_text", "text_table", "score_table"),
+    *("RkExportError", "InputError", "UnsupportedModelError", "ProviderError", "FusionError", "ParityError"),
 }
 
 
