@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING, Any
 for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_variable, "1")
 
+from rk_export.methods import METHODS  # noqa: E402  after the variables above
+
 if TYPE_CHECKING:
     from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
-    from rk_export.commands.pipeline import (
-        compress,
-        dry_run,
-        evaluate,
-        explain,
-        export,
-        make_plan,
-        prepare,
-        rewrite_model,
-        verify,
-    )
+    from rk_export.commands.compress import compress, dry_run, rewrite_model
+    from rk_export.commands.evaluate import evaluate
+    from rk_export.commands.explain import explain
+    from rk_export.commands.export import export
+    from rk_export.commands.plan import make_plan
+    from rk_export.commands.prepare import prepare
+    from rk_export.commands.verify import verify
     from rk_export.errors import (
         FusionError,
         InputError,
@@ -43,79 +41,92 @@ if TYPE_CHECKING:
     from rk_export.evaluation.tasks import load_tasks
     from rk_export.folders import library_versions
     from rk_export.model.torch_logits import torch_logits
-    from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
-    from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
-    from rk_export.options.presets import basel, cap, joint_rank
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import W8A8, QuantSpec
+    from rk_export.options.ranks import Budget, RankRule
+    from rk_export.options.run import Run
+    from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
-    from rk_export.report.records import Report
+    from rk_export.report.records import Finding, ParityTier, Report
     from rk_export.report.render import findings_table, parity_text, text_table
     from rk_export.rewrite.apply import Rewritten
     from rk_export.rewrite.sizes import kept_parameters
     from rk_export.source.stored import ModelSource, open_source
     from rk_export.testing import assert_parity
 
-_NAMES = {
-    # what is done
-    "rk_export.commands.analyze": ("analyze",),
-    "rk_export.commands.pipeline": (
-        *("compress", "dry_run", "evaluate", "explain", "export", "make_plan", "prepare"),
-        *("rewrite_model", "verify"),
-    ),
-    "rk_export.evaluation.models": ("evaluate_models",),
-    "rk_export.testing": ("assert_parity",),
-    # what may be asked for
-    "rk_export.options.compress": (
-        *("Budget", "CalibrationOptions", "CompressOptions", "QuantSpec", "RankRule"),
-    ),
-    "rk_export.options.methods": ("BaselOptions", "CapOptions", "PruneOptions"),
-    "rk_export.options.presets": ("basel", "cap", "joint_rank"),
-    # what is measured, and on what
-    "rk_export.evaluation.measure": ("EvalText", "SpeedTest", "perplexity_of"),
-    "rk_export.evaluation.tasks": ("load_tasks",),
-    "rk_export.model.torch_logits": ("torch_logits",),
-    "rk_export.rewrite.sizes": ("kept_parameters",),
-    # what comes of it
-    "rk_export.plan": ("Plan",),
-    "rk_export.report.records": ("Report",),
-    "rk_export.rewrite.apply": ("Rewritten",),
-    "rk_export.source.stored": ("ModelSource", "open_source"),
-    "rk_export.errors": (
-        *("FusionError", "InputError", "ParityError", "ProviderError", "RkExportError"),
-        "UnsupportedModelError",
-    ),
-    # how it is shown
-    "rk_export.report.render": ("findings_table", "parity_text", "text_table"),
-    "rk_export.evaluation.score_table": ("score_table",),
-    "rk_export.folders": ("library_versions",),
-    "rk_export.cli.main": ("quiet_libraries",),
+_HOME = {
+    "quiet_libraries": "rk_export.cli.main",
+    "analyze": "rk_export.commands.analyze",
+    "compress": "rk_export.commands.compress",
+    "dry_run": "rk_export.commands.compress",
+    "rewrite_model": "rk_export.commands.compress",
+    "evaluate": "rk_export.commands.evaluate",
+    "explain": "rk_export.commands.explain",
+    "export": "rk_export.commands.export",
+    "make_plan": "rk_export.commands.plan",
+    "prepare": "rk_export.commands.prepare",
+    "verify": "rk_export.commands.verify",
+    "FusionError": "rk_export.errors",
+    "InputError": "rk_export.errors",
+    "ParityError": "rk_export.errors",
+    "ProviderError": "rk_export.errors",
+    "RkExportError": "rk_export.errors",
+    "UnsupportedModelError": "rk_export.errors",
+    "EvalText": "rk_export.evaluation.measure",
+    "SpeedTest": "rk_export.evaluation.measure",
+    "perplexity_of": "rk_export.evaluation.measure",
+    "evaluate_models": "rk_export.evaluation.models",
+    "score_table": "rk_export.evaluation.score_table",
+    "load_tasks": "rk_export.evaluation.tasks",
+    "library_versions": "rk_export.folders",
+    "torch_logits": "rk_export.model.torch_logits",
+    "CalibrationOptions": "rk_export.options.calibration",
+    "CompressOptions": "rk_export.options.compress",
+    "QuantSpec": "rk_export.options.quantization",
+    "W8A8": "rk_export.options.quantization",
+    "Budget": "rk_export.options.ranks",
+    "RankRule": "rk_export.options.ranks",
+    "Run": "rk_export.options.run",
+    "TextFile": "rk_export.options.texts",
+    "Plan": "rk_export.plan",
+    "Finding": "rk_export.report.records",
+    "ParityTier": "rk_export.report.records",
+    "Report": "rk_export.report.records",
+    "findings_table": "rk_export.report.render",
+    "parity_text": "rk_export.report.render",
+    "text_table": "rk_export.report.render",
+    "Rewritten": "rk_export.rewrite.apply",
+    "kept_parameters": "rk_export.rewrite.sizes",
+    "ModelSource": "rk_export.source.stored",
+    "open_source": "rk_export.source.stored",
+    "assert_parity": "rk_export.testing",
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-
 __all__ = [
-    "BaselOptions",
+    "W8A8",
     "Budget",
     "CalibrationOptions",
-    "CapOptions",
     "CompressOptions",
     "EvalText",
+    "Finding",
     "FusionError",
     "InputError",
     "ModelSource",
     "ParityError",
+    "ParityTier",
     "Plan",
     "ProviderError",
-    "PruneOptions",
     "QuantSpec",
     "RankRule",
     "Report",
     "Rewritten",
     "RkExportError",
+    "Run",
     "SpeedTest",
+    "TextFile",
     "UnsupportedModelError",
     "analyze",
     "assert_parity",
-    "basel",
-    "cap",
     "compress",
     "dry_run",
     "evaluate",
@@ -123,7 +134,6 @@ __all__ = [
     "explain",
     "export",
     "findings_table",
-    "joint_rank",
     "kept_parameters",
     "library_versions",
     "load_tasks",
@@ -139,6 +149,9 @@ __all__ = [
     "torch_logits",
     "verify",
 ]
+# The options of a method are public as soon as the method is listed.
+_HOME |= {kind.__name__: kind.__module__ for kind in METHODS}
+__all__ += [kind.__name__ for kind in METHODS]
 
 
 def __getattr__(name: str) -> Any:

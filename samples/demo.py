@@ -21,6 +21,7 @@ from rk_export import (
     QuantSpec,
     RankRule,
     RkExportError,
+    Run,
     SpeedTest,
     compress,
     quiet_libraries,
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         options(),
         text=text,
         speed=SpeedTest(args.prompt_tokens, args.new_tokens, args.repeats),
-        threads=args.threads,
+        run=Run(threads=args.threads),
         force=True,
         command="python samples/demo.py",
     )

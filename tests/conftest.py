@@ -105,14 +105,16 @@ def trained_tokenizer() -> Any:
 
 def tiny_options(**changes: Any) -> CompressOptions:
     """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import QuantSpec
+    from rk_export.options.ranks import RankRule
 
     fields = {
         "groups": ("qk", "gate_up"),
         "rank": RankRule("keep", 0.8),
         "quant": QuantSpec(4, 32),
         "embedding_quant": QuantSpec(8, 32),
-        "device": "cpu",
         "calibration": CalibrationOptions("none"),
         "quantizer": "rtn",
     }
@@ -122,10 +124,10 @@ def tiny_options(**changes: Any) -> CompressOptions:
 @pytest.fixture(scope="session")
 def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of the tiny Llama model, factorized and in INT4; do not change it."""
-    from rk_export import compress
+    from rk_export import Run, compress
 
     folder = tmp_path_factory.mktemp("bundles") / "llama-int4"
-    compress(llama, folder, tiny_options(), threads=1)
+    compress(llama, folder, tiny_options(), run=Run(threads=1))
     return folder
 
 
@@ -134,10 +136,10 @@ def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of SmolLM2-135M-Instruct in INT4, nothing factorized; for tests marked `real_model`."""
     from assets import smollm2
 
-    from rk_export import CompressOptions, compress
+    from rk_export import CompressOptions, Run, compress
 
     folder = tmp_path_factory.mktemp("bundles") / "smollm2-int4"
-    compress(smollm2(), folder, CompressOptions(groups=(), device="cpu"), threads=2)
+    compress(smollm2(), folder, CompressOptions(groups=()), run=Run(threads=2))
     return folder
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import Budget, CompressOptions, ParityError, QuantSpec, compress
+from rk_export import Budget, CompressOptions, ParityError, QuantSpec, Run, compress
 from rk_export.runtime import bench
 
 BUNDLES: dict[str, CompressOptions] = {
@@ -60,7 +60,7 @@ def check(model: Path, bundle: Path, options: CompressOptions) -> Row:
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     try:
-        report = compress(model, bundle, replace(options, ep="cuda", device="cuda"), force=True)
+        report = compress(model, bundle, replace(options, ep="cuda"), run=Run(device="cuda"), force=True)
     except ParityError as error:
         return {"failed": str(error)}
     row = bench([bundle], provider="cuda").rows[0]

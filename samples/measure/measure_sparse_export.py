@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Rows
 
-from rk_export import Budget, CapOptions, cap, open_source, rewrite_model
+from rk_export import Budget, CapOptions, open_source, rewrite_model
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.graph.modules.sparse import ENTRIES
 from rk_export.passes.graph.nodes import PART_KEY
@@ -44,7 +44,7 @@ TOKENS, REPEATS = 256, 5
 
 def measure(model: Path, density: float, threads: int, work: Path) -> Rows:
     """Export one density three ways, and run all of them; return a row a storage."""
-    magnitude = cap(Budget("keep", density), CapOptions(selector="magnitude"))
+    magnitude = CapOptions(selector="magnitude").recipe(Budget("keep", density))
     rewritten = rewrite_model(model, magnitude)
     ours = work / STORAGES[2]
     ours.mkdir()

@@ -59,7 +59,7 @@ class Case:
 
 
 def _pruned(name: str, family: str, base: CompressOptions = FLOATS, **prune: float) -> Case:
-    return Case(name, family, replace(base, prune=PruneOptions(**prune)))  # type: ignore[arg-type]
+    return Case(name, family, replace(base, methods=(PruneOptions(**prune),)))  # type: ignore[arg-type]
 
 
 CASES = (

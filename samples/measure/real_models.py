@@ -33,7 +33,7 @@ from assets import gemma3, minilm, qwen2_5_coder, smollm2, wiki_text
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import EvalText, Report, compress, perplexity_of, torch_logits
+from rk_export import EvalText, Report, Run, compress, perplexity_of, torch_logits
 from rk_export.runtime import EncoderSession, Session
 
 MODELS: dict[str, tuple[str, Callable[[], Path]]] = {
@@ -72,7 +72,7 @@ def measure(folder: Path, threads: int, *, is_encoder: bool) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
         begin = time.perf_counter()
-        report = compress(folder, bundle, threads=threads)
+        report = compress(folder, bundle, run=Run(threads=threads))
         seconds = time.perf_counter() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         quality = embeddings if is_encoder else perplexities

@@ -32,7 +32,9 @@ from rk_export import (
     CalibrationOptions,
     CompressOptions,
     EvalText,
+    HealOptions,
     RankRule,
+    Run,
     compress,
     open_source,
     perplexity_of,
@@ -81,10 +83,10 @@ class Sweep:
         """Yield every row of the sweep; each says the line it belongs to and where it stands on it."""
         yield "dense", partial(self.row, "dense", 1.0, self.dense)
         for keep in KEPT:
-            for series, options in kept_series(keep, self.device).items():
+            for series, options in kept_series(keep).items():
                 yield f"kept-{series}-{keep}", partial(self.row, series, keep, partial(self.kept, options))
         for keep in (0.9, 0.8):
-            options = replace(kept_series(keep, self.device)["rk-export"], heal=HEAL_STEPS)
+            options = replace(kept_series(keep)["rk-export"], methods=(HealOptions(HEAL_STEPS),))
             yield f"healed-{keep}", partial(self.row, "healed", keep, partial(self.kept, options))
         for size in MEGABYTES:
             yield f"size-{size}", partial(self.row, "rk-export", size, partial(self.sized, size))
@@ -107,17 +109,16 @@ class Sweep:
 
     def kept(self, options: CompressOptions) -> Row:
         """Compress in floats, and heal where the options ask for it."""
-        rewritten = rewrite_model(self.model, options)
+        rewritten = rewrite_model(self.model, options, run=Run(device=self.device))
         found = perplexities(torch_logits(rewritten.model.float()), self.model)
         return {"predicted_loss": rewritten.plan.predicted_loss, "perplexity": found}
 
     def sized(self, megabytes: float) -> Row:
         """Compress into a bundle of a size."""
-        options = CompressOptions(
-            budget=Budget("size", megabytes * 1e6), calibration=TEXT_METRIC, device=self.device
-        )
+        options = CompressOptions(budget=Budget("size", megabytes * 1e6), calibration=TEXT_METRIC)
         bundle = self.work / f"size-{megabytes}"
-        report = compress(self.off_grid(), bundle, options, threads=self.threads, force=True)
+        run = Run(device=self.device, threads=self.threads)
+        report = compress(self.off_grid(), bundle, options, run=run, force=True)
         return self.bundle(bundle) | {"timings": report.timings}
 
     def peer(self, name: str, options: tuple[str, ...]) -> Row:
@@ -142,7 +143,7 @@ class Sweep:
         return folder
 
 
-def kept_series(keep: float, device: str) -> dict[str, CompressOptions]:
+def kept_series(keep: float) -> dict[str, CompressOptions]:
     """Return the methods that are compared at one kept share of all linear parameters, in floats.
 
     `paper 1` is 2402.16319 (joint q/k and gate/up, the others alone, no metric), `SVD-LLM` 2403.07378 (whitening,
@@ -151,7 +152,7 @@ def kept_series(keep: float, device: str) -> dict[str, CompressOptions]:
     """
     joint = ("qk", "gate_up", "v", "o", "down")
     whitened = CalibrationOptions("self", tokens=TEXT_METRIC.tokens, gradients=False)
-    floats: dict[str, Any] = {"quant": None, "embedding_quant": None, "device": device, "rank_multiple": 1}
+    floats: dict[str, Any] = {"quant": None, "embedding_quant": None, "rank_multiple": 1}
     rule: dict[str, Any] = {"rank": RankRule("keep", keep), **floats}
     return {
         "paper 1": CompressOptions(groups=joint, calibration=CalibrationOptions("none"), **rule),

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.quantize import (
     QuantizedMatrix,
     dequantize,

@@ -32,7 +32,7 @@ INSIDE = {
     "measure/measure_sparse_export.py": 3,
     "papers/basel/comparison.py": 4,
     "papers/basel/main.py": 1,
-    "papers/cap/workshop.py": 12,
+    "papers/cap/workshop.py": 13,
     "papers/joint_rank/denoise.py": 2,
     "papers/joint_rank/figure4.py": 4,
     "papers/joint_rank/ladder.py": 11,

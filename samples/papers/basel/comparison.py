@@ -19,6 +19,8 @@ from rk_export import (
     CompressOptions,
     EvalText,
     RankRule,
+    Run,
+    TextFile,
     open_source,
     perplexity_of,
     rewrite_model,
@@ -99,7 +101,7 @@ class Comparison:
         """Truncate every matrix alone to the same share, under the second moment of the target's text or none."""
         calibration = CalibrationOptions("none")
         if target is not None:
-            corpus = str(self.training[target])
+            corpus = TextFile.of(self.training[target])
             calibration = CalibrationOptions("corpus", corpus=corpus, tokens=CALIBRATION, gradients=False)
         options = CompressOptions(
             groups=SINGLE,
@@ -108,9 +110,8 @@ class Comparison:
             quant=None,
             embedding_quant=None,
             calibration=calibration,
-            device=str(self.device),
         )
-        rewritten = rewrite_model(self.model, options)
+        rewritten = rewrite_model(self.model, options, run=Run(device=str(self.device)))
         pairs = [finding for finding in rewritten.findings if finding.outcome.value == "applied"]
         kept = sum(pair.bytes_after for pair in pairs if pair.bytes_before)
         kept /= sum(pair.bytes_before for pair in pairs)
@@ -120,7 +121,7 @@ class Comparison:
         """Select bases on the target's text; the model that is judged has the products in its matrices' places."""
         source, whitened = open_source(self.model), importance == WHITENED
         options = BaselOptions(
-            str(self.training[target]),
+            TextFile.of(self.training[target]),
             steps=self.steps,
             importance="magnitude" if whitened else importance,
             bases="whitened" if whitened else "plain",
@@ -128,7 +129,7 @@ class Comparison:
         )
         length = min(SEQUENCE, options.batch_tokens, int(source.config.max_position_embeddings))
         count = math.ceil(self.steps * options.batch_tokens / SEQUENCE)
-        tokens = target_tokens(options.target, source.folder, length, count)
+        tokens = target_tokens(self.training[target], source.folder, length, count)
         state = self.work / f"basel-{target}-{keep}-{importance}-{self.steps}-{self.rate}.pt"
         state.parent.mkdir(parents=True, exist_ok=True)
         rank = RankRule("keep", keep)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from measure.harness import Results
 from papers.cap.report import write
 from papers.cap.workshop import Workshop, wanted
 
-from rk_export import CalibrationOptions, CapOptions, open_source
+from rk_export import CalibrationOptions, CapOptions, TextFile, open_source
 
 PROTOCOL = ("iterations", "steps", "learning_rate", "window", "batch_tokens", "seed")
 
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def script(args: argparse.Namespace) -> None:
     """Measure and report."""
     corpus, text = args.calibration or wiki_text("calib"), harness.text_of(args)
-    options = replace(CapOptions(), steps=args.steps, batch_tokens=args.batch_tokens)
+    options = CapOptions(steps=args.steps, batch_tokens=args.batch_tokens)
     model = harness.model_of(args)
     workshop = Workshop(
         model,
         open_source(model),
-        CalibrationOptions("corpus", str(corpus), args.calibration_tokens),
+        CalibrationOptions("corpus", TextFile.of(corpus), args.calibration_tokens),
         options,
         text,
         torch.device(args.device),

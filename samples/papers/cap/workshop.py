@@ -20,6 +20,7 @@ from rk_export import (
     CompressOptions,
     EvalText,
     ModelSource,
+    Run,
     rewrite_model,
 )
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
@@ -27,11 +28,12 @@ from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
-from rk_export.methods.cap.choose import amount_of, most_probable, over_dense
+from rk_export.methods.cap.choose import most_probable
 from rk_export.methods.cap.mixture import Mixtures, mixture_selection, offered_mixtures, refitted_parts
 from rk_export.methods.cap.policy import Learned, first_probabilities, learn
-from rk_export.methods.cap.pools import PARAMETERS, Pools, Prices, linear_shapes, make_pools
+from rk_export.methods.cap.pools import Pools, make_pools
 from rk_export.methods.cap.scores import Score, all_scores, curvature_score, directions_only, energy_score
+from rk_export.methods.sparse_sites import PARAMETERS, Prices, amount_of, linear_shapes, over_dense
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 
@@ -187,9 +189,9 @@ class Workshop:
             embedding_quant=None,
             prepare=(),
             calibration=self.calibration,
-            device=str(self.device),
         )
-        rewritten, shapes, kept = rewrite_model(self.model, options), linear_shapes(self.source), 0
+        rewritten = rewrite_model(self.model, options, run=Run(device=str(self.device)))
+        shapes, kept = linear_shapes(self.source), 0
         for site in rewritten.plan.sites:
             rows, columns = shapes[site.layer, site.paths[0]]
             kept += rows * columns if site.form == "dense" else site.rank * (rows + columns)
