@@ -47,7 +47,7 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
         args: Its parsed arguments.
         words: The command line, which reports repeat.
     """
-    args.command_line = shlex.join(words)
+    args.command_line = shlex.join(map(_without_folders, words))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     quiet_libraries()
     try:
@@ -68,6 +68,12 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
         )
         print(f"rk-export: error: {problem}", file=sys.stderr)
         return problem.exit_code
+
+
+def _without_folders(word: str) -> str:
+    """Return a word of the command line with absolute paths by their names: reports travel with bundles."""
+    kind, colon, place = word.rpartition(":")
+    return f"{kind}{colon}{Path(place).name}" if place.startswith(("/", "~")) else word
 
 
 def quiet_libraries() -> None:
