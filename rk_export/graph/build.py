@@ -15,6 +15,7 @@ from rk_export.graph.modules.bound import bind_weights, lazy_tensor
 from rk_export.graph.swap import swap_outer, swap_projections
 from rk_export.passes.graph.base import run_graph_passes
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from rk_export.progress import stage
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten
 
@@ -48,9 +49,16 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
 
 def save_graph(model: ir.Model, folder: Path) -> None:
     """Write model.onnx and model.onnx.data; weights are converted one at a time."""
-    ir.save(
-        model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=INLINE_BELOW_BYTES
-    )
+    values = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    external = sum(value is not None and value.nbytes > INLINE_BELOW_BYTES for value in values)
+    with stage("writing tensors", external) as bar:
+        ir.save(
+            model,
+            folder / "model.onnx",
+            external_data="model.onnx.data",
+            size_threshold_bytes=INLINE_BELOW_BYTES,
+            callback=lambda *_: bar.advance(),
+        )
 
 
 def _bind(rewritten: Rewritten, module: frontend.OnnxModule, model: ir.Model, swapped: set[str]) -> None:

@@ -28,6 +28,8 @@ REGISTER = "optimum.commands.register"
 ORDER = (
     *(
         "errors",
+        "progress",
+        "atomic",
         "json_codec",
         "memory",
         "device",

@@ -14,7 +14,6 @@ from typing import Literal, cast
 import onnx_ir as ir
 import torch
 from mobius import ArchitectureConfig, build_from_module
-from mobius.components import Linear
 from onnxscript import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -139,11 +138,6 @@ def rename_weights(
 def float_type(dtype: Dtype) -> ir.DataType:
     """Return the graph's type of floats."""
     return _IR_DTYPE[dtype]
-
-
-def linear_class() -> type[nn.Module]:
-    """Return the class of the module tree's linears: ``weight`` (out, in), ``bias`` (out) or None."""
-    return cast("type[nn.Module]", Linear)
 
 
 def _check_dtype(ep: str, dtype: str) -> None:
