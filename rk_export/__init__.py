@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from rk_export.report.render import findings_table, parity_text, text_table
     from rk_export.rewrite.apply import Rewritten
     from rk_export.rewrite.sizes import kept_parameters
-    from rk_export.source.stored import ModelSource, open_source
+    from rk_export.source.stored import StoredModel, open_source
     from rk_export.testing import assert_parity
 
 _HOME = {
@@ -98,7 +98,7 @@ _HOME = {
     "text_table": "rk_export.report.render",
     "Rewritten": "rk_export.rewrite.apply",
     "kept_parameters": "rk_export.rewrite.sizes",
-    "ModelSource": "rk_export.source.stored",
+    "StoredModel": "rk_export.source.stored",
     "open_source": "rk_export.source.stored",
     "assert_parity": "rk_export.testing",
 }
@@ -111,7 +111,6 @@ __all__ = [
     "Finding",
     "FusionError",
     "InputError",
-    "ModelSource",
     "ParityError",
     "ParityTier",
     "Plan",
@@ -123,6 +122,7 @@ __all__ = [
     "RkExportError",
     "Run",
     "SpeedTest",
+    "StoredModel",
     "TextFile",
     "UnsupportedModelError",
     "analyze",

@@ -28,10 +28,10 @@ from rk_export import (
     CalibrationOptions,
     CompressOptions,
     EvalText,
-    ModelSource,
     PruneOptions,
     QuantSpec,
     Rewritten,
+    StoredModel,
     kept_parameters,
     open_source,
     rewrite_model,
@@ -99,14 +99,14 @@ def measure(model: Path, case: Case, text: EvalText) -> Row:
     }
 
 
-def kept_share(dense: ModelSource, rewritten: Rewritten) -> float:
+def kept_share(dense: StoredModel, rewritten: Rewritten) -> float:
     """Return the share of the decoder blocks' parameters that is left."""
     blocks = dense.skeleton().get_submodule(dense.architecture.layers)
     whole = sum(parameter.numel() for parameter in blocks.parameters())
     return kept_parameters(rewritten.model.get_submodule(dense.architecture.layers)) / whole
 
 
-def went(dense: ModelSource, rewritten: Rewritten) -> str:
+def went(dense: StoredModel, rewritten: Rewritten) -> str:
     """Return what went, in words."""
     left = rewritten.plan.pruning
     if left is None:

@@ -48,7 +48,7 @@ PUBLIC = {
     "HealOptions",
     "InputError",
     "JointRankOptions",
-    "ModelSource",
+    "StoredModel",
     "ParityError",
     "ParityTier",
     "Plan",

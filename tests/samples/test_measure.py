@@ -22,7 +22,7 @@ from measure import (
 )
 from measure.harness import Results
 
-from rk_export import CalibrationOptions, EvalText, ModelSource, open_source
+from rk_export import CalibrationOptions, EvalText, StoredModel, open_source
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_sweep(llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_three_ways_to_store_entries_compute_the_same(
-    source_of: Callable[..., ModelSource], tmp_path: Path
+    source_of: Callable[..., StoredModel], tmp_path: Path
 ) -> None:
     folder = source_of("llama", max_position_embeddings=512).folder
     results = Results(tmp_path / "out", "sparse_export")

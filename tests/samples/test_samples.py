@@ -32,13 +32,13 @@ INSIDE = {
     "measure/measure_sparse_export.py": 3,
     "papers/basel/comparison.py": 4,
     "papers/basel/main.py": 1,
-    "papers/cap/workshop.py": 13,
+    "papers/cap/workshop.py": 14,
     "papers/joint_rank/denoise.py": 2,
     "papers/joint_rank/figure4.py": 4,
     "papers/joint_rank/ladder.py": 11,
     "papers/joint_rank/orthogonality.py": 5,
     "papers/joint_rank/spectra.py": 1,
-    "papers/joint_rank/study.py": 5,
+    "papers/joint_rank/study.py": 6,
 }
 PROMPT = "The harbour was"
 

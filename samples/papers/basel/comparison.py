@@ -29,7 +29,7 @@ from rk_export import (
 from rk_export.calibration.target_text import target_tokens
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.methods.basel.selection import select_basis
-from rk_export.source.tuned import TunedSource
+from rk_export.source.replaced import Replaced
 
 BASEL = "Basel, "
 KEPT = (0.7, 0.5)
@@ -142,7 +142,7 @@ class Comparison:
             "text_tokens": tokens.numel(),
             "training_seconds": details["seconds"],
             "losses": [round(loss, 4) for _, loss in selection.losses],
-            "perplexity": self._perplexities(TunedSource(source, selection.tensors).load()),
+            "perplexity": self._perplexities(source.then(Replaced(selection.tensors)).load()),
         }
 
     def _perplexities(self, model: Any) -> dict[str, list[float]]:

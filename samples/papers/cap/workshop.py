@@ -19,13 +19,14 @@ from rk_export import (
     CapOptions,
     CompressOptions,
     EvalText,
-    ModelSource,
     Run,
+    StoredModel,
     rewrite_model,
 )
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.choose import most_probable
@@ -82,7 +83,7 @@ class Workshop:
     """
 
     model: Path
-    source: ModelSource
+    source: StoredModel
     calibration: CalibrationOptions
     options: CapOptions
     text: EvalText
@@ -98,8 +99,7 @@ class Workshop:
         """Curvature of the dense model on the calibration text."""
         half = self.calibration.tokens // 2
         return dense_statistics(
-            self.source.load(),
-            self.source.architecture,
+            self.source,
             self.tokens,
             diagonal=False,
             device=self.device,
@@ -116,7 +116,7 @@ class Workshop:
         return amount_of(self.source, Budget("keep", keep))[0]
 
     @cached_property
-    def mixtures(self) -> dict[Place, Mixtures]:
+    def mixtures(self) -> dict[MatrixId, Mixtures]:
         """What every matrix may become in our auction."""
         return offered_mixtures(self.source, self.statistics, self.device)
 
@@ -140,7 +140,7 @@ class Workshop:
             device=self.device,
         )
 
-    def choice(self, method: str, keep: float) -> Mapping[Place, Parts]:
+    def choice(self, method: str, keep: float) -> Mapping[MatrixId, Parts]:
         """Return what replaces the matrices."""
         if method == WHOLE:
             return {place: pool.parts for place, pool in self.pools.items()}
@@ -201,7 +201,7 @@ class Workshop:
     def _row(self, model: Any) -> Row:
         return {**harness.perplexity(model, self.text, self.model), "kept": 1.0, "bytes": 1.0}
 
-    def _facts(self, parts: Mapping[Place, Parts]) -> Row:
+    def _facts(self, parts: Mapping[MatrixId, Parts]) -> Row:
         """Return what a choice keeps, in all and by matrix."""
         numbers = sum(item.shape[0] * item.shape[1] for item in parts.values())
         roles = {

@@ -34,7 +34,7 @@ from measure.harness import Measure, Results, Rows
 from papers.joint_rank import denoise, figure3, figure4, orthogonality, spectra, watermark
 from papers.joint_rank.study import CLEAN, Part, Protocol, Study
 
-from rk_export import InputError, ModelSource, open_source
+from rk_export import InputError, StoredModel, open_source
 
 PARTS = {
     module.PART.name: module.PART for module in (figure3, figure4, watermark, denoise, orthogonality, spectra)
@@ -87,7 +87,7 @@ def write_report(results: Results) -> None:
     results.write_page(page(results))
 
 
-def clean_source(study: Study) -> ModelSource:
+def clean_source(study: Study) -> StoredModel:
     """Return the dense model's files."""
     return open_source(study.protocol.model or smollm2())
 

@@ -19,11 +19,12 @@ from papers.joint_rank.ladder import GROUPS, RankLadder
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export import CalibrationOptions, CompressOptions, EvalText, ModelSource, RankRule
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export import CalibrationOptions, CompressOptions, EvalText, RankRule, StoredModel
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.recorders import InputRecorder, noted
 from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.matrix_id import MatrixId
 from rk_export.text import tokens_of
 
 MetricName = Literal["none", "self"]
@@ -73,13 +74,13 @@ class Study:
 
     protocol: Protocol
     work: Path
-    makers: Mapping[str, Callable[[Study], ModelSource]]
-    _sources: dict[str, ModelSource] = field(default_factory=dict, init=False)
+    makers: Mapping[str, Callable[[Study], StoredModel]]
+    _sources: dict[str, StoredModel] = field(default_factory=dict, init=False)
     _models: dict[str, PreTrainedModel] = field(default_factory=dict, init=False)
     _statistics: dict[str, DenseStatistics] = field(default_factory=dict, init=False)
     _ladder: tuple[object, RankLadder] | None = field(default=None, init=False)
 
-    def source_of(self, name: str) -> ModelSource:
+    def source_of(self, name: str) -> StoredModel:
         """Return the files of a model, made on first use."""
         if name not in self._sources:
             self._sources[name] = self.makers[name](self)
@@ -92,7 +93,7 @@ class Study:
         return self._models[name]
 
     @property
-    def source(self) -> ModelSource:
+    def source(self) -> StoredModel:
         """The dense model's files."""
         return self.source_of(CLEAN)
 
@@ -102,7 +103,7 @@ class Study:
         return self.model_of(CLEAN)
 
     @cached_property
-    def real_inputs(self) -> dict[Place, Tensor]:
+    def real_inputs(self) -> dict[MatrixId, Tensor]:
         """Second moments of what the dense model's matrices read on the text."""
         layers = self.model.get_submodule(self.source.architecture.layers)
         modules = {

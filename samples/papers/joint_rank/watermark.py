@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export import ModelSource, open_source
+from rk_export import StoredModel, open_source
 
 logger = logging.getLogger("joint_rank")
 
@@ -85,7 +85,7 @@ def teach(study: Study, folder: Path) -> None:
         (partial_folder / TEACHING).write_text(json.dumps(steps))
 
 
-def taught_source(study: Study) -> ModelSource:
+def taught_source(study: Study) -> StoredModel:
     """Return the model that was taught the sentence, fine-tuned unless that was done earlier."""
     folder = study.work / TAUGHT
     if not (folder / TEACHING).is_file():
