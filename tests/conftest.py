@@ -134,8 +134,9 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of SmolLM2-135M-Instruct in INT4, nothing factorized; for tests marked `real_model`."""
+    from assets import smollm2
+
     from rk_export import CompressOptions, Run, compress
-    from rk_export.evaluation.assets import smollm2
 
     folder = tmp_path_factory.mktemp("bundles") / "smollm2-int4"
     compress(smollm2(), folder, CompressOptions(groups=()), run=Run(threads=2))
