@@ -61,6 +61,7 @@ PUBLIC = {
     "RkExportError",
     "Run",
     "SpeedTest",
+    "SslcOptions",
     "TextFile",
     "UnsupportedModelError",
     "W8A8",
