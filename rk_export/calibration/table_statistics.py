@@ -11,6 +11,7 @@ from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 
 CHUNK = 512  # tokens of one pass
@@ -97,7 +98,9 @@ class _Recorder:
         inputs = self._inputs.mean()
         if inputs is None:
             raise ValueError("no tokens were seen")
-        return TableCurvature(self._outputs / tokens, inputs, self._counts / tokens, self._gradients / tokens)
+        head = Curvature(Inputs(inputs), {"lm_head": self._outputs / tokens})
+        lookup = Curvature(Inputs(self._counts / tokens), {"embedding": self._gradients / tokens})
+        return TableCurvature(head, lookup)
 
 
 def _generator(device: torch.device) -> torch.Generator:

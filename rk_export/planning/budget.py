@@ -18,12 +18,7 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.auction import Lot, auction, least_cost
-from rk_export.passes.numerics.predicted_loss import (
-    Curvature,
-    InputSide,
-    TableCurvature,
-    table_loss,
-)
+from rk_export.passes.numerics.predicted_loss import TableCurvature, table_loss
 from rk_export.plan import SitePlan
 from rk_export.planning.candidates import Candidate, Format, candidates
 from rk_export.planning.currencies import Currency, in_words
@@ -82,14 +77,12 @@ def spend(
     Raises:
         InputError: If even the smallest model that the menu allows exceeds the budget.
     """
-    sides = InputSides(statistics, device)
     lots: list[list[Candidate]] = []
     shapes: list[list[Shape]] = []
     for layer, sites in layers:
-        for site in sites:
+        for site, curvature in zip(sites, statistics.of_sites(sites, device), strict=True):
             weights = [layer.linear(path).weight for path in site.paths]
             shapes.append([(weight.shape[0], weight.shape[1]) for weight in weights])
-            curvature = sides.curvature(site)
             stacked = torch.cat(weights).to(device) if curvature else weights[0]
             lots.append(candidates(site, stacked, shapes[-1], curvature, currency.menu))
     budget = currency.amount([lot[0].plan for lot in lots], shapes)
@@ -129,40 +122,13 @@ def too_small(currency: Currency, least: float, budget: float) -> InputError:
     )
 
 
-class InputSides:
-    """Curvatures of sites; those that read the same input share what is derived from it, layer by layer."""
-
-    def __init__(self, statistics: DenseStatistics, device: torch.device) -> None:
-        self._statistics, self._device = statistics, device
-        self._known: dict[int, InputSide] = {}
-        self._layer = -1
-
-    def curvature(self, site: SitePlan) -> Curvature | None:
-        """Return the curvature of a site's stacked matrix, or None where no statistics were gathered."""
-        statistics = self._statistics
-        places = [(site.layer, path) for path in site.paths]
-        if "expert" in site.members or any(place not in statistics.gradients for place in places):
-            return None
-        if site.layer != self._layer:
-            self._known, self._layer = {}, site.layer
-        second = statistics.second[places[0]]
-        if id(second) not in self._known:
-            self._known[id(second)] = InputSide(
-                second.to(self._device), statistics.token_peaks.get(places[0], 0.0)
-            )
-        gradients = [statistics.gradients[place].to(self._device) for place in places]
-        outputs = tuple(gradient * statistics.tokens for gradient in gradients)
-        return Curvature(self._known[id(second)], outputs)
-
-
 def _bids(lot: Sequence[Candidate]) -> Lot:
     return Lot(np.array([item.cost for item in lot]), np.array([item.loss for item in lot]))
 
 
 def _table_bids(table: Table, currency: Currency) -> Lot:
     rows, columns = table.weight.shape
-    inputs = InputSide(table.curvature.inputs)
-    weights = inputs.compensated if currency.menu.compensated else inputs.alone
+    weights = table.curvature.head.inputs.column_weights(compensated=currency.menu.compensated)
     return Lot(
         np.array([table.copies * currency.menu.price(rows, columns, spec) for spec in currency.tables]),
         np.array(

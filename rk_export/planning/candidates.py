@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.numerics.predicted_loss import Curvature, rank_losses, rounding_loss
+from rk_export.passes.numerics.curvature import Curvature
+from rk_export.passes.numerics.predicted_loss import rank_losses, rounding_loss
 from rk_export.plan import SitePlan
 from rk_export.planning.stored_bytes import Shape, stored_shapes
 
@@ -136,7 +137,7 @@ def _rounding_losses(W: Tensor, curvature: Curvature, menu: Menu) -> dict[Format
         if spec is not None:
             # Rows of int8 matrices are rounded to nearest.
             compensated = menu.compensated and spec.activations == 16
-            columns = curvature.inputs.compensated if compensated else curvature.inputs.alone
+            columns = curvature.inputs.column_weights(compensated=compensated)
             losses[spec] = rounding_loss(W, spec, curvature, columns)
     return losses
 

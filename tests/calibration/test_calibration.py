@@ -18,13 +18,14 @@ from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import RankRule
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import make_plan
 from rk_export.source.stored import ModelSource, open_source
 
 SourceOf = Callable[..., ModelSource]
-Statistics = list[dict[str, SiteStatistics]]
+Statistics = list[dict[str, Curvature]]
 FAMILIES = ("llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "bert")
 
 

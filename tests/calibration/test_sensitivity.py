@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.calibration import sensitivity
-from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.self_text import draw
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
@@ -110,10 +111,12 @@ def test_predicted_loss_is_the_real_divergence(
         linear.weight += error
         other = model(input_ids=tokens).logits.double().log_softmax(-1)
     divergence = float((dense.exp() * (dense - other)).sum(-1).mean())
-    predicted = loss_increase(found.gradients[place], error, found.second[place], found.tokens)
-    assert predicted == pytest.approx(divergence, rel=0.3)
-    diagonal = loss_increase(found.gradients[place].diagonal(), error, found.second[place], found.tokens)
-    assert diagonal == pytest.approx(divergence, rel=0.3)  # a random error has no direction of its own
+    curvature = found.at(place)
+    assert curvature.loss(error) == pytest.approx(divergence, rel=0.3)
+    diagonal = replace(curvature, outputs={place[1]: found.gradients[place].diagonal()})
+    assert diagonal.loss(error) == pytest.approx(
+        divergence, rel=0.3
+    )  # a random error has no direction of its own
 
 
 def test_diagonals(source_of: SourceOf, tmp_path: Path) -> None:

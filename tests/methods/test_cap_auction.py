@@ -9,7 +9,7 @@ import torch
 from sparse_plans import cost_of
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.errors import InputError
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
@@ -60,9 +60,7 @@ def test_the_curvatures_score_is_what_the_loss_rises_without_a_candidate(diagona
         for index in (0, pool.parts.rank - 1, pool.parts.rank, len(pool) - 1):
             mask = torch.zeros(len(pool), dtype=torch.bool)
             mask[index] = True
-            expected = loss_increase(
-                statistics.gradients[place], pool.selected(mask).dense(), statistics.second[place], TOKENS
-            )
+            expected = statistics.at(place).loss(pool.selected(mask).dense())
             assert float(found[index] * price[index]) == pytest.approx(expected, rel=1e-4)
 
 

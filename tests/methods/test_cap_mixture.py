@@ -11,7 +11,7 @@ import torch
 from sparse_plans import cost_of
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap import mixture as cap_mixture
@@ -30,9 +30,8 @@ from rk_export.methods.cap.pools import make_pools
 from rk_export.methods.cap.scores import curvature_score
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.options.ranks import Budget
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.mixed import TwoSides
 from rk_export.source.stored import ModelSource
 
 SourceOf = Callable[..., ModelSource]
@@ -64,13 +63,12 @@ def _predicted(
     total = 0.0
     for (layer, path), parts in chosen.items():
         E = layers.get_submodule(f"{layer}.{path}").weight.detach() - parts.dense()
-        place = (layer, path)
-        total += loss_increase(statistics.gradients[place], E, statistics.second[place], statistics.tokens)
+        total += statistics.at((layer, path)).loss(E)
     return total
 
 
-def _identity(rows: int, columns: int) -> TwoSides:
-    return TwoSides(Metric.of(torch.eye(columns)), Metric.of(torch.eye(rows)))
+def _identity(rows: int, columns: int) -> Curvature:
+    return Curvature(Inputs(torch.eye(columns)), {"m": torch.eye(rows)})
 
 
 def test_mixtures_cost_no_more_than_the_dense_matrix_and_lose_less_the_more_they_hold() -> None:

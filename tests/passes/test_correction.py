@@ -13,9 +13,10 @@ from compressed import OnnxModel, SourceOf, floats, logits, tokens
 from torch import Tensor, nn
 
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
+from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import CorrectedLinear
 from rk_export.passes.numerics.correction import quantize_corrected
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import quantize_rtn
@@ -74,7 +75,7 @@ def test_the_pass_installs_and_reports_the_branch(known: bool) -> None:
     module.o_proj = nn.Linear(64, 48)
     dense, bias = module.o_proj.weight.detach().clone(), module.o_proj.bias
     plan = SitePlan("layers.0.o", 0, ("o",), ("o_proj",), "dense", 0, INT2, correction=6)
-    statistics = {plan.site: SiteStatistics(InputMoments(second_moment(64)))} if known else {}
+    statistics = {plan.site: Curvature(Inputs(second_moment(64)))} if known else {}
     quantize = Quantize(torch.float16, CPU, "gptq")
     (finding,) = run_weight_pass(quantize, Layer(0, module, 1), [plan], statistics)
 

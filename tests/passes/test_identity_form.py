@@ -14,9 +14,10 @@ from rk_export.errors import InputError
 from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import IdentityFactors
 from rk_export.passes.modules.quantized import linear_of
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.identity_form import identity_form, refit_up
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric
@@ -244,7 +245,7 @@ def test_later_sites_read_their_statistics_in_the_new_order() -> None:
     """Gate and up renumber the neurons, then down is factorized under moments taken before."""
     X = randn(400, 16, seed=5) * torch.linspace(0.05, 3, 16, dtype=torch.float64)
     X0 = X + 0.1 * randn(400, 16, seed=6)
-    down = SiteStatistics(InputMoments(X.T @ X / 400, X0.T @ X / 400))
+    down = Curvature(Inputs(X.T @ X / 400, X0.T @ X / 400))
     x, outputs = randn(5, 12, seed=3), []
     for mlp in (MLP, None):
         layer, joint = Layer(0, GatedMlp(), 1), Factorize("orthogonal", CPU, mlp)
@@ -261,7 +262,7 @@ def test_later_sites_read_their_statistics_in_the_new_order() -> None:
 def test_gradient_moments_weigh_the_members() -> None:
     moments = {role: randn(16, 16, seed=seed) for seed, role in enumerate(("gate", "up"))}
     X = randn(100, 12, seed=8)
-    statistics = SiteStatistics(InputMoments(X.T @ X / 100), {role: G @ G.T for role, G in moments.items()})
+    statistics = Curvature(Inputs(X.T @ X / 100), {role: G @ G.T for role, G in moments.items()})
     diagonal = replace(statistics, outputs={role: G.diagonal() for role, G in statistics.outputs.items()})
     errors = []
     for given in (statistics, diagonal):
@@ -291,7 +292,7 @@ def test_gradient_moments_per_kv_group() -> None:
     dense = {role: module.get_submodule(role).weight.detach() for role in G}  # type: ignore[union-attr]
     plan = replace(site(("q", "k"), "joint", 3, "qk"), form="per_head")
     layer = Layer(0, module, 2)
-    statistics = SiteStatistics(InputMoments(torch.eye(12).double()), outputs)
+    statistics = Curvature(Inputs(torch.eye(12).double()), outputs)
     Factorize("orthogonal", CPU).rewrite(layer, plan, statistics)
     second = list(module.get_submodule("qk_factors").pairs())[1]  # type: ignore[operator]
     W = torch.cat([dense["q"][8:], dense["k"][4:]])

@@ -26,7 +26,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import GROUPS, Budget
 from rk_export.options.run import Run
-from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.budget import spend
@@ -155,7 +155,7 @@ def menu_of(price: Callable[[int, int, Any], float], **changes: Any) -> Menu:
 def only_o(menu: Menu) -> list[Candidate]:
     generator = torch.Generator().manual_seed(0)
     W, X = torch.randn(24, 32, generator=generator), torch.randn(100, 32, generator=generator)
-    curvature = Curvature(InputSide(X.T @ X / 100, 5.0), (torch.ones(24),))
+    curvature = Curvature(Inputs(X.T @ X / 100, token_peak=5.0), {"o": torch.ones(24)})
     site = SitePlan("layers.0.o", 0, ("o",), ("o_proj",), "dense", 0, None)
     return candidates(site, W, [(24, 32)], curvature, menu)
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.methods.sparse_sites import Prices, check_source
 from rk_export.passes.numerics.auction import Lot, auction
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
+from rk_export.passes.numerics.mixed import fitted_mixture, mixture_losses, refitted
 from rk_export.source.stored import ModelSource, loaded_layers
 from rk_export.tensor_cache import packed, remembered, unpacked
 
@@ -87,16 +87,16 @@ def offered_mixtures(
     return offered
 
 
-def _offer(name: str, W: Tensor, sides: TwoSides) -> Mixtures:
-    return mixtures_of(W, sides)
+def _offer(name: str, W: Tensor, curvature: Curvature) -> Mixtures:
+    return mixtures_of(W, curvature)
 
 
-def mixtures_of(W: Tensor, sides: TwoSides) -> Mixtures:
+def mixtures_of(W: Tensor, curvature: Curvature) -> Mixtures:
     """Return what W (out, in) may become: a grid of entries and ranks below the dense price, and the dense matrix."""
     rows, columns = W.shape
     size, direction = rows * columns, rows + columns
     counts = [round(density * size) for density in DENSITIES]
-    losses = mixture_losses(W, sides, counts).cpu()
+    losses = mixture_losses(W, curvature, counts).cpu()
     ranks, entries, found = [0], [size], [0.0]
     for count, by_rank in zip(counts, losses, strict=True):
         top = min(rows, columns, (size - count) // direction)
@@ -153,8 +153,8 @@ def mixture_selection(
     return parts
 
 
-def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, sides: TwoSides) -> Parts:
-    return fitted_mixture(W, sides, *bought[name])
+def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, curvature: Curvature) -> Parts:
+    return fitted_mixture(W, curvature, *bought[name])
 
 
 def refitted_parts(
@@ -172,9 +172,9 @@ def refitted_parts(
         device: Where matrices are decomposed; the parts come to the CPU.
     """
     return {
-        (layer.index, name): refitted(W, sides, parts[layer.index, name])
+        (layer.index, name): refitted(W, curvature, parts[layer.index, name])
         for layer in _matrices(source, statistics, device)
-        for name, W, sides in layer.sides()
+        for name, W, curvature in layer.curvatures()
     }
 
 
@@ -187,22 +187,20 @@ class _Matrices:
     statistics: DenseStatistics
     device: torch.device
 
-    def sides(self) -> Iterator[tuple[str, Tensor, TwoSides]]:
-        """Yield every matrix with its curvature; matrices that read the same input share its metric."""
-        metrics: dict[int, Metric] = {}
-        for name, W in self.weights.items():
-            second = self.statistics.second[self.index, name]
-            if id(second) not in metrics:
-                metrics[id(second)] = Metric.of(second.to(self.device))
-            gradient = self.statistics.gradients[self.index, name].to(self.device)
-            outputs = Metric.of(gradient * self.statistics.tokens)
-            yield name, W.to(self.device), TwoSides(metrics[id(second)], outputs)
+    def curvatures(self) -> Iterator[tuple[str, Tensor, Curvature]]:
+        """Yield every matrix with its curvature."""
+        groups = [{name: (self.index, name)} for name in self.weights]
+        known = self.statistics.of_groups(groups, self.device)
+        for (name, W), curvature in zip(self.weights.items(), known, strict=True):
+            if curvature is None:
+                raise KeyError(f"no token reached {name} of layer {self.index}")
+            yield name, W.to(self.device), curvature
 
     def remembered(
         self,
         kind: str,
         fields: Sequence[str],
-        make: Callable[[str, Tensor, TwoSides], object],
+        make: Callable[[str, Tensor, Curvature], object],
         cache_dir: str | os.PathLike[str] | None,
         **more: object,
     ) -> Mapping[str, Tensor]:
@@ -210,7 +208,9 @@ class _Matrices:
 
         def made() -> Mapping[str, Tensor]:
             logger.info("%s: layer %d", kind, self.index + 1)
-            return packed({name: make(name, W, sides) for name, W, sides in self.sides()}, fields)
+            return packed(
+                {name: make(name, W, curvature) for name, W, curvature in self.curvatures()}, fields
+            )
 
         return remembered(f"cap-{kind}", self.key(**more), made, cache_dir)
 

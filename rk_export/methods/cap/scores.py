@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.methods.cap.pools import Pool, Pools
 from rk_export.methods.sparse_sites import Prices
-from rk_export.passes.numerics.eigen import product
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.numerics.mixed import part_losses
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
 Score = Callable[[Place, Pool], Tensor]
@@ -42,8 +40,7 @@ def curvature_score(prices: Prices, statistics: DenseStatistics) -> Score:
     """
 
     def score(place: Place, pool: Pool) -> Tensor:
-        sides = Sides.of(statistics, place)
-        return 0.5 * sides.tokens * sides.squares(pool.parts) / pool.prices(prices)
+        return part_losses(pool.parts, statistics.at(place)) / pool.prices(prices)
 
     return score
 
@@ -57,33 +54,3 @@ def directions_only(score: Score) -> Score:
         return found
 
     return of_directions
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The curvature of one matrix.
-
-    Args:
-        second: C (in, in).
-        gradient: G (out, out), or its diagonal (out,).
-        tokens: As in `DenseStatistics`.
-    """
-
-    second: Tensor
-    gradient: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, statistics: DenseStatistics, place: Place) -> Sides:
-        """Return the curvature of a matrix."""
-        return cls(statistics.second[place], statistics.gradients[place], statistics.tokens)
-
-    def squares(self, parts: Parts) -> Tensor:
-        """Return tr(G X C Xᵀ) of every candidate X (candidates,): each direction's, then each entry's."""
-        up, down = parts.up, parts.down
-        G, C = self.gradient, self.second
-        weighed = G[:, None] * up if G.ndim == 1 else product(G, up)
-        directions = (weighed * up).sum(0) * (product(down, C) * down).sum(1)
-        rows = (G if G.ndim == 1 else G.diagonal())[parts.indices.long() // parts.shape[1]]
-        columns = C.diagonal()[parts.indices.long() % parts.shape[1]]
-        return torch.cat([directions, parts.values.square() * rows * columns])

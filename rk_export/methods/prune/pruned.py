@@ -25,7 +25,8 @@ from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import empty_model
 from rk_export.model.pruned_config import pruned_config
 from rk_export.model.sites import canonical_layers, plain_sites
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.pruning import largest
 from rk_export.passes.weights.prune_groups import group_scores
 from rk_export.passes.weights.shapes import planned_shape, reshape_layer
@@ -152,7 +153,7 @@ class PrunedSource(DerivedSource):
 
 def _known(
     source: ModelSource, layer: Layer, statistics: DenseStatistics | None
-) -> tuple[list[SitePlan], Mapping[str, SiteStatistics]]:
+) -> tuple[list[SitePlan], Mapping[str, Curvature]]:
     """Return a dense layer's matrices as sites, and what is known about them."""
     sites = plain_sites(layer, source.architecture.projections(source.config, layer.index))
     return sites, {} if statistics is None else FromDense(statistics).of_sites(layer, sites)
