@@ -141,19 +141,7 @@ class Curvature:
         return " and ".join(part for part, known in parts.items() if known)
 
     def loss(self, E: Tensor) -> float:
-        """Predict, to second order, by how much an error E (out, in) of W raises the mean loss, in nats per token."""
-        left = E @ self.inputs.second.to(E.dtype)
-        total, first = 0.0, 0
-        for moment in self.outputs.values():
-            rows = slice(first, first + len(moment))
-            error = left[rows] @ E[rows].T
-            weighed = moment * error.diagonal() if moment.ndim == 1 else moment * error
-            total += float(weighed.sum())
-            first = rows.stop
-        return 0.5 * self.scale * total
-
-    def damped_loss(self, E: Tensor) -> float:
-        """Return `loss` under the damped metrics, which is what `joint_factors` makes least."""
+        """Return the predicted loss of an error E (out, in) under the damped metrics, in nats per token."""
         weighted = self.inputs.metric.columns(E)
         if self.output_metric is not None:
             weighted = self.output_metric.rows(weighted)

@@ -107,9 +107,7 @@ class _Fit:
 def _beside(W: Tensor, curvature: Curvature, rank: int, sparse: Tensor, mask: Tensor) -> _Fit:
     left = W - sparse
     factors = factors_under(left, rank, curvature, gauge="balanced")
-    return _Fit(
-        factors.up, factors.down, sparse, mask, curvature.damped_loss(left - factors.up @ factors.down)
-    )
+    return _Fit(factors.up, factors.down, sparse, mask, curvature.loss(left - factors.up @ factors.down))
 
 
 def refitted(W: Tensor, curvature: Curvature, parts: Parts) -> Parts:

@@ -29,8 +29,7 @@ class DenseStatistics:
         peaks: Largest magnitude of each feature that the matrix reads, float32 (in,); shared likewise.
         token_peaks: Mean over tokens of the square of a token's largest magnitude, which sets the step of int8 inputs.
         gradients: Sum over tokens of g gᵀ, g the gradient of the mean loss by the matrix' output, float32
-            (out, out), or its diagonal (out,). The scale of `Curvature` is `tokens`.
-            Empty where nothing ran back.
+            (out, out), or its diagonal (out,); times `tokens` it is the G of `Curvature`. Empty where nothing ran back.
         tokens: Predicted tokens that the loss is the mean of.
     """
 

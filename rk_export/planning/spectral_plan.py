@@ -20,6 +20,7 @@ from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.joint_svd import singular_values, whitened_singular_values
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
+from rk_export.progress import track
 from rk_export.source.stored import ModelSource, loaded_layers
 
 
@@ -56,7 +57,7 @@ def _sites(
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
-    for layer in loaded_layers(source):
+    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
         sites = dense_sites(layer, source.architecture.projections(source.config, layer.index), options)
         known = [None] * len(sites) if statistics is None else statistics.of_sites(sites, device)
         for site, curvature in zip(sites, known, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from second_order import loss_increase
 from sparse_plans import cost_of
 from torch import Tensor
 
@@ -63,7 +64,8 @@ def _predicted(
     total = 0.0
     for (layer, path), parts in chosen.items():
         E = layers.get_submodule(f"{layer}.{path}").weight.detach() - parts.dense()
-        total += statistics.at((layer, path)).loss(E)
+        place = (layer, path)
+        total += loss_increase(statistics.gradients[place], E, statistics.second[place], statistics.tokens)
     return total
 
 
