@@ -2,7 +2,7 @@
 
 With C the second moment of a matrix's inputs and G that of the loss' gradients by its outputs, replacing W by
 W + E raises the mean loss by about tr(G E C Eᵀ) / 2: the Kronecker-factored Fisher information (1503.05671).
-In this one currency a singular direction here is comparable with a bit there, which is what a budget needs.
+In this one unit a singular direction here is comparable with a bit there, which is what a budget needs.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from rk_export.model.sites import canonical_layers
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.compress import CompressOptions
 from rk_export.planning import planner
+from rk_export.planning.budget_units import TIMED_FORMATS
 from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
-from rk_export.planning.currencies import TIMED_FORMATS
 from rk_export.rewrite.apply import rewrite
 from rk_export.runtime import bench
 from rk_export.source.stored import ModelSource
@@ -49,7 +49,7 @@ def model_costs(dense: ModelSource, source: ModelSource, phase: Phase, threads: 
             threads=threads or cpu_count() or 1,
         ).rows[0]
     speed = result.prefill_median if phase == "prefill" else result.decode_median
-    products = sum(table.price(rows, columns, None) for rows, columns in shapes)
+    products = sum(table.milliseconds(rows, columns, None) for rows, columns in shapes)
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 

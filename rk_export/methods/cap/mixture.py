@@ -1,9 +1,9 @@
-"""Our own choice of rank and sparsity: one auction over mixtures that are fitted anew, not over CAP's candidates.
+"""Our own choice of rank and sparsity: one allocation over mixtures that are fitted anew, not over CAP's candidates.
 
 CAP (2505.03801) splits a matrix once and then leaves parts of the split out, which no longer fit what remains.
 Here every matrix offers mixtures, a number of entries with a rank, each priced, and with the loss that the
 curvature predicts for the best low-rank part beside those entries; one budget is spent over all of them, and the
-mixtures that were bought are fitted.
+mixtures that were chosen are fitted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.methods.sparse_sites import Prices, check_source
-from rk_export.passes.numerics.auction import Lot, auction
+from rk_export.passes.numerics.allocation import SiteChoices, allocate
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import fitted_mixture, mixture_losses, refitted
@@ -55,11 +55,11 @@ class Mixtures:
     entries: Tensor
     losses: Tensor
 
-    def lot(self, prices: Prices) -> Lot:
+    def choices(self, prices: Prices) -> SiteChoices:
         """Return the mixtures with their prices."""
         pairs = zip(self.ranks.tolist(), self.entries.tolist(), strict=True)
         costs = [prices.total(self.shape, rank, entries) for rank, entries in pairs]
-        return Lot(np.array(costs), self.losses.numpy().astype(np.float64))
+        return SiteChoices(np.array(costs), self.losses.numpy().astype(np.float64))
 
 
 def offered_mixtures(
@@ -117,7 +117,7 @@ def mixtures_of(W: Tensor, curvature: Curvature) -> Mixtures:
 
 def cheapest(offered: Mapping[Place, Mixtures], prices: Prices) -> float:
     """Return what the cheapest mixture costs that keeps anything."""
-    costs = (mixtures.lot(prices).costs for mixtures in offered.values())
+    costs = (mixtures.choices(prices).costs for mixtures in offered.values())
     return min(float(cost[cost > 0].min()) for cost in costs)
 
 
@@ -130,7 +130,7 @@ def mixture_selection(
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[Place, Parts]:
-    """Spend a budget over the mixtures of all matrices, and fit those that were bought, layer by layer.
+    """Spend a budget over the mixtures of all matrices, and fit the chosen ones, layer by layer.
 
     Args:
         source: The dense model.
@@ -141,23 +141,23 @@ def mixture_selection(
         device: Where matrices are decomposed; the parts come to the CPU.
         cache_dir: The cache, where fitted layers are kept; ``~/.cache/rk-export`` when None.
     """
-    choice = auction([mixtures.lot(prices) for mixtures in offered.values()], budget)
-    logger.info("mixtures: predicted loss %.4f", choice.loss)
-    bought = {
+    allocated = allocate([mixtures.choices(prices) for mixtures in offered.values()], budget)
+    logger.info("mixtures: predicted loss %.4f", allocated.loss)
+    chosen = {
         place: (int(mixtures.ranks[index]), int(mixtures.entries[index]))
-        for (place, mixtures), index in zip(offered.items(), choice.taken, strict=True)
+        for (place, mixtures), index in zip(offered.items(), allocated.taken, strict=True)
     }
     parts: dict[Place, Parts] = {}
     for layer in track(_matrices(source, statistics, device), "fitting mixtures, layers", source.layer_count):
-        here = {name: bought[layer.index, name] for name in layer.weights}
-        known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, bought=here)
+        here = {name: chosen[layer.index, name] for name in layer.weights}
+        known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, chosen=here)
         for name in here:
             parts[layer.index, name] = Parts(*unpacked(known, name, _PARTS))
     return parts
 
 
-def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, curvature: Curvature) -> Parts:
-    return fitted_mixture(W, curvature, *bought[name])
+def _fitted(chosen: Mapping[str, tuple[int, int]], name: str, W: Tensor, curvature: Curvature) -> Parts:
+    return fitted_mixture(W, curvature, *chosen[name])
 
 
 def refitted_parts(

@@ -1,4 +1,7 @@
-"""What a candidate of CAP's pools (2505.03801) is worth for its price: by its energy, or by the loss' curvature."""
+"""What a candidate of CAP's pools (2505.03801) is worth for its price, by its energy or by the loss' curvature.
+
+The candidates of largest score within a budget are a choice that needs no search.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.methods.cap.pools import Pool, Pools
+from rk_export.methods.cap.pools import Pool, Pools, flat_prices, selected
 from rk_export.methods.sparse_sites import Prices
+from rk_export.passes.numerics.knapsack import largest_within
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import part_losses
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
@@ -54,3 +59,27 @@ def directions_only(score: Score) -> Score:
         return found
 
     return of_directions
+
+
+def largest_scores(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[Place, Parts]:
+    """Choose the largest scores of all matrices together.
+
+    Args:
+        score: Per price, see above.
+        pools: The candidates, on the CPU.
+        budget: What those kept may cost.
+        prices: Of the candidates.
+    """
+    taken = largest_within(all_scores(score, pools), flat_prices(pools, prices), budget)
+    return selected(pools, taken)
+
+
+def largest_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[Place, Parts]:
+    """Choose the largest scores of every matrix, each with its share of the budget by its dense size."""
+    share = budget / sum(pool.parts.shape[0] * pool.parts.shape[1] for pool in pools.values())
+    chosen = {}
+    for place, pool in pools.items():
+        rows, columns = pool.parts.shape
+        taken = largest_within(score(place, pool), pool.prices(prices), share * rows * columns)
+        chosen[place] = pool.selected(taken)
+    return chosen
