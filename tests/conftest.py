@@ -19,7 +19,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Ru
 
 if TYPE_CHECKING:
     from rk_export.options.compress import CompressOptions
-    from rk_export.source.stored import ModelSource
+    from rk_export.source.stored import StoredModel
 
 SENTENCES = [
     "The harbour was quiet in the early morning, and only the gulls moved between the masts.",
@@ -51,15 +51,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSource]:
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StoredModel]:
     """Return a function from family and config fields to the saved tiny model; equal arguments share one."""
     from tiny_models import tiny_model
 
     from rk_export.source.stored import open_source
 
-    sources: dict[str, ModelSource] = {}
+    sources: dict[str, StoredModel] = {}
 
-    def source(family: str, **overrides: Any) -> ModelSource:
+    def source(family: str, **overrides: Any) -> StoredModel:
         key = repr((family, sorted(overrides.items())))
         if key not in sources:
             folder = tmp_path_factory.mktemp(family)
@@ -134,8 +134,9 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of SmolLM2-135M-Instruct in INT4, nothing factorized; for tests marked `real_model`."""
+    from assets import smollm2
+
     from rk_export import CompressOptions, Run, compress
-    from rk_export.evaluation.assets import smollm2
 
     folder = tmp_path_factory.mktemp("bundles") / "smollm2-int4"
     compress(smollm2(), folder, CompressOptions(groups=()), run=Run(threads=2))

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.gain import gain_statistics
 from rk_export.calibration.streamed_moments import CalibrationStreams
+from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature
@@ -61,10 +62,10 @@ class NoStatistics(Stationary):
 class FromGains(Stationary):
     """Moments estimated from the norms' gains and the weights (see `gain.py`)."""
 
-    config: PretrainedConfig
+    description: ModelDescription
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
-        return gain_statistics(layer, sites, self.config)
+        return gain_statistics(layer, sites, self.description)
 
 
 @dataclass(frozen=True)

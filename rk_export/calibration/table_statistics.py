@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,35 +16,65 @@ from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import remembered, text_key
 
 CHUNK = 512  # tokens of one pass
+_VERSION = 1  # raise when other numbers come out: cached ones of an older version are then computed again
 
 
 def table_curvature(
-    model: PreTrainedModel,
-    architecture: Architecture,
+    source: Source,
     tokens: Tensor,
     device: torch.device,
     *,
     gradients: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> TableCurvature:
-    """Gather the curvature of the embedding and the output projection of a dense decoder.
+    """Gather the curvature of the embedding and the output projection of a dense decoder, or read it.
 
     The Fisher information of the logits is diag(p) - p pᵀ; its diagonal p (1 - p) weighs the rows of the output
     projection. The embedding's rows are weighed by how often the text reads them.
 
     Args:
-        model: The dense model in canonical form; it is moved to `device`.
-        architecture: Its family.
+        source: The dense model.
         tokens: Calibration text, int64 (sequences, length), without padding.
         device: Where the passes run.
         gradients: Run back too, for what errors of the embedding's rows cost; else those count as nothing.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
 
     Raises:
         InputError: If the model is an encoder.
     """
+    if source.architecture.lm_head is None:
+        raise InputError("an encoder has no output projection", where=source.architecture.model_type)
+    key = {
+        "version": _VERSION,
+        "model": source.fingerprint(cache_dir),
+        **text_key(tokens),
+        "runs": [device.type, str(matmul_dtype(device))],
+        "gradients": gradients,
+    }
+
+    def make() -> Mapping[str, Tensor]:
+        return _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
+
+    known = remembered("table-curvature", key, make, cache_dir)
+    head = Curvature(Inputs(known["inputs"]), {"lm_head": known["outputs"]})
+    lookup = Curvature(Inputs(known["frequencies"]), {"embedding": known["gradients"]})
+    return TableCurvature(head, lookup)
+
+
+def _gathered(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    gradients: bool,
+) -> dict[str, Tensor]:
     if architecture.lm_head is None:
-        raise InputError("an encoder has no output projection", where=architecture.model_type)
+        raise ValueError("an encoder has no output projection")
     model.requires_grad_(False).to(device)
     head = model.get_submodule(architecture.lm_head)
     recorder = _Recorder(model.config.vocab_size, model.config.hidden_size)
@@ -58,7 +91,7 @@ def table_curvature(
     finally:
         for handle in handles:
             handle.remove()
-    return recorder.curvature()
+    return recorder.means()
 
 
 class _Recorder:
@@ -92,15 +125,18 @@ class _Recorder:
         labels = torch.multinomial(probabilities, 1, generator=_generator(probabilities.device))[:, 0]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
 
-    def curvature(self) -> TableCurvature:
-        """Return the means over tokens."""
+    def means(self) -> dict[str, Tensor]:
+        """Return the means over tokens, as they are cached."""
         tokens = float(self._counts.sum())
         inputs = self._inputs.mean()
         if inputs is None:
             raise ValueError("no tokens were seen")
-        head = Curvature(Inputs(inputs), {"lm_head": self._outputs / tokens})
-        lookup = Curvature(Inputs(self._counts / tokens), {"embedding": self._gradients / tokens})
-        return TableCurvature(head, lookup)
+        return {
+            "outputs": self._outputs / tokens,
+            "inputs": inputs,
+            "frequencies": self._counts / tokens,
+            "gradients": self._gradients / tokens,
+        }
 
 
 def _generator(device: torch.device) -> torch.Generator:

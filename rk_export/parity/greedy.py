@@ -89,7 +89,7 @@ def _continuation(rewritten: Rewritten, start: tuple[int, ...], tokens: tuple[in
     on its own.
     """
     ids = torch.tensor([[*start, *tokens]])
-    rotations = [item.tokens for item in switches_of(rewritten.model.config) if item.name == LONG_ROTATION]
+    rotations = [item.tokens for item in switches_of(rewritten.description) if item.name == LONG_ROTATION]
     with float_inputs(rewritten.model):
         logits = _last_logits(rewritten, ids, len(tokens) + 1)[:-1]
         for switch in rotations:

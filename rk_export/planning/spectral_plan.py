@@ -21,11 +21,11 @@ from rk_export.passes.numerics.joint_svd import singular_values, whitened_singul
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
 from rk_export.progress import track
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 
 def spectral_plan(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     statistics: DenseStatistics | None = None,
     device: torch.device = CPU,
@@ -53,12 +53,12 @@ def spectral_plan(
 
 
 def _sites(
-    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None, device: torch.device
+    source: Source, options: CompressOptions, statistics: DenseStatistics | None, device: torch.device
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
-    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
-        sites = dense_sites(layer, source.architecture.projections(source.config, layer.index), options)
+    for layer in track(source.layers(), "spectra of layers", source.layer_count):
+        sites = dense_sites(layer, source.description.projections(layer.index), options)
         known = [None] * len(sites) if statistics is None else statistics.of_sites(sites, device)
         for site, curvature in zip(sites, known, strict=True):
             if site.members not in grouped:

@@ -302,7 +302,8 @@ def test_a_session_passes_arguments_on(tmp_path: Path) -> None:
 @pytest.mark.real_model
 @pytest.mark.parametrize("model", ["smollm2"])
 def test_real_tokenizer(tmp_path: Path, model: str) -> None:
-    from rk_export.evaluation import assets
+    import assets
+
     from rk_export.source.stored import open_source
 
     source = open_source(getattr(assets, model)()).folder

@@ -428,7 +428,7 @@ def test_stop_tokens_outside_the_vocabulary(session: Session) -> None:
 
 @pytest.mark.real_model
 def test_real_chat_model_ends_at_its_turn(tmp_path: Path) -> None:
-    from rk_export.evaluation.assets import smollm2
+    from assets import smollm2
 
     source = open_source(smollm2())
     ends = check_ends(source.folder, source.config)

@@ -16,7 +16,7 @@ MEGABYTE = 10**6
 
 
 def test_joint_factorization_of_q_and_k(cli: Cli, tmp_path: Path) -> None:
-    from rk_export.evaluation.assets import smollm2, wiki_text
+    from assets import smollm2, wiki_text
 
     paper = ("--groups", "qk", "--keep", 0.9, "--uniform", "--metric", "none")
     options = (*paper, "--bits", 16, "--device", "cpu", "--threads", 2)

@@ -16,7 +16,6 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.stored import open_source
 
 peft = pytest.importorskip("peft")
@@ -253,10 +252,10 @@ def test_a_tokenizer_of_the_adapters_own_goes_with_it(llama: Path, tmp_path: Pat
 
 def test_what_is_cached_depends_on_the_adapter(base_of: Callable[..., Path], tmp_path: Path) -> None:
     trained(base_of("llama"), tmp_path / "adapter")
-    prints = {weights_fingerprint(open_source(base_of("llama")))}
-    prints.add(weights_fingerprint(open_source(tmp_path / "adapter")))
+    prints = {open_source(base_of("llama")).fingerprint()}
+    prints.add(open_source(tmp_path / "adapter").fingerprint())
     edit(tmp_path / "adapter", lora_alpha=9)
-    prints.add(weights_fingerprint(open_source(tmp_path / "adapter")))
+    prints.add(open_source(tmp_path / "adapter").fingerprint())
     assert len(prints) == 3
 
 
@@ -321,10 +320,12 @@ def test_a_head_of_another_kind_in_the_adapter_is_refused(
         open_source(tmp_path / "adapter")
 
 
-def test_base_goes_with_adapters_only(cli: Cli, llama: Path, bundle: Path, tmp_path: Path) -> None:
+def test_base_goes_with_adapters_only(
+    cli: Cli, llama: Path, bundle: Path, prose: Path, tmp_path: Path
+) -> None:
     for arguments in (
         ("compress", llama, "-o", tmp_path / "out", "--base", llama),
-        ("eval", bundle, "--base", llama, "--tasks", "openbookqa"),
+        ("eval", bundle, "--base", llama, "--text", prose),
         ("verify", bundle, "--base", llama),
     ):
         ended = cli(*arguments)

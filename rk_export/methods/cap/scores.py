@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.pools import Pool, Pools, flat_prices, selected
 from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within
@@ -18,7 +19,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import part_losses
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
-Score = Callable[[Place, Pool], Tensor]
+Score = Callable[[MatrixId, Pool], Tensor]
 _LEAST = 1e-30
 
 
@@ -30,7 +31,7 @@ def all_scores(score: Score, pools: Pools) -> Tensor:
 def energy_score(prices: Prices) -> Score:
     """Return the score without data: squared norm per price, over the mean square of the matrix."""
 
-    def score(place: Place, pool: Pool) -> Tensor:
+    def score(place: MatrixId, pool: Pool) -> Tensor:
         scale = pool.parts.dense().square().mean().clamp_min(_LEAST)
         return pool.energies() / pool.prices(prices) / scale
 
@@ -44,7 +45,7 @@ def curvature_score(prices: Prices, statistics: DenseStatistics) -> Score:
     of the present choice, and choosing anew, diverges: thousands that share a direction change sides together.
     """
 
-    def score(place: Place, pool: Pool) -> Tensor:
+    def score(place: MatrixId, pool: Pool) -> Tensor:
         return part_losses(pool.parts, statistics.at(place)) / pool.prices(prices)
 
     return score
@@ -53,7 +54,7 @@ def curvature_score(prices: Prices, statistics: DenseStatistics) -> Score:
 def directions_only(score: Score) -> Score:
     """Return a score under which entries are never taken."""
 
-    def of_directions(place: Place, pool: Pool) -> Tensor:
+    def of_directions(place: MatrixId, pool: Pool) -> Tensor:
         found = score(place, pool).clone()
         found[pool.parts.rank :] = -torch.inf
         return found
@@ -61,7 +62,7 @@ def directions_only(score: Score) -> Score:
     return of_directions
 
 
-def largest_scores(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[Place, Parts]:
+def largest_scores(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:
     """Choose the largest scores of all matrices together.
 
     Args:
@@ -74,7 +75,7 @@ def largest_scores(score: Score, pools: Pools, budget: float, prices: Prices) ->
     return selected(pools, taken)
 
 
-def largest_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[Place, Parts]:
+def largest_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:
     """Choose the largest scores of every matrix, each with its share of the budget by its dense size."""
     share = budget / sum(pool.parts.shape[0] * pool.parts.shape[1] for pool in pools.values())
     chosen = {}
