@@ -17,7 +17,7 @@ from torch import Tensor
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import factors_under, whitened_singular_values
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
 from rk_export.passes.numerics.metric import Metric
 
 
@@ -82,7 +82,7 @@ def fitted_mixture(W: Tensor, curvature: Curvature, rank: int, entries: int, rou
     mask = largest(W.square() * weights, entries)
     sparse = torch.where(mask, W, 0.0)
     if rank == 0:
-        return _parts(*empty_factors((W.shape[0], W.shape[1]), W), sparse, mask)
+        return _parts(*rank_zero_factors((W.shape[0], W.shape[1]), W), sparse, mask)
     best = _beside(W, curvature, rank, sparse, mask)
     newest = best
     for _ in range(rounds if entries else 0):

@@ -92,7 +92,7 @@ class InputSum:
 
 
 @contextmanager
-def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect what modules read while a layer runs: name -> (..., in), in the order of the calls."""
     seen: dict[str, Tensor] = {}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.moments import InputSum, common_reader, inputs_of, readers
+from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
 from rk_export.calibration.self_text import LENGTH, self_text
 from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
@@ -142,14 +142,14 @@ class CalibrationStreams:
 
         The second is empty where the two agree, or where the dense version is not carried.
         """
-        with inputs_of(modules) as inputs:
+        with recorded_inputs(modules) as inputs:
             output = chunk.run(COMPRESSED, index)
         if not self._cross:
             return inputs, {}
         if chunk.hidden[DENSE] is chunk.hidden[COMPRESSED]:
             chunk.hidden[DENSE] = output
             return inputs, {}
-        with inputs_of(modules) as dense:
+        with recorded_inputs(modules) as dense:
             chunk.advance(DENSE, index)
         return inputs, dense
 

@@ -17,7 +17,7 @@ from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered, text_key
+from rk_export.tensor_cache import cached, text_key
 
 CHUNK = 512  # tokens of one pass
 _VERSION = 1  # raise when other numbers come out: cached ones of an older version are then computed again
@@ -59,7 +59,7 @@ def table_curvature(
     def make() -> Mapping[str, Tensor]:
         return _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
 
-    known = remembered("table-curvature", key, make, cache_dir)
+    known = cached("table-curvature", key, make, cache_dir)
     head = Curvature(Inputs(known["inputs"]), {"lm_head": known["outputs"]})
     lookup = Curvature(Inputs(known["frequencies"]), {"embedding": known["gradients"]})
     return TableCurvature(head, lookup)

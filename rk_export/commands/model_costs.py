@@ -49,7 +49,7 @@ def model_costs(dense: Source, source: Source, phase: Phase, threads: int | None
 
 def _write_dense(source: Source, folder: Path) -> None:
     """Write a model's dense graph and what a session needs beside it."""
-    rewritten = rewrite(source, planner.make_plan(source, _DENSE))
+    rewritten = rewrite(source, planner.decide_plan(source, _DENSE))
     graph, _ = build_graph(rewritten)
     save_graph(graph, folder)
     write_configs(folder, rewritten, source.folder, source.origin[1])

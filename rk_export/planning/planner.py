@@ -38,7 +38,7 @@ from rk_export.progress import track
 from rk_export.source.protocol import Source
 
 
-def make_plan(
+def decide_plan(
     source: Source,
     options: CompressOptions,
     *,

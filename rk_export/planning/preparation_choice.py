@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rk_export.calibration.moments import inputs_of, readers
+from rk_export.calibration.moments import readers, recorded_inputs
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
@@ -38,7 +38,7 @@ from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.prepared import LayerPreparation
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered, text_key
+from rk_export.tensor_cache import cached, text_key
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def choose_preparations(
         losses = [_total(costs, names) for names in combinations]
         return {"losses": torch.tensor(losses, dtype=torch.float64)}
 
-    losses = remembered("preparations", key, make, cache_dir)["losses"].tolist()
+    losses = cached("preparations", key, make, cache_dir)["losses"].tolist()
     totals = dict(zip(combinations, losses, strict=True))
     best = min(totals, key=totals.__getitem__)
     if totals[best] > (1 - WORTH_IT) * totals[()]:
@@ -199,7 +199,7 @@ def _costs(
     costs: defaultdict[tuple[str, State], float] = defaultdict(float)
     for index, layer in enumerate(track(layers, "predicting what reparameterizations save, layers")):
         projections = source.description.projections(index)
-        with inputs_of({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
+        with recorded_inputs({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
             streams.advance(DENSE, index)
         trial = _Trial(index, layer, wiring_of(source.description, index), preparation, rounding, seen)
         reached = [item for item in projections if item.path in seen and (index, item.path) in weights]

@@ -233,15 +233,15 @@ class _Carried:
             return {}
         quantized = self._modules()
         logits = {QUANTIZED: self._streams.finish(QUANTIZED)}
-        self._put(self._dense_outer)
+        self._set_outer(self._dense_outer)
         logits |= {version: self._streams.finish(version) for version in (DENSE, FACTORIZED)}
-        self._put(quantized)
+        self._set_outer(quantized)
         return logits
 
     def _modules(self) -> dict[str, nn.Module]:
         return {path: self._model.get_submodule(path) for path in self._outer}
 
-    def _put(self, modules: dict[str, nn.Module]) -> None:
+    def _set_outer(self, modules: dict[str, nn.Module]) -> None:
         for path, module in modules.items():
             self._model.set_submodule(path, module)
 

@@ -22,7 +22,7 @@ from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import quantize_rtn
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.plan import SitePlan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import planned_findings
@@ -95,7 +95,7 @@ def test_the_pass_installs_and_reports_the_branch(known: bool) -> None:
 
 def corrected_model(source: StoredModel, members: tuple[str, ...]) -> Rewritten:
     """Rewrite a source with the matrices of some roles corrected at rank 4, the others plainly quantized."""
-    plan = make_plan(source, floats(quant=QuantSpec(4, 16), embedding_quant=QuantSpec(8, 16)))
+    plan = decide_plan(source, floats(quant=QuantSpec(4, 16), embedding_quant=QuantSpec(8, 16)))
     sites = tuple(
         replace(site, correction=4) if set(site.members) & set(members) else site for site in plan.sites
     )

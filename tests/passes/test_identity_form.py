@@ -25,7 +25,7 @@ from rk_export.passes.numerics.pivoting import exchange, greedy_groups
 from rk_export.passes.numerics.ranks import break_even_rank, kept_ratio, rank_of_ratio
 from rk_export.passes.weights.factorize import Factorize
 from rk_export.plan import SitePlan
-from rk_export.planning.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, decide_plan
 from rk_export.rewrite import apply as rewriting
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
@@ -396,7 +396,7 @@ def stored(rewritten: Rewritten, target: str) -> int:
 def test_planned_sizes_are_those_that_come_out(source_of: SourceOf, bits: str) -> None:
     source = source_of("llama")
     options = identity_options(("qk", "gate_up"), bits)
-    plan = make_plan(source, options)
+    plan = decide_plan(source, options)
     rewritten = compress(source, options)
     planned = {finding.target: finding.bytes_after for finding in planned_findings(source, plan)}
     for planned_site in plan.sites:
@@ -406,23 +406,23 @@ def test_planned_sizes_are_those_that_come_out(source_of: SourceOf, bits: str) -
 
 def test_planned_ranks(source_of: SourceOf) -> None:
     source = source_of("llama")
-    plan = make_plan(source, identity_options(("qk",), "float", rank_multiple=1))
+    plan = decide_plan(source, identity_options(("qk",), "float", rank_multiple=1))
     (first, *_) = plan.sites
     assert (first.form, first.rank) == ("identity", rank_of_ratio(0.8, 64, 96, identity=True))
     check_plan(source, plan)
-    o_plan = make_plan(source, identity_options(("o",), "float", rank=RankRule("rank", 63)))
+    o_plan = decide_plan(source, identity_options(("o",), "float", rank=RankRule("rank", 63)))
     check_plan(source, o_plan)
     sites = tuple(replace(item, rank=64) if item.form == "identity" else item for item in o_plan.sites)
     with pytest.raises(InputError, match="exceeds the full rank 63"):
         check_plan(source, replace(o_plan, sites=sites))
     with pytest.raises(InputError, match="takes q and k whole"):
-        make_plan(source, identity_options(("qk",), "float", qk="per-head"))
+        decide_plan(source, identity_options(("qk",), "float", qk="per-head"))
 
 
 def test_a_quantized_block_of_another_format_packs_nothing(source_of: SourceOf, tmp_path: Path) -> None:
     """The pivot block packs with a dense matrix of its own format, and the count is that of the plan."""
     source: StoredModel = source_of("llama")
-    plan = make_plan(source, identity_options(("qk",), "int4"))
+    plan = decide_plan(source, identity_options(("qk",), "int4"))
     for v_format, packs in ((INT4, 2), (QuantSpec(8, 32), 1)):
         sites = tuple(
             replace(item, quant=v_format) if item.members == ("v",) else item for item in plan.sites

@@ -8,7 +8,7 @@ from second_order import loss_increase
 from torch import Tensor
 
 from rk_export.passes.numerics.curvature import Curvature, Inputs
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, rank_zero_factors
 from rk_export.passes.numerics.metric import DAMPING
 from rk_export.passes.numerics.mixed import entry_weights, fitted_mixture, largest, mixture_losses, refitted
 
@@ -97,7 +97,7 @@ def test_the_loss_adds_up_over_members() -> None:
 
 
 def test_without_rank_nothing_is_refitted() -> None:
-    parts = Parts(*empty_factors((OUT, IN), torch.zeros(1)), torch.tensor([1]), torch.ones(1))
+    parts = Parts(*rank_zero_factors((OUT, IN), torch.zeros(1)), torch.tensor([1]), torch.ones(1))
     assert refitted(_matrix(), _curvature(), parts) is parts
 
 

@@ -126,13 +126,13 @@ def test_too_small_a_budget_says_what_the_smallest_model_takes(llama: Path) -> N
 
 def test_matrices_without_statistics_get_the_format_that_was_asked_for(source_of: SourceOf) -> None:
     source, asked = source_of("mixtral"), options("bits", 5, quant=QuantSpec(4, 16))
-    ground = compression_inputs(source, asked)
-    assert ground.statistics is not None
+    inputs = compression_inputs(source, asked)
+    assert inputs.statistics is not None
     layers = (
         (layer, dense_sites(layer, source.architecture.projections(source.config, layer.index), asked))
         for layer in source.layers()
     )
-    spent = spend(layers, budget_unit(source, asked, 8), ground.statistics, None, torch.device("cpu"))
+    spent = spend(layers, budget_unit(source, asked, 8), inputs.statistics, None, torch.device("cpu"))
     formats = {site.quant for site in spent.sites if site.site.endswith("experts")}
     assert formats == {QuantSpec(4, 16)}
 
@@ -201,8 +201,8 @@ def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
     per_entry = {None: 8.0, W8A8: 2.0, TIMED_FORMATS[0]: 6.0, TIMED_FORMATS[1]: 7.0}
     costs = CostTable("prefill", {spec: (0.0, 0.0, time) for spec, time in per_entry.items()}, rest=1e5)
     asked = options("speed_up", 1.5)
-    ground = compression_inputs(source, asked)
-    plan = planner.make_plan(ground.source, asked, statistics=ground.statistics, costs=costs)
+    inputs = compression_inputs(source, asked)
+    plan = planner.decide_plan(inputs.source, asked, statistics=inputs.statistics, costs=costs)
     dense = 8 * matrix_parameters(source) + costs.rest
     spent = costs.rest + sum(
         per_entry[site.quant] * stored_parameters(source, replace(plan, sites=(site,))) for site in plan.sites
@@ -364,10 +364,10 @@ def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rk_export.calibration.model_statistics.GRADIENT_LIMIT", 0)
-    ground = compression_inputs(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
-    assert ground.statistics is not None
-    assert {gradient.ndim for gradient in ground.statistics.gradients.values()} == {1}
-    assert [finding.target for finding in ground.findings] == ["metric"]
+    inputs = compression_inputs(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
+    assert inputs.statistics is not None
+    assert {gradient.ndim for gradient in inputs.statistics.gradients.values()} == {1}
+    assert [finding.target for finding in inputs.findings] == ["metric"]
 
 
 def test_without_gradients_every_matrix_counts_by_its_relative_error(llama: Path) -> None:

@@ -28,7 +28,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import fitted_mixture, mixture_losses, refitted
 from rk_export.progress import track
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import packed, remembered, unpacked
+from rk_export.tensor_cache import as_tensors, cached, from_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ def offered_mixtures(
     for layer in track(
         _matrices(source, statistics, device), "offering mixtures, layers", source.layer_count
     ):
-        known = layer.remembered("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
+        known = layer.cached("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
         for name, W in layer.weights.items():
             offered[MatrixId(layer.index, name)] = Mixtures(
-                (W.shape[0], W.shape[1]), *unpacked(known, name, _OFFERED)
+                (W.shape[0], W.shape[1]), *from_tensors(known, name, _OFFERED)
             )
     return offered
 
@@ -153,9 +153,9 @@ def mixture_selection(
     parts: dict[MatrixId, Parts] = {}
     for layer in track(_matrices(source, statistics, device), "fitting mixtures, layers", source.layer_count):
         here = {name: chosen[MatrixId(layer.index, name)] for name in layer.weights}
-        known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, chosen=here)
+        known = layer.cached("fitted", _PARTS, partial(_fitted, here), cache_dir, chosen=here)
         for name in here:
-            parts[MatrixId(layer.index, name)] = Parts(*unpacked(known, name, _PARTS))
+            parts[MatrixId(layer.index, name)] = Parts(*from_tensors(known, name, _PARTS))
     return parts
 
 
@@ -202,7 +202,7 @@ class _Matrices:
                 raise KeyError(f"no token reached {name} of layer {self.index}")
             yield name, W.to(self.device), curvature
 
-    def remembered(
+    def cached(
         self,
         kind: str,
         fields: Sequence[str],
@@ -213,9 +213,9 @@ class _Matrices:
         """Return what is made of every matrix, or was made of it in an earlier run, packed by its fields."""
 
         def made() -> Mapping[str, Tensor]:
-            return packed({name: make(name, W, known) for name, W, known in self.curvatures()}, fields)
+            return as_tensors({name: make(name, W, known) for name, W, known in self.curvatures()}, fields)
 
-        return remembered(f"cap-{kind}", self.key(**more), made, cache_dir)
+        return cached(f"cap-{kind}", self.key(**more), made, cache_dir)
 
     def key(self, **more: object) -> dict[str, object]:
         """Return what is computed from these matrices depends on, with more of it."""
