@@ -23,7 +23,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.passes.modules.factors import JointMember
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 
 BOUND = 1e-4
@@ -235,7 +235,7 @@ def test_quantized_tables(
 def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
     """A plan edited by hand: other bits for one matrix, one layer left in floats."""
     source = source_of("llama")
-    plan = make_plan(source, floats(("qk",), rank=RankRule("rank", 16), quant=INT4))
+    plan = decide_plan(source, floats(("qk",), rank=RankRule("rank", 16), quant=INT4))
     sites = []
     for site in plan.sites:
         quant = (

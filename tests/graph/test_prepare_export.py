@@ -22,7 +22,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import QUANTIZED, Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
@@ -55,7 +55,7 @@ def prepared(source: StoredModel) -> Transformed:
 
 def rewritten_of(source: StoredModel, options: CompressOptions, **extra: Any) -> Rewritten:
     new = prepared(source)
-    return rewrite(new, make_plan(new, options), **extra)
+    return rewrite(new, decide_plan(new, options), **extra)
 
 
 @pytest.mark.parametrize(("form", "tied"), CASES)
@@ -116,7 +116,7 @@ def test_half_precision_graphs_take_the_rotation(source_of: SourceOf, tmp_path: 
 def test_other_families_export_too(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family, tie_word_embeddings=True)
     new = prepared(source)
-    rewritten = rewrite(new, make_plan(new, floats(prepare=new.transforms[0].names)))
+    rewritten = rewrite(new, decide_plan(new, floats(prepare=new.transforms[0].names)))
     ids = tokens(source)
     dense = logits(source.load(), ids)
     actual, _ = OnnxModel(rewritten, tmp_path).run(ids)

@@ -30,7 +30,7 @@ from rk_export.parity.preflight import preflight
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.parity.tiers import method_tiers, runtime_tiers
 from rk_export.plan import Plan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.runtime import Session
@@ -87,7 +87,7 @@ def test_method_tiers_tell_factorization_and_quantization_apart(llama: Path) -> 
     before = preflight(source, tiny_options())
 
     def errors(**changes: object) -> list[float]:
-        plan = make_plan(source, tiny_options(**changes))
+        plan = decide_plan(source, tiny_options(**changes))
         rewritten = rewrite(source, plan, probe=torch.from_numpy(before.probe.batch))
         tiers = list(method_tiers(rewritten, before))
         assert [(tier.tier, tier.passed) for tier in tiers] == [

@@ -19,7 +19,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget
 from rk_export.options.run import Run
 from rk_export.planning.fixed_parts import fixed_parts
-from rk_export.planning.planner import make_plan as plan_of
+from rk_export.planning.planner import decide_plan as plan_of
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import StoredModel

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from rk_export import compress
 from rk_export.options.run import Run
 from rk_export.passes.modules.quantized import QuantizedLinear
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Report
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import rewrite
@@ -72,7 +72,7 @@ def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path:
     source = open_source(massive(llama, tmp_path / "model"))
     options = tiny_options(groups=(), rank=None)
     probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
-    rewritten = choose_levels(rewrite(source, make_plan(source, options), probe=probe), probe)
+    rewritten = choose_levels(rewrite(source, decide_plan(source, options), probe=probe), probe)
     layer = rewritten.model.get_submodule("model.layers.0.self_attn")
     flags = {
         name: module.reads_floats
@@ -94,5 +94,5 @@ def test_other_levels_are_left_alone(llama: Path, tmp_path: Path) -> None:
     probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
     for changes in ({"accuracy_level": 0}, {"ep": "portable"}):
         options = tiny_options(groups=(), rank=None, **changes)
-        rewritten = rewrite(source, make_plan(source, options))
+        rewritten = rewrite(source, decide_plan(source, options))
         assert choose_levels(rewritten, probe) is rewritten

@@ -20,7 +20,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
-from rk_export.planning.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import kept_parameters, planned_findings
@@ -38,7 +38,7 @@ FORMATS = {"float": None, "int4": INT4}
 
 
 def shaped_plan(source: StoredModel, options: CompressOptions, shapes: tuple[LayerShape, ...]) -> Plan:
-    return replace(make_plan(source, options), shapes=shapes)
+    return replace(decide_plan(source, options), shapes=shapes)
 
 
 def shaped(source: StoredModel, shapes: tuple[LayerShape, ...], options: CompressOptions) -> Rewritten:
