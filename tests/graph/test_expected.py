@@ -38,7 +38,7 @@ def int4(source_of: SourceOf) -> Rewritten:
 def test_the_dense_decoder_declares_its_attention_and_its_sums_with_norms(
     source_of: SourceOf, family: str, norms: int
 ) -> None:
-    module = build_module(source_of(family).config, ep="cpu", dtype="fp32").module
+    module = build_module(source_of(family).description, ep="cpu", dtype="fp32").module
     assert declared(module) == Counter({ATTENTION: LAYERS, SKIP_NORM: norms})
 
 
