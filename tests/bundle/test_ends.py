@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import CHATML, write_json, write_tokenizer
 from conftest import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_models import EOS, TinyDecoder, byte_tokenizer
-from test_chat_template import CHATML, write_json, write_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

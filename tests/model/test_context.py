@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli, tiny_options, trained_tokenizer
-from test_frontend import LINEAR, LONGROPE, YARN
+from rope_configs import LINEAR, LONGROPE, SHORT_YARN, YARN
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from rk_export.model.rotary import rotary_tables
 from rk_export.plan import Plan
 from rk_export.runtime import Session
 
-SHORT_YARN = {**YARN, "original_max_position_embeddings": 128}  # made for 512, the config says 128
 LONG_PHI3 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 17}
 MIXED = {
     "full_attention": {**SHORT_YARN, "rope_theta": 1e6},

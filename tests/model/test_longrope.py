@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from longrope_models import CONTEXT, FIELDS, LONGROPE, SWITCH, prompt
 from tiny_models import tiny_model
 
 from rk_export import export, verify
@@ -18,21 +18,6 @@ from rk_export.model.torch_logits import torch_logits
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder
 from rk_export.source.stored import open_source
-
-SWITCH, CONTEXT = 40, 128
-LONGROPE: dict[str, Any] = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [3.0 + 2.5 * i for i in range(8)],
-    "partial_rotary_factor": 1.0,
-    "original_max_position_embeddings": SWITCH,
-}
-FIELDS = {
-    "rope_parameters": LONGROPE,
-    "original_max_position_embeddings": SWITCH,
-    "max_position_embeddings": CONTEXT,
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +31,6 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def session(phi: Path) -> Session:
     return Session.from_pretrained(phi / "bundle", provider="cpu", threads=1)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(3, 160, length)]
 
 
 def transformers_tokens(ids: list[int], new_tokens: int) -> list[int]:

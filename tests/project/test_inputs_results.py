@@ -11,8 +11,8 @@ import pytest
 from input_cases import CASES
 from input_cases.case import Row, run_case
 from input_cases.texts import SAMPLED
+from longrope_models import SWITCH
 from measure_inputs import RESULTS, faults, page
-from test_longrope import SWITCH
 
 BY_NAME = {case.name: case for case in CASES}
 # A refusal of files, one of an adapter, and one model that is read and compared.

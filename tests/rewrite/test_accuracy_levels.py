@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from conftest import tiny_options
-from tiny_models import tiny_model
+from tiny_models import massive, tiny_model
 
 from rk_export import compress
 from rk_export.passes.modules.quantized import QuantizedLinear
@@ -18,16 +17,6 @@ from rk_export.report.records import Report
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import open_source
-
-
-def massive(llama: Path, folder: Path) -> Path:
-    """Save the tiny model with one row of the first down_proj 1,000 times larger: a massive activation."""
-    shutil.copytree(llama, folder)
-    model = tiny_model("llama", vocab_size=320)
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight[5] *= 1000
-    model.save_pretrained(folder)
-    return folder
 
 
 def levels(bundle: Path) -> dict[str, int]:
