@@ -25,7 +25,7 @@ from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, loaded_layers
 
 CPU = torch.device("cpu")
-RANK_STEP = 16
+RANK_STEP = 32
 BUDGET = CompressOptions(
     budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self"), device="cpu"
 )
@@ -68,7 +68,13 @@ def outcomes(
     tokens = torch.randint(3, 160, (32, 32), generator=torch.Generator().manual_seed(2))
     cache: Path = tmp_path_factory.mktemp("statistics")
     statistics = dense_statistics(
-        source.load(), source.architecture, tokens, diagonal=False, device=CPU, dtype=torch.float32, cache_dir=cache
+        source.load(),
+        source.architecture,
+        tokens,
+        diagonal=False,
+        device=CPU,
+        dtype=torch.float32,
+        cache_dir=cache,
     )
     wanted = logits(source.load(), tokens).double().log_softmax(-1)
     plan = make_plan(source, floats())
