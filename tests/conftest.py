@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import whole_runs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Runtime before rk-export
 
@@ -32,6 +33,12 @@ TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['con
 
 # Largest difference over the largest logit, by the float type of the graph.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hold tests to their markers; see `whole_runs`."""
+    whole_runs.enter(item)
 
 
 @pytest.fixture(scope="session")
@@ -132,8 +139,9 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of SmolLM2-135M-Instruct in INT4, nothing factorized; for tests marked `real_model`."""
+    from fetched import smollm2
+
     from rk_export import CompressOptions, compress
-    from rk_export.evaluation.assets import smollm2
 
     folder = tmp_path_factory.mktemp("bundles") / "smollm2-int4"
     compress(smollm2(), folder, CompressOptions(groups=(), device="cpu"), threads=2)

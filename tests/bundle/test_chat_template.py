@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from chat_tokenizers import CHATML, write_json, write_tokenizer
+from fetched import smollm2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime_models import TinyDecoder, byte_tokenizer
@@ -19,6 +20,7 @@ from rk_export.errors import InputError
 from rk_export.runtime import Session
 from rk_export.runtime.chat import ChatTemplate
 from rk_export.runtime.text import TextCodec
+from rk_export.source.stored import open_source
 from rk_export.source.tokenizer_files import copy_tokenizer
 
 USER = [{"role": "user", "content": "How much is 2 < 3?"}]
@@ -277,12 +279,8 @@ def test_a_session_passes_arguments_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("model", ["smollm2"])
-def test_real_tokenizer(tmp_path: Path, model: str) -> None:
-    from rk_export.evaluation import assets
-    from rk_export.source.stored import open_source
-
-    source = open_source(getattr(assets, model)()).folder
+def test_real_tokenizer(tmp_path: Path) -> None:
+    source = open_source(smollm2()).folder
     same(source, tmp_path / "out", TALK)
     same(source, tmp_path / "out", USER)
     shutil.rmtree(tmp_path / "out")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from chat_tokenizers import CHATML, write_json, write_tokenizer
 from conftest import Cli
+from fetched import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_models import EOS, TinyDecoder, byte_tokenizer
@@ -427,9 +428,7 @@ def test_stop_tokens_outside_the_vocabulary(session: Session) -> None:
 
 
 @pytest.mark.real_model
-def test_real_chat_model_ends_at_its_turn(tmp_path: Path) -> None:
-    from rk_export.evaluation.assets import smollm2
-
+def test_real_chat_model_ends_at_its_turn() -> None:
     source = open_source(smollm2())
     ends = check_ends(source.folder, source.config)
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
