@@ -1,13 +1,12 @@
-"""Keeps whole runs out of the unit tests: a test that makes a bundle says so with the marker `whole` or `real_model`.
+"""Keeps whole runs out of the unit tests: a test that takes a model to its graph says so with a marker.
 
 What `make unit` leaves out is known by the markers alone, so a run that is not marked must fail rather than slow it
-down. Nothing of ours is imported here: what is guarded is looked up once something else has imported it.
+down.
 """
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,26 +16,24 @@ import pytest
 MARKERS = ("whole", "real_model")
 # Fixtures that a whole run makes, and that later tests find made: the name alone says what a test needs.
 FIXTURES = {"bundle", "own_bundle", "smollm2_int4"}
-# Every road to a bundle builds its graph here.
-MODULE, FUNCTION = "rk_export.bundle.write", "build_graph"
 COMMANDS = ("compress", "export")
 
 _current: list[pytest.Item] = []
 
 
+def install() -> None:
+    """Guard what makes a model's graph. To be called before test files are imported: they keep what they import."""
+    from rk_export.graph import build
+
+    _guard(build, "build_graph", lambda *_, **__: True)
+    _guard(subprocess.Popen, "__init__", lambda _, args, *__, **___: _makes_a_bundle(args))
+
+
 def enter(item: pytest.Item) -> None:
     """Note which test runs from here on, and fail it if it asks for what only whole runs make."""
     _current[:] = [item]
-    guard()
     if FIXTURES & set(getattr(item, "fixturenames", ())):
         refuse_unmarked("uses a bundle")
-
-
-def guard() -> None:
-    """Guard what makes bundles, as far as it is imported."""
-    if MODULE in sys.modules:
-        _guard(sys.modules[MODULE], FUNCTION, lambda *_, **__: True)
-    _guard(subprocess.Popen, "__init__", lambda _, args, *__, **___: _makes_a_bundle(args))
 
 
 def refuse_unmarked(what: str) -> None:
@@ -54,7 +51,7 @@ def _guard(owner: Any, name: str, concerns: Callable[..., bool]) -> None:
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if concerns(*args, **kwargs):
-            refuse_unmarked("makes a bundle")
+            refuse_unmarked("makes the graph of a model")
         return function(*args, **kwargs)
 
     guarded.guarded = True  # type: ignore[attr-defined]

@@ -256,6 +256,7 @@ def _transformers_ends(folder: Path) -> set[int]:
     return ends
 
 
+@pytest.mark.whole
 def test_a_bundle_ends_where_only_the_tokenizer_says_so(cli: Cli, tmp_path: Path) -> None:
     source, out = tokenizer_only(tmp_path / "source"), tmp_path / "out"
     ended = cli("export", source, "-o", out)
@@ -265,6 +266,7 @@ def test_a_bundle_ends_where_only_the_tokenizer_says_so(cli: Cli, tmp_path: Path
     assert Session.from_pretrained(out, provider="cpu").config.eos_ids == {2, IM_END}
 
 
+@pytest.mark.whole
 def test_a_checkpoint_keeps_the_ends_of_the_generation_config(cli: Cli, tmp_path: Path) -> None:
     source = with_generation([7, 8])(tmp_path / "source")
     arguments = (
@@ -283,6 +285,7 @@ def test_a_checkpoint_keeps_the_ends_of_the_generation_config(cli: Cli, tmp_path
         assert read_ends(tmp_path / out).ids == (7, 8, EOS, IM_END)
 
 
+@pytest.mark.whole
 def test_every_runtime_ends_at_the_token_that_only_the_tokenizer_names(cli: Cli, tmp_path: Path) -> None:
     """The model is made to meet its end: the tokenizer names a token that greedy decoding is known to write."""
     genai = pytest.importorskip("onnxruntime_genai")

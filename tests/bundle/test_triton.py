@@ -13,6 +13,8 @@ from tiny_models import tiny_model
 from rk_export import compress, export
 from rk_export.bundle.triton import triton_repository
 
+pytestmark = pytest.mark.whole
+
 ENTRY = re.compile(
     r'^(input|output) \[ \{ name: "([^"]+)", data_type: TYPE_(\w+), dims: \[ ([^\]]*) \] \} \]$', re.M
 )

@@ -122,11 +122,13 @@ def test_bundle_is_complete(compressed: Path) -> None:
     }
 
 
+@pytest.mark.whole
 def test_same_input_gives_the_same_bytes(bundle: Path, compressed: Path) -> None:
     assert weights(compressed) == weights(bundle)
     assert sha256_of(compressed / "model.onnx") == sha256_of(bundle / "model.onnx")
 
 
+@pytest.mark.whole
 def test_a_plan_gives_the_same_weights(cli: Cli, llama: Path, compressed: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     ok(cli("plan", llama, "-o", plan, *OPTIONS))
@@ -136,6 +138,7 @@ def test_a_plan_gives_the_same_weights(cli: Cli, llama: Path, compressed: Path, 
     assert weights(out) == weights(compressed)
 
 
+@pytest.mark.whole
 def test_a_checkpoint_gives_the_same_weights(cli: Cli, compressed: Path, work: Path, tmp_path: Path) -> None:
     ok(cli("export", work / "checkpoint", "-o", tmp_path / "out", "--threads", 1))
     assert weights(tmp_path / "out") == weights(compressed)
@@ -157,6 +160,7 @@ def test_dry_run_writes_nothing(cli: Cli, llama: Path, tmp_path: Path, as_json: 
         assert "layers.1.gate_up" in printed
 
 
+@pytest.mark.whole
 def test_export_of_a_dense_model(cli: Cli, llama: Path, tmp_path: Path) -> None:
     printed = ok(cli("export", llama, "-o", tmp_path / "out", "--threads", 1, "--json")).out
     tiers = {tier.tier: tier for tier in Report.from_json(json.loads(printed)).parity}
@@ -186,6 +190,7 @@ def test_analyze(cli: Cli, llama: Path, tmp_path: Path) -> None:
 # --- bundles
 
 
+@pytest.mark.whole
 def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
     alone = ok(cli("verify", bundle, "--threads", 1)).out
     assert alone.count("pass") >= len("defg")
@@ -194,6 +199,7 @@ def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
     assert "".join(tier["tier"] for tier in tiers) == "0pabcdefgh"
 
 
+@pytest.mark.whole
 def test_verify_ends_with_one_when_parity_fails(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +225,7 @@ def test_eval_of_model_checkpoint_and_bundle(
     assert "perplexity " in ok(cli("eval", compressed, *options)).out
 
 
+@pytest.mark.whole
 def test_run(cli: Cli, bundle: Path) -> None:
     options = (bundle, "-p", "The harbour", "--provider", "cpu", "--max-new-tokens", 8)
     greedy = ok(cli("run", *options)).out
@@ -232,6 +239,7 @@ def test_run(cli: Cli, bundle: Path) -> None:
     assert ok(cli(*sampled, 1)).out == ok(cli(*sampled, 1)).out != ok(cli(*sampled, 2)).out
 
 
+@pytest.mark.whole
 def test_bench(cli: Cli, bundle: Path, compressed: Path) -> None:
     counts = ("--prompt-tokens", 16, "--new-tokens", 2, "--repeats", 2, "--threads", 1, "--provider", "cpu")
     result = json.loads(ok(cli("bench", bundle, "--against", compressed, *counts, "--json")).out)
@@ -240,6 +248,7 @@ def test_bench(cli: Cli, bundle: Path, compressed: Path) -> None:
     assert "decode tok/s" in ok(cli("bench", bundle, *counts)).out
 
 
+@pytest.mark.whole
 def test_explain(cli: Cli, bundle: Path) -> None:
     text = ok(cli("explain", bundle)).out
     assert {"layers.0.qk", "layers.1.gate_up", "layers.1.down"} <= set(text.split())
@@ -250,6 +259,7 @@ def test_explain(cli: Cli, bundle: Path) -> None:
     assert set(beside.values()) == {"skipped"}
 
 
+@pytest.mark.whole
 def test_explain_leaves_no_matrix_out(cli: Cli, llama: Path, tmp_path: Path) -> None:
     options = ("--groups", "qk", "--keep", 0.8, *PLAIN, "--bits", 16)
     ok(cli("compress", llama, "-o", tmp_path / "out", *options, "--checkpoint", tmp_path / "checkpoint"))
@@ -267,6 +277,7 @@ def test_doctor(cli: Cli) -> None:
     assert diagnosis["ok"] is True
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("raised", "code"), [(BrokenPipeError, 0), (KeyboardInterrupt, 130)])
 def test_ends_from_outside(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException], code: int

@@ -18,6 +18,8 @@ from rk_export.errors import InputError
 from rk_export.options.compress import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
 from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
 
+pytestmark = pytest.mark.whole
+
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 

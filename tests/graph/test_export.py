@@ -68,6 +68,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
 
 
+@pytest.mark.whole
 def test_one_pass_equals_pytorch(exported: Exported) -> None:
     ids = tokens_for(exported, 2, 12)
     expected = exported.expected(ids)
@@ -170,6 +171,7 @@ def test_the_file_is_valid_and_stores_no_weight_twice(exported: Exported) -> Non
     assert 0 < sum(sizes.values()) - rotary <= 1.02 * stored + 1024
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", FORMATS)
 def test_every_group_exports(source_of: SourceOf, tmp_path: Path, group: str, bits: str) -> None:
@@ -181,6 +183,7 @@ def test_every_group_exports(source_of: SourceOf, tmp_path: Path, group: str, bi
     assert model.fusion("shared down-projection").found == source.layer_count
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_all_matrices_factorized_separately(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
@@ -194,6 +197,7 @@ def test_all_matrices_factorized_separately(source_of: SourceOf, tmp_path: Path,
     assert model.fusion("shared down-projection").found == len(roles) * source.layer_count
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_multi_query_and_multi_head_attention_per_head(
     source_of: SourceOf, tmp_path: Path, kv_heads: int
@@ -209,6 +213,7 @@ def test_multi_query_and_multi_head_attention_per_head(
 TABLES = [QuantSpec(8, 128), QuantSpec(4, 16, symmetric=False), QuantSpec(2, 256)]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("family", "spec"),
     [*(("llama", spec) for spec in TABLES), ("gemma3", TABLES[0])],
@@ -230,6 +235,7 @@ def test_quantized_tables(
     assert sum(shape is not None and shape[0] == 160 for shape in shapes) == (1 if tied else 2)
 
 
+@pytest.mark.whole
 def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
     """A plan edited by hand: other bits for one matrix, one layer left in floats."""
     source = source_of("llama")
@@ -250,6 +256,7 @@ def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
     assert_close(model.run(ids)[0], logits(rewritten.model, ids))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
@@ -261,6 +268,7 @@ def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) ->
     assert_close(model.run(ids, logits_start=np.array([9]))[0], everything[:, 9:])
 
 
+@pytest.mark.whole
 def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     for level in (0, 4):
@@ -273,6 +281,7 @@ def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, 
         assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_half_precision_graphs_run_on_cpu(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     """The portable graph in the bound of tier c for fp16; the cuda graph has the same operators and types."""

@@ -60,6 +60,7 @@ def step_mask(form: str, prompt: Tensor, steps: int) -> Tensor:
     return (torch.arange(prompt.shape[1] + steps) < ends).to(torch.int64)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", ["left", "right", "slots"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_padded_rows_equal_single_rows(exported: Exported, family: str, form: str) -> None:
@@ -100,6 +101,7 @@ def test_a_row_of_zeros_disturbs_no_other_row(exported: Exported) -> None:
     assert_close(torch.cat([first[0], later[0]]), logits(model, rows()[0][None, : LONGEST + 1])[0])
 
 
+@pytest.mark.whole
 def test_padding_in_half_precision(source_of: SourceOf, tmp_path: Path) -> None:
     rewritten = compress(source_of("llama"), floats((), ep="portable"))
     half = OnnxModel(rewritten, tmp_path)

@@ -55,6 +55,7 @@ def rewritten_of(source: ModelSource, options: CompressOptions, **extra: Any) ->
     return rewrite(new, make_plan(new, options), **extra)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("form", "tied"), CASES)
 def test_the_graph_equals_pytorch(source_of: SourceOf, tmp_path: Path, form: str, tied: bool) -> None:
     source = source_of("llama", tie_word_embeddings=tied)
@@ -75,6 +76,7 @@ def test_the_graph_equals_pytorch(source_of: SourceOf, tmp_path: Path, form: str
         assert float((actual - dense).abs().max()) <= BOUND * float(dense.abs().max())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_the_tied_table_is_stored_once_and_the_rotation_runs_on_the_last_rows(
     source_of: SourceOf, tmp_path: Path, form: str
@@ -99,6 +101,7 @@ def test_the_tied_table_is_stored_once_and_the_rotation_runs_on_the_last_rows(
     torch.testing.assert_close(last[:, 0], whole[:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_half_precision_graphs_take_the_rotation(source_of: SourceOf, tmp_path: Path, form: str) -> None:
     source = source_of("llama", tie_word_embeddings=True)
@@ -109,6 +112,7 @@ def test_half_precision_graphs_take_the_rotation(source_of: SourceOf, tmp_path: 
     assert float((actual.float() - expected).abs().max()) <= 2e-2 * float(expected.abs().max())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["qwen3", "granite", "mixtral", "gemma3", "opt"])
 def test_other_families_export_too(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family, tie_word_embeddings=True)
@@ -147,6 +151,7 @@ def test_the_probe_of_a_prepared_model_has_the_dense_logits(source_of: SourceOf)
     assert 0 < float((found[QUANTIZED] - dense).norm() / dense.norm()) < 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("form", "tied"), CASES)
 def test_checkpoints_come_back(source_of: SourceOf, tmp_path: Path, form: str, tied: bool) -> None:
     source = source_of("llama", tie_word_embeddings=tied)

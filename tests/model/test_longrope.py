@@ -51,6 +51,7 @@ def same(mine: list[int], theirs: list[int]) -> bool:
     return mine == theirs[: len(mine)] and (len(mine) == len(theirs) or mine[-1] == 2)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("length", [30, SWITCH - 1, SWITCH, SWITCH + 1, 60])
 def test_tokens_are_those_of_transformers(session: Session, length: int) -> None:
     ids = prompt(length, seed=length)
@@ -147,6 +148,7 @@ def _step_without_looking_back(decoder: Decoder) -> np.ndarray:
     return np.array(logits[:, 0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("switch", [5, 9, 31, 32, 33, CONTEXT - 1, CONTEXT, 2 * CONTEXT])
 def test_parity_holds_wherever_the_switch_lies(tmp_path: Path, switch: int) -> None:
     """Below, inside and above the lengths that parity measures at, and where the model never gets to it."""
@@ -161,6 +163,7 @@ def test_parity_holds_wherever_the_switch_lies(tmp_path: Path, switch: int) -> N
     assert len(crossed) == (2 if switch < CONTEXT else 0)
 
 
+@pytest.mark.whole
 def test_genai_follows_the_switch_of_phi3(tmp_path: Path) -> None:
     """At 4096, the length of every published Phi-3, onnxruntime-genai computes the cache anew itself."""
     og = pytest.importorskip("onnxruntime_genai")

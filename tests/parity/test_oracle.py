@@ -63,6 +63,7 @@ def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_verification_against_a_model_reads_it_anew(
     llama: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +75,7 @@ def test_verification_against_a_model_reads_it_anew(
         pipeline.verify(bundle, llama, provider="cpu", threads=1)
 
 
+@pytest.mark.whole
 def test_a_model_too_large_for_transformers_says_so(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_tensor_that_transformers_misses_is_named(llama: Path) -> None:
 # --- tier p: the untouched model against the prepared one
 
 
+@pytest.mark.whole
 def test_a_broken_reparameterization_shows_in_its_tier_alone(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +204,7 @@ def test_a_broken_reparameterization_shows_in_its_tier_alone(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Path) -> None:
     options = tiny_options(prepare=("fold", "rotate", "rotate-heads"))
     report = pipeline.compress(llama, tmp_path / "out", options, threads=1)
@@ -210,6 +214,7 @@ def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Pat
     assert tier.note.startswith("fold, rotate, rotate-heads; ")
 
 
+@pytest.mark.whole
 def test_a_checkpoint_says_what_it_cannot_show(llama: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     pipeline.compress(llama, tmp_path / "first", tiny_options(), checkpoint=saved, threads=1)

@@ -43,14 +43,14 @@ def test_a_whole_run_without_the_marker_fails(
     llama: Path, tmp_path: Path, command: Callable[..., object]
 ) -> None:
     options = tiny_options() if command is compress else CompressOptions(device="cpu")
-    with pytest.raises(pytest.fail.Exception, match="makes a bundle"):
+    with pytest.raises(pytest.fail.Exception, match="makes the graph"):
         command(llama, tmp_path / "out", options, threads=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_whole_run_in_another_process_fails_too(llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rk_export.cli.main", "export", str(llama), "-o", str(tmp_path / "out")]
-    with pytest.raises(pytest.fail.Exception, match="makes a bundle"):
+    with pytest.raises(pytest.fail.Exception, match="makes the graph"):
         subprocess.run(command, check=False)
     assert not (tmp_path / "out").exists()
 

@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli
-from fetched import smollm2, wiki_text
-
-from rk_export.commands.pipeline import prepare
+from fetched import wiki_text
 
 pytestmark = pytest.mark.real_model
 
@@ -41,7 +39,6 @@ class Row:
 
 
 ROWS = {
-    "INT4, the default": Row((), 24.0, 86.5),
     "90 MB": Row(("--size", "90MB"), 24.0, 90),
     "W8A8": Row(("--activations", 8), 22.7, 140),
     "0.8 kept, floats": Row(("--keep", 0.8, "--bits", 16), 31.3, 500),
@@ -50,21 +47,22 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def off_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with the same logits and other weights, on which quantizers differ."""
-    folder = tmp_path_factory.mktemp("models") / "off-grid"
-    prepare(smollm2(), folder, seed=7)
-    return folder
+def check(cli: Cli, row: Row, bundle: Path) -> None:
+    """Measure a bundle and compare it with what its row says."""
+    ended = cli("eval", bundle, "--text", wiki_text("eval"), *TEXT, "--threads", 1, "--json")
+    assert json.loads(ended.out)["perplexity"] == pytest.approx(row.perplexity, rel=row.within), ended.err
+    megabytes = (bundle / "model.onnx.data").stat().st_size / 1e6
+    assert megabytes == pytest.approx(row.megabytes, rel=0.01)
+
+
+def test_the_default(cli: Cli, smollm2_int4: Path) -> None:
+    check(cli, Row((), 24.85, 90.3), smollm2_int4)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_perplexity(cli: Cli, off_grid: Path, tmp_path: Path, name: str) -> None:
-    row, out = ROWS[name], tmp_path / "out"
-    ended = cli("compress", off_grid, "-o", out, *row.arguments, "--threads", 2)
+def test_options(cli: Cli, off_grid: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    ended = cli("compress", off_grid, "-o", out, *ROWS[name].arguments, "--threads", 1)
     assert ended.code == 0, ended.err
-    megabytes = (out / "model.onnx.data").stat().st_size / 1e6
-    measured = json.loads(cli("eval", out, "--text", wiki_text("eval"), *TEXT, "--threads", 2, "--json").out)
+    check(cli, ROWS[name], out)
     shutil.rmtree(out)  # up to half a gigabyte
-    assert measured["perplexity"] == pytest.approx(row.perplexity, rel=row.within)
-    assert megabytes == pytest.approx(row.megabytes, rel=0.01)

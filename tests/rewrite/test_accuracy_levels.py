@@ -29,6 +29,7 @@ def levels(bundle: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("metric_none", [True, False])
 def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metric_none: bool) -> None:
     options = tiny_options(groups=(), rank=None) if metric_none else None
@@ -43,6 +44,7 @@ def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metr
     assert Report.load(tmp_path / "out" / "report.json").findings == report.findings
 
 
+@pytest.mark.whole
 def test_what_keeps_floats_is_what_the_report_names(bundle: Path) -> None:
     """Speed is kept elsewhere: level 4 stays the rule."""
     found = levels(bundle)
@@ -70,6 +72,7 @@ def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path:
     assert flags["q_proj"] == flags["k_proj"] == flags["v_proj"] is True
 
 
+@pytest.mark.whole
 def test_second_factors_of_a_pair_are_decided_together(tmp_path: Path) -> None:
     """Near the bound one of them alone would pass it; the graph packs them all the same."""
     tiny_model("smollm3").save_pretrained(tmp_path / "model")

@@ -257,6 +257,7 @@ def test_a_damaged_state_is_refused(source_of: SourceOf, tmp_path: Path, content
         healed(source, RANKS, options, state=state)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("compression", [RANKS, INT4_RANKS], ids=["factors", "int4"])
 def test_a_healed_model_exports_and_is_saved(
     source_of: SourceOf, tmp_path: Path, compression: CompressOptions

@@ -62,6 +62,7 @@ CASES = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_the_graph_and_the_checkpoint_compute_what_pytorch_does(
@@ -93,6 +94,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
 
 
+@pytest.mark.whole
 def test_half_precision_graphs_pad_and_slice(
     source_of: SourceOf, tmp_path: Path, tolerance: dict[str, float]
 ) -> None:
@@ -146,6 +148,7 @@ FACTORIZED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("form", FACTORIZED)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -274,6 +277,7 @@ def test_a_rank_beyond_the_reduced_matrix_is_refused(source_of: SourceOf) -> Non
         check_plan(source, plan)
 
 
+@pytest.mark.whole
 def test_eight_bit_blocks_wider_than_a_reduced_matrix(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     spec = QuantSpec(8, 128, symmetric=False)

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.whole
+
 SAMPLE = Path(__file__).parents[2] / "samples" / "basel_paper.py"
 
 

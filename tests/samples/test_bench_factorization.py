@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.whole
+
 SAMPLE = Path(__file__).parents[2] / "samples" / "bench_factorization.py"
 
 

@@ -14,6 +14,8 @@ import torch
 from rk_export import tensor_cache
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
 
+pytestmark = pytest.mark.whole
+
 SAMPLE = Path(__file__).parents[2] / "samples" / "cap_paper.py"
 
 

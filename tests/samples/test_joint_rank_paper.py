@@ -19,6 +19,8 @@ from rk_export.evaluation.measure import perplexity_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.source.stored import open_source
 
+pytestmark = pytest.mark.whole
+
 SAMPLE = Path(__file__).parents[2] / "samples" / "joint_rank_paper.py"
 
 

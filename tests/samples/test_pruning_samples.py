@@ -13,6 +13,8 @@ import pytest
 
 from rk_export.source.stored import ModelSource
 
+pytestmark = pytest.mark.whole
+
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 

@@ -293,6 +293,7 @@ def test_a_head_of_another_kind_in_the_adapter_is_refused(
         open_source(tmp_path / "adapter")
 
 
+@pytest.mark.whole
 def test_base_goes_with_adapters_only(cli: Cli, llama: Path, bundle: Path, tmp_path: Path) -> None:
     for arguments in (
         ("compress", llama, "-o", tmp_path / "out", "--base", llama),
@@ -304,6 +305,7 @@ def test_base_goes_with_adapters_only(cli: Cli, llama: Path, bundle: Path, tmp_p
         assert "--base: goes with" in ended.err
 
 
+@pytest.mark.whole
 def test_an_adapter_through_the_command_line(cli: Cli, llama: Path, tmp_path: Path) -> None:
     trained(llama, tmp_path / "adapter")
     edit_adapter(tmp_path / "adapter", base_model_name_or_path="nowhere/at-all")

@@ -114,6 +114,7 @@ def test_a_tied_model_may_store_the_head_alone(saved: Folder, family: str) -> No
     assert assert_same(folder).config.tie_word_embeddings is True
 
 
+@pytest.mark.whole
 def test_a_tied_head_of_another_kind_reaches_the_graph(
     cli: Cli, llama: Path, tmp_path: Path, tolerance: dict[str, float]
 ) -> None:

@@ -64,6 +64,7 @@ def test_links_in_a_folder_beside_a_graph_that_is_none(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.prefill_logits(ids), logits)
 
 
+@pytest.mark.whole
 def test_commands_on_a_snapshot(cli: Cli, bundle: Path, tmp_path: Path) -> None:
     linked = snapshot(bundle, tmp_path / "models--someone--some-model")
     assert (linked / "model.onnx.data").is_symlink()

@@ -424,6 +424,7 @@ def test_what_runs_quantized_in_the_original_is_said(
     assert "the cache, which the original rounds" in caplog.text
 
 
+@pytest.mark.whole
 def test_a_quantized_source_is_exported_and_compressed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

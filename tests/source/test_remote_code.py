@@ -96,6 +96,7 @@ def commands(bundle: Path, prose: Path, tmp_path: Path) -> Callable[[Path], Iter
     return of
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_refuses_it(
@@ -134,6 +135,7 @@ def test_a_compressed_checkpoint_is_refused_too(
     assert model.is_untouched
 
 
+@pytest.mark.whole
 def test_bundles_run_without_looking_at_code(
     cli: Cli, own_bundle: Path, prose: Path, plant_in: Plant
 ) -> None:
@@ -149,6 +151,7 @@ def test_bundles_run_without_looking_at_code(
     assert planted.is_untouched
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "options",
     [
