@@ -6,6 +6,7 @@ down.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +17,7 @@ import pytest
 MARKERS = ("whole", "real_model")
 # Fixtures that a whole run makes, and that later tests find made: the name alone says what a test needs.
 FIXTURES = {"bundle", "own_bundle", "smollm2_int4"}
-COMMANDS = ("compress", "export")
+COMMANDS = re.compile(r"(?<![\w./-])(compress|export)(?![\w./-])")
 
 _current: list[pytest.Item] = []
 
@@ -61,4 +62,4 @@ def _guard(owner: Any, name: str, concerns: Callable[..., bool]) -> None:
 def _makes_a_bundle(command: Any) -> bool:
     """Whether a process is our command line with a command that makes a bundle."""
     text = command if isinstance(command, str) else " ".join(map(str, command))
-    return "rk_export.cli" in text and any(word in text for word in COMMANDS)
+    return "rk_export.cli" in text and COMMANDS.search(text) is not None

@@ -65,6 +65,7 @@ def test_export_says_nothing_where_all_have(bundle: Path) -> None:
     assert not any("no row" in notice for notice in report["notices"])
 
 
+@pytest.mark.whole
 def test_commands_name_the_token(cli: Cli, extended: Path, extended_bundle: Path, strange_text: Path) -> None:
     named = f"token {VOCABULARY} ('{EXTRA}') is outside the model's vocabulary of {VOCABULARY}"
     for arguments in (
@@ -85,6 +86,7 @@ def test_commands_name_the_token(cli: Cli, extended: Path, extended_bundle: Path
     assert not (strange_text.parent / "out").exists()
 
 
+@pytest.mark.whole
 def test_tasks_are_refused_too(cli: Cli, extended: Path, extended_bundle: Path, tmp_path: Path) -> None:
     item = {"context": f"Which {EXTRA}?", "choices": ["one", "two"], "gold": 0}
     (tmp_path / "strange.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")

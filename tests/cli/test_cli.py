@@ -104,6 +104,7 @@ def compressed(llama: Path, prose: Path, work: Path) -> Path:
     return work / "bundle"
 
 
+@pytest.mark.whole
 def test_printed_report_is_the_stored_one(compressed: Path, work: Path) -> None:
     printed = Report.from_json(json.loads((work / "printed.json").read_text(encoding="utf-8")))
     assert printed == Report.load(compressed / "report.json")
@@ -111,6 +112,7 @@ def test_printed_report_is_the_stored_one(compressed: Path, work: Path) -> None:
     assert "--triton tiny" in printed.command
 
 
+@pytest.mark.whole
 def test_bundle_is_complete(compressed: Path) -> None:
     files = {str(path.relative_to(compressed)) for path in compressed.rglob("*") if path.is_file()}
     assert files == {
@@ -210,6 +212,7 @@ def test_verify_ends_with_one_when_parity_fails(
     assert [tier["tier"] for tier in json.loads(ended.out) if tier["passed"] is False] == ["d"]
 
 
+@pytest.mark.whole
 def test_eval_of_model_checkpoint_and_bundle(
     cli: Cli, llama: Path, compressed: Path, work: Path, prose: Path
 ) -> None:

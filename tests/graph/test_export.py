@@ -76,6 +76,7 @@ def test_one_pass_equals_pytorch(exported: Exported) -> None:
     assert float(expected.abs().max()) > 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("batch", "ends"), [(2, (6, 7, 8, 9, 10, 11, 12)), (1, (5, 9, 10, 12))])
 def test_cached_decode_equals_one_pass(exported: Exported, batch: int, ends: tuple[int, ...]) -> None:
     """Token by token; a single row in pieces too, which GroupQueryAttention does not take in batches."""
@@ -90,6 +91,7 @@ def test_cached_decode_equals_one_pass(exported: Exported, batch: int, ends: tup
     assert_close(torch.cat(parts, dim=1), exported.expected(ids))
 
 
+@pytest.mark.whole
 def test_padded_rows_equal_single_rows(exported: Exported) -> None:
     """Padding stands in front in a decoder, prefill and decode, and behind in an encoder."""
     ids, short = tokens_for(exported, 2, 12), 7
@@ -121,6 +123,7 @@ def tokens_for(exported: Exported, batch: int, length: int) -> Tensor:
     return torch.randint(3, vocabulary, (batch, length), generator=generator)
 
 
+@pytest.mark.whole
 def test_the_fusions_found_are_those_planned(exported: Exported) -> None:
     fusions = exported.onnx.fusions
     assert all(fusion.found == fusion.planned for fusion in fusions)
@@ -138,6 +141,7 @@ def test_the_fusions_found_are_those_planned(exported: Exported) -> None:
     assert packed == (layers if dense and not normed else 0)
 
 
+@pytest.mark.whole
 def test_the_interface_is_that_of_genai(exported: Exported) -> None:
     inputs = {value.name: value for value in exported.onnx.session.get_inputs()}
     outputs = {value.name: value for value in exported.onnx.session.get_outputs()}
@@ -160,6 +164,7 @@ def test_the_interface_is_that_of_genai(exported: Exported) -> None:
     assert [value.name for value in exported.onnx.session.get_overridable_initializers()] == ["logits_start"]
 
 
+@pytest.mark.whole
 def test_the_file_is_valid_and_stores_no_weight_twice(exported: Exported) -> None:
     """The file is as large as the PyTorch state, but for the rotary tables and small constants."""
     onnx.checker.check_model(exported.onnx.folder / "model.onnx")

@@ -59,6 +59,7 @@ def test_tokens_are_those_of_transformers(session: Session, length: int) -> None
     assert same(ours(session, [ids], 40)[0], theirs)
 
 
+@pytest.mark.whole
 def test_rows_of_a_batch_get_the_tokens_they_get_alone(session: Session) -> None:
     """Rows that stay short, cross at different steps, cross together, and are long from the start."""
     rows = [prompt(length, seed) for seed, length in enumerate([10, 30, 30, 35, SWITCH, SWITCH + 1, 60])]
@@ -67,6 +68,7 @@ def test_rows_of_a_batch_get_the_tokens_they_get_alone(session: Session) -> None
     assert all(same(mine, transformers_tokens(row, 20)) for mine, row in zip(together, rows, strict=True))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("shared", [True, False])
 def test_decoder_steps_over_the_switch(session: Session, shared: bool) -> None:
     """With a shared buffer and with a growing cache, every step has the logits of the whole text before it."""
@@ -82,6 +84,7 @@ def test_decoder_steps_over_the_switch(session: Session, shared: bool) -> None:
     del session.__dict__["_shares_cache"]
 
 
+@pytest.mark.whole
 def test_what_needs_both_rotations_is_refused(session: Session) -> None:
     ids = np.array([prompt(SWITCH + 2)])
     _, past = session.forward(ids[:, : SWITCH - 1])
@@ -100,6 +103,7 @@ def test_what_needs_both_rotations_is_refused(session: Session) -> None:
         decoder.step(both[:, SWITCH])
 
 
+@pytest.mark.whole
 def test_other_runtimes_are_told_the_length(phi: Path, session: Session) -> None:
     genai = json.loads((phi / "bundle" / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == SWITCH
@@ -110,6 +114,7 @@ def test_other_runtimes_are_told_the_length(phi: Path, session: Session) -> None
     assert session.max_length == CONTEXT
 
 
+@pytest.mark.whole
 def test_continuations_are_scored_under_their_own_rotation(phi: Path, session: Session) -> None:
     """Rows of both sides of the switch, of one task, in PyTorch and in the bundle."""
     lengths = (12, SWITCH - 2, SWITCH, SWITCH + 3, 70)
@@ -124,6 +129,7 @@ def test_continuations_are_scored_under_their_own_rotation(phi: Path, session: S
     assert np.abs(np.array(mixed) - alone).max() > 1e-2, "the switch matters here"
 
 
+@pytest.mark.whole
 def test_parity_crosses_the_switch(phi: Path) -> None:
     report = json.loads((phi / "bundle" / "report.json").read_text(encoding="utf-8"))
     across = {tier["tier"]: tier for tier in report["parity"] if f"at {SWITCH} tokens" in tier["note"]}
@@ -132,6 +138,7 @@ def test_parity_crosses_the_switch(phi: Path) -> None:
     assert across["e"]["max_error"] < 1e-4 * across["e"]["scale"]
 
 
+@pytest.mark.whole
 def test_parity_notices_a_cache_that_keeps_the_short_rotation(
     phi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def outcomes(
 ) -> list[list[Outcome]]:
     """Every candidate of every site, measured on the calibration text itself."""
     source = source_of(request.param, num_hidden_layers=2)
-    tokens = torch.randint(3, 160, (32, 32), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(3, 160, (16, 32), generator=torch.Generator().manual_seed(2))
     cache: Path = tmp_path_factory.mktemp("statistics")
     statistics = dense_statistics(
         source.load(),
@@ -96,7 +96,7 @@ def correlation(outcomes: list[Outcome]) -> float:
 
 def test_all_candidates_of_a_model(outcomes: list[list[Outcome]]) -> None:
     everything = [outcome for site in outcomes for outcome in site]
-    assert len(everything) > 200
+    assert len(everything) > 100
     assert correlation(everything) > 0.98
 
 
