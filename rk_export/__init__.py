@@ -15,50 +15,86 @@ from typing import TYPE_CHECKING, Any
 for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_variable, "1")
 
+from rk_export.methods import METHODS  # noqa: E402  after the variables above
+
 if TYPE_CHECKING:
     from rk_export.commands.analyze import analyze
-    from rk_export.commands.pipeline import compress, dry_run, evaluate, export, make_plan, verify
+    from rk_export.commands.compress import compress, dry_run
+    from rk_export.commands.evaluate import evaluate
+    from rk_export.commands.explain import explain
+    from rk_export.commands.export import export
+    from rk_export.commands.plan import make_plan
+    from rk_export.commands.prepare import prepare
+    from rk_export.commands.verify import verify
     from rk_export.errors import RkExportError
     from rk_export.evaluation.measure import EvalText, SpeedTest
-    from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import W8A8, QuantSpec
+    from rk_export.options.ranks import Budget, RankRule
+    from rk_export.options.run import Run
+    from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
+    from rk_export.report.records import Finding, ParityTier, Report
     from rk_export.testing import assert_parity
 
 _HOME = {
     "analyze": "rk_export.commands.analyze",
-    "CompressOptions": "rk_export.options.compress",
-    "EvalText": "rk_export.evaluation.measure",
-    "Plan": "rk_export.plan",
-    "QuantSpec": "rk_export.options.compress",
-    "RankRule": "rk_export.options.compress",
-    "SpeedTest": "rk_export.evaluation.measure",
+    "compress": "rk_export.commands.compress",
+    "dry_run": "rk_export.commands.compress",
+    "evaluate": "rk_export.commands.evaluate",
+    "explain": "rk_export.commands.explain",
+    "export": "rk_export.commands.export",
+    "make_plan": "rk_export.commands.plan",
+    "prepare": "rk_export.commands.prepare",
+    "verify": "rk_export.commands.verify",
     "RkExportError": "rk_export.errors",
+    "EvalText": "rk_export.evaluation.measure",
+    "SpeedTest": "rk_export.evaluation.measure",
+    "CalibrationOptions": "rk_export.options.calibration",
+    "CompressOptions": "rk_export.options.compress",
+    "QuantSpec": "rk_export.options.quantization",
+    "W8A8": "rk_export.options.quantization",
+    "Budget": "rk_export.options.ranks",
+    "RankRule": "rk_export.options.ranks",
+    "Run": "rk_export.options.run",
+    "TextFile": "rk_export.options.texts",
+    "Plan": "rk_export.plan",
+    "Finding": "rk_export.report.records",
+    "ParityTier": "rk_export.report.records",
+    "Report": "rk_export.report.records",
     "assert_parity": "rk_export.testing",
-    "compress": "rk_export.commands.pipeline",
-    "dry_run": "rk_export.commands.pipeline",
-    "evaluate": "rk_export.commands.pipeline",
-    "export": "rk_export.commands.pipeline",
-    "make_plan": "rk_export.commands.pipeline",
-    "verify": "rk_export.commands.pipeline",
 }
-
 __all__ = [
+    "W8A8",
+    "Budget",
+    "CalibrationOptions",
     "CompressOptions",
     "EvalText",
+    "Finding",
+    "ParityTier",
     "Plan",
     "QuantSpec",
     "RankRule",
+    "Report",
     "RkExportError",
+    "Run",
     "SpeedTest",
+    "TextFile",
     "analyze",
     "assert_parity",
     "compress",
     "dry_run",
     "evaluate",
+    "explain",
     "export",
     "make_plan",
+    "prepare",
     "verify",
 ]
+# The options of a method are public as soon as the method is listed.
+_HOME |= {kind.__name__: kind.__module__ for kind in METHODS}
+__all__ += [kind.__name__ for kind in METHODS]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ import torch
 
 from rk_export.errors import InputError, ProviderError
 
+CPU = torch.device("cpu")
+
 
 def resolve_device(name: str) -> torch.device:
     """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` means here.

@@ -26,6 +26,10 @@ class InputError(RkExportError):
     """The user's input cannot be used: a bad file, option, plan or bundle."""
 
 
+class FieldError(InputError, ValueError):
+    """A value that one of our dataclasses refuses; as a ValueError it gets its place in the file that is read."""
+
+
 class UnsupportedModelError(RkExportError):
     """The architecture, or one of its options, is refused before any work begins."""
 

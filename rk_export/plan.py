@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions, QuantSpec, options_from_json, quant_from_json
+from rk_export.errors import FieldError, InputError
+from rk_export.json_codec import Float, from_json, load_json, to_json
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
 
 PLAN_MARK = "rk_export_plan"
 PLAN_VERSION = 1
@@ -51,50 +53,50 @@ class SitePlan:
 
     def __post_init__(self) -> None:
         if self.form not in ("dense", "joint", "per_head", "identity", "sparse"):
-            raise InputError(
+            raise FieldError(
                 f"unknown form {self.form!r}",
                 where=self.site,
                 fix="choose dense, joint, per_head, identity or sparse",
             )
         if self.correction < 0 or (self.correction and (self.form != "dense" or self.quant is None)):
-            raise InputError(
+            raise FieldError(
                 f"a correction of rank {self.correction} does not fit",
                 where=self.site,
                 fix="only dense quantized matrices are corrected",
             )
         if len(self.members) != len(self.paths):
-            raise InputError(
+            raise FieldError(
                 f"{len(self.members)} members but {len(self.paths)} paths",
                 where=self.site,
                 fix="name one path for each member",
             )
         fits = self.form == "sparse" or (self.form == "dense") == (self.rank == 0)
         if not isinstance(self.rank, int) or not fits or self.rank < 0:
-            raise InputError(
+            raise FieldError(
                 f"rank {self.rank} does not fit the form {self.form!r}",
                 where=self.site,
                 fix="dense sites have rank 0, factorized ones at least 1",
             )
         if self.entries < 0 or (self.entries and self.form != "sparse"):
-            raise InputError(
+            raise FieldError(
                 f"{self.entries} sparse entries do not fit the form {self.form!r}",
                 where=self.site,
                 fix="only the sparse form has entries, 0 or more",
             )
         if self.carried and (self.form != "dense" or self.quant is None or self.correction):
-            raise InputError(
+            raise FieldError(
                 "codes are carried over by dense quantized matrices only, and not corrected",
                 where=self.site,
                 fix="set carried to false",
             )
         if self.form == "sparse" and not self.rank and self.quant is not None:
-            raise InputError(
+            raise FieldError(
                 "a sparse matrix alone has no factors to quantize",
                 where=self.site,
                 fix="set its quant to null",
             )
         if self.form == "sparse" and len(self.members) != 1:
-            raise InputError(
+            raise FieldError(
                 f"{len(self.members)} members in the sparse form",
                 where=self.site,
                 fix="give every matrix a site of its own",
@@ -122,20 +124,20 @@ class LayerShape:
         for name in ("ffn_width", "value_dim"):
             width = getattr(self, name)
             if width is not None and (not isinstance(width, int) or width < 1):
-                raise InputError(f"{name} {width!r}", where=where, fix="give a whole number of at least 1")
+                raise FieldError(f"{name} {width!r}", where=where, fix="give a whole number of at least 1")
         kept = self.kv_groups
         if kept is not None and (
             not kept
             or not all(isinstance(group, int) and group >= 0 for group in kept)
             or list(kept) != sorted(set(kept))
         ):
-            raise InputError(
+            raise FieldError(
                 f"kv_groups {list(kept)}",
                 where=where,
                 fix="list the groups that stay, ascending, at least one",
             )
         if (self.ffn_width, self.value_dim, self.kv_groups) == (None, None, None):
-            raise InputError("nothing changes", where=where, fix="leave the layer out of the shapes")
+            raise FieldError("nothing changes", where=where, fix="leave the layer out of the shapes")
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,16 @@ class Pruning:
 
     def __post_init__(self) -> None:
         if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
-            raise InputError(
+            raise FieldError(
                 f"blocks {list(self.blocks)}",
                 where="pruning",
                 fix="list the blocks that stay, ascending, at least one",
             )
         if self.ffn_width is not None and self.ffn_width < 1:
-            raise InputError(f"ffn_width {self.ffn_width}", where="pruning", fix="give at least 1")
+            raise FieldError(f"ffn_width {self.ffn_width}", where="pruning", fix="give at least 1")
         sizes = {len(kept) for kept in self.kv_groups}
         if self.kv_groups and (len(self.kv_groups) != len(self.blocks) or len(sizes) != 1 or 0 in sizes):
-            raise InputError(
+            raise FieldError(
                 "kv_groups of different length, or not one tuple for each block that stays",
                 where="pruning",
                 fix="keep as many key/value heads in every block",
@@ -191,13 +193,13 @@ class Plan:
     options: CompressOptions
     sites: tuple[SitePlan, ...]
     shapes: tuple[LayerShape, ...] = ()
-    predicted_loss: float | None = None
+    predicted_loss: Float | None = None
     pruning: Pruning | None = None
 
     def __post_init__(self) -> None:
         layers = [shape.layer for shape in self.shapes]
         if twice := {layer for layer in layers if layers.count(layer) > 1}:
-            raise InputError(
+            raise FieldError(
                 f"layer {min(twice)} has two entries", where="shapes", fix="give each layer one entry"
             )
 
@@ -211,7 +213,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
-        return {PLAN_MARK: PLAN_VERSION, **asdict(self)}
+        return {PLAN_MARK: PLAN_VERSION, **to_json(self)}
 
     @classmethod
     def from_json(cls, data: Any, *, where: str = "plan") -> Plan:
@@ -226,23 +228,8 @@ class Plan:
                 where=where,
                 fix="write one with `rk-export plan MODEL -o plan.json`",
             )
-        try:
-            options = options_from_json(data["options"])
-            sites = tuple(_site_from_json(site) for site in data["sites"])
-            shapes = tuple(_shape_from_json(shape) for shape in data.get("shapes", ()))
-            return cls(
-                str(data["model_type"]),
-                str(data["structure"]),
-                options,
-                sites,
-                shapes,
-                data.get("predicted_loss"),
-                _pruning_from_json(data.get("pruning")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"malformed plan: {error!r}", where=where, fix="write it anew with `rk-export plan`"
-            ) from error
+        stored = {key: value for key, value in data.items() if key != PLAN_MARK}
+        return from_json(cls, stored, where, fix="correct it, or write the plan anew with `rk-export plan`")
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
@@ -255,35 +242,4 @@ class Plan:
         Raises:
             InputError: If the file is missing, is not JSON or is not a plan.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"cannot be read as JSON: {error}", where=str(path), fix="name a plan file"
-            ) from error
-        if not isinstance(data, dict):
-            raise InputError("is not a plan", where=str(path), fix="write one with `rk-export plan`")
-        return cls.from_json(data, where=str(path))
-
-
-def _site_from_json(data: Mapping[str, Any]) -> SitePlan:
-    return SitePlan(
-        **{
-            **data,
-            "members": tuple(data["members"]),
-            "paths": tuple(data["paths"]),
-            "quant": quant_from_json(data["quant"]),
-        }
-    )
-
-
-def _shape_from_json(data: Mapping[str, Any]) -> LayerShape:
-    kept = data.get("kv_groups")
-    return LayerShape(**{**data, "kv_groups": None if kept is None else tuple(kept)})
-
-
-def _pruning_from_json(data: Mapping[str, Any] | None) -> Pruning | None:
-    if data is None:
-        return None
-    kept = tuple(tuple(groups) for groups in data["kv_groups"])
-    return Pruning(tuple(data["blocks"]), data["ffn_width"], kept)
+        return cls.from_json(load_json(path, fix="name a plan file"), where=str(path))

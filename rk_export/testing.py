@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rk_export.commands.pipeline import verify
+from rk_export.commands.verify import verify
 from rk_export.errors import InputError
+from rk_export.options.run import Run
 from rk_export.report.records import TIERS, ParityTier
 from rk_export.report.render import parity_text
 from rk_export.runtime.providers import Provider
@@ -29,7 +30,7 @@ def assert_parity(
     tier: Sequence[str] | None = None,
     bound: float | None = None,
     provider: Provider = "cpu",
-    threads: int | None = None,
+    run: Run | None = None,
 ) -> tuple[ParityTier, ...]:
     """Fail a test unless a bundle computes what it should.
 
@@ -40,7 +41,7 @@ def assert_parity(
         bound: Largest error relative to the largest logit (for tier g: the share of greedy tokens that may
             differ), instead of each tier's own. Tiers a and b have none, so they need it.
         provider: Execution provider.
-        threads: Threads of ONNX Runtime.
+        run: The machine; its `texts` may hold the calibration text.
 
     Returns:
         The tiers that were asked for, in their order.
@@ -52,7 +53,7 @@ def assert_parity(
     __tracebackhide__ = True
     wanted = _wanted_tiers(tier)
     _check_answerable(wanted, has_model=model is not None, bound=bound)
-    measured = verify(bundle, model, provider=provider, threads=threads)
+    measured = verify(bundle, model, provider=provider, run=run)
     tiers = tuple(_judged(item, bound) for item in _choose(measured, wanted, str(bundle)))
     if failed := [item.tier for item in tiers if not item.passed]:
         raise AssertionError(f"{bundle}: out of bound on tier {', '.join(failed)}\n{parity_text(tiers)}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
+from rk_export.json_codec import load_json
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -21,10 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     fix = "repair the file, or write the folder again"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({error})", where=str(path), fix=fix) from error
+    value = load_json(path, fix=fix)
     if not isinstance(value, dict):
         raise InputError("not a JSON object", where=str(path), fix=fix)
     return value

@@ -34,18 +34,19 @@ from transformers import PreTrainedModel
 from rk_export import CompressOptions, EvalText, RankRule
 from rk_export.calibration.target_text import target_tokens
 from rk_export.cli.main import quiet_libraries
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in, resolve_device
 from rk_export.evaluation.assets import smollm2, wiki_text
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.evaluation.task_texts import code_text, gsm8k_text
 from rk_export.folders import library_versions
+from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import select_basis
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import SINGLE_GROUPS, CalibrationOptions
-from rk_export.options.methods import BaselOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import open_source
 from rk_export.source.tuned import TunedSource
 
@@ -152,7 +153,7 @@ class Comparison:
             calibration=calibration,
             device=str(self.device),
         )
-        ground = groundwork(open_source(self.model), options)
+        ground = compression_inputs(open_source(self.model), options)
         rewritten = ground.rewrite(
             make_plan(ground.source, options, statistics=ground.statistics, table=ground.table)
         )

@@ -22,6 +22,7 @@ from typing import Any
 from rk_export import CompressOptions, QuantSpec, compress
 from rk_export.evaluation.assets import smollm2
 from rk_export.folders import library_versions
+from rk_export.options.run import Run
 from rk_export.runtime import bench
 
 OURS, SAME_BUNDLE, ITS_BUILDER = (
@@ -54,7 +55,7 @@ def main() -> None:
         quant = QuantSpec(4, 32)
         # Round to nearest, as the peer's builder: the comparison is one of sizes and speeds.
         options = CompressOptions(quant=quant, embedding_quant=quant, quantizer="rtn")
-        compress(model, ours, options, threads=args.threads)
+        compress(model, ours, options, run=Run(threads=args.threads))
     if not (peer / "model.onnx").exists():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         subprocess.run([*builder, "-i", str(model), "-o", str(peer)], check=True)

@@ -41,14 +41,16 @@ from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
-from rk_export.methods.cap.choose import amount_of, most_probable, over_dense
+from rk_export.methods.cap.choose import most_probable
 from rk_export.methods.cap.mixture import Mixtures, mixture_selection, offered_mixtures, refitted_parts
+from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.policy import Learned, first_probabilities, learn
-from rk_export.methods.cap.pools import PARAMETERS, Pools, Prices, linear_shapes, make_pools
+from rk_export.methods.cap.pools import Pools, make_pools
 from rk_export.methods.cap.scores import Score, all_scores, curvature_score, directions_only, energy_score
+from rk_export.methods.sparse_sites import PARAMETERS, Prices, amount_of, linear_shapes, over_dense
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
-from rk_export.options.methods import CapOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import SINGLE_GROUPS, Budget
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planning.planner import make_plan

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rk_export import CompressOptions, EvalText, QuantSpec, RankRule, RkExportError, SpeedTest, compress
 from rk_export.cli.main import quiet_libraries
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.run import Run
 from rk_export.report.render import text_table
 from rk_export.runtime import GenerationOptions, Session
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         options(),
         text=text,
         speed=SpeedTest(args.prompt_tokens, args.new_tokens, args.repeats),
-        threads=args.threads,
+        run=Run(threads=args.threads),
         force=True,
         command="python samples/demo.py",
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from rk_export import CompressOptions, QuantSpec
 from rk_export.evaluation.assets import smollm2
 from rk_export.graph.build import build_graph, save_graph
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import open_source

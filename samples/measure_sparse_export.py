@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from rk_export.methods.plans import sparse_plan
 
 from rk_export import CompressOptions
 from rk_export.cli.main import quiet_libraries
@@ -31,8 +32,7 @@ from rk_export.evaluation.assets import smollm2
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.graph.modules.sparse import ENTRIES
 from rk_export.methods.cap.baselines import magnitude
-from rk_export.methods.plans import sparse_plan
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.graph.nodes import PART_KEY
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, open_source

@@ -27,13 +27,14 @@ from torch import nn
 
 from rk_export import CompressOptions, EvalText, QuantSpec
 from rk_export.cli.main import quiet_libraries
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
+from rk_export.methods.prune.options import PruneOptions
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import Budget, CalibrationOptions
-from rk_export.options.methods import PruneOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import Budget
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.rewrite.sizes import kept_parameters
 from rk_export.source.stored import ModelSource, open_source
 
@@ -118,7 +119,7 @@ class Row:
 def measure(source: ModelSource, case: Case, text: EvalText) -> Row:
     """Prune, rewrite, evaluate."""
     start = time.perf_counter()
-    ground = groundwork(source, case.options)
+    ground = compression_inputs(source, case.options)
     plan = make_plan(ground.source, ground.options, statistics=ground.statistics, table=ground.table)
     rewritten = ground.rewrite(replace(plan, pruning=ground.source.pruning))
     layers = rewritten.model.get_submodule(source.architecture.layers)

@@ -29,6 +29,7 @@ from rk_export import CompressOptions, compress
 from rk_export.evaluation.assets import gemma3, minilm, qwen2_5_coder, smollm2, wiki_text
 from rk_export.evaluation.perplexity import perplexity
 from rk_export.model.torch_logits import torch_logits
+from rk_export.options.run import Run
 from rk_export.report.records import Report
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.text import TextCodec
@@ -76,7 +77,7 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / name
         begin = time.perf_counter()
-        report = compress(folder, bundle, CompressOptions(), threads=threads)
+        report = compress(folder, bundle, CompressOptions(), run=Run(threads=threads))
         seconds = time.perf_counter() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         quality = embeddings if name == "minilm" else perplexities

@@ -35,14 +35,17 @@ from rk_export import CompressOptions, EvalText, RankRule, compress
 from rk_export.calibration.neuron_peaks import neuron_peaks
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.cli.main import quiet_libraries
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.evaluation.assets import news_text, smollm2, wiki_text
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
+from rk_export.methods.heal.distil import heal
+from rk_export.methods.heal.options import HealOptions
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import SINGLE_GROUPS, Budget
+from rk_export.options.run import Run
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite.groundwork import groundwork
-from rk_export.rewrite.heal import HealOptions, heal
 from rk_export.runtime import Session
 from rk_export.source.prepared import save_prepared
 from rk_export.source.stored import open_source
@@ -131,7 +134,7 @@ class Sweep:
         return {"perplexity": perplexities(torch_logits(open_source(self.model).load()), self.model)}
 
     def _kept(self, options: CompressOptions, heal_steps: int = 0) -> dict[str, Any]:
-        ground = groundwork(open_source(self.model), options)
+        ground = compression_inputs(open_source(self.model), options)
         plan = make_plan(ground.source, options, statistics=ground.statistics, table=ground.table)
         rewritten = ground.rewrite(plan)
         found: dict[str, Any] = {"predicted_loss": plan.predicted_loss}
@@ -147,7 +150,7 @@ class Sweep:
         budget = Budget("size", megabytes * 1e6)
         options = CompressOptions(budget=budget, calibration=TEXT_METRIC, device=self.device)
         bundle = self.work / f"size-{megabytes}"
-        report = compress(self.off_grid(), bundle, options, threads=self.threads, force=True)
+        report = compress(self.off_grid(), bundle, options, run=Run(threads=self.threads), force=True)
         return self._bundle(bundle) | {"timings": report.timings}
 
     def _peer(self, name: str, options: tuple[str, ...]) -> dict[str, Any]:

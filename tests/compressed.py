@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rk_export.graph.build import build_graph, save_graph
-from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Fusion
@@ -33,7 +36,6 @@ def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
         "quant": None,
         "embedding_quant": None,
         "accuracy_level": 0,
-        "device": "cpu",
         "calibration": CalibrationOptions("none"),
         "quantizer": "rtn",
     }

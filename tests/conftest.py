@@ -119,14 +119,16 @@ def trained_tokenizer() -> Any:
 
 def tiny_options(**changes: Any) -> CompressOptions:
     """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import QuantSpec
+    from rk_export.options.ranks import RankRule
 
     fields = {
         "groups": ("qk", "gate_up"),
         "rank": RankRule("keep", 0.8),
         "quant": QuantSpec(4, 32),
         "embedding_quant": QuantSpec(8, 32),
-        "device": "cpu",
         "calibration": CalibrationOptions("none"),
         "quantizer": "rtn",
     }
@@ -136,10 +138,10 @@ def tiny_options(**changes: Any) -> CompressOptions:
 @pytest.fixture(scope="session")
 def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of the tiny Llama model, factorized and in INT4; do not change it."""
-    from rk_export import compress
+    from rk_export import Run, compress
 
     folder = tmp_path_factory.mktemp("bundles") / "llama-int4"
-    compress(llama, folder, tiny_options(), threads=1)
+    compress(llama, folder, tiny_options(), run=Run(threads=1))
     return folder
 
 
@@ -168,7 +170,7 @@ def off_grid(made_once: MakeOnce) -> Path:
     """
     from fetched import smollm2
 
-    from rk_export.commands.pipeline import prepare
+    from rk_export import prepare
 
     return made_once("off-grid", lambda folder: prepare(smollm2(), folder, seed=7))
 
@@ -176,9 +178,9 @@ def off_grid(made_once: MakeOnce) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_int4(made_once: MakeOnce, off_grid: Path) -> Path:
     """Bundle of `off_grid` as `compress` makes it without any option; for tests marked `real_model`."""
-    from rk_export import compress
+    from rk_export import Run, compress
 
-    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, threads=1))
+    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, run=Run(threads=1)))
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from rk_export.calibration.dense_statistics import Place
-from rk_export.options.compress import SINGLE_GROUPS, CompressOptions
+from rk_export.methods.sparse_sites import Prices
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
@@ -42,3 +44,8 @@ def sparse_plan(
                 site = replace(site, form="sparse", rank=rank, entries=entries, quant=quant)
             sites.append(site)
     return replace(plan, sites=tuple(sites)), parts
+
+
+def cost_of(parts: Parts, prices: Prices) -> float:
+    """Return what the parts of one matrix cost."""
+    return prices.total(parts.shape, parts.rank, parts.entries)

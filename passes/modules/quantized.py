@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import W8A8, QuantSpec
+from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.numerics.int8 import Int8Matrix, int8_product
 from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.numerics.quantize import QuantizedMatrix, dequantize

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rk_export.options.compress import ALLOCATIONS, Allocation
+from rk_export.options.ranks import ALLOCATIONS, Allocation
 from rk_export.passes.numerics.ranks import (
     effective_rank,
     gavish_donoho_rank,

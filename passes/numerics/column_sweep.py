@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.quantize import QuantizedMatrix, packed_matrix, rounded_scales
 from rk_export.passes.numerics.scale_search import searched_scales
 from rk_export.passes.numerics.threads import cpu_threads

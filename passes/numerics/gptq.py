@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.column_sweep import ColumnSweep
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import QuantizedMatrix, check_blockwise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.quantize import QuantizedMatrix, packed_matrix
 
 _BITS, _BLOCKS = (2, 4, 8), (256, 128, 64, 32, 16)

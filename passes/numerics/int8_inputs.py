@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 
 LEVELS = 127
 # The CPU provider has no int8 kernel for 2-bit codes in blocks of 16 and computes them in floats.

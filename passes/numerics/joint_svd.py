@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import Gauge
+from rk_export.options.ranks import Gauge
 from rk_export.passes.numerics.eigen import eigenvalues, gram_matrix, leading_eigenvectors, product
 from rk_export.passes.numerics.metric import Metric
 

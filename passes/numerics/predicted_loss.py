@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import whitened_singular_values
 from rk_export.passes.numerics.metric import Metric

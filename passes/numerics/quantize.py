@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rk_export.errors import InputError
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 
 _FP16_NORMAL = torch.finfo(torch.float16).smallest_normal
 _FP16_STEP = 2.0**-24  # between neighbours below the normal range

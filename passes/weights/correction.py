@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.modules.quantized import CorrectedLinear, QuantizedLinear, linear_of
 from rk_export.passes.numerics.correction import quantize_corrected
 from rk_export.passes.weights.quantizer import Inputs, Quantizer

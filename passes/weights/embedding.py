@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn, quantized_bytes
 from rk_export.passes.weights.quantize import Quantize

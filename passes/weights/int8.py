@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rk_export.options.compress import W8A8
+from rk_export.options.quantization import W8A8
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules.quantized import Int8Linear
 from rk_export.passes.numerics.int8 import int8_bytes, quantize_rows

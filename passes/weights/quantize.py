@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules.factors import IdentityFactors, JointFactors, JointMember
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.numerics.identity_form import refit_up
 from rk_export.passes.weights.correction import corrected_linear
-from rk_export.passes.weights.joint_rank import factors_path
+from rk_export.passes.weights.factorize import factors_path
 from rk_export.passes.weights.quantization_tally import QuantizationTally
 from rk_export.passes.weights.quantizer import Inputs, Quantizer, QuantizerName
 from rk_export.plan import SitePlan

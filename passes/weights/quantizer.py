@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import SiteStatistics
 from rk_export.passes.numerics.gptq import quantize_gptq
 from rk_export.passes.numerics.metric import Metric

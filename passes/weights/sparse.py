@@ -12,7 +12,7 @@ from rk_export.passes.modules.factors import JointFactors, JointMember
 from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.passes.weights.joint_rank import factors_path
+from rk_export.passes.weights.factorize import factors_path
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
 

@@ -39,7 +39,8 @@ def divergence(dense: Tensor, other: Tensor) -> float:
 def _what_helps(options: CompressOptions) -> list[str]:
     """Return what to change, the likeliest cause first."""
     help_ = []
-    if options.budget is not None or options.rank is not None or options.prune is not None:
+    stages = {method.stage for method in options.methods}
+    if options.budget is not None or options.rank is not None or "prune" in stages:
         help_.append("keep more of the model")
     if options.quant is not None and options.quant.bits < 8:
         help_.append("more bits (--bits 8)")
@@ -49,6 +50,6 @@ def _what_helps(options: CompressOptions) -> list[str]:
         help_.append("errors weighed by text (--metric self, or corpus:FILE)")
     elif options.calibration.metric == "self":
         help_.append("text of your own (--metric corpus:FILE)")
-    if options.heal == 0:
+    if "recover" not in stages:
         help_.append("recovery (--heal 100)")
     return help_

@@ -23,6 +23,7 @@ from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
+from rk_export.json_codec import to_json
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import CompressOptions
@@ -132,7 +133,7 @@ def write_bundle(
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
         base = origin.origin[1] if isinstance(origin, ModelSource) else None
-        _write_configs(folder, rewritten, origin_folder, base)
+        write_configs(folder, rewritten, origin_folder, base)
     loaded = origin.notices if isinstance(origin, ModelSource) else ()
     provider, notices = _provider(options)
     known = () if before is None else before.notices
@@ -187,7 +188,8 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
     return Report(model=model, model_type=model_type, created=created, versions=library_versions(), **fields)
 
 
-def _write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
+def write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
+    """Write tokenizer and the configs of the runtimes; `base` is the folder of the generation config, or None."""
     config = with_context(rewritten.model.config, rewritten.plan.options.context_length)
     generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
@@ -310,14 +312,14 @@ def _write_report(
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.ep,
         "shared_kv_cache": not rewritten.architecture.is_encoder,
-        "parity": [tier.to_json() for tier in report.parity],
-        "golden": None if golden is None else golden.to_json(),
+        "parity": to_json(report.parity),
+        "golden": to_json(golden),
     }
     write_manifest(folder, info)
 
 
 def _summary(options: CompressOptions) -> str:
-    done = _method(options) if options.prune is None else f"structured pruning, {_method(options)}"
+    done = ", ".join(_done(options))
     if options.quant is None:
         return f"Compressed by rk-export: {done}, floats ({options.float_dtype})."
     if options.quant.activations == 8:
@@ -326,15 +328,17 @@ def _summary(options: CompressOptions) -> str:
     return f"Compressed by rk-export: {done}, INT{bits} weights in blocks of {block}."
 
 
-def _method(options: CompressOptions) -> str:
-    """Return what was done to the matrices before they were rounded, in words."""
-    if options.basel is not None:
-        return f"basis selection for the task of {Path(options.basel.target).name} (arXiv 2405.15877)"
-    if options.cap is not None:
-        return "low rank plus sparse matrices (arXiv 2505.03801)"
-    if options.groups:
-        return f"joint rank-k factorization of {', '.join(options.groups)}"
-    return "dense matrices"
+def _done(options: CompressOptions) -> Iterator[str]:
+    """Yield what was done to the matrices before they were rounded, in words."""
+    for method in options.methods:
+        if method.stage == "prune":
+            yield method.describe()
+    if options.deciding is not None:
+        yield options.deciding.describe()
+    elif options.groups:
+        yield f"joint rank-k factorization of {', '.join(options.groups)}"
+    else:
+        yield "dense matrices"
 
 
 def _results(report: Report) -> tuple[tuple[str, str], ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
 from rk_export.calibration.sensitivity import dense_statistics
-from rk_export.device import resolve_device
 from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.report.humanize import size
@@ -23,7 +23,11 @@ GRADIENT_LIMIT = 8_000_000_000
 
 
 def model_statistics(
-    source: ModelSource, model: PreTrainedModel, tokens: Tensor, options: CompressOptions
+    source: ModelSource,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    options: CompressOptions,
+    device: torch.device,
 ) -> DenseStatistics:
     """Gather statistics of a dense model on a text, or read those of an earlier run.
 
@@ -31,9 +35,10 @@ def model_statistics(
         source: Where the model comes from.
         model: The model, loaded.
         tokens: Calibration text, int64 (sequences, length).
-        options: Device, and whether outputs weigh by gradients.
+        options: Whether outputs weigh by gradients.
+        device: Where the model runs.
     """
-    device, weighed = resolve_device(options.device), weighs_outputs(options)
+    weighed = options.weighs_outputs
     wanted = weighed and options.calibration.gradients
     architecture = source.architecture
     statistics = dense_statistics(
@@ -52,15 +57,10 @@ def model_statistics(
     return layerwise(statistics, weights)
 
 
-def weighs_outputs(options: CompressOptions) -> bool:
-    """Whether anything that was asked for weighs the outputs of matrices; rounding weighs their inputs alone."""
-    return bool(options.budget or options.rank or options.groups or options.cap or options.prune)
-
-
 def only_diagonals(source: ModelSource, options: CompressOptions) -> bool:
     """Whether the gradients' whole second moments would take too much memory."""
     return (
-        weighs_outputs(options) and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
+        options.weighs_outputs and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
     )
 
 

@@ -10,7 +10,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.plan import SitePlan
 from rk_export.source.stored import ModelSource
@@ -54,12 +53,12 @@ def calibration_tokens(source: ModelSource, options: CalibrationOptions, device:
         return self_text(source, options.tokens, options.seed, device)
     if options.corpus is None:
         raise ValueError(f"the metric {options.metric!r} uses no text")
-    path, rows = Path(options.corpus).expanduser(), int(source.config.vocab_size)
+    path, rows = options.corpus.place(), int(source.config.vocab_size)
     ids = torch.from_numpy(known_tokens(path, source.folder, rows, limit=options.tokens))
     if len(ids) < options.tokens:
         raise InputError(
             f"the text has {len(ids)} tokens, {options.tokens} were asked for",
-            where=options.corpus,
+            where=str(path),
             fix="give a longer text, or fewer with --calibration-tokens",
         )
     length = min(LENGTH, int(source.config.max_position_embeddings))

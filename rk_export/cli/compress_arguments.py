@@ -7,11 +7,14 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rk_export.cli.method_arguments import preset, prune_options
+from rk_export.cli.method_arguments import methods, named_recipe, takes_rank_rule
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
-    from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.compress import CompressOptions
+    from rk_export.options.quantization import QuantSpec
+    from rk_export.options.ranks import Budget, RankRule
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _WHOLE_BITS = (2, 4, 8, 16)
@@ -41,7 +44,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allocation",
-        help="with --uniform or --method joint-rank: spread the share by spectra: energy, gavish-donoho, "
+        help="with --keep as a rank rule (--uniform): spread the share by spectra: energy, gavish-donoho, "
         "effective-rank or stable-rank (default uniform)",
     )
     parser.add_argument("--phase", help="what --speed-up counts: prefill or decode (default decode)")
@@ -57,7 +60,6 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the inputs' moments through the compressed part",
     )
     parser.add_argument("--seed", type=int, help="of sampling and rotations (default 0)")
-    parser.add_argument("--device", help="where to factorize: auto, cpu, cuda, cuda:N (default auto)")
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +103,6 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
         help="float branch that corrects every dense quantized matrix",
     )
     add_context_argument(parser)
-    parser.add_argument("--heal", type=int, metavar="STEPS", help="steps of recovery afterwards (default 0)")
 
 
 def add_context_argument(parser: argparse.ArgumentParser) -> None:
@@ -121,19 +122,21 @@ def compress_options(args: argparse.Namespace) -> CompressOptions | None:
         InputError: If a value cannot be used, or two arguments do not go together.
     """
     from rk_export.options.compress import CompressOptions
+    from rk_export.options.method import STAGES
 
     given = {name: getattr(args, name, None) for name in _PLAIN}
     rank, budget = _rank_rule(args), _budget(args)
-    base = preset(args, rank, budget)
+    base = named_recipe(args, rank, budget)
     given |= {
         "rank": rank,
         "budget": budget,
-        "prune": prune_options(args),
         "groups": None if args.groups is None else _names(args.groups),
         "prepare": None if getattr(args, "prepare", None) is None else _names(args.prepare),
         "calibration": _calibration(args),
     }
     changes = {name: value for name, value in given.items() if value is not None} | _quantization(args)
+    if asked := (*methods(args), *(() if base is None else base.methods)):
+        changes["methods"] = tuple(sorted(asked, key=lambda method: STAGES.index(method.stage)))
     if base is None:
         return replace(CompressOptions(), **changes) if changes else None
     return replace(base, **changes)
@@ -144,13 +147,11 @@ _PLAIN = (
     "qk",
     "form",
     "rank_multiple",
-    "device",
     "gauge",
     "ep",
     "accuracy_level",
     "quantizer",
     "recompute",
-    "heal",
     "correction",
     "context_length",
 )
@@ -161,7 +162,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _rank_rule(args: argparse.Namespace) -> RankRule | None:
-    from rk_export.options.compress import RankRule
+    from rk_export.options.ranks import RankRule
 
     if args.uniform and args.keep is None:
         raise InputError("goes with --keep", where="--uniform", fix="give --keep SHARE, or drop it")
@@ -174,11 +175,11 @@ def _rank_rule(args: argparse.Namespace) -> RankRule | None:
 
 def _is_uniform(args: argparse.Namespace) -> bool:
     """Whether --keep is the same share everywhere, not a budget."""
-    return bool(args.uniform) or getattr(args, "method", None) in ("joint-rank", "basel")
+    return bool(args.uniform) or takes_rank_rule(args)
 
 
 def _budget(args: argparse.Namespace) -> Budget | None:
-    from rk_export.options.compress import Budget
+    from rk_export.options.ranks import Budget
 
     phase = {} if args.phase is None else {"phase": args.phase}
     if phase and args.speed_up is None:
@@ -208,18 +209,19 @@ def parse_size(text: str) -> float:
 
 
 def _calibration(args: argparse.Namespace) -> CalibrationOptions | None:
-    from rk_export.options.compress import CalibrationOptions
+    from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.texts import TextFile
 
     given: dict[str, Any] = {"tokens": args.calibration_tokens, "seed": args.seed, "prefix": args.prefix}
     if args.metric is not None:
         given["metric"], _, corpus = args.metric.partition(":")
-        given["corpus"] = corpus or None
+        given["corpus"] = TextFile.of(corpus) if corpus else None
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(CalibrationOptions(), **changes) if changes else None
 
 
 def _quantization(args: argparse.Namespace) -> dict[str, QuantSpec | None]:
-    from rk_export.options.compress import W8A8, QuantSpec
+    from rk_export.options.quantization import W8A8, QuantSpec
 
     names = ("bits", "block", "asymmetric", "embedding_bits", "activations")
     bits, block, asymmetric, embedding_bits, activations = (getattr(args, name, None) for name in names)

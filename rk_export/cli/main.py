@@ -8,7 +8,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,12 @@ from rk_export.cli.compress_arguments import (
 from rk_export.cli.method_arguments import add_method_arguments
 from rk_export.cli.run import add_run_arguments, run_run
 from rk_export.errors import InputError, RkExportError
+from rk_export.json_codec import to_json
 
 if TYPE_CHECKING:
     from rk_export.evaluation.measure import EvalText
+    from rk_export.options.run import Run
+    from rk_export.plan import Plan
 
 Command = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
@@ -117,6 +119,8 @@ def _add_model_commands(add: AddCommand) -> None:
     _add_model(analyze)
     _add_output(analyze, "folder for report.json, report.html and plots")
     add_rank_arguments(analyze)
+    _add_plan(analyze)
+    _add_run(analyze)
 
     plan = add("plan", run_plan, "write the plan that compress would apply, to read and edit")
     _add_model(plan)
@@ -124,6 +128,7 @@ def _add_model_commands(add: AddCommand) -> None:
     add_rank_arguments(plan)
     add_method_arguments(plan)
     add_format_arguments(plan)
+    _add_run(plan)
 
     prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
     _add_model(prepare)
@@ -134,6 +139,7 @@ def _add_model_commands(add: AddCommand) -> None:
         help="fold, rotate, rotate-heads, scale (default fold,rotate-heads,scale)",
     )
     prepare.add_argument("--seed", type=int, default=0, help="of the rotations (default 0)")
+    prepare.add_argument("--device", **_DEVICE)
 
     export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
     _add_model(export, "checkpoint folder, HF folder, hub id, .gguf file or LoRA adapter")
@@ -142,7 +148,7 @@ def _add_model_commands(add: AddCommand) -> None:
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
     add_context_argument(export)
-    _add_bundle_arguments(export)
+    _add_bundle_arguments(export, texts=False)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
@@ -151,7 +157,8 @@ def _add_bundle_commands(add: AddCommand) -> None:
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
     _add_base(verify)
-    _add_runtime_arguments(verify)
+    verify.add_argument("--provider", **_PROVIDER)
+    _add_run(verify)
     _add_json(verify)
 
     evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
@@ -204,7 +211,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     add_rank_arguments(parser)
     add_method_arguments(parser)
     add_format_arguments(parser)
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of options")
+    _add_plan(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
     )
@@ -216,7 +223,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser)
+    _add_bundle_arguments(parser, texts=True)
 
 
 def _add_model(
@@ -248,15 +255,55 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
     parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
+    _add_run(parser, texts=texts)
     _add_json(parser)
 
 
+_DEVICE: dict[str, Any] = {
+    "default": "auto",
+    "help": "where PyTorch works: auto, cpu, cuda, cuda:N (default auto)",
+}
+_PROVIDER: dict[str, Any] = {"default": "auto", "help": "auto, cpu or cuda (default auto)"}
+_THREADS: dict[str, Any] = {"type": int, "help": "threads of ONNX Runtime"}
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of options")
+
+
+def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:
+    """Add what describes the machine; it goes with a plan too."""
+    parser.add_argument("--device", **_DEVICE)
+    parser.add_argument("--threads", **_THREADS)
+    if not texts:
+        return
+    parser.add_argument(
+        "--calibration-text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="where the text of a plan lies here: it is known by its content",
+    )
+
+
+def _run_of(args: argparse.Namespace) -> Run:
+    from rk_export.options.run import Run
+
+    return Run(args.device, args.threads, tuple(getattr(args, "calibration_text", ())))
+
+
+def _plan_of(args: argparse.Namespace) -> Plan | None:
+    from rk_export.plan import Plan
+
+    return None if args.plan is None else Plan.load(args.plan)
+
+
 def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
+    parser.add_argument("--provider", **_PROVIDER)
+    parser.add_argument("--threads", **_THREADS)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -269,19 +316,18 @@ def _print_json(data: object) -> None:
 
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
-    from rk_export.commands.pipeline import compress, dry_run
+    from rk_export.commands.compress import compress, dry_run
     from rk_export.evaluation.measure import EvalText, SpeedTest
-    from rk_export.plan import Plan
     from rk_export.report.render import planned_text, text_table
 
-    options = compress_options(args)
-    plan = None if args.plan is None else Plan.load(args.plan)
+    options, plan, run = compress_options(args), _plan_of(args), _run_of(args)
     if args.dry_run:
         report = dry_run(
             args.model,
             options,
             plan=plan,
             base=args.base,
+            run=run,
             out=args.output,
             checkpoint=args.checkpoint,
             force=args.force,
@@ -294,11 +340,11 @@ def run_compress(args: argparse.Namespace) -> int:
         options,
         plan=plan,
         base=args.base,
+        run=run,
         text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
         speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
         triton=args.triton,
-        threads=args.threads,
         force=args.force,
         command=args.command_line,
     )
@@ -315,7 +361,9 @@ def run_analyze(args: argparse.Namespace) -> int:
         args.model,
         args.output,
         compress_options(args),
+        plan=_plan_of(args),
         base=args.base,
+        run=_run_of(args),
         command=args.command_line,
         force=args.force,
     )
@@ -325,13 +373,13 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """`plan`."""
-    from rk_export.commands.pipeline import make_plan
+    from rk_export.commands.plan import make_plan
     from rk_export.folders import check_plan_place
     from rk_export.planning.fixed_parts import fixed_parts, in_words
     from rk_export.source.stored import open_source
 
     check_plan_place(args.output, args.force)
-    plan = make_plan(args.model, compress_options(args), base=args.base)
+    plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
     parts = in_words(fixed_parts(open_source(args.model, args.base).config, plan.options))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
@@ -340,11 +388,18 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """`prepare`."""
-    from rk_export.commands.pipeline import prepare
+    from rk_export.commands.prepare import prepare
+    from rk_export.options.run import Run
     from rk_export.report.render import findings_table
 
     names = tuple(args.passes.split(","))
-    findings = prepare(args.model, args.output, names, base=args.base, seed=args.seed, force=args.force)
+    findings = prepare(
+        *(args.model, args.output, names),
+        base=args.base,
+        run=Run(args.device),
+        seed=args.seed,
+        force=args.force,
+    )
     print(findings_table(findings))
     print(f"\nmodel  {args.output}", file=sys.stderr)
     return 0
@@ -352,7 +407,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
-    from rk_export.commands.pipeline import export
+    from rk_export.commands.export import export
     from rk_export.options.compress import CompressOptions
     from rk_export.report.render import text_table
 
@@ -362,8 +417,8 @@ def run_export(args: argparse.Namespace) -> int:
         None if args.ep is None else CompressOptions(ep=args.ep),
         base=args.base,
         context_length=args.context_length,
+        run=_run_of(args),
         triton=args.triton,
-        threads=args.threads,
         force=args.force,
         command=args.command_line,
     )
@@ -373,11 +428,11 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """`verify`: 0 when every bounded tier passed, else 1."""
-    from rk_export.commands.pipeline import verify
+    from rk_export.commands.verify import verify
     from rk_export.report.render import parity_text
 
-    tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, threads=args.threads)
-    _print_json([tier.to_json() for tier in tiers]) if args.json else print(parity_text(tiers))
+    tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, run=_run_of(args))
+    _print_json(to_json(tiers)) if args.json else print(parity_text(tiers))
     return int(any(tier.passed is False for tier in tiers))
 
 
@@ -399,11 +454,11 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[str, Any]) -> int:
-    from rk_export.commands.pipeline import evaluate
+    from rk_export.commands.evaluate import evaluate
 
     result = evaluate(model, text, **runtime)
     if as_json:
-        _print_json(asdict(result))
+        _print_json(to_json(result))
         return 0
     value = f"perplexity {result.perplexity:.3f} ± {result.perplexity_error:.3f}"
     loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
@@ -429,11 +484,11 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """`explain`."""
-    from rk_export.commands.pipeline import explain
+    from rk_export.commands.explain import explain
     from rk_export.report.render import findings_table
 
     findings = explain(args.bundle)
-    _print_json([finding.to_json() for finding in findings]) if args.json else print(findings_table(findings))
+    _print_json(to_json(findings)) if args.json else print(findings_table(findings))
     return 0
 
 

@@ -9,32 +9,63 @@ from pathlib import Path
 
 import torch
 
-from rk_export.device import resolve_device
-from rk_export.folders import AtomicFolder, check_replaceable, library_versions
+from rk_export.commands.stages import Task, check_outputs, open_task
+from rk_export.folders import AtomicFolder, library_versions
+from rk_export.model.sites import dense_sites
 from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import GROUPS
+from rk_export.options.run import Run
+from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
-from rk_export.passes.weights.joint_rank import stacked_pairs
-from rk_export.planning.planner import layer_sites, with_default_groups
+from rk_export.passes.weights.factorize import stacked_pairs
+from rk_export.plan import Plan, SitePlan
+from rk_export.planning import planner
+from rk_export.planning.planner import default_groups
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html
-from rk_export.source.stored import ModelSource, loaded_layers, open_source
+from rk_export.source.stored import ModelSource, loaded_layers
 
 logger = logging.getLogger(__name__)
 
 
-def spectra(source: ModelSource, options: CompressOptions) -> Iterator[Spectrum]:
-    """Yield the spectrum of every group of every layer; ranks are those that the options would choose."""
-    device, options = resolve_device(options.device), with_default_groups(source, options)
+def spectra(source: ModelSource, plan: Plan, device: torch.device) -> Iterator[Spectrum]:
+    """Yield the spectrum of every site that a plan factorizes, at its rank, and of the groups that stayed dense.
+
+    Args:
+        source: The model that the plan was made for.
+        plan: Names the sites; where it factorizes nothing and names no groups, the default groups are drawn.
+        device: Where spectra are computed.
+    """
+    groups = plan.options.groups or default_groups(source)
+    drawn = {GROUPS[group] for group in groups}
     for layer in loaded_layers(source):
         logger.info("layer %d of %d", layer.index + 1, source.layer_count)
-        for site in layer_sites(layer, source.architecture.projections(source.config, layer.index), options):
-            if site.site.rpartition(".")[2] not in (options.groups or ()):
+        sites = plan.of_layer(layer.index)
+        for site in sites if any(site.rank for site in plan.sites) else _grouped(source, layer, groups):
+            if site.rank == 0 and site.members not in drawn:
                 continue
             for target, rows in stacked_pairs(layer, site):
                 stacked = torch.cat([linear.weight.to(device) for linear in rows.values()])
                 yield spectrum(target, singular_values(stacked).cpu(), site.rank or None)
+
+
+def _planned(task: Task) -> tuple[ModelSource, Plan]:
+    """Return a plan and the model that it was made for; text is read only where ranks depend on it."""
+    options = task.options
+    reads_text = options.budget is not None or options.allocation != "uniform" or options.methods
+    if task.plan is None and not reads_text:
+        return task.source, planner.make_plan(task.source, options, device=task.device)
+    if task.plan is not None and task.plan.pruning is None:
+        return task.source, task.plan
+    inputs = task.inputs()
+    return inputs.source, task.decided(inputs)
+
+
+def _grouped(source: ModelSource, layer: Layer, groups: tuple[str, ...]) -> list[SitePlan]:
+    projections = source.architecture.projections(source.config, layer.index)
+    return dense_sites(layer, projections, CompressOptions(groups=groups))
 
 
 def analyze(
@@ -42,7 +73,9 @@ def analyze(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    plan: Plan | None = None,
     base: str | Path | None = None,
+    run: Run | None = None,
     command: str = "",
     force: bool = False,
 ) -> Report:
@@ -51,24 +84,29 @@ def analyze(
     Args:
         model: HF folder, hub id or GGUF file.
         out: Folder for report.json, report.html and the plots.
-        options: Groups to stack, and the rank rule whose ranks are marked.
+        options: As in `compress`: the ranks that they lead to are marked.
+        plan: A plan whose ranks are marked, instead of options.
         base: Base model of a LoRA adapter; None takes the one that it names.
+        run: The machine.
         command: Command line to note in the report.
         force: Replace an existing output.
 
     Raises:
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
-    source = open_source(model, base)
-    check_replaceable(Path(out).expanduser(), force, inputs=source.places)
+    task = open_task(model, options, plan, base=base, run=run)
+    source = task.source
+    check_outputs(source, out, force=force)
     with AtomicFolder(out, force=force) as partial:
+        planned_for, decided = _planned(task)
+        found = tuple(spectra(planned_for, decided, task.device))
         report = Report(
             model=source.title,
             model_type=source.config.model_type,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
             versions=library_versions(),
-            spectra=tuple(spectra(source, options or CompressOptions())),
+            spectra=found,
             notices=source.notices,
         )
         report.save(partial / "report.json")

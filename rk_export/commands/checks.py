@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from rk_export.errors import InputError
-from rk_export.methods.basel.selection import check_selection
-from rk_export.methods.cap.choose import amount_of
-from rk_export.methods.cap.pools import check_source
-from rk_export.methods.plans import sparse_budget, stored_prices
-from rk_export.methods.prune.pruned import check_blocks, kept_width
+from rk_export.methods.base import methods_of
 from rk_export.model.context import check_context
-from rk_export.model.pruned_config import check_decoder, pruned_config
 from rk_export.options.compress import CompressOptions
-from rk_export.options.methods import PruneOptions
-from rk_export.plan import Pruning
 from rk_export.planning.cost_table import TIMED_CONTEXT
 from rk_export.planning.planner import check_groups, check_size, with_default_groups
-from rk_export.rewrite.changes import task_tokens
 from rk_export.source.stored import ModelSource
 
 
@@ -29,10 +21,6 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
     check_context(source.config, options.context_length)
     check_groups(source, with_default_groups(source, options).groups or ())
     _check_budget(source, options)
-    if options.heal and (source.architecture.is_encoder or not options.calibration.uses_text):
-        raise InputError(
-            "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
-        )
     if options.recompute == "none" and not source.has_grids:
         details = [finding.details or {} for finding in source.findings]
         stored = next((str(one["format"]) for one in details if "format" in one), "")
@@ -41,14 +29,8 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
             where="--recompute",
             fix="drop it, or name a checkpoint that GPTQ, AWQ or compressed-tensors quantized to integers",
         )
-    if options.prune is not None:
-        _check_prune(source, options, options.prune)
-    if options.basel is not None and options.rank is not None:
-        check_selection(source, options.rank, options.basel)
-        task_tokens(source, options.basel)
-    if options.cap is not None:
-        check_source(source)
-        amount_of(source, sparse_budget(source, options), stored_prices(options))
+    for method in methods_of(options):
+        method.check(source, options)
 
 
 def _check_budget(source: ModelSource, options: CompressOptions) -> None:
@@ -67,7 +49,7 @@ def _check_budget(source: ModelSource, options: CompressOptions) -> None:
             where="--metric",
             fix="choose self or corpus:FILE, or give --uniform",
         )
-    if budget.kind == "size" and options.cap is None and options.prune is None:
+    if budget.kind == "size" and all(method.sized_by_shapes for method in options.methods):
         check_size(source, options)
     if budget.kind == "speed_up":
         _check_speed_up(source, options)
@@ -87,19 +69,3 @@ def _check_speed_up(source: ModelSource, options: CompressOptions) -> None:
             where="--speed-up",
             fix="choose another budget",
         )
-
-
-def _check_prune(source: ModelSource, options: CompressOptions, prune: PruneOptions) -> None:
-    check_decoder(source.config)
-    check_blocks(source.layer_count, prune)
-    if prune.blocks and not options.calibration.uses_text:
-        raise InputError(
-            f"blocks are judged on text, which the metric {options.calibration.metric} does not read",
-            where="--prune-blocks",
-            fix="choose --metric self or corpus:FILE",
-        )
-    kept = tuple(range(source.layer_count - prune.blocks))
-    groups: tuple[tuple[int, ...], ...] = ()
-    if prune.kv_groups is not None:
-        groups = (tuple(range(prune.kv_groups)),) * len(kept)
-    pruned_config(source.config, Pruning(kept, kept_width(source, prune.ffn), groups))

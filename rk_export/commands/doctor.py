@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Any
 
 from rk_export.commands.environment_probes import Trial, try_out
-from rk_export.report.records import Record
+from rk_export.json_codec import to_json
 from rk_export.report.tables import Column, make_table
 
 DISTRIBUTION = "rk-export"
@@ -41,7 +41,7 @@ class Status(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Check(Record):
+class Check:
     """One thing that was looked at.
 
     Args:
@@ -60,7 +60,7 @@ class Check(Record):
 
 
 @dataclass(frozen=True)
-class Diagnosis(Record):
+class Diagnosis:
     """Every check; :attr:`ok` says whether export and inference on the CPU work."""
 
     checks: tuple[Check, ...]
@@ -72,7 +72,7 @@ class Diagnosis(Record):
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary: ``ok`` and the checks."""
-        return {"ok": self.ok, **super().to_json()}
+        return {"ok": self.ok, **to_json(self)}
 
     def table(self) -> str:
         """Return aligned text for the terminal: one line a check, then why and how to fix, check by check."""

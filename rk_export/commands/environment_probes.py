@@ -156,7 +156,7 @@ def _probe_torch(facts: dict[str, Any]) -> None:
 
 
 def _probe_export(facts: dict[str, Any]) -> None:
-    importlib.import_module("rk_export.commands.pipeline")
+    importlib.import_module("rk_export.commands.compress")
 
 
 _PROBES: dict[str, Callable[[dict[str, Any]], None]] = {

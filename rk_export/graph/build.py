@@ -33,7 +33,7 @@ from rk_export.graph.modules.projections import (
 from rk_export.graph.modules.sparse import COLUMNS, ENTRIES, SparseProjection
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import Projection
-from rk_export.options.compress import W8A8
+from rk_export.options.quantization import W8A8
 from rk_export.passes.base import require, run_graph_passes
 from rk_export.passes.graph.attention_mask import AttentionMask
 from rk_export.passes.graph.half_scales import HalfScales

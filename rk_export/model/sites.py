@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from rk_export.model.families import Projection, architecture_of, empty_canonical_model
-from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import GROUPS
 from rk_export.passes.base import Layer
 from rk_export.plan import SitePlan
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rk_export.errors import InputError
-from rk_export.model.switches import LONG_ROTATION, Switch, switches_of
-from rk_export.parity.probe import NEW_TOKENS, Crossing, Probe
+from rk_export.json_codec import Float
+from rk_export.model.switches import LONG_ROTATION, switches_of
+from rk_export.parity.probe import NEW_TOKENS, Probe
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.apply import Rewritten
@@ -30,49 +29,13 @@ class Golden:
 
     probe: Probe
     tokens: tuple[tuple[int, ...], ...]
-    bound: float
-    level_bound: float
+    bound: Float
+    level_bound: Float
 
     @property
     def starts(self) -> tuple[tuple[int, ...], ...]:
         """What each row of tokens continues."""
         return (*self.probe.prompts, *(item.tokens[: item.start] for item in self.probe.crossings))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
-        crossings = [
-            {
-                "tokens": list(item.tokens),
-                "start": item.start,
-                "switch": [item.switch.name, item.switch.tokens, item.switch.context],
-            }
-            for item in self.probe.crossings
-        ]
-        return {
-            "prompts": list(map(list, self.probe.prompts)),
-            "crossings": crossings,
-            "tokens": list(map(list, self.tokens)),
-            "bound": self.bound,
-            "level_bound": self.level_bound,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Golden:
-        """Undo `to_json`."""
-        try:
-            crossings = tuple(
-                Crossing(tuple(item["tokens"]), int(item["start"]), Switch(*item["switch"]))
-                for item in data["crossings"]
-            )
-            probe = Probe(tuple(map(tuple, data["prompts"])), crossings)
-            rows = tuple(map(tuple, data["tokens"]))
-            return cls(probe, rows, float(data["bound"]), float(data["level_bound"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                "its greedy tokens are malformed",
-                where="rk_manifest.json: golden",
-                fix="export the bundle again",
-            ) from error
 
 
 def greedy_tokens(session: Session, probe: Probe) -> tuple[tuple[int, ...], ...]:

@@ -61,6 +61,7 @@ COARSE = 0.5
 
 _PREPARED, _FACTORIZED = "PyTorch dense vs prepared", "PyTorch prepared vs factorized"
 _QUANTIZED = "PyTorch factorized vs quantized"
+_RUNTIME = "PyTorch quantized vs ONNX Runtime, level 0"
 _PREPARE = "prepare."
 _CHECKPOINT = "a compressed checkpoint holds no dense model"
 
@@ -107,6 +108,13 @@ def checkpoint_tiers() -> Iterator[ParityTier]:
         yield not_measured(tier, name, _CHECKPOINT)
 
 
+def unrepeated_tiers(tiers: str, why: str) -> Iterator[ParityTier]:
+    """Yield tiers, by their letters, that cannot be measured again, with the reason."""
+    names = {"p": _PREPARED, "a": _FACTORIZED, "b": _QUANTIZED, "c": _RUNTIME}
+    for tier in tiers:
+        yield not_measured(tier, names[tier], why)
+
+
 def runtime_tiers(
     bundle: Path,
     rewritten: Rewritten,
@@ -121,11 +129,10 @@ def runtime_tiers(
         The tiers, and the greedy tokens of tier g (None for an encoder).
     """
     reference = float_reference(rewritten, probe)
-    name = "PyTorch quantized vs ONNX Runtime, level 0"
     if rewritten.architecture.is_encoder:
         encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
         states = encoder.forward(probe.batch)
-        computed = compare("c", name, reference, states, bound=None)
+        computed = compare("c", _RUNTIME, reference, states, bound=None)
         padded = encoder_padding_tier(encoder, probe, bound=None)
         worst = max(computed.relative_error or 0, padded.relative_error or 0)
         bound, note = runtime_bound(rewritten, probe, worst)
@@ -133,7 +140,7 @@ def runtime_tiers(
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
     measured = [
-        compare("c", name, reference, logits, bound=None),
+        compare("c", _RUNTIME, reference, logits, bound=None),
         *session_tiers(exact, probe, logits, bound=None),
     ]
     bound, note = runtime_bound(rewritten, probe, max(tier.relative_error or 0 for tier in measured))

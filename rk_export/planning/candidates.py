@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.predicted_loss import Curvature, rank_losses, rounding_loss
 from rk_export.plan import SitePlan
 from rk_export.planning.stored_bytes import Shape, stored_shapes

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rk_export.options.compress import GROUPS, W8A8, Budget, CompressOptions, QuantSpec
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import GROUPS, Budget
 from rk_export.plan import SitePlan
 from rk_export.planning.candidates import Form, Format, Menu, Price
 from rk_export.planning.cost_table import CostTable

@@ -14,7 +14,8 @@ from rk_export.model.exported_names import rename_tensors
 from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
 from rk_export.model.rotary import rotary_tables
-from rk_export.options.compress import CompressOptions, QuantSpec
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome

@@ -12,18 +12,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rk_export.calibration.dense_statistics import DenseStatistics
-from rk_export.device import resolve_device
+from rk_export.device import CPU
 from rk_export.errors import InputError
 from rk_export.model.families import Projection, architecture_of
 from rk_export.model.pruned_config import pruned_config
 from rk_export.model.shape_rules import check_shape
 from rk_export.model.sites import canonical_layers, default_multiple, dense_sites
-from rk_export.options.compress import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS, W8A8, CompressOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8
+from rk_export.options.ranks import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, rank_of_ratio, round_rank
-from rk_export.passes.weights.joint_rank import stacked_pairs
+from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import Table, spend, too_small
@@ -42,6 +44,7 @@ def make_plan(
     statistics: DenseStatistics | None = None,
     table: TableCurvature | None = None,
     costs: CostTable | None = None,
+    device: torch.device = CPU,
 ) -> Plan:
     """Decide every site of a model.
 
@@ -53,6 +56,7 @@ def make_plan(
         statistics: Of the dense model; needed for a budget, and an allocation's spectra are whitened by them.
         table: What errors of the embedding cost; needed for a budget in bytes.
         costs: Measured times; needed for a speed-up.
+        device: Where spectra and predicted losses are computed.
 
     Raises:
         InputError: If a group matches nothing in this architecture, or the budget is too small.
@@ -64,9 +68,9 @@ def make_plan(
             source.config.model_type, source.structure(), options, tuple(carried_sites(source, options))
         )
     if options.allocation != "uniform":
-        return spectral_plan(source, options, statistics)
+        return spectral_plan(source, options, statistics, device)
     if options.budget is not None:
-        return _budgeted_plan(source, options, statistics, table, costs)
+        return _budgeted_plan(source, options, statistics, table, costs, device)
     reads_weights = options.rank_rule.kind == "energy" and options.groups
     sites: list[SitePlan] = []
     for layer in loaded_layers(source) if reads_weights else canonical_layers(source.config):
@@ -80,6 +84,7 @@ def _budgeted_plan(
     statistics: DenseStatistics | None,
     curvature: TableCurvature | None,
     costs: CostTable | None,
+    device: torch.device,
 ) -> Plan:
     if statistics is None:
         raise ValueError("a budget needs the statistics of the dense model")
@@ -92,7 +97,7 @@ def _budgeted_plan(
         (layer, dense_sites(layer, architecture.projections(source.config, layer.index), options))
         for layer in loaded_layers(source)
     )
-    bought = spend(layers, currency, statistics, table, resolve_device(options.device))
+    bought = spend(layers, currency, statistics, table, device)
     if table is not None:
         options = replace(options, embedding_quant=bought.table)
     return Plan(
@@ -274,9 +279,14 @@ def with_default_groups(source: ModelSource, options: CompressOptions) -> Compre
         return options
     if options.rank is None and options.budget is None:
         return replace(options, groups=())
+    return replace(options, groups=default_groups(source, single=options.budget is not None))
+
+
+def default_groups(source: ModelSource, *, single: bool = False) -> tuple[str, ...]:
+    """Return the default groups that a family has: every matrix by itself, or q/k and gate/up."""
     roles = {projection.role for projection in source.architecture.projections(source.config, 0)}
-    groups = DEFAULT_GROUPS if options.budget is None else SINGLE_GROUPS
-    return replace(options, groups=tuple(group for group in groups if roles.issuperset(GROUPS[group])))
+    groups = SINGLE_GROUPS if single else DEFAULT_GROUPS
+    return tuple(group for group in groups if roles.issuperset(GROUPS[group]))
 
 
 def layer_sites(

@@ -25,7 +25,8 @@ from rk_export.calibration.streams import Streams
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
-from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS, QuantSpec
+from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.predicted_loss import (
     Curvature,
     InputSide,

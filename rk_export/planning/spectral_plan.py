@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.device import CPU
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple, dense_sites
-from rk_export.options.compress import GROUPS, CompressOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import GROUPS
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
 from rk_export.passes.numerics.joint_svd import singular_values, whitened_singular_values
 from rk_export.passes.numerics.metric import Metric
@@ -24,7 +26,10 @@ from rk_export.source.stored import ModelSource, loaded_layers
 
 
 def spectral_plan(
-    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None = None
+    source: ModelSource,
+    options: CompressOptions,
+    statistics: DenseStatistics | None = None,
+    device: torch.device = CPU,
 ) -> Plan:
     """Return the plan of an allocation: ranks in proportion to what its rule sees in each group's spectrum.
 
@@ -32,11 +37,12 @@ def spectral_plan(
         source: The dense model; all matrices of the groups are read.
         options: With groups, a rank rule `keep` and an allocation.
         statistics: Of the dense model: spectra are then those of the whitened groups. None takes the weights' own.
+        device: Where the spectra are computed.
 
     Raises:
         InputError: If not even rank 1 everywhere fits into the share.
     """
-    found = list(_sites(source, options, statistics))
+    found = list(_sites(source, options, statistics, device))
     grouped = [shape for _, shape in found if shape is not None]
     identity = options.form == "identity"
     try:
@@ -48,17 +54,17 @@ def spectral_plan(
 
 
 def _sites(
-    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None
+    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None, device: torch.device
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
-    sides = None if statistics is None else InputSides(statistics, torch.device("cpu"))
+    sides = None if statistics is None else InputSides(statistics, device)
     for layer in loaded_layers(source):
         for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
             if site.members not in grouped:
                 yield site, None
                 continue
-            stacked = torch.cat([layer.linear(path).weight for path in site.paths])
+            stacked = torch.cat([layer.linear(path).weight for path in site.paths]).to(device)
             curvature = None if sides is None else sides.curvature(site)
             yield site, RankSite(_spectrum(stacked, curvature), stacked.shape[1], stacked.shape[0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.int8 import int8_bytes
 from rk_export.passes.numerics.quantize import quantized_bytes
 from rk_export.plan import SitePlan

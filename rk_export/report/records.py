@@ -8,107 +8,16 @@ from __future__ import annotations
 
 import enum
 import json
-import math
-import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from rk_export.errors import InputError
+from rk_export.json_codec import Float, from_json, load_json, to_json
 
 FORMAT = "rk-export report"
 VERSION = 1
 TIERS = "0pabcdefgh"
-
-RecordT = TypeVar("RecordT", bound="Record")
-
-
-@dataclass(frozen=True)
-class Record:
-    """Base of the report's dataclasses: JSON both ways, with the types checked on the way in.
-
-    Floats that JSON cannot hold (infinities, NaN) are written as strings: ``"inf"``, ``"-inf"``, ``"nan"``.
-    """
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary, field by field."""
-        return {item.name: _encode(getattr(self, item.name)) for item in fields(self)}
-
-    @classmethod
-    def from_json(cls: type[RecordT], data: Any, where: str = "") -> RecordT:
-        """Return the record that ``to_json`` wrote.
-
-        Args:
-            data: The dictionary.
-            where: Path of the record inside its document, for messages.
-
-        Raises:
-            InputError: A field is missing, unknown or of the wrong type, or its value is refused.
-        """
-        where = where or cls.__name__
-        if not isinstance(data, Mapping):
-            raise InputError(f"expected an object, found {type(data).__name__}", where=where)
-        hints = get_type_hints(cls)
-        if unknown := sorted(set(data) - set(hints)):
-            raise InputError(f"unknown field {unknown[0]!r}", where=where)
-        if missing := sorted(_required(cls) - set(data)):
-            raise InputError(f"the field {missing[0]!r} is missing", where=where)
-        values = {key: _decode(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise InputError(str(error), where=where) from error
-
-
-def _required(record: type[Record]) -> set[str]:
-    return {
-        item.name for item in fields(record) if item.default is MISSING and item.default_factory is MISSING
-    }
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_json()
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as the annotated type ``hint``, or raise InputError that names ``where``."""
-    if hint is Any:
-        return value
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, Union):
-        return None if value is None else _decode(arguments[0], value, where)
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is None and issubclass(hint, Record):
-        return hint.from_json(value, where)
-    return _decode_scalar(hint, value, where)
-
-
-def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
-    try:
-        if hint is float and not isinstance(value, bool):
-            return float(value)
-        if isinstance(hint, type) and issubclass(hint, enum.Enum):
-            return hint(value)
-        if hint in (int, str, bool) and type(value) is hint:
-            return value
-    except (TypeError, ValueError):
-        pass  # reported below, with the place
-    expected = getattr(get_origin(hint) or hint, "__name__", str(hint))
-    raise InputError(f"expected {expected}, found {value!r}", where=where)
 
 
 class Outcome(enum.StrEnum):
@@ -120,7 +29,7 @@ class Outcome(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Finding(Record):
+class Finding:
     """One pass at one target.
 
     Args:
@@ -140,7 +49,7 @@ class Finding(Record):
     reason: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
-    error: float | None = None
+    error: Float | None = None
     details: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -149,7 +58,7 @@ class Finding(Record):
 
 
 @dataclass(frozen=True)
-class Fusion(Record):
+class Fusion:
     """How often a fused pattern was planned and how often it is in the exported graph.
 
     Args:
@@ -166,7 +75,7 @@ class Fusion(Record):
 
 
 @dataclass(frozen=True)
-class ParityTier(Record):
+class ParityTier:
     """One comparison of two ways to compute the same logits.
 
     Args:
@@ -183,11 +92,11 @@ class ParityTier(Record):
 
     tier: str
     name: str
-    max_error: float | None
-    scale: float | None
-    bound: float | None = None
-    kl: float | None = None
-    top1_agreement: float | None = None
+    max_error: Float | None
+    scale: Float | None
+    bound: Float | None = None
+    kl: Float | None = None
+    top1_agreement: Float | None = None
     passed: bool | None = None
     note: str = ""
 
@@ -202,7 +111,7 @@ class ParityTier(Record):
 
 
 @dataclass(frozen=True)
-class LayerError(Record):
+class LayerError:
     """Relative Frobenius error of one decoder layer's output against the dense model's.
 
     Args:
@@ -212,12 +121,12 @@ class LayerError(Record):
     """
 
     layer: int
-    factorized: float
-    quantized: float
+    factorized: Float
+    quantized: Float
 
 
 @dataclass(frozen=True)
-class Spectrum(Record):
+class Spectrum:
     """Singular values of one matrix group, stacked as the joint factorization stacks it.
 
     Args:
@@ -232,11 +141,11 @@ class Spectrum(Record):
     """
 
     target: str
-    singular_values: list[float]
+    singular_values: list[Float]
     chosen_rank: int | None
     full_rank: int
-    effective_rank: float
-    stable_rank: float
+    effective_rank: Float
+    stable_rank: Float
     energy_rank_90: int
     energy_rank_95: int
     energy_rank_99: int
@@ -244,7 +153,7 @@ class Spectrum(Record):
 
 
 @dataclass(frozen=True)
-class SizeSummary(Record):
+class SizeSummary:
     """Parameters and bytes of the whole model.
 
     Args:
@@ -263,7 +172,7 @@ class SizeSummary(Record):
 
 
 @dataclass(frozen=True)
-class Report(Record):
+class Report:
     """Everything a run has to tell; fields of stages that did not run stay empty.
 
     Args:
@@ -291,15 +200,15 @@ class Report(Record):
     layer_errors: tuple[LayerError, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
     size: SizeSummary | None = None
-    perplexity: dict[str, float] = field(default_factory=dict)
-    speed: dict[str, float] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
+    perplexity: dict[str, Float] = field(default_factory=dict)
+    speed: dict[str, Float] = field(default_factory=dict)
+    timings: dict[str, Float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary that names its format and version."""
-        return {"format": FORMAT, "version": VERSION, **super().to_json()}
+        return {"format": FORMAT, "version": VERSION, **to_json(self)}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "report") -> Report:
@@ -314,7 +223,8 @@ class Report(Record):
             fix = "read it with the rk-export that wrote it, or write it again with this one"
             what = f"report version {version!r} is not supported; this rk-export reads version {VERSION}"
             raise InputError(what, where=where, fix=fix)
-        return super().from_json({k: v for k, v in data.items() if k not in ("format", "version")}, where)
+        stored = {key: value for key, value in data.items() if key not in ("format", "version")}
+        return from_json(cls, stored, where, fix="restore the file, or run the command again")
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, one list element per line so that two reports can be compared by line."""
@@ -328,13 +238,7 @@ class Report(Record):
         Raises:
             InputError: No such file, not JSON, another version, or a field that does not fit.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(f"cannot be read: {reason}", where=str(path), fix="pass a bundle") from error
-        except ValueError as error:
-            raise InputError(f"not a JSON file: {error}", where=str(path), fix="restore the file") from error
+        data = load_json(Path(path), fix="pass a bundle, or restore the file")
         return cls.from_json(data, str(path))
 
 

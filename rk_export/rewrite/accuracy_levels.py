@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.int8_inputs import int8_inputs
-from rk_export.passes.weights.joint_rank import factors_path
+from rk_export.passes.weights.factorize import factors_path
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import Rewritten
 

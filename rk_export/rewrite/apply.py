@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.calibration.streams import Streams
-from rk_export.device import resolve_device
+from rk_export.device import CPU
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.carry import Carry
 from rk_export.passes.weights.embedding import quantize_embedding
+from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.int8 import Int8
-from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.passes.weights.shapes import reshape_layer
 from rk_export.passes.weights.sparse import Sparse
@@ -68,6 +68,7 @@ def rewrite(
     table_inputs: Tensor | None = None,
     parts: Mapping[Place, Parts] | None = None,
     probe: Tensor | None = None,
+    device: torch.device = CPU,
 ) -> Rewritten:
     """Load a model layer by layer and apply a plan to it.
 
@@ -79,6 +80,7 @@ def rewrite(
         parts: Low rank and sparse parts of the matrices whose sites have the sparse form.
         probe: Tokens (batch, length) that run through the dense, factorized and quantized layers alongside,
             for the parity tiers and the per-layer errors; None skips that.
+        device: Where matrices are factorized and quantized.
 
     Raises:
         InputError: If the plan belongs to another model, or a tensor is missing or not finite.
@@ -86,7 +88,7 @@ def rewrite(
     check_plan(source, plan)
     options, architecture = plan.options, source.architecture
     statistics = statistics or NoStatistics()
-    quantize = Quantize(SCALE_DTYPE, resolve_device(options.device), options.quantizer)
+    quantize = Quantize(SCALE_DTYPE, device, options.quantizer)
     model = source.skeleton()
     source.load_rest(model)
     carried = _Carried(model, architecture, probe)
@@ -147,7 +149,7 @@ class _LayerPasses:
         parts: Mapping[Place, Parts],
     ) -> None:
         self._plan, self._device = plan, quantize.device
-        self._joint = JointRank(plan.options.gauge, self._device, mlp)
+        self._joint = Factorize(plan.options.gauge, self._device, mlp)
         self._sparse = Sparse(parts)
         self._rounding: tuple[WeightPass, ...] = (carry, quantize, Int8(self._device))
         self._layer: Layer | None = None

@@ -15,18 +15,19 @@ from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
 from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.weights.correction import empty_corrected
 from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
-from rk_export.passes.weights.joint_rank import empty_factors, install
+from rk_export.passes.weights.factorize import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.passes.weights.sparse import empty_sparse
 from rk_export.plan import Plan
 from rk_export.planning.planner import check_sites
 from rk_export.rewrite.apply import Rewritten
+from rk_export.runtime.bundle_files import read_json
 from rk_export.source.stored import read_config
 from rk_export.source.tokenizer_files import copy_tokenizer
 from rk_export.source.weight_files import open_tensors
@@ -95,7 +96,7 @@ def load_pretrained(folder: Path) -> Rewritten:
 
 def _read_plan(folder: Path) -> Plan:
     where = str(folder / "config.json")
-    section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(SECTION)
+    section = read_json(folder / "config.json").get(SECTION)
     if not isinstance(section, dict) or section.get("version") != CHECKPOINT_VERSION:
         raise InputError(
             f"no {SECTION} section of version {CHECKPOINT_VERSION}",

@@ -45,9 +45,8 @@ def least_bytes(source: ModelSource, options: CompressOptions) -> int:
 
     Where shapes alone make the plan it is what the plan leaves; else what no plan touches.
     """
-    methods = (options.budget, options.prune, options.basel, options.cap)
     by_shapes = options.allocation == "uniform" and (options.rank_rule.kind != "energy" or not options.groups)
-    if by_shapes and all(method is None for method in methods):
+    if by_shapes and options.budget is None and all(method.sized_by_shapes for method in options.methods):
         return planned_bytes(source, make_plan(source, options))
     return round(fixed_bytes(source.config, options)) - graph_bytes(source.config)
 

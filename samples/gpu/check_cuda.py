@@ -25,7 +25,7 @@ from rk_export.cli.main import quiet_libraries
 from rk_export.errors import ParityError
 from rk_export.evaluation.assets import smollm2
 from rk_export.folders import library_versions
-from rk_export.options.compress import Budget
+from rk_export.options.ranks import Budget
 from rk_export.runtime import bench
 
 BUNDLES: dict[str, CompressOptions] = {

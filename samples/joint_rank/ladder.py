@@ -21,12 +21,13 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
 from rk_export.model.families import Architecture
 from rk_export.model.sites import dense_sites
-from rk_export.options.compress import GROUPS, CompressOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import GROUPS
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite
 from rk_export.passes.numerics.joint_svd import Factors, joint_factors
 from rk_export.passes.numerics.ranks import rank_of_ratio
-from rk_export.passes.weights.joint_rank import stacked_pairs
+from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.site_metric import site_metrics
 from rk_export.plan import SitePlan
 

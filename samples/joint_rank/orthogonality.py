@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from joint_rank.study import Measure, Part, Row, Rows, Study, legend, log_scale, markdown, short
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.identity_form import refit_up
 from rk_export.passes.numerics.joint_svd import joint_factors, orthogonality_defect
 from rk_export.passes.numerics.metric import Metric

@@ -52,7 +52,7 @@ def spectra_rows(study: Study) -> Iterator[tuple[str, Measure]]:
 def _spectra_row(study: Study) -> Row:
     roles: dict[str, dict[str, list[float]]] = {}
     for groups in SPECTRA_GROUPS:
-        for item in spectra(study.source, CompressOptions(groups=groups, device="cpu")):
+        for item in spectra(study.source, CompressOptions(groups=groups)):
             role = roles.setdefault(item.target.rpartition(".")[2], {name: [] for name in SUMMARIES})
             for name in SUMMARIES:
                 role[name].append(round(float(getattr(item, name)), 2))

@@ -19,10 +19,11 @@ from joint_rank.ladder import RankLadder
 from rk_export import CompressOptions, EvalText
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.calibration.recorders import InputRecorder, noted
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.evaluation.multiple_choice import mean_and_error
-from rk_export.options.compress import GROUPS, CalibrationOptions, RankRule
-from rk_export.rewrite.groundwork import groundwork
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.source.stored import ModelSource
 from rk_export.text import tokens_of
 
@@ -155,7 +156,7 @@ class Study:
             options = CompressOptions(
                 rank=RankRule("keep", 0.9), quant=None, embedding_quant=None, calibration=calibration
             )
-            found = groundwork(self.source_of(name), options).statistics
+            found = compression_inputs(self.source_of(name), options).statistics
             if found is None:
                 raise RuntimeError("the metric self gathers statistics")
             self._statistics[name] = found

@@ -11,6 +11,7 @@ from genai_tokens import engine_tokens, genai_tokens, generator_tokens, our_toke
 from tiny_models import tiny_model
 
 from rk_export import compress
+from rk_export.options.run import Run
 from rk_export.parity.probe import make_probe
 
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: pip install 'rk-export[genai]'")
@@ -54,7 +55,7 @@ def test_smollm2_in_int4(smollm2_int4: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model")
-    compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), threads=1)
+    compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), run=Run(threads=1))
     prompts = prompts_of(tmp_path / "out", 160)
     assert genai_tokens(tmp_path / "out", prompts, NEW_TOKENS) == our_tokens(
         tmp_path / "out", prompts, NEW_TOKENS

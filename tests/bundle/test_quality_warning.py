@@ -10,7 +10,8 @@ from conftest import Cli, tiny_options
 
 from rk_export import compress
 from rk_export.bundle.quality_warning import FAR, divergence
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.run import Run
 from rk_export.report.records import Report
 
 
@@ -44,5 +45,5 @@ def test_a_ruined_model_says_so_first(cli: Cli, llama: Path, tmp_path: Path) -> 
 @pytest.mark.whole
 def test_a_close_model_says_nothing(llama: Path, tmp_path: Path) -> None:
     options = tiny_options(groups=(), rank=None, quant=QuantSpec(8, 32))
-    report = compress(llama, tmp_path / "out", options, threads=1)
+    report = compress(llama, tmp_path / "out", options, run=Run(threads=1))
     assert report.warnings == ()

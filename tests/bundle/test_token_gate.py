@@ -19,6 +19,7 @@ from rk_export import export
 from rk_export.errors import InputError
 from rk_export.evaluation.measure import SpeedTest
 from rk_export.model.torch_logits import torch_logits
+from rk_export.options.run import Run
 from rk_export.runtime import BundleContestant, EncoderSession, Session, bench
 from rk_export.runtime.token_gate import TokenGate
 
@@ -40,7 +41,7 @@ def extended(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def extended_bundle(extended: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "extended"
-    export(extended, folder, threads=1)
+    export(extended, folder, run=Run(threads=1))
     return folder
 
 

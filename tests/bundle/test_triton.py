@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 
 from rk_export import compress, export
 from rk_export.bundle.triton import triton_repository
+from rk_export.options.run import Run
 
 pytestmark = pytest.mark.whole
 
@@ -49,17 +50,17 @@ def assert_triton_takes(place: Path) -> None:
 
 
 def test_a_quantized_bundle(llama: Path, tmp_path: Path) -> None:
-    compress(llama, tmp_path / "out", tiny_options(), triton="tiny", threads=1)
+    compress(llama, tmp_path / "out", tiny_options(), triton="tiny", run=Run(threads=1))
     assert_triton_takes(tmp_path / "out" / "triton" / "tiny")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_learned_positions_and_encoders(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "out", threads=1)
+    export(tmp_path / "model", tmp_path / "out", run=Run(threads=1))
     assert_triton_takes(triton_repository(tmp_path / "out", "tiny"))
 
 
 def test_half_precision(llama: Path, tmp_path: Path) -> None:
-    compress(llama, tmp_path / "out", tiny_options(ep="portable"), triton="half", threads=1)
+    compress(llama, tmp_path / "out", tiny_options(ep="portable"), triton="half", run=Run(threads=1))
     assert_triton_takes(tmp_path / "out" / "triton" / "half")

@@ -15,7 +15,9 @@ from rk_export.calibration import streamed_moments as calibration
 from rk_export.calibration.moments import MomentSum
 from rk_export.calibration.streamed_moments import CalibrationStreams, calibration_tokens
 from rk_export.errors import InputError
-from rk_export.options.compress import CalibrationOptions, CompressOptions, RankRule
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import make_plan

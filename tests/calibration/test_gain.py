@@ -11,7 +11,8 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from rk_export.calibration.gain import gain_statistics
-from rk_export.options.compress import CompressOptions, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.planning.planner import make_plan
 from rk_export.source.stored import ModelSource

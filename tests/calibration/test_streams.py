@@ -11,7 +11,9 @@ from tiny_models import FAMILIES
 from torch import nn
 
 from rk_export.calibration.streams import Streams
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED
 
 

@@ -10,9 +10,14 @@ import pytest
 from conftest import Cli, Ended
 
 from rk_export.cli.compress_arguments import add_format_arguments, add_rank_arguments, compress_options
-from rk_export.cli.method_arguments import add_method_arguments
-from rk_export.options.compress import Budget, CompressOptions, RankRule
-from rk_export.options.presets import METHODS
+from rk_export.cli.method_arguments import NAMED, add_method_arguments
+from rk_export.methods.basel.options import BaselOptions
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.heal.options import HealOptions
+from rk_export.methods.prune.options import PruneOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.texts import TextFile
 from rk_export.plan import Plan
 from rk_export.report.records import Report
 
@@ -27,9 +32,10 @@ def options(*words: str) -> CompressOptions:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_presets_keep_floats_and_change_no_weights_before(method: str) -> None:
-    found = options("--method", method, "--keep", "0.5", *(("--target", "t") if method == "basel" else ()))
+@pytest.mark.parametrize("method", NAMED)
+def test_presets_keep_floats_and_change_no_weights_before(method: str, task: Path) -> None:
+    own = ("--target", str(task)) if method == "basel" else ()
+    found = options("--method", method, "--keep", "0.5", *own)
     assert (found.quant, found.embedding_quant, found.preparations) == (None, None, ())
 
 
@@ -50,22 +56,22 @@ def test_other_options_win_over_the_preset() -> None:
     assert found.quant.bits == 8
 
 
-def test_settings_reach_their_method() -> None:
-    basel = options(
-        "--method", "basel", "--target", "a", "--energy", "0.6", "--steps", "7", "--seed", "3"
-    ).basel
-    assert basel is not None
-    assert (basel.target, basel.steps, basel.seed) == ("a", 7, 3)
+def test_settings_reach_their_method(task: Path) -> None:
+    (basel,) = options(
+        "--method", "basel", "--target", str(task), "--energy", "0.6", "--steps", "7", "--seed", "3"
+    ).methods
+    assert basel == BaselOptions(TextFile.of(task), steps=7, seed=3)
     found = options("--method", "cap", "--size", "90MB", "--selector", "auction", "--steps", "9")
     assert found.budget == Budget("size", 90e6)
-    assert found.cap is not None
-    assert (found.cap.selector, found.cap.steps) == ("auction", 9)
+    assert found.methods == (CapOptions(selector="auction", steps=9),)
 
 
 def test_pruning_goes_with_every_method() -> None:
-    found = options("--prune-blocks", "2", "--prune-ffn", "0.8", "--prune-heads", "1").prune
-    assert found is not None
-    assert (found.blocks, found.ffn, found.kv_groups) == (2, 0.8, 1)
+    structures = PruneOptions(blocks=2, ffn=0.8, kv_groups=1)
+    words = ("--prune-blocks", "2", "--prune-ffn", "0.8", "--prune-heads", "1")
+    assert options(*words).methods == (structures,)
+    found = options(*words, "--method", "cap", "--keep", "0.5", "--heal", "3").methods
+    assert found == (structures, CapOptions(), HealOptions(steps=3))
 
 
 def done(ended: Ended) -> Ended:
@@ -81,7 +87,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMED)
 def test_a_method_ends_in_a_verified_bundle(
     cli: Cli, llama: Path, task: Path, tmp_path: Path, method: str
 ) -> None:

@@ -19,7 +19,6 @@ from tiny_models import tiny_config, tiny_model
 
 from rk_export import folders
 from rk_export.bundle import write as write_bundle
-from rk_export.commands import pipeline
 from rk_export.errors import FusionError, InputError
 
 Refused = Callable[..., str]
@@ -481,7 +480,9 @@ def test_refusal_comes_before_the_work(
     arguments: tuple[object, ...],
     what: str,
 ) -> None:
-    monkeypatch.setattr(pipeline, "groundwork", fail_with(AssertionError("the refusal came too late")))
+    monkeypatch.setattr(
+        "rk_export.commands.stages.compression_inputs", fail_with(AssertionError("the refusal came too late"))
+    )
     assert refused("compress", llama, "-o", out, *SMALL, *arguments).startswith(what)
 
 

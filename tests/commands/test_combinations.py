@@ -13,10 +13,17 @@ from typing import Any
 
 import pytest
 
-from rk_export.commands.pipeline import compress, make_plan
+from rk_export.commands.compress import compress
+from rk_export.commands.plan import make_plan
 from rk_export.errors import InputError
-from rk_export.options.compress import W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec, RankRule
-from rk_export.options.methods import BaselOptions, CapOptions, PruneOptions
+from rk_export.methods.basel.options import BaselOptions
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.prune.options import PruneOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.texts import TextFile
 
 pytestmark = pytest.mark.whole
 
@@ -42,7 +49,7 @@ class Method:
 
 
 def methods(task: Path) -> list[Method]:
-    basel = BaselOptions(str(task), steps=4, batch_tokens=128, new_basis=4, events=2)
+    basel = BaselOptions(TextFile.of(task), steps=4, batch_tokens=128, new_basis=4, events=2)
     cap = CapOptions(steps=2, batch_tokens=128)
     return [
         Method(
@@ -51,8 +58,10 @@ def methods(task: Path) -> list[Method]:
             {"groups": ("qk", "gate_up"), "rank": RankRule("keep", 0.8)},
             {},
         ),
-        Method("Basel", "--method basel --keep 0.8", {"rank": RankRule("keep", 0.8), "basel": basel}, {}),
-        Method("CAP", "--method cap --keep 0.6", {"budget": Budget("keep", 0.6), "cap": cap}, {}),
+        Method(
+            "Basel", "--method basel --keep 0.8", {"rank": RankRule("keep", 0.8), "methods": (basel,)}, {}
+        ),
+        Method("CAP", "--method cap --keep 0.6", {"budget": Budget("keep", 0.6), "methods": (cap,)}, {}),
         Method("FFN width", "--prune-ffn 0.75", {}, {"ffn": 0.75}),
         Method("heads", "--prune-heads 1", {}, {"kv_groups": 1}),
         Method("blocks", "--prune-blocks 1", {}, {"blocks": 1}),
@@ -67,15 +76,15 @@ def options_of(one: Method, other: Method) -> CompressOptions:
     """Return the options of two methods together; of two formats the second takes every other matrix, see `run`."""
     prunes = {**one.prunes, **other.prunes}
     fields = {**one.fields, **other.fields}
-    if prunes:
-        fields["prune"] = PruneOptions(**prunes)
+    pruning = (PruneOptions(**prunes),) if prunes else ()
+    rows = (one,) if one is other else (one, other)
+    fields["methods"] = (*pruning, *(method for row in rows for method in row.fields.get("methods", ())))
     return CompressOptions(
         **{
             "groups": (),
             "quant": None,
             "embedding_quant": None,
             "prepare": (),
-            "device": "cpu",
             "calibration": CalibrationOptions(tokens=512),
             **fields,
         }
@@ -174,9 +183,8 @@ def test_all_pruning_goes_with_a_method_and_a_format(
 ) -> None:
     by_title = {row.title: row for row in outcomes[0]}
     fields = {name: value for title in chosen for name, value in by_title[title].fields.items()}
-    options = replace(
-        options_of(by_title["FFN width"], by_title["blocks"]), **fields, prune=PruneOptions(1, 0.75, 1)
-    )
+    fields["methods"] = (PruneOptions(1, 0.75, 1), *fields.get("methods", ()))
+    options = replace(options_of(by_title["INT8"], by_title["INT8"]), **{"quant": None, **fields})
     report = compress(llama, tmp_path / "out", options)
     assert all(tier.passed is not False for tier in report.parity)
 

@@ -16,7 +16,9 @@ from tiny_models import tiny_model
 from rk_export import Plan, compress, dry_run, make_plan, verify
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest
-from rk_export.options.compress import QuantSpec
+from rk_export.json_codec import to_json
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.run import Run
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Outcome, Report
 from rk_export.rewrite.checkpoint import load_pretrained
@@ -40,11 +42,11 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_keeps_parity(llama: Path, tmp_path: Path, form: str) -> None:
-    report = compress(llama, tmp_path / "out", tiny_options(**FORMS[form]), threads=1)
+    report = compress(llama, tmp_path / "out", tiny_options(**FORMS[form]), run=Run(threads=1))
     assert "".join(tier.tier for tier in report.parity) == "0pabcdefgh"
     assert all(tier.passed for tier in report.parity if tier.bound is not None)
     assert all(fusion.found == fusion.planned for fusion in report.fusions)
-    again = verify(tmp_path / "out", provider="cpu", threads=1)
+    again = verify(tmp_path / "out", provider="cpu", run=Run(threads=1))
     assert all(tier.passed for tier in again if tier.bound is not None)
 
 
@@ -53,7 +55,9 @@ def test_bundle_computes_what_the_checkpoint_computes(
     llama: Path, tmp_path: Path, tolerance: dict[str, float], device: str, ep: Any
 ) -> None:
     options = tiny_options(ep=ep, device=device, accuracy_level=0)
-    report = compress(llama, tmp_path / "out", options, checkpoint=tmp_path / "checkpoint", threads=1)
+    report = compress(
+        llama, tmp_path / "out", options, checkpoint=tmp_path / "checkpoint", run=Run(threads=1)
+    )
     provider: Any = "cuda" if ep == "cuda" and cuda_obstacle() is None else "cpu"
     noticed = any("not on CUDA" in notice for notice in report.notices)
     assert noticed == (ep == "cuda" and provider == "cpu")
@@ -84,8 +88,8 @@ def test_report_and_manifest_tell_the_run(llama: Path, bundle: Path) -> None:
     assert [spectrum.target for spectrum in report.spectra][:2] == ["layers.0.qk", "layers.0.gate_up"]
     manifest = check_manifest(bundle)
     assert manifest["source"] == {"model": llama.name, "structure": open_source(llama).structure()}
-    assert manifest["parity"] == [tier.to_json() for tier in report.parity]
-    assert [len(prompt) for prompt in manifest["golden"]["prompts"]] == [32] * 8
+    assert manifest["parity"] == to_json(report.parity)
+    assert [len(prompt) for prompt in manifest["golden"]["probe"]["prompts"]] == [32] * 8
 
 
 def test_sizes_are_known_before_the_work(llama: Path, bundle: Path) -> None:
@@ -110,7 +114,7 @@ def test_an_edited_plan_is_what_is_done(llama: Path, tmp_path: Path) -> None:
     sites = [replace(site, rank=16) if site.site == "layers.1.qk" else site for site in plan.sites]
     replace(plan, sites=tuple(sites)).save(edited)
 
-    report = compress(llama, tmp_path / "out", plan=Plan.load(edited), threads=1)
+    report = compress(llama, tmp_path / "out", plan=Plan.load(edited), run=Run(threads=1))
     ranks = {group.target: group.rank for group in matrix_groups(report.findings) if group.rank}
     assert ranks == {"layers.0.qk": 24, "layers.1.qk": 16}
     assert (tmp_path / "out" / "plan.json").read_bytes() == edited.read_bytes()
@@ -126,7 +130,7 @@ def test_a_group_beyond_break_even_stays_dense_and_says_so(llama: Path) -> None:
 
 def test_a_model_without_a_tokenizer_is_verified_on_random_tokens(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(), threads=1)
+    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(), run=Run(threads=1))
     assert all(tier.passed for tier in report.parity if tier.bound is not None)
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -134,10 +138,10 @@ def test_a_model_without_a_tokenizer_is_verified_on_random_tokens(tmp_path: Path
 def test_encoder(tmp_path: Path, tolerance: dict[str, float]) -> None:
     model = tiny_model("bert")
     model.save_pretrained(tmp_path / "model")
-    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), threads=1)
+    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), run=Run(threads=1))
     assert "".join(tier.tier for tier in report.parity) == "0pabcf"
     assert not (tmp_path / "out" / "genai_config.json").exists()
-    tiers = verify(tmp_path / "out", tmp_path / "model", provider="cpu", threads=1)
+    tiers = verify(tmp_path / "out", tmp_path / "model", provider="cpu", run=Run(threads=1))
     assert [tier.passed for tier in tiers] == [True, True, None, None, True, True]
     with pytest.raises(InputError, match="can only be verified against its model"):
         verify(tmp_path / "out")

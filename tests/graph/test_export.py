@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rk_export.graph.build import build_graph
 from rk_export.model.decoder_spec import decoder_spec
-from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.passes.modules.factors import JointMember
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import Rewritten, rewrite

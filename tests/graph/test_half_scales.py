@@ -14,7 +14,8 @@ from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, toke
 
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
-from rk_export.options.compress import QuantSpec, RankRule
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.numerics.quantize import dequantize, quantize_rtn, rounded_scales
 from rk_export.rewrite.sizes import size_summary

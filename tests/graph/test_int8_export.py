@@ -17,7 +17,9 @@ from torch import Tensor
 
 from rk_export import compress as compress_model
 from rk_export import make_plan, verify
-from rk_export.options.compress import W8A8, QuantSpec, RankRule
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import RankRule
+from rk_export.options.run import Run
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
@@ -128,16 +130,18 @@ def test_a_loaded_checkpoint_is_the_same_model(source_of: SourceOf, tmp_path: Pa
 
 @pytest.mark.parametrize("groups", [(), ("qk", "gate_up")])
 def test_a_bundle_keeps_parity(llama: Path, tmp_path: Path, groups: tuple[str, ...]) -> None:
-    report = compress_model(llama, tmp_path / "out", tiny_options(quant=W8A8, groups=groups), threads=1)
+    report = compress_model(
+        llama, tmp_path / "out", tiny_options(quant=W8A8, groups=groups), run=Run(threads=1)
+    )
     tiers = {tier.tier: tier for tier in report.parity}
     assert "".join(tiers) == "0pabcdefgh"
     assert all(tier.passed for tier in tiers.values() if tier.bound is not None)
     assert tiers["c"].relative_error < 1e-5
     assert "PyTorch's own int8 inputs" in tiers["d"].note
-    again = verify(tmp_path / "out", provider="cpu", threads=1)
+    again = verify(tmp_path / "out", provider="cpu", run=Run(threads=1))
     assert all(tier.passed for tier in again if tier.bound is not None)
     assert all(
         tier.passed
-        for tier in verify(tmp_path / "out", llama, provider="cpu", threads=1)
+        for tier in verify(tmp_path / "out", llama, provider="cpu", run=Run(threads=1))
         if tier.bound is not None
     )

@@ -17,7 +17,9 @@ from torch import nn
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
 from rk_export.model.layer_wiring import wiring_of
-from rk_export.options.compress import PREPARATIONS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import PREPARATIONS, CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planning.planner import make_plan

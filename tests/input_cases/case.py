@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rk_export import CompressOptions, compress, export
+from rk_export import CompressOptions, Run, compress, export
 from rk_export.errors import RkExportError
 from rk_export.report.records import Report
 from rk_export.runtime import GenerationOptions, Session
@@ -125,7 +125,7 @@ def run_case(case: Case, folder: Path) -> Row:
 
 def _run(command: str, given: Given, out: Path) -> Report:
     work = compress if command == "compress" else export
-    return work(given.model, out, given.options, base=given.base, threads=1)
+    return work(given.model, out, given.options, base=given.base, run=Run(threads=1))
 
 
 def outcome_of(report: Report, model: Path) -> Outcome:

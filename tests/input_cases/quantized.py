@@ -26,13 +26,13 @@ from tiny_models import tiny_model, transformers_own
 
 from input_cases.case import Build, Case, Given
 from rk_export import CompressOptions
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
 
 Change = Callable[[Path], object]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128}
 # Every matrix keeps its codes; what has none stays in floats.
 CARRIED = CompressOptions(
-    groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none"), device="cpu"
+    groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none")
 )
 
 

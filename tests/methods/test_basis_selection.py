@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.methods.basel.modules import BasisLinear
+from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import Selection, select_basis
 from rk_export.methods.basel.training import BasisTraining
-from rk_export.options.compress import SINGLE_GROUPS, RankRule
-from rk_export.options.methods import BaselOptions
+from rk_export.options.ranks import SINGLE_GROUPS, RankRule
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
-from rk_export.methods.cap import choose as cap
 from rk_export.methods.cap import pools as cap_pools
-from rk_export.methods.cap.choose import amount_of, cap_parts, check_pools, cost_of, over_dense
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, flat_prices, linear_shapes, make_pools
-from rk_export.options.compress import Budget
-from rk_export.options.methods import CapOptions
+from rk_export.methods.cap.choose import cap_parts, check_pools
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.cap.pools import flat_prices, make_pools
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, amount_of, linear_shapes, over_dense
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import ModelSource
 
@@ -149,6 +150,6 @@ def test_matrices_dearer_than_dense_are_found() -> None:
 
 
 def test_the_choice_is_logged(source_of: SourceOf, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger=cap.__name__):
+    with caplog.at_level("INFO", logger="rk_export.methods.sparse_sites"):
         _chosen(source_of("llama"), tmp_path, Budget("keep", 0.5), selector="auction")
     assert "more than dense" in caplog.text

@@ -6,15 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place, loss_increase
 from rk_export.errors import InputError
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
-from rk_export.methods.cap.choose import cost_of
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Pool, Pools, Prices, linear_shapes, pool_of
+from rk_export.methods.cap.pools import Pool, Pools, pool_of
 from rk_export.methods.cap.scores import curvature_score, directions_only, energy_score
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.rpca import rpca
 from rk_export.source.stored import ModelSource

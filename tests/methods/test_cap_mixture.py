@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparse_plans import cost_of
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
@@ -15,7 +16,7 @@ from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap import mixture as cap_mixture
 from rk_export.methods.cap.auction import auction_selection
-from rk_export.methods.cap.choose import cap_parts, cost_of
+from rk_export.methods.cap.choose import cap_parts
 from rk_export.methods.cap.mixture import (
     Mixtures,
     cheapest,
@@ -24,10 +25,11 @@ from rk_export.methods.cap.mixture import (
     offered_mixtures,
     refitted_parts,
 )
-from rk_export.methods.cap.pools import BYTES, PARAMETERS, Prices, linear_shapes, make_pools
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.cap.pools import make_pools
 from rk_export.methods.cap.scores import curvature_score
-from rk_export.options.compress import Budget
-from rk_export.options.methods import CapOptions
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides

@@ -12,18 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.methods.cap import policy as cap_policy
+from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.policy import first_probabilities, learn, put, reinforce
-from rk_export.methods.cap.pools import (
-    PARAMETERS,
-    Pool,
-    Pools,
-    by_place,
-    flat_prices,
-    linear_shapes,
-    make_pools,
-)
+from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices, make_pools
 from rk_export.methods.cap.scores import all_scores, energy_score
-from rk_export.options.methods import CapOptions
+from rk_export.methods.sparse_sites import PARAMETERS, linear_shapes
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import ModelSource
 

@@ -10,17 +10,8 @@ import torch
 
 from rk_export.errors import InputError
 from rk_export.methods.cap import pools as cap_pools
-from rk_export.methods.cap.pools import (
-    BYTES,
-    PARAMETERS,
-    Pool,
-    by_place,
-    flat_prices,
-    linear_shapes,
-    make_pools,
-    pool_of,
-    selected,
-)
+from rk_export.methods.cap.pools import Pool, by_place, flat_prices, make_pools, pool_of, selected
+from rk_export.methods.sparse_sites import BYTES, PARAMETERS, linear_shapes
 from rk_export.passes.numerics.rpca import rpca
 from rk_export.source.stored import ModelSource
 

@@ -13,20 +13,25 @@ import torch
 from tiny_models import DECODERS
 from torch import Tensor, nn
 
-from rk_export.commands import pipeline
 from rk_export.commands.checks import check_options
-from rk_export.commands.pipeline import compress, verify
+from rk_export.commands.compress import compress
+from rk_export.commands.compression_inputs import CompressionInputs, compression_inputs
+from rk_export.commands.verify import verify
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph, save_graph
+from rk_export.methods.heal import method as heal_method
+from rk_export.methods.heal.options import HealOptions
+from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.prune.pruned import PrunedSource
 from rk_export.model.plain_form import plain_model
-from rk_export.options.compress import CalibrationOptions, CompressOptions, QuantSpec, RankRule
-from rk_export.options.methods import PruneOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.rewrite.groundwork import Groundwork, groundwork
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.prepared import PreparedSource
 from rk_export.source.stored import ModelSource, open_source
@@ -42,19 +47,18 @@ def options(prune: PruneOptions | None = None, **changes: Any) -> CompressOption
         "quant": None,
         "embedding_quant": None,
         "prepare": (),
-        "device": "cpu",
         "accuracy_level": 0,
         "calibration": CalibrationOptions("none"),
     }
-    return CompressOptions(**{**fields, **changes}, prune=prune)
+    return CompressOptions(**{**fields, **changes}, methods=() if prune is None else (prune,))
 
 
-def plan_of(ground: Groundwork) -> Plan:
+def plan_of(ground: CompressionInputs) -> Plan:
     return replace(make_plan(ground.source, ground.options), pruning=ground.source.pruning)
 
 
 def rewritten_of(source: ModelSource, asked: CompressOptions) -> Rewritten:
-    ground = groundwork(source, asked)
+    ground = compression_inputs(source, asked)
     return ground.rewrite(plan_of(ground))
 
 
@@ -93,7 +97,7 @@ def test_the_graph_and_its_cache_are_smaller(source_of: SourceOf, tmp_path: Path
     pruning = Pruning(tuple(range(1, count)), 96)
     if family not in NO_HEADS:
         pruning = replace(pruning, kv_groups=((1,),) * (count - 1))
-    ground = groundwork(source, options(), pruning=pruning)
+    ground = compression_inputs(source, options(PruneOptions(blocks=1)), pruning=pruning)
     rewritten = ground.rewrite(plan_of(ground))
     graph, _ = build_graph(rewritten)
     save_graph(graph, tmp_path)
@@ -113,7 +117,7 @@ def test_a_dropped_block_is_left_out_exactly(source_of: SourceOf) -> None:
     wanted.set_submodule("model.layers", nn.ModuleList([layers[0], layers[2], layers[3]]))
     wanted.config.num_hidden_layers = 3
     wanted.config.layer_types = [source.config.layer_types[block] for block in (0, 2, 3)]
-    ground = groundwork(source, options(), pruning=Pruning((0, 2, 3)))
+    ground = compression_inputs(source, options(PruneOptions(blocks=1)), pruning=Pruning((0, 2, 3)))
     found = ground.rewrite(plan_of(ground)).model
     assert found.config.layer_types == wanted.config.layer_types
     for number, layer in enumerate(wanted.get_submodule("model.layers").children()):
@@ -182,7 +186,9 @@ def test_statistics_make_up_for_what_goes(llama: Path) -> None:
 
 def test_statistics_are_those_of_the_block_that_stays(llama: Path) -> None:
     source = open_source(llama)
-    known = groundwork(source, options(groups=("qk",), calibration=CalibrationOptions(tokens=512))).statistics
+    known = compression_inputs(
+        source, options(groups=("qk",), calibration=CalibrationOptions(tokens=512))
+    ).statistics
     device = torch.device("cpu")
     alone = PrunedSource(source, Pruning((1,), 96), known, device).load()
     both = PrunedSource(source, Pruning((0, 1), 96), known, device).load()
@@ -197,15 +203,15 @@ def test_recovery_aims_at_the_whole_model(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teachers: list[ModelSource] = []
-    train = pipeline.heal
+    train = heal_method.heal
 
     def recorded(rewritten: Rewritten, teacher: ModelSource, *arguments: Any, **named: Any) -> Any:
         teachers.append(teacher)
         return train(rewritten, teacher, *arguments, **named)
 
-    monkeypatch.setattr(pipeline, "heal", recorded)
+    monkeypatch.setattr(heal_method, "heal", recorded)
     asked = replace(with_text(PruneOptions(blocks=1, ffn=0.75)), groups=("qk",), rank=RankRule("keep", 0.9))
-    report = compress(llama, tmp_path / "out", replace(asked, heal=2))
+    report = compress(llama, tmp_path / "out", replace(asked, methods=(*asked.methods, HealOptions(steps=2))))
     assert [teacher.pruning for teacher in teachers] == [None]
     assert all(tier.passed is not False for tier in report.parity)
 
@@ -213,10 +219,9 @@ def test_recovery_aims_at_the_whole_model(
 @pytest.mark.whole
 def test_a_pruned_bundle_is_verified_and_made_again(llama: Path, tmp_path: Path) -> None:
     asked = CompressOptions(
-        prune=PruneOptions(blocks=1, ffn=0.75, kv_groups=1),
+        methods=(PruneOptions(blocks=1, ffn=0.75, kv_groups=1),),
         quant=QuantSpec(4, 32),
         calibration=CalibrationOptions(tokens=512),
-        device="cpu",
     )
     report = compress(llama, tmp_path / "out", asked, checkpoint=tmp_path / "saved")
     first = next(tier for tier in report.parity if tier.tier == "a")
@@ -272,7 +277,7 @@ def test_what_cannot_go_is_refused(
 
 def test_a_plan_of_another_pruning_is_refused(source_of: SourceOf) -> None:
     source = source_of("llama")
-    ground = groundwork(source, options(PruneOptions(ffn=0.75)))
+    ground = compression_inputs(source, options(PruneOptions(ffn=0.75)))
     plan = replace(plan_of(ground), pruning=Pruning((0, 1), 64))
     with pytest.raises(InputError, match="other blocks, neurons or heads"):
         ground.rewrite(plan)
@@ -294,6 +299,6 @@ def test_a_pruning_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
 
 
 def test_plans_keep_the_pruning_in_json(source_of: SourceOf) -> None:
-    ground = groundwork(source_of("llama"), options(PruneOptions(ffn=0.75, kv_groups=1)))
+    ground = compression_inputs(source_of("llama"), options(PruneOptions(ffn=0.75, kv_groups=1)))
     plan = plan_of(ground)
     assert Plan.from_json(plan.to_json()) == plan

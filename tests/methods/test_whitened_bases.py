@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import select_basis
-from rk_export.options.compress import RankRule
-from rk_export.options.methods import BaselOptions
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import directions
 from rk_export.passes.numerics.metric import Metric
 from rk_export.source.stored import ModelSource

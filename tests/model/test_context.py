@@ -19,6 +19,7 @@ from rk_export.bundle.genai import default_length
 from rk_export.errors import InputError
 from rk_export.model.context import check_context, context_notices, with_context
 from rk_export.model.rotary import rotary_tables
+from rk_export.options.run import Run
 from rk_export.plan import Plan
 from rk_export.runtime import Session
 
@@ -113,7 +114,7 @@ def test_yarn_is_exported_with_the_length_that_it_is_made_for(yarn: Path, tmp_pa
 def test_any_rotary_model_takes_a_shorter_or_longer_context(
     llama: Path, tmp_path: Path, context: int
 ) -> None:
-    report = export(llama, tmp_path / "out", context_length=context, threads=1)
+    report = export(llama, tmp_path / "out", context_length=context, run=Run(threads=1))
     assert_context(tmp_path / "out", llama, context)
     assert Plan.load(tmp_path / "out" / "plan.json").options.context_length == context
     assert any("longer than" in notice for notice in report.notices) is (context > 128)
@@ -122,7 +123,7 @@ def test_any_rotary_model_takes_a_shorter_or_longer_context(
 @pytest.mark.whole
 def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Path, cli: Cli) -> None:
     options = tiny_options(quant=None, embedding_quant=None, groups=())
-    compress(llama, tmp_path / "a", options, checkpoint=tmp_path / "kept", threads=1)
+    compress(llama, tmp_path / "a", options, checkpoint=tmp_path / "kept", run=Run(threads=1))
     ended = cli("export", tmp_path / "kept", "-o", tmp_path / "b", "--context-length", 200, "--threads", 1)
     assert ended.code == 0, ended.err
     assert_context(tmp_path / "b", llama, 200)
@@ -131,7 +132,7 @@ def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Pa
 @pytest.mark.whole
 def test_learned_positions_can_be_shorter(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "out", context_length=70, threads=1)
+    export(tmp_path / "model", tmp_path / "out", context_length=70, run=Run(threads=1))
     assert Session.from_pretrained(tmp_path / "out", provider="cpu", threads=1).max_length == 70
 
 

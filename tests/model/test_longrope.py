@@ -15,6 +15,7 @@ from rk_export import export, verify
 from rk_export.errors import InputError
 from rk_export.evaluation.log_likelihood import Continuation, log_likelihoods
 from rk_export.model.torch_logits import torch_logits
+from rk_export.options.run import Run
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder
 from rk_export.source.stored import open_source
@@ -24,7 +25,7 @@ from rk_export.source.stored import open_source
 def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("longrope")
     tiny_model("phi3", **FIELDS).save_pretrained(folder / "model")
-    export(folder / "model", folder / "bundle", threads=1)
+    export(folder / "model", folder / "bundle", run=Run(threads=1))
     return folder
 
 
@@ -143,7 +144,9 @@ def test_parity_notices_a_cache_that_keeps_the_short_rotation(
     phi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rk_export.runtime.decoder.Decoder._start_anew", _step_without_looking_back)
-    failed = [tier for tier in verify(phi / "bundle", provider="cpu", threads=1) if tier.passed is False]
+    failed = [
+        tier for tier in verify(phi / "bundle", provider="cpu", run=Run(threads=1)) if tier.passed is False
+    ]
     assert {tier.tier for tier in failed} == {"e", "g"}
 
 
@@ -162,7 +165,7 @@ def test_parity_holds_wherever_the_switch_lies(tmp_path: Path, switch: int) -> N
     fields = {**FIELDS, "original_max_position_embeddings": switch}
     fields["rope_parameters"] = {**LONGROPE, "original_max_position_embeddings": switch}
     tiny_model("phi3", **fields).save_pretrained(tmp_path / "model")
-    report = export(tmp_path / "model", tmp_path / "bundle", threads=1)
+    report = export(tmp_path / "model", tmp_path / "bundle", run=Run(threads=1))
     assert all(tier.passed is not False for tier in report.parity)
     genai = json.loads((tmp_path / "bundle" / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == min(switch, CONTEXT)
@@ -180,7 +183,7 @@ def test_genai_follows_the_switch_of_phi3(tmp_path: Path) -> None:
     tiny_model("phi3", num_hidden_layers=1, rope_parameters=rope, **fields).save_pretrained(
         tmp_path / "model"
     )
-    export(tmp_path / "model", tmp_path / "bundle", threads=1)
+    export(tmp_path / "model", tmp_path / "bundle", run=Run(threads=1))
     genai = json.loads((tmp_path / "bundle" / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == switch + 64
     ids = prompt(switch - 3)

@@ -10,7 +10,8 @@ import torch
 from tiny_models import tiny_model
 
 from rk_export import CompressOptions, compress
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.run import Run
 from rk_export.parity.comparison import FLOAT_BOUND
 from rk_export.parity.float_steps import shaking_outputs
 from rk_export.report.records import ParityTier
@@ -25,9 +26,8 @@ def in_floats(model: Path, bundle: Path, prepare: tuple[str, ...] = ()) -> dict[
         embedding_quant=None,
         calibration=CalibrationOptions("none"),
         prepare=prepare,
-        device="cpu",
     )
-    return {tier.tier: tier for tier in compress(model, bundle, options, threads=1).parity}
+    return {tier.tier: tier for tier in compress(model, bundle, options, run=Run(threads=1)).parity}
 
 
 @pytest.mark.whole

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DECODERS, FAMILIES, tiny_model
 from torch import Tensor
 
+import rk_export
 from rk_export import memory
-from rk_export.commands import pipeline
 from rk_export.errors import InputError, ParityError
 from rk_export.options.compress import CompressOptions
+from rk_export.options.run import Run
 from rk_export.parity import half_range, oracle
 from rk_export.parity.preflight import preflight
 from rk_export.passes.prepare.fold import fold_layer
@@ -55,7 +56,7 @@ def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     doubled("model.layers.1.mlp.up_proj.weight", monkeypatch)
-    monkeypatch.setattr(pipeline, "groundwork", None)
+    monkeypatch.setattr("rk_export.commands.stages.compression_inputs", None)
     ended = cli("compress", llama, "-o", tmp_path / "out", "--metric", "none")
     assert ended.code == 1
     assert "tier 0 (transformers vs PyTorch dense)" in ended.err
@@ -67,12 +68,12 @@ def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
 def test_verification_against_a_model_reads_it_anew(
     llama: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiers = pipeline.verify(bundle, llama, provider="cpu", threads=1)
+    tiers = rk_export.verify(bundle, llama, provider="cpu", run=Run(threads=1))
     assert "".join(tier.tier for tier in tiers) == "0pabcdefgh"
     assert all(tier.passed for tier in tiers if tier.bound is not None)
     doubled("model.norm.weight", monkeypatch)
     with pytest.raises(ParityError, match="tier 0"):
-        pipeline.verify(bundle, llama, provider="cpu", threads=1)
+        rk_export.verify(bundle, llama, provider="cpu", run=Run(threads=1))
 
 
 @pytest.mark.whole
@@ -81,7 +82,7 @@ def test_a_model_too_large_for_transformers_says_so(
 ) -> None:
     monkeypatch.setattr(oracle, "available_memory", lambda: 1000)
     with caplog.at_level(logging.WARNING):
-        report = pipeline.compress(llama, tmp_path / "out", tiny_options(), threads=1)
+        report = rk_export.compress(llama, tmp_path / "out", tiny_options(), run=Run(threads=1))
     assert "not compared with transformers" in caplog.text
     first = report.parity[0]
     assert (first.tier, first.max_error, first.passed) == ("0", None, None)
@@ -91,7 +92,7 @@ def test_a_model_too_large_for_transformers_says_so(
     assert "not measured" in page
     assert "not measured" in card
     assert (
-        pipeline.verify(tmp_path / "out", llama, provider="cpu", threads=1)[0] == first
+        rk_export.verify(tmp_path / "out", llama, provider="cpu", run=Run(threads=1))[0] == first
     )  # and once more, not from the report
 
 
@@ -197,17 +198,17 @@ def test_a_broken_reparameterization_shows_in_its_tier_alone(
     monkeypatch.setattr(prepared, "fold_layer", forgetful)
     options = tiny_options(prepare=("fold",))
     with pytest.raises(ParityError, match=r"tier p \(PyTorch dense vs prepared\)") as caught:
-        pipeline.compress(llama, tmp_path / "out", options, threads=1)
+        rk_export.compress(llama, tmp_path / "out", options, run=Run(threads=1))
     assert "; tier" not in str(caught.value)
     with pytest.raises(ParityError, match="tier p"):
-        pipeline.prepare(llama, tmp_path / "prepared", ("fold",))
+        rk_export.prepare(llama, tmp_path / "prepared", ("fold",))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.whole
 def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Path) -> None:
     options = tiny_options(prepare=("fold", "rotate", "rotate-heads"))
-    report = pipeline.compress(llama, tmp_path / "out", options, threads=1)
+    report = rk_export.compress(llama, tmp_path / "out", options, run=Run(threads=1))
     tier = report.parity[1]
     assert (tier.tier, tier.passed) == ("p", True)
     assert tier.max_error
@@ -217,8 +218,8 @@ def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Pat
 @pytest.mark.whole
 def test_a_checkpoint_says_what_it_cannot_show(llama: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
-    pipeline.compress(llama, tmp_path / "first", tiny_options(), checkpoint=saved, threads=1)
-    report = pipeline.export(saved, tmp_path / "second", threads=1)
+    rk_export.compress(llama, tmp_path / "first", tiny_options(), checkpoint=saved, run=Run(threads=1))
+    report = rk_export.export(saved, tmp_path / "second", run=Run(threads=1))
     assert "".join(tier.tier for tier in report.parity) == "0pabcdefgh"
     missing = [tier for tier in report.parity if tier.max_error is None]
     assert "".join(tier.tier for tier in missing) == "0pab"

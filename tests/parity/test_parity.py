@@ -15,12 +15,14 @@ from conftest import tiny_options
 from onnx import helper, numpy_helper
 from tiny_models import tiny_model
 
+import rk_export
 from rk_export import assert_parity
 from rk_export.bundle import write as write_bundle
-from rk_export.commands import pipeline
 from rk_export.errors import InputError, ParityError
 from rk_export.folders import check_manifest
 from rk_export.graph.build import save_graph
+from rk_export.json_codec import from_json
+from rk_export.options.run import Run
 from rk_export.parity import tiers as parity
 from rk_export.parity.comparison import compare, require_parity
 from rk_export.parity.greedy import Golden
@@ -206,20 +208,22 @@ def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[3] *= 1000
     model.save_pretrained(tmp_path / "model")
-    report = pipeline.compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=()), threads=1)
+    report = rk_export.compress(
+        tmp_path / "model", tmp_path / "out", tiny_options(groups=()), run=Run(threads=1)
+    )
     (tier,) = (tier for tier in report.parity if tier.tier == "d")
     emulated = float(tier.note.removeprefix("PyTorch's own int8 inputs differ from floats by ").split(";")[0])
     assert tier.bound == pytest.approx(2 * emulated, rel=0.05)
     assert tier.relative_error == pytest.approx(emulated, rel=0.2)
     exact = replace(tiny_options(groups=()), accuracy_level=0)
-    report = pipeline.compress(tmp_path / "model", tmp_path / "exact", exact, threads=1)
+    report = rk_export.compress(tmp_path / "model", tmp_path / "exact", exact, run=Run(threads=1))
     (tier,) = (tier for tier in report.parity if tier.tier == "d")
     assert (tier.max_error, tier.bound, tier.note) == (0, 1e-4, "no inputs are rounded to int8")
 
 
 @pytest.mark.whole
 def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
-    golden = Golden.from_json(check_manifest(own_bundle)["golden"])
+    golden = from_json(Golden, check_manifest(own_bundle)["golden"], "golden")
     damage(own_bundle, wrong_scale)
     tiers = parity.bundle_tiers(own_bundle, golden, "fp32", provider="cpu", threads=1)
     assert [tier.tier for tier in tiers] == list("defgh")
@@ -259,7 +263,7 @@ def test_no_bundle_is_left_when_parity_fails(
 
     monkeypatch.setattr(write_bundle, "save_graph", save_wrong)
     with pytest.raises(ParityError, match=r"tier c .*tier g") as caught:
-        pipeline.compress(llama, tmp_path / "out", tiny_options(), threads=1)
+        rk_export.compress(llama, tmp_path / "out", tiny_options(), run=Run(threads=1))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 

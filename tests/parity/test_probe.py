@@ -11,8 +11,10 @@ import onnx
 import pytest
 from tiny_models import tiny_config, tiny_model
 
-from rk_export.commands import pipeline
+import rk_export
+from rk_export.json_codec import from_json, to_json
 from rk_export.model.switches import switches_of
+from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
 from rk_export.parity.probe import AFTER, BEFORE, LONGEST, Probe, make_probe
 from rk_export.parity.tiers import bundle_tiers
@@ -76,7 +78,7 @@ def test_prompts_stay_on_one_side_of_a_long_rotation(tmp_path: Path) -> None:
 def test_what_travels_with_a_bundle_comes_back(tmp_path: Path) -> None:
     probe = probe_of(tmp_path, "mistral", sliding_window=100)
     golden = Golden(probe, tuple((index,) for index in range(9)), 1e-4, 0.2)
-    assert Golden.from_json(json.loads(json.dumps(golden.to_json()))) == golden
+    assert from_json(Golden, json.loads(json.dumps(to_json(golden))), "golden") == golden
     assert [len(start) for start in golden.starts] == [32] * 8 + [100 - BEFORE]
 
 
@@ -85,10 +87,10 @@ def test_a_wrong_window_shows_only_beyond_the_common_prompts(tmp_path: Path) -> 
     """The window of 100 lies beyond the 32 tokens of a prompt and the 64 new ones."""
     model, out = tmp_path / "model", tmp_path / "out"
     tiny_model("mistral", sliding_window=100, max_position_embeddings=256).save_pretrained(model)
-    tiers = {tier.tier: tier for tier in pipeline.export(model, out, threads=1).parity}
+    tiers = {tier.tier: tier for tier in rk_export.export(model, out, run=Run(threads=1)).parity}
     assert all("one of 116 tokens crosses the sliding window" in tiers[tier].note for tier in "eg")
     narrow_windows(out / "model.onnx", 98)
-    golden = Golden.from_json(unchecked_manifest(out)["golden"])
+    golden = from_json(Golden, unchecked_manifest(out)["golden"], "golden")
     common = replace(golden, probe=Probe(golden.probe.prompts), tokens=golden.tokens[:8])
     assert failed_tiers(out, common) == ""
     assert failed_tiers(out, golden) == "g"

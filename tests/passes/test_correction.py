@@ -12,7 +12,7 @@ import torch
 from compressed import OnnxModel, SourceOf, floats, logits, tokens
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules.quantized import CorrectedLinear
 from rk_export.passes.numerics.correction import quantize_corrected

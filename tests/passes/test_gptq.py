@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rk_export.options.compress import W8A8, QuantSpec
+from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.numerics.gptq import quantize_gptq
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn, unpack_bits
 from rk_export.passes.numerics.scale_search import quantize_search, searched_scales

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.grid import Grid, as_blocks, why_not_carried
 from rk_export.passes.numerics.quantize import unpack_bits
 

@@ -11,7 +11,9 @@ from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, toke
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.passes.modules.factors import IdentityFactors
 from rk_export.passes.modules.quantized import linear_of
@@ -20,7 +22,7 @@ from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.pivoting import exchange, greedy_groups
 from rk_export.passes.numerics.ranks import break_even_rank, kept_ratio, rank_of_ratio
-from rk_export.passes.weights.joint_rank import JointRank
+from rk_export.passes.weights.factorize import Factorize
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import check_plan, make_plan
 from rk_export.rewrite import apply as rewriting
@@ -206,7 +208,7 @@ def test_a_site_in_identity_form_computes_what_the_plain_pair_computes(
     outputs, findings = [], []
     for form in ("joint", "identity"):
         layer = Layer(0, GatedMlp(), 1)
-        joint = JointRank("orthogonal", CPU, MLP if known else None)
+        joint = Factorize("orthogonal", CPU, MLP if known else None)
         findings.append(joint.rewrite(layer, site(members, form, rank), None))
         outputs.append(layer.module(x))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-10)
@@ -227,11 +229,11 @@ def test_a_site_in_identity_form_computes_what_the_plain_pair_computes(
 @pytest.mark.parametrize("rewritten_before", ["down", "up"])
 def test_neurons_keep_their_numbers_beside_a_rewritten_matrix(rewritten_before: str) -> None:
     x, layer = randn(5, 12, seed=3), Layer(0, GatedMlp(), 1)
-    joint = JointRank("orthogonal", CPU, MLP)
+    joint = Factorize("orthogonal", CPU, MLP)
     joint.rewrite(layer, site((rewritten_before,), "joint", 5), None)
     expected_layer = Layer(0, GatedMlp(), 1)
     for members, rank in (((rewritten_before,), 5), (("gate",), 6)):
-        JointRank("orthogonal", CPU).rewrite(expected_layer, site(members, "joint", rank), None)
+        Factorize("orthogonal", CPU).rewrite(expected_layer, site(members, "joint", rank), None)
     finding = joint.rewrite(layer, site(("gate",), "identity", 6), None)
     assert finding.details is not None
     assert finding.details["gather"] == f"{rewritten_before} is rewritten already"
@@ -245,7 +247,7 @@ def test_later_sites_read_their_statistics_in_the_new_order() -> None:
     down = SiteStatistics(InputMoments(X.T @ X / 400, X0.T @ X / 400))
     x, outputs = randn(5, 12, seed=3), []
     for mlp in (MLP, None):
-        layer, joint = Layer(0, GatedMlp(), 1), JointRank("orthogonal", CPU, mlp)
+        layer, joint = Layer(0, GatedMlp(), 1), Factorize("orthogonal", CPU, mlp)
         joint.rewrite(layer, site(("gate", "up"), "identity", 6), None)
         finding = joint.rewrite(layer, site(("down",), "joint", 6), down)
         outputs.append(layer.module(x))
@@ -263,7 +265,7 @@ def test_gradient_moments_weigh_the_members() -> None:
     diagonal = replace(statistics, outputs={role: G.diagonal() for role, G in statistics.outputs.items()})
     errors = []
     for given in (statistics, diagonal):
-        finding = JointRank("orthogonal", CPU).rewrite(
+        finding = Factorize("orthogonal", CPU).rewrite(
             Layer(0, GatedMlp(), 1), site(("gate", "up"), "joint", 6), given
         )
         assert finding.details is not None
@@ -272,7 +274,7 @@ def test_gradient_moments_weigh_the_members() -> None:
         errors.append(finding.details["weighted_error"])
     assert errors[0] != errors[1]
     with pytest.raises(ValueError, match="no gradient moment of up"):
-        JointRank("orthogonal", CPU).rewrite(
+        Factorize("orthogonal", CPU).rewrite(
             Layer(0, GatedMlp(), 1),
             site(("gate", "up"), "joint", 6),
             replace(statistics, outputs={"gate": torch.eye(16)}),
@@ -290,7 +292,7 @@ def test_gradient_moments_per_kv_group() -> None:
     plan = replace(site(("q", "k"), "joint", 3, "qk"), form="per_head")
     layer = Layer(0, module, 2)
     statistics = SiteStatistics(InputMoments(torch.eye(12).double()), outputs)
-    JointRank("orthogonal", CPU).rewrite(layer, plan, statistics)
+    Factorize("orthogonal", CPU).rewrite(layer, plan, statistics)
     second = list(module.get_submodule("qk_factors").pairs())[1]  # type: ignore[operator]
     W = torch.cat([dense["q"][8:], dense["k"][4:]])
     blocks = [Metric.of(outputs["q"][8:, 8:]), Metric.of(outputs["k"][4:, 4:])]
@@ -317,7 +319,7 @@ def renumbering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Whether the pass knows the FFN's matrices, so that it may renumber the neurons."""
     known = str(request.param) == "renumbered"
     if not known:
-        monkeypatch.setattr(rewriting, "JointRank", lambda gauge, device, mlp: JointRank(gauge, device))
+        monkeypatch.setattr(rewriting, "Factorize", lambda gauge, device, mlp: Factorize(gauge, device))
     return known
 
 

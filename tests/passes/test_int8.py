@@ -11,12 +11,14 @@ from compressed import SourceOf, compress, floats
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.options.compress import W8A8, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import Int8Linear, float_inputs
 from rk_export.passes.numerics.int8 import int8_bytes, int8_product, quantize_rows, token_codes
+from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.int8 import Int8
-from rk_export.passes.weights.joint_rank import JointRank
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.planner import check_plan, make_plan
@@ -115,7 +117,7 @@ def test_every_matrix_of_a_site_is_rounded_and_counted(form: str) -> None:
     layer = Layer(0, module, kv_groups=2)
     rank = 0 if form == "dense" else 8
     site = SitePlan("layers.0.qk", 0, ("q", "k"), ("q_proj", "k_proj"), form, rank, W8A8)  # type: ignore[arg-type]
-    run_weight_pass(JointRank("balanced", CPU), layer, [site], {})
+    run_weight_pass(Factorize("balanced", CPU), layer, [site], {})
     before = {
         name: part.weight.detach().clone()
         for name, part in module.named_modules()

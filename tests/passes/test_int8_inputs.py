@@ -10,7 +10,7 @@ import torch
 from ort_nodes import run_node
 from torch import Tensor, nn
 
-from rk_export.options.compress import W8A8, QuantSpec
+from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.modules.quantized import QuantizedLinear, float_inputs, level4_inputs
 from rk_export.passes.numerics.int8_inputs import has_int8_kernel, int8_inputs
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rk_export.options.compress import Gauge
+from rk_export.options.ranks import Gauge
 from rk_export.passes.numerics import joint_svd
 from rk_export.passes.numerics.eigen import gram_matrix, leading_eigenvectors
 from rk_export.passes.numerics.joint_svd import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, empty_matrix
 from rk_export.passes.numerics.quantize import quantize_rtn

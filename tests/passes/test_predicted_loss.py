@@ -9,7 +9,7 @@ import torch
 from ranking import rank_correlation
 from torch import Tensor
 
-from rk_export.options.compress import W8A8, QuantSpec
+from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.numerics.gptq import quantize_gptq
 from rk_export.passes.numerics.int8 import int8_product, quantize_rows
 from rk_export.passes.numerics.joint_svd import joint_factors

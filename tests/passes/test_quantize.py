@@ -13,7 +13,7 @@ from onnxruntime.capi import _pybind_state
 from ort_nodes import run_node
 from torch import Tensor
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.quantize import (
     QuantizedMatrix,
     dequantize,

@@ -10,11 +10,13 @@ from compressed import INT4, SourceOf, compress, floats, tokens
 from tiny_models import FAMILIES
 from torch import nn
 
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.factors import JointMember
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
-from rk_export.passes.weights.joint_rank import JointRank
+from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import SitePlan
 from rk_export.rewrite.apply import Rewritten
@@ -48,7 +50,7 @@ def test_every_matrix_of_a_site_is_rounded_and_counted(form: str, spec: QuantSpe
     plan = SitePlan(
         "layers.0.qk", 0, ("q", "k"), ("q_proj", "k_proj"), form, 0 if form == "dense" else 8, spec
     )  # type: ignore[arg-type]
-    run_weight_pass(JointRank("balanced", CPU), layer, [plan], {})
+    run_weight_pass(Factorize("balanced", CPU), layer, [plan], {})
     before = {name: weight.detach().clone() for name, weight in weights(module).items()}
     (finding,) = run_weight_pass(Quantize(torch.float32, CPU), layer, [plan], {})
 
@@ -154,9 +156,7 @@ def test_eight_bits_lose_about_a_sixteenth_of_what_four_lose(source_of: SourceOf
 
 
 def test_members_of_a_joint_site_read_quantized_factors(source_of: SourceOf) -> None:
-    options = CompressOptions(
-        groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None, device="cpu"
-    )
+    options = CompressOptions(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None)
     model = compress(source_of("llama"), options).model
     members = [module for module in model.modules() if isinstance(module, JointMember)]
     assert len(members) == 2 * 4

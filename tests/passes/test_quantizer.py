@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import QuantSpec
+from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
-from rk_export.passes.weights.joint_rank import JointRank
+from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.quantize import NO_STATISTICS, Quantize
 from rk_export.passes.weights.quantizer import Inputs, QuantizerName
 from rk_export.plan import SitePlan
@@ -44,7 +44,7 @@ def layer_of(plan: SitePlan, statistics: dict[str, SiteStatistics]) -> Layer:
     module = nn.Module()
     module.q_proj, module.k_proj = nn.Linear(64, 48), nn.Linear(64, 32)
     layer = Layer(0, module, kv_groups=2)
-    run_weight_pass(JointRank("orthogonal", CPU), layer, [plan], statistics)
+    run_weight_pass(Factorize("orthogonal", CPU), layer, [plan], statistics)
     return layer
 
 

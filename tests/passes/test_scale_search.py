@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rk_export.options.compress import W8A8, QuantSpec
+from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.numerics import scale_search
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn
 from rk_export.passes.numerics.scale_search import quantize_search

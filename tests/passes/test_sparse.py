@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,21 @@ from hypothesis import strategies as st
 from sparse_plans import parts_of, sparse_plan
 from tiny_models import DECODERS
 
+from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
-from rk_export.methods.plans import sparse_plan as sparse_parts_plan
-from rk_export.options.compress import Budget, QuantSpec
-from rk_export.options.presets import cap
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.sparse_sites import sparse_decision
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import Budget
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import decode_gaps, encode_gaps
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan, SitePlan
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import planned_findings, size_summary
+from rk_export.source.stored import ModelSource
 
 
 @given(st.sets(st.integers(0, 5000), max_size=60))
@@ -194,11 +200,15 @@ def test_parts_of_is_what_the_tests_believe() -> None:
     assert torch.allclose(parts_of(W, 2, 30).dense(), W, atol=1e-6)
 
 
+def sparse_plan_of(source: ModelSource, options: CompressOptions, parts: Mapping[Place, Parts]) -> Plan:
+    return sparse_decision(source, options, parts).plan(source, options)
+
+
 def test_what_cannot_be_quantized_is_said(source_of: SourceOf) -> None:
     source = source_of("llama")
     _, parts = sparse_plan(source, floats(), 0, 50)
-    plans = [sparse_parts_plan(source, cap(Budget("keep", 0.5)), parts)]
-    plans.append(sparse_parts_plan(source, replace(plans[0].options, quant=QuantSpec(8, 32)), parts))
+    plans = [sparse_plan_of(source, CapOptions().recipe(Budget("keep", 0.5)), parts)]
+    plans.append(sparse_plan_of(source, replace(plans[0].options, quant=QuantSpec(8, 32)), parts))
     reasons = [{site.reason for site in plan.sites} for plan in plans]
     assert reasons == [{""}, {"no direction was chosen: entries are not quantized further"}]
     assert {site.quant for site in plans[1].sites} == {None}

@@ -15,10 +15,17 @@ from conftest import Cli
 from rk_export import compress, make_plan
 from rk_export.cli.compress_arguments import parse_size
 from rk_export.commands.checks import check_options
-from rk_export.commands.pipeline import model_costs, verify
+from rk_export.commands.compression_inputs import compression_inputs
+from rk_export.commands.model_costs import model_costs
+from rk_export.commands.verify import verify
 from rk_export.errors import InputError
+from rk_export.methods.heal.options import HealOptions
 from rk_export.model.sites import dense_sites
-from rk_export.options.compress import GROUPS, W8A8, Budget, CalibrationOptions, CompressOptions, QuantSpec
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.ranks import GROUPS, Budget
+from rk_export.options.run import Run
 from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
@@ -26,7 +33,6 @@ from rk_export.planning.budget import spend
 from rk_export.planning.candidates import Candidate, Menu, candidates
 from rk_export.planning.cost_table import CostTable, measure_costs
 from rk_export.planning.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import ModelSource, loaded_layers, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)
@@ -34,7 +40,7 @@ SourceOf = Callable[..., ModelSource]
 
 
 def options(kind: Any, value: float, **changes: Any) -> CompressOptions:
-    return CompressOptions(budget=Budget(kind, value), calibration=TEXT, device="cpu", **changes)
+    return CompressOptions(budget=Budget(kind, value), calibration=TEXT, **changes)
 
 
 def matrix_parameters(source: ModelSource) -> int:
@@ -76,7 +82,7 @@ def test_less_budget_loses_more(llama: Path) -> None:
 def test_mean_bits_are_kept(llama: Path) -> None:
     source = open_source(llama)
     plan = make_plan(llama, options("bits", 4.7))
-    rewritten = groundwork(source, plan.options).rewrite(plan)
+    rewritten = compression_inputs(source, plan.options).rewrite(plan)
     stored = {
         finding.target: finding.bytes_after
         for finding in rewritten.findings
@@ -89,11 +95,11 @@ def test_mean_bits_are_kept(llama: Path) -> None:
 @pytest.mark.whole
 def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) -> None:
     budget = 190_000
-    report = compress(llama, tmp_path / "out", options("size", budget), threads=1)
+    report = compress(llama, tmp_path / "out", options("size", budget), run=Run(threads=1))
     files = sum((tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert files <= budget
     assert all(tier.passed for tier in report.parity if tier.bound is not None)
-    tiers = {tier.tier: tier for tier in verify(tmp_path / "out", llama, threads=1)}
+    tiers = {tier.tier: tier for tier in verify(tmp_path / "out", llama, run=Run(threads=1))}
     assert tiers["c"].passed
     # The same plan on the same model again: the reparameterization and the statistics are the same too.
     assert tiers["g"].max_error == 0
@@ -122,7 +128,7 @@ def test_too_small_a_budget_says_what_the_smallest_model_takes(llama: Path) -> N
 
 def test_matrices_without_statistics_get_the_format_that_was_asked_for(source_of: SourceOf) -> None:
     source, asked = source_of("mixtral"), options("bits", 5, quant=QuantSpec(4, 16))
-    ground = groundwork(source, asked)
+    ground = compression_inputs(source, asked)
     assert ground.statistics is not None
     layers = (
         (layer, dense_sites(layer, source.architecture.projections(source.config, layer.index), asked))
@@ -197,7 +203,7 @@ def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
     per_entry = {None: 8.0, W8A8: 2.0, TIMED_FORMATS[0]: 6.0, TIMED_FORMATS[1]: 7.0}
     costs = CostTable("prefill", {spec: (0.0, 0.0, time) for spec, time in per_entry.items()}, rest=1e5)
     asked = options("speed_up", 1.5)
-    ground = groundwork(source, asked)
+    ground = compression_inputs(source, asked)
     plan = planner.make_plan(ground.source, asked, statistics=ground.statistics, costs=costs)
     dense = 8 * matrix_parameters(source) + costs.rest
     spent = costs.rest + sum(
@@ -211,7 +217,7 @@ def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
 @pytest.mark.whole
 def test_a_whole_model_is_timed(source_of: SourceOf) -> None:
     source = source_of("llama", max_position_embeddings=1024)
-    costs = model_costs(source, "decode", threads=1)
+    costs = model_costs(source, source, "decode", threads=1)
     assert costs.rest >= 0
     assert set(costs.coefficients) == set(TIMED_FORMATS)
 
@@ -287,11 +293,11 @@ def test_arguments_that_do_not_go_together(
 
 @pytest.mark.whole
 def test_healing_is_in_the_report_and_leaves_no_state(llama: Path, tmp_path: Path) -> None:
-    asked = options("keep", 0.7, quant=None, embedding_quant=None, heal=2)
-    report = compress(llama, tmp_path / "out", asked, threads=1)
+    asked = options("keep", 0.7, quant=None, embedding_quant=None, methods=(HealOptions(steps=2),))
+    report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
     assert any("heal" in finding.target for finding in report.findings)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    with pytest.raises(InputError, match="healed bundle"):
+    with pytest.raises(InputError, match="was healed"):
         verify(tmp_path / "out", llama)
 
 
@@ -301,17 +307,17 @@ def test_an_export_that_fails_keeps_the_state_of_the_healing(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("rk_export.commands.pipeline.write_bundle", fail)
-    asked = options("keep", 0.7, quant=None, embedding_quant=None, heal=2)
+    monkeypatch.setattr("rk_export.commands.compress.write_bundle", fail)
+    asked = options("keep", 0.7, quant=None, embedding_quant=None, methods=(HealOptions(steps=2),))
     with pytest.raises(OSError, match="disk full"):
-        compress(llama, tmp_path / "out", asked, threads=1)
+        compress(llama, tmp_path / "out", asked, run=Run(threads=1))
     assert (tmp_path / ".out.heal").is_file()
 
 
 @pytest.mark.whole
 def test_w8a8_is_prepared_and_verified(llama: Path, tmp_path: Path) -> None:
-    asked = CompressOptions(quant=W8A8, calibration=TEXT, device="cpu")
-    report = compress(llama, tmp_path / "out", asked, threads=1)
+    asked = CompressOptions(quant=W8A8, calibration=TEXT)
+    report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
     applied = {finding.target for finding in report.findings if finding.outcome == "applied"}
     tried = ("fold-attention", "fold-mlp", "rotate", "rotate-heads", "scale")
     assert {f"prepare.{name}" for name in tried} <= applied
@@ -336,14 +342,12 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
     files = {}
     for prefix in (False, True):
         out = tmp_path / str(prefix)
-        asked = CompressOptions(
-            quant=QuantSpec(2, 16), calibration=replace(TEXT, prefix=prefix), device="cpu"
-        )
-        report = compress(llama, out, asked, threads=1)
+        asked = CompressOptions(quant=QuantSpec(2, 16), calibration=replace(TEXT, prefix=prefix))
+        report = compress(llama, out, asked, run=Run(threads=1))
         assert all(tier.passed for tier in report.parity if tier.bound is not None)
         files[prefix] = (out / "model.onnx.data").read_bytes()
     assert files[False] != files[True]
-    (tiers,) = [{tier.tier: tier for tier in verify(tmp_path / "True", llama, threads=1)}]
+    (tiers,) = [{tier.tier: tier for tier in verify(tmp_path / "True", llama, run=Run(threads=1))}]
     assert tiers["g"].max_error == 0
 
 
@@ -352,13 +356,13 @@ def test_a_file_beyond_the_budget_is_said_aloud(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rk_export.planning.currencies.fixed_parts", lambda *_: ())
-    report = compress(llama, tmp_path / "out", options("size", 150_000), threads=1)
+    report = compress(llama, tmp_path / "out", options("size", 150_000), run=Run(threads=1))
     assert any(notice.startswith("the files take") for notice in report.notices)
 
 
 def test_an_encoder_says_that_it_has_no_metric(source_of: SourceOf) -> None:
-    asked = CompressOptions(groups=("qk",), quant=None, embedding_quant=None, calibration=TEXT, device="cpu")
-    (finding,) = groundwork(source_of("bert"), asked).findings
+    asked = CompressOptions(groups=("qk",), quant=None, embedding_quant=None, calibration=TEXT)
+    (finding,) = compression_inputs(source_of("bert"), asked).findings
     assert (finding.target, finding.outcome) == ("metric", "skipped")
     assert "has no loss" in finding.reason
 
@@ -367,7 +371,7 @@ def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rk_export.calibration.model_statistics.GRADIENT_LIMIT", 0)
-    ground = groundwork(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
+    ground = compression_inputs(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
     assert ground.statistics is not None
     assert {gradient.ndim for gradient in ground.statistics.gradients.values()} == {1}
     assert [finding.target for finding in ground.findings] == ["metric"]
@@ -377,7 +381,7 @@ def test_without_gradients_every_matrix_counts_by_its_relative_error(llama: Path
     source = open_source(llama)
     asked = options("keep", 0.9, quant=None, embedding_quant=None)
     asked = replace(asked, calibration=replace(TEXT, gradients=False))
-    known = groundwork(source, asked).statistics
+    known = compression_inputs(source, asked).statistics
     assert known is not None
     model = source.load()
     for (layer, path), gradient in known.gradients.items():

@@ -31,7 +31,9 @@ from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, compress, export, make_plan, verify
 from rk_export.errors import InputError
-from rk_export.options.compress import CalibrationOptions, QuantSpec
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.run import Run
 from rk_export.plan import Plan
 from rk_export.report.records import Outcome, Report
 from rk_export.runtime import Session
@@ -42,7 +44,6 @@ OPTIONS: dict[str, Any] = {
     "embedding_quant": None,
     "calibration": CalibrationOptions("none"),
     "quantizer": "rtn",
-    "device": "cpu",
 }
 
 
@@ -111,7 +112,7 @@ def test_codes_scales_and_zero_points_in_the_graph_are_the_checkpoints(
     quantize = recording(made, bits=bits, size=size, symmetric=symmetric)
     config = gptq_config(bits=bits, group_size=size)
     reference = save_quantized(small(), tmp_path / "model", config, quantize)
-    compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), threads=1)
+    compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), run=Run(threads=1))
     stored = graph_codes(tmp_path / "bundle")
     assert len(stored) == len(TOGETHER)
     for part, names in TOGETHER.items():
@@ -149,14 +150,14 @@ def test_every_matrix_is_carried_over(
     tmp_path: Path, family: str, config: dict[str, Any], quantize: Quantizer
 ) -> None:
     reference = save_quantized(small(family), tmp_path / "model", config, quantize)
-    report = compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), threads=1)
+    report = compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), run=Run(threads=1))
     sites = Plan.load(tmp_path / "bundle" / "plan.json").sites
     assert all(site.carried for site in sites)
     assert {site.site for site in sites} == {
         finding.target for finding in report.findings if (finding.details or {}).get("pass") == "carry"
     }
     assert bundle_error(tmp_path / "bundle", reference) < 1e-5
-    tiers = {tier.tier: tier for tier in verify(tmp_path / "bundle", tmp_path / "model", threads=1)}
+    tiers = {tier.tier: tier for tier in verify(tmp_path / "bundle", tmp_path / "model", run=Run(threads=1))}
     assert tiers["b"].max_error == 0
     assert all(tier.passed is not False for tier in tiers.values())
 
@@ -168,7 +169,7 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
 
     save_quantized(small(), tmp_path / "model", gptq_config(), quantize)
     options = CompressOptions(**{**OPTIONS, "quant": QuantSpec(8, 64)})
-    report = compress(tmp_path / "model", tmp_path / "bundle", options, threads=1)
+    report = compress(tmp_path / "model", tmp_path / "bundle", options, run=Run(threads=1))
     plan = Plan.load(tmp_path / "bundle" / "plan.json")
     assert {site.site: site.quant for site in plan.sites if not site.carried} == {
         "layers.0.down": QuantSpec(8, 64)
@@ -184,8 +185,10 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
 def test_a_checkpoint_of_carried_codes_exports_the_same(tmp_path: Path) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
     options = CompressOptions(**OPTIONS)
-    compress(tmp_path / "model", tmp_path / "one", options, checkpoint=tmp_path / "checkpoint", threads=1)
-    export(tmp_path / "checkpoint", tmp_path / "two", threads=1)
+    compress(
+        tmp_path / "model", tmp_path / "one", options, checkpoint=tmp_path / "checkpoint", run=Run(threads=1)
+    )
+    export(tmp_path / "checkpoint", tmp_path / "two", run=Run(threads=1))
     assert bundle_error(tmp_path / "two", reference) < 1e-5
 
 
@@ -195,7 +198,7 @@ def test_a_plan_of_carried_codes_needs_the_quantized_checkpoint(tmp_path: Path) 
     assert Plan.from_json(plan.to_json()) == plan
     reference.save_pretrained(tmp_path / "floats")
     with pytest.raises(InputError, match="not on integer grids"):
-        compress(tmp_path / "floats", tmp_path / "bundle", plan=plan, threads=1)
+        compress(tmp_path / "floats", tmp_path / "bundle", plan=plan, run=Run(threads=1))
 
 
 @pytest.mark.whole
@@ -208,7 +211,7 @@ def test_an_output_projection_on_a_grid_is_said_to_lose_its_codes(tmp_path: Path
         tensors |= {f"lm_head.{leaf}": tensor for leaf, tensor in parts.items()}
 
     change_tensors(tmp_path / "model", change)
-    report = compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), threads=1)
+    report = compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), run=Run(threads=1))
     reasons = [item.reason for item in report.findings if item.target == "lm_head"]
     assert reasons == ["its codes are not carried over: it is stored in the format of the embedding"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,11 +11,13 @@ from conftest import Cli, tiny_options
 from tiny_models import FAMILIES
 
 from rk_export import compress, dry_run, folders, make_plan
-from rk_export.commands import pipeline
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
-from rk_export.options.compress import Budget, CalibrationOptions, CompressOptions
-from rk_export.options.presets import cap
+from rk_export.methods.cap.options import CapOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import Budget
+from rk_export.options.run import Run
 from rk_export.planning.fixed_parts import fixed_parts
 from rk_export.planning.planner import make_plan as plan_of
 from rk_export.rewrite.apply import rewrite
@@ -24,7 +25,7 @@ from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import ModelSource
 
 CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add
-SIZED = CompressOptions(calibration=CalibrationOptions("self", tokens=1024), device="cpu")
+SIZED = CompressOptions(calibration=CalibrationOptions("self", tokens=1024))
 
 
 @pytest.mark.whole
@@ -60,7 +61,7 @@ def test_lines_of_the_dry_run_and_of_the_report(llama: Path, tmp_path: Path, cli
     )
     assert re.search(r"^norms .*stays in floats$", shown.out, re.MULTILINE)
     assert "the tables of 128 positions, 8.19 kB, are computed on loading" in shown.out
-    report = compress(llama, tmp_path / "out", tiny_options(), threads=1)
+    report = compress(llama, tmp_path / "out", tiny_options(), run=Run(threads=1))
     planned = {finding.target: finding for finding in dry_run(llama, tiny_options()).findings}
     for name in ("norms", "rotary frequencies"):
         (told,) = [finding for finding in report.findings if finding.target == name]
@@ -71,7 +72,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> None:
         pytest.fail("work began")
 
-    monkeypatch.setattr(pipeline, "groundwork", work)
+    monkeypatch.setattr("rk_export.commands.stages.compression_inputs", work)
 
 
 def test_a_size_below_the_smallest_model_is_refused_before_work_with_all_parts(
@@ -93,12 +94,12 @@ def test_a_size_below_the_smallest_model_is_refused_before_work_with_all_parts(
     advised = re.search(r"give at least ([\d.]+)MB", ended.err)
     assert advised is not None
     budget = Budget("size", float(advised[1]) * 1e6)
-    assert make_plan(llama, CompressOptions(budget=budget, calibration=SIZED.calibration, device="cpu")).sites
+    assert make_plan(llama, CompressOptions(budget=budget, calibration=SIZED.calibration)).sites
 
 
 def test_a_size_for_sparse_parts_names_what_they_do_not_replace(llama: Path) -> None:
     with pytest.raises(InputError, match=r"do not replace: embedding .* norms .* graph"):
-        make_plan(llama, cap(Budget("size", 50_000)))
+        make_plan(llama, CapOptions().recipe(Budget("size", 50_000)))
 
 
 @pytest.mark.parametrize("extra", [(), ("--dry-run",), ("--keep", "0.9")])
@@ -118,9 +119,9 @@ def test_an_output_that_will_not_fit_is_refused_before_work(
 def test_a_checkpoint_that_will_not_fit_is_refused(
     llama: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compress(llama, tmp_path / "out", tiny_options(), checkpoint=tmp_path / "kept", threads=1)
+    compress(llama, tmp_path / "out", tiny_options(), checkpoint=tmp_path / "kept", run=Run(threads=1))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage(10_000, 9_800, 200))
-    monkeypatch.setattr(sys.modules["rk_export.commands.pipeline"], "write_bundle", None)
+    monkeypatch.setattr("rk_export.commands.compress.write_bundle", None)
     ended = cli("export", tmp_path / "kept", "-o", tmp_path / "again")
     assert (ended.code, "no space left on the disk" in ended.err) == (2, True)

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rk_export.errors import InputError
-from rk_export.options.compress import GROUPS, CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.plan import Plan, SitePlan
 
 SITE = SitePlan("layers.0.qk", 0, ("q", "k"), ("a.q", "a.k"), "joint", 24, QuantSpec(4, 32), reason="")
@@ -129,7 +131,6 @@ Edit = Callable[[dict[str, Any]], Any]
         lambda data: data.pop("options"),
         lambda data: data.pop("structure"),
         lambda data: data["options"].update(speed=9),
-        lambda data: data["options"].pop("groups"),
         lambda data: data["options"]["rank"].update(kind="half"),
         lambda data: data["options"].update(rank=0.5),
         lambda data: data["sites"][0].pop("paths"),
@@ -150,8 +151,33 @@ def test_a_malformed_plan_is_an_input_error(edit: Edit) -> None:
     edit(data)
     with pytest.raises(InputError) as caught:
         Plan.from_json(data, where="my.json")
-    assert caught.value.where
+    assert str(caught.value.where).startswith("my.json")
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("edit", "place"),
+    [
+        (lambda data: data["sites"][1].update(rank="many"), "my.json: sites[1].rank"),
+        (lambda data: data["sites"][2].update(rank=-4), "my.json: sites[2]: layers.0.v"),
+        (lambda data: data["sites"][2]["quant"].update(block_size=24), "my.json: sites[2].quant: --block"),
+        (
+            lambda data: data["options"]["calibration"].update(tokens=9),
+            "my.json: options.calibration: --calibration-tokens",
+        ),
+        (lambda data: data["options"].update(groups=["moe"]), "my.json: options: --groups"),
+        (
+            lambda data: data.update(shapes=[{"layer": 1, "ffn_width": 0}]),
+            "my.json: shapes[0]: shapes: layer 1",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_found_in_the_file(edit: Edit, place: str) -> None:
+    data = json.loads(json.dumps(PLAN.to_json()))
+    edit(data)
+    with pytest.raises(InputError) as caught:
+        Plan.from_json(data, where="my.json")
+    assert caught.value.where == place
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "\ufeff{}"])
@@ -161,7 +187,7 @@ def test_a_file_that_is_no_plan(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"plan\.json"):
         Plan.load(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not valid JSON"):
         Plan.load(path)
     with pytest.raises(InputError, match="cannot be read"):
         Plan.load(tmp_path / "absent.json")

@@ -12,7 +12,9 @@ from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import check_plan, make_plan
@@ -131,7 +133,7 @@ def test_rounding_suits_size_and_block(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    plan = make_plan(source, CompressOptions(rank=RankRule("keep", 0.95), device="cpu"))
+    plan = make_plan(source, CompressOptions(rank=RankRule("keep", 0.95)))
     assert (plan.model_type, plan.structure) == (source.config.model_type, source.structure())
     for index in range(source.layer_count):
         planned = [path for site in plan.of_layer(index) for path in site.paths]

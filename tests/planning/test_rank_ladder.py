@@ -12,10 +12,11 @@ from conftest import tiny_options
 from joint_rank.ladder import RankLadder
 from transformers import PreTrainedModel
 
-from rk_export.options.compress import CalibrationOptions, RankRule
+from rk_export.commands.compression_inputs import compression_inputs
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.adaptive_ranks import DENSE
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.source.stored import ModelSource, open_source
 
 IDS = torch.arange(3, 40)[None]
@@ -44,7 +45,7 @@ def test_cut_is_what_rewrite_computes(
         embedding_quant=None,
         calibration=CalibrationOptions(metric, tokens=512),
     )
-    ground = groundwork(source, options)
+    ground = compression_inputs(source, options)
     rewritten, model = ground.rewrite(make_plan(source, options)).model, source.load()
     expected, dense = logits(rewritten), logits(model)
     ladder = RankLadder.of(

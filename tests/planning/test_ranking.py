@@ -12,10 +12,11 @@ from compressed import floats, logits
 from ranking import rank_correlation
 from torch import Tensor
 
+from rk_export import Budget, CalibrationOptions, CompressOptions
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.model.sites import dense_sites
-from rk_export.options.compress import SINGLE_GROUPS, Budget, CalibrationOptions, CompressOptions
+from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
 from rk_export.planning.candidates import Candidate, candidates
@@ -27,7 +28,7 @@ from rk_export.source.stored import ModelSource, loaded_layers
 CPU = torch.device("cpu")
 RANK_STEP = 32
 BUDGET = CompressOptions(
-    budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self"), device="cpu"
+    budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self")
 )
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.model.plain_form import plain_model
-from rk_export.options.compress import ALLOCATIONS, CalibrationOptions, CompressOptions, RankRule
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.compress import CompressOptions
+from rk_export.options.ranks import ALLOCATIONS, RankRule
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
-from rk_export.rewrite.groundwork import groundwork
 from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import ModelSource, open_source
 
@@ -77,7 +79,7 @@ def test_what_its_spectrum_asks_too_much_of_stays_dense_and_says_so(source_of: S
 def test_a_metric_whitens_the_spectra(llama: Path) -> None:
     source = open_source(llama)
     asked = replace(OPTIONS, allocation="effective-rank", calibration=CalibrationOptions(tokens=512))
-    known = groundwork(source, asked).statistics
+    known = compression_inputs(source, asked).statistics
     assert known is not None
     plans = [make_plan(source, asked, statistics=statistics) for statistics in (None, known)]
     ranks = [[site.rank for site in plan.sites] for plan in plans]

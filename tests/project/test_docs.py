@@ -65,7 +65,10 @@ def test_pages_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=_page_id)
-def test_commands_parse(path: Path) -> None:
+def test_commands_parse(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("task.txt", "math.txt", "wiki.txt", "mine.txt"):  # texts are opened when options are made
+        Path(name).write_text("Some text.", encoding="utf-8")
     parser = build_parser()
     for words in _commands(path):
         try:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from rk_export.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 MAPPED = {
     "rk_export": ROOT / "rk_export",
@@ -26,6 +28,7 @@ REGISTER = "optimum.commands.register"
 ORDER = (
     *(
         "errors",
+        "json_codec",
         "memory",
         "device",
         "report",
@@ -36,10 +39,10 @@ ORDER = (
         "folders",
         "tensor_cache",
     ),
-    *("passes", "model", "source", "calibration", "planning", "training", "methods", "rewrite", "graph"),
+    *("passes", "model", "source", "calibration", "planning", "training", "rewrite", "methods", "graph"),
     *("evaluation", "parity", "bundle", "commands", "testing", "cli"),
 )
-FRONT_DOORS = {"rk_export", "rk_export.cli.main", "rk_export.testing"}  # may use the whole pipeline
+FRONT_DOORS = {"rk_export", "rk_export.testing"}  # may use the commands
 TEXT = {".cfg", ".html", ".ini", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
 
@@ -137,7 +140,7 @@ def test_packages_import_what_stands_before_them() -> None:
     ("package", "others"),
     [
         ("rk_export.passes", {"errors", "report", "options", "plan"}),
-        ("rk_export.runtime", {"errors", "report"}),
+        ("rk_export.runtime", {"errors", "json_codec", "report"}),
     ],
 )
 def test_lower_packages_import_themselves_and_leaves(package: str, others: set[str]) -> None:
@@ -154,9 +157,57 @@ def test_only_the_frontend_imports_mobius() -> None:
     assert users == {"rk_export.graph.dense.frontend"}
 
 
-def test_only_front_doors_import_the_pipeline() -> None:
-    entry = {"rk_export.commands.pipeline", "rk_export.cli.main"}
-    assert {name for name in _modules() if _own_imports(name) & entry} <= FRONT_DOORS
+def test_only_front_doors_import_commands() -> None:
+    inside = ("rk_export.commands.", "rk_export.cli.")
+    users = {
+        name
+        for name in _modules()
+        if not name.startswith(inside) and any(other.startswith(inside) for other in _own_imports(name))
+    }
+    assert users <= FRONT_DOORS
+
+
+# Methods that other papers have too, and words that mean something else elsewhere.
+COMMON_WORDS = {"prune", "heal"}
+
+
+def _method_words() -> dict[str, str]:
+    """Return every method's name, as it may stand in code, and its folder."""
+    words = {kind.name: kind.__module__.split(".")[2] for kind in METHODS}
+    return {name: folder for name, folder in words.items() if name not in COMMON_WORDS}
+
+
+def _names_of(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the names and the strings of a module, with their lines; prose in docstrings is left out."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value, node.lineno
+        for field in ("id", "attr", "name", "arg", "module"):
+            if isinstance(found := getattr(node, field, None), str):
+                yield found, getattr(node, "lineno", 0)
+
+
+@pytest.mark.parametrize("method", sorted(_method_words()))
+def test_a_method_is_named_in_its_folder_and_where_methods_are_listed(method: str) -> None:
+    """Adding a method touches its folder and one list: nothing else asks which method it is."""
+    folder = _method_words()[method]
+    word = re.compile(rf"(?<![a-z]){method.replace('-', '[-_]')}(?![a-z])", re.IGNORECASE)
+    allowed = (f"rk_export.methods.{folder}", "rk_export.methods")
+    found = {
+        f"{name}:{line}"
+        for name, tree in _modules().items()
+        if name not in allowed and not name.startswith(f"{allowed[0]}.")
+        for text, line in _names_of(tree)
+        if word.search(text)
+    }
+    assert not found
 
 
 def test_imports_form_no_cycle() -> None:
@@ -168,7 +219,7 @@ def test_imports_form_no_cycle() -> None:
     [
         (
             "import rk_export, rk_export.runtime, rk_export.cli.main",
-            {"torch", "transformers", "onnx", "onnxruntime"},
+            {"torch", "transformers", "onnx", "onnxruntime", "pydantic"},
         ),
         ("from rk_export.runtime import Session, bench", {"torch", "transformers", "rk_export.passes"}),
     ],

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import whole_runs
-from conftest import tiny_options
 
-from rk_export import compress, export
-from rk_export.options.compress import CompressOptions
+from rk_export import CalibrationOptions, CompressOptions, compress, export
 
 TESTS = Path(__file__).parents[1]
 
@@ -42,9 +40,8 @@ def test_a_name_is_no_file_s_twice() -> None:
 def test_a_whole_run_without_the_marker_fails(
     llama: Path, tmp_path: Path, command: Callable[..., object]
 ) -> None:
-    options = tiny_options() if command is compress else CompressOptions(device="cpu")
     with pytest.raises(pytest.fail.Exception, match="makes the graph"):
-        command(llama, tmp_path / "out", options, threads=1)
+        command(llama, tmp_path / "out", CompressOptions(calibration=CalibrationOptions("none")))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ from conftest import tiny_options
 from tiny_models import massive, tiny_model
 
 from rk_export import compress
+from rk_export.options.run import Run
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Report
@@ -33,7 +34,7 @@ def levels(bundle: Path) -> dict[str, int]:
 @pytest.mark.parametrize("metric_none", [True, False])
 def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metric_none: bool) -> None:
     options = tiny_options(groups=(), rank=None) if metric_none else None
-    report = compress(massive(llama, tmp_path / "model"), tmp_path / "out", options, threads=1)
+    report = compress(massive(llama, tmp_path / "model"), tmp_path / "out", options, run=Run(threads=1))
     found = set(levels(tmp_path / "out").values())
     assert found == {1, 4}, "the layer in front of the massive row is untouched"
     told = [finding for finding in report.findings if (finding.details or {}).get("pass") == "accuracy level"]
@@ -76,7 +77,7 @@ def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path:
 def test_second_factors_of_a_pair_are_decided_together(tmp_path: Path) -> None:
     """Near the bound one of them alone would pass it; the graph packs them all the same."""
     tiny_model("smollm3").save_pretrained(tmp_path / "model")
-    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), threads=1)
+    report = compress(tmp_path / "model", tmp_path / "out", tiny_options(groups=("qk",)), run=Run(threads=1))
     assert all(fusion.found == fusion.planned for fusion in report.fusions)
 
 

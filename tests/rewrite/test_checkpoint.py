@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.source.stored import ModelSource

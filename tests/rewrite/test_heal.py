@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.methods.heal.distil import HealResult, heal
+from rk_export.methods.heal.options import HealOptions
+from rk_export.methods.heal.shared_products import shared_products
+from rk_export.methods.heal.trainable import trainable
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.rewrite.heal import HealOptions, HealResult, heal
-from rk_export.rewrite.shared_products import shared_products
-from rk_export.rewrite.trainable import trainable
 from rk_export.source.stored import ModelSource
 from rk_export.training.distillation import Head, backward_divergence, dense_states, last_hidden
 from rk_export.training.loop import batch_rows

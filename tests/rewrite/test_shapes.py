@@ -15,7 +15,9 @@ from tiny_models import DECODERS
 from torch import Tensor
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions, QuantSpec, RankRule
+from rk_export.options.compress import CompressOptions
+from rk_export.options.quantization import QuantSpec
+from rk_export.options.ranks import RankRule
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
 from rk_export.planning.planner import check_plan, make_plan

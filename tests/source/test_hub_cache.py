@@ -12,6 +12,7 @@ from hub_snapshots import snapshot
 from onnx.external_data_helper import set_external_data
 from runtime_models import TinyDecoder
 
+from rk_export.options.run import Run
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.testing import assert_parity
 
@@ -70,6 +71,6 @@ def test_commands_on_a_snapshot(cli: Cli, bundle: Path, tmp_path: Path) -> None:
     assert (linked / "model.onnx.data").is_symlink()
     verified = cli("verify", linked, "--provider", "cpu", "--threads", 1)
     assert verified.code == 0, verified.err
-    assert_parity(linked, provider="cpu", threads=1)
+    assert_parity(linked, provider="cpu", run=Run(threads=1))
     assert cli("run", linked, "-p", "The harbour", "--max-new-tokens", 4, "--provider", "cpu").code == 0
     assert cli("explain", linked).code == 0

@@ -38,7 +38,8 @@ from transformers import (
 
 from rk_export import CompressOptions, compress, export
 from rk_export.errors import InputError
-from rk_export.options.compress import CalibrationOptions
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.run import Run
 from rk_export.report.records import Report
 from rk_export.source.quantized.tensors import dequantized
 from rk_export.source.stored import open_source, read_config
@@ -429,12 +430,12 @@ def test_a_quantized_source_is_exported_and_compressed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
-    export(tmp_path / "model", tmp_path / "floats", threads=1)
+    export(tmp_path / "model", tmp_path / "floats", run=Run(threads=1))
     compress(
         tmp_path / "model",
         tmp_path / "int4",
-        CompressOptions(calibration=CalibrationOptions(tokens=512), device="cpu"),
-        threads=1,
+        CompressOptions(calibration=CalibrationOptions(tokens=512)),
+        run=Run(threads=1),
     )
     assert caplog.text.count("GPTQ (4 bits, groups of 32): 7 matrices are dequantized") == 2
     for name in ("floats", "int4"):

@@ -14,7 +14,6 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from rk_export.commands import pipeline
 from rk_export.errors import InputError
 from rk_export.model.context import PROMPT_LENGTH
 from rk_export.parity.probe import make_probe
@@ -67,7 +66,7 @@ def test_a_broken_vocabulary_is_refused_before_work(
     content: bytes,
     dry: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(pipeline, "groundwork", None)
+    monkeypatch.setattr("rk_export.commands.stages.compression_inputs", None)
     (model / "tokenizer.model").write_bytes(content)
     ended = cli("compress", model, "-o", tmp_path / "out", *dry)
     assert ended.code == 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rk_export.options.compress import RankRule
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import (
     PairSize,
     common_fraction,

@@ -21,11 +21,11 @@ from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.methods.basel.modules import BasisLinear
+from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.training import BasisTraining
 from rk_export.model.families import Projection
 from rk_export.model.sites import canonical_layers
-from rk_export.options.compress import RankRule
-from rk_export.options.methods import BaselOptions
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.report.records import Finding, Outcome

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from rk_export.device import matmuls_in
 from rk_export.methods.basel.dropping import Dropping
 from rk_export.methods.basel.modules import BasisLinear
-from rk_export.options.compress import RankRule
-from rk_export.options.methods import BaselOptions
+from rk_export.methods.basel.options import BaselOptions
+from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import DROPPING, second_order
 from rk_export.training.distillation import Head, last_hidden
 from rk_export.training.loop import SMALLEST_SCALE, Training, root_mean_square

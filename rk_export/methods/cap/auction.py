@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from rk_export.calibration.dense_statistics import Place
-from rk_export.methods.cap.pools import Pools, Prices, flat_prices, selected
+from rk_export.methods.cap.pools import Pools, flat_prices, selected
 from rk_export.methods.cap.scores import Score, all_scores
+from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.methods.cap.pools import check_source
+from rk_export.methods.sparse_sites import check_source
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
 from rk_export.source.stored import ModelSource, loaded_layers
 
@@ -24,7 +24,7 @@ def magnitude(
         keep: Share of the entries that remain.
         scope: Compare entries of all matrices, or of one matrix at a time.
     """
-    check_source(source)
+    check_source(source, "cap")
     weights = dict(_weights(source))
     sizes = {place: W.abs() for place, W in weights.items()}
     if scope == "matrix":
@@ -43,7 +43,7 @@ def wanda(source: ModelSource, keep: float, statistics: DenseStatistics) -> dict
         keep: Share of the entries that remain.
         statistics: Of the dense model; C is the second moment of a matrix' inputs.
     """
-    check_source(source)
+    check_source(source, "cap")
     chosen = {}
     for place, W in _weights(source):
         score = W.abs() * statistics.second[place].diagonal().clamp_min(0).sqrt()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,24 +13,22 @@ from rk_export.errors import InputError
 from rk_export.methods.cap.auction import auction_selection
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.mixture import cheapest, mixture_selection, offered_mixtures
+from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.policy import first_probabilities, learn
-from rk_export.methods.cap.pools import (
-    BYTES,
-    PARAMETERS,
-    Pools,
-    Prices,
-    check_source,
-    flat_prices,
-    linear_shapes,
-    make_pools,
-    selected,
-)
+from rk_export.methods.cap.pools import Pools, flat_prices, make_pools, selected
 from rk_export.methods.cap.scores import all_scores, curvature_score, energy_score
-from rk_export.options.compress import Budget
-from rk_export.options.methods import CapOptions
+from rk_export.methods.sparse_sites import (
+    Prices,
+    amount_of,
+    check_source,
+    keeps_nothing,
+    log_choice,
+    option_of,
+    share_of_entries,
+)
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.report.humanize import size
 from rk_export.source.stored import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -70,7 +67,7 @@ def cap_parts(
     Raises:
         InputError: If the model is an encoder or has experts, or the budget keeps nothing, or holds everything.
     """
-    check_source(source)
+    check_source(source, options.name)
     amount, prices = amount_of(source, budget, prices)
     if options.selector in ("policy", "pools"):
         pools = make_pools(source, options.iterations, device, cache_dir)
@@ -87,55 +84,18 @@ def cap_parts(
     elif options.selector == "pools":
         parts = auction_selection(score, pools, amount, prices)
     elif options.selector == "magnitude":
-        parts = magnitude(source, _share_of_entries(source, amount, prices))
+        parts = magnitude(source, share_of_entries(source, amount, prices))
     elif statistics is None:
         raise ValueError(f"{options.selector} needs the statistics of the dense model")
     elif options.selector == "wanda":
-        parts = wanda(source, _share_of_entries(source, amount, prices), statistics)
+        parts = wanda(source, share_of_entries(source, amount, prices), statistics)
     else:
         offered = offered_mixtures(source, statistics, device, cache_dir)
         if cheapest(offered, prices) > amount:
-            raise _keeps_nothing(budget)
+            raise keeps_nothing(budget)
         parts = mixture_selection(source, offered, amount, prices, statistics, device, cache_dir)
     log_choice(parts)
     return parts
-
-
-def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None) -> tuple[float, Prices]:
-    """Return what a budget may spend on the matrices of the decoder layers, and the prices in its unit.
-
-    Args:
-        source: The dense model.
-        budget: A share or a size.
-        stored: Prices of a size; `BYTES` when None.
-
-    Raises:
-        InputError: If the budget is no share and no size, keeps nothing, or holds all entries of the matrices.
-    """
-    if budget.kind not in ("keep", "size"):
-        raise InputError(
-            f"rank and sparsity have no price in {budget.kind.replace('_', ' ')}",
-            where=_option(budget),
-            fix="give --keep or --size",
-        )
-    numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
-    prices = PARAMETERS if budget.kind == "keep" else stored or BYTES
-    amount = budget.value * numbers if budget.kind == "keep" else budget.value
-    if amount >= numbers * prices.column:
-        raise InputError(
-            f"all entries of the matrices take {size(numbers * prices.column)}, which the budget holds",
-            where=_option(budget),
-            fix="give less, or leave them dense",
-        )
-    if amount < prices.entry:
-        raise _keeps_nothing(budget)
-    return amount, prices
-
-
-def _share_of_entries(source: ModelSource, amount: float, prices: Prices) -> float:
-    """Return the share of all entries that an amount buys."""
-    numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
-    return min(1.0, amount / (prices.entry * numbers))
 
 
 def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> None:
@@ -147,11 +107,11 @@ def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> 
     cost = flat_prices(pools, prices)
     total = float(cost.sum(dtype=torch.float64))
     if not len(cost) or float(cost.min()) > amount:
-        raise _keeps_nothing(budget)
+        raise keeps_nothing(budget)
     if total <= amount:
         raise InputError(
             f"all candidates cost {total:.4g}, the budget is {amount:.4g}: there is nothing to choose",
-            where=_option(budget),
+            where=option_of(budget),
             fix="give less, or leave the matrices dense",
         )
 
@@ -159,38 +119,3 @@ def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> 
 def most_probable(pools: Pools, probabilities: Tensor, amount: float, prices: Prices) -> dict[Place, Parts]:
     """Return the parts of the most probable candidates of a model that the budget buys."""
     return selected(pools, largest_within(probabilities, flat_prices(pools, prices), amount))
-
-
-def cost_of(parts: Parts, prices: Prices) -> float:
-    """Return what the parts of one matrix cost."""
-    return prices.total(parts.shape, parts.rank, parts.entries)
-
-
-def over_dense(parts: Mapping[Place, Parts]) -> list[Place]:
-    """Return the matrices whose parts have more parameters than the dense matrix; a global choice may do that."""
-    return [place for place, item in parts.items() if item.parameters > item.shape[0] * item.shape[1]]
-
-
-def log_choice(parts: Mapping[Place, Parts]) -> None:
-    """Log rank, density and how many matrices have more parameters than dense ones."""
-    numbers = sum(item.shape[0] * item.shape[1] for item in parts.values())
-    entries = sum(item.entries for item in parts.values())
-    factors = sum(item.parameters for item in parts.values()) - entries
-    logger.info(
-        "low rank plus sparse: factors %.1f %% and entries %.1f %% of the parameters; %d of %d matrices have more "
-        "than dense, %d have rank 0, %d no entry",
-        100 * factors / numbers,
-        100 * entries / numbers,
-        len(over_dense(parts)),
-        len(parts),
-        sum(item.rank == 0 for item in parts.values()),
-        sum(item.entries == 0 for item in parts.values()),
-    )
-
-
-def _keeps_nothing(budget: Budget) -> InputError:
-    return InputError("the budget keeps nothing of any matrix", where=_option(budget), fix="give more")
-
-
-def _option(budget: Budget) -> str:
-    return f"--{budget.kind.replace('_', '-')}"

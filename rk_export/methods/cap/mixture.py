@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.methods.cap.pools import Prices, check_source
+from rk_export.methods.sparse_sites import Prices, check_source
 from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
@@ -78,7 +78,7 @@ def offered_mixtures(
     Raises:
         InputError: If the model is an encoder or has experts.
     """
-    check_source(source)
+    check_source(source, "cap")
     offered: dict[Place, Mixtures] = {}
     for layer in _matrices(source, statistics, device):
         known = layer.remembered("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)

@@ -34,8 +34,9 @@ from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.methods.cap.pools import Pool, Pools, Prices, by_place, flat_prices
-from rk_export.options.methods import CapOptions
+from rk_export.methods.cap.options import CapOptions
+from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices
+from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
 from rk_export.source.fingerprints import model_fingerprint
 from rk_export.source.stored import ModelSource

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import Place
-from rk_export.errors import InputError
-from rk_export.model.sites import canonical_layers
+from rk_export.methods.sparse_sites import Prices, check_source, linear_shapes
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
@@ -36,32 +35,6 @@ _BYTES_A_PARAMETER = 12
 _RANK_TOLERANCE = 1e-5
 _VERSION = 1
 _FIELDS = ("up", "down", "indices", "values")
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What candidates cost.
-
-    Args:
-        number: One number of a factor; a direction of an (out, in) matrix has out + in of them.
-        entry: One sparse entry.
-        column: One number of a column of entries that is stored dense, place and all; a full matrix of entries
-            costs this.
-    """
-
-    number: float
-    entry: float
-    column: float
-
-    def total(self, shape: tuple[int, int], rank: int, entries: int) -> float:
-        """Return what a factor pair of an (out, in) matrix and entries beside it cost together."""
-        full = self.column * shape[0] * shape[1]
-        return self.number * rank * sum(shape) + min(self.entry * entries, full)
-
-
-PARAMETERS = Prices(1, 1, 1)
-# Factors in float32. Entries in half precision, their places as one-byte gaps to the entry before.
-BYTES = Prices(4, 3, 2)
 
 
 @dataclass(frozen=True)
@@ -123,39 +96,6 @@ def selected(pools: Pools, taken: Tensor) -> dict[Place, Parts]:
     return {place: pools[place].selected(mask) for place, mask in by_place(pools, taken).items()}
 
 
-def check_source(source: ModelSource) -> None:
-    """Refuse, before any work, models that the method does not cover.
-
-    Raises:
-        InputError: If the model is an encoder or has experts.
-    """
-    if source.architecture.is_encoder:
-        raise InputError(
-            f"{source.config.model_type} is an encoder: it has no next-token loss to choose by",
-            where="cap",
-            fix="give a rank rule: --keep with --uniform",
-        )
-    for layer in range(source.layer_count):
-        for item in source.architecture.projections(source.config, layer):
-            if item.role == "expert":
-                raise InputError(
-                    f"layer {layer} of {source.config.model_type} has experts, of which a token reads a few: one loss "
-                    "for all matrices says little about each",
-                    where="cap",
-                    fix="give a budget without cap",
-                )
-
-
-def linear_shapes(source: ModelSource) -> dict[Place, tuple[int, int]]:
-    """Return (out, in) of every matrix of the decoder layers."""
-    shapes = {}
-    for layer in canonical_layers(source.config):
-        for item in source.architecture.projections(source.config, layer.index):
-            linear = layer.linear(item.path)
-            shapes[layer.index, item.path] = (linear.out_features, linear.in_features)
-    return shapes
-
-
 def make_pools(
     source: ModelSource,
     iterations: int,
@@ -173,7 +113,7 @@ def make_pools(
     Raises:
         InputError: If the model is an encoder or has experts.
     """
-    check_source(source)
+    check_source(source, "cap")
     parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
     keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
     pools: dict[Place, Pool] = {}

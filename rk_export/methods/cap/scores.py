@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.methods.cap.pools import Pool, Pools, Prices
+from rk_export.methods.cap.pools import Pool, Pools
+from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.errors import InputError
+from rk_export.methods.prune.options import PruneOptions
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import empty_model
 from rk_export.model.pruned_config import pruned_config
 from rk_export.model.sites import canonical_layers, plain_sites
-from rk_export.options.methods import PruneOptions
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.numerics.pruning import largest
 from rk_export.passes.weights.prune_groups import group_scores

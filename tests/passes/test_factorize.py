@@ -1,4 +1,4 @@
-"""The joint-rank pass on tiny models: full rank changes nothing, the reported error is the measured one."""
+"""The pass that factorizes on tiny models: full rank changes nothing, the reported error is the measured one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from compressed import SourceOf, compress, floats, full_rank_plan, logits, tokens
 from torch import nn
 
-from rk_export.options.compress import Gauge, RankRule
+from rk_export.options.ranks import Gauge, RankRule
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember
-from rk_export.passes.weights.joint_rank import JointRank, empty_factors
+from rk_export.passes.weights.factorize import Factorize, empty_factors
 from rk_export.plan import SitePlan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import rewrite
@@ -65,7 +65,7 @@ def test_the_finding_reports_the_measured_error_and_size(form: str, gauge: Gauge
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=2)
     plan = SitePlan(plan.site, 7, plan.members, plan.paths, form, 5, quant=None)  # type: ignore[arg-type]
     dense = {role: layer.linear(f"{role}_proj") for role in ("q", "k")}
-    finding = JointRank(gauge, torch.device("cpu")).rewrite(layer, plan, None)
+    finding = Factorize(gauge, torch.device("cpu")).rewrite(layer, plan, None)
     factors = layer.module.get_submodule("qk_factors")
     assert isinstance(factors, JointFactors if form == "joint" else GroupedFactors)
     differences = [(linear.weight - product(factors, role)).detach() for role, linear in dense.items()]
@@ -88,7 +88,7 @@ def test_the_error_is_the_energy_beyond_the_rank() -> None:
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=1)
     stacked = torch.cat([layer.linear(path).weight.detach() for path in plan.paths]).double()
     values = torch.linalg.svdvals(stacked)
-    finding = JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
+    finding = Factorize("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
     assert finding.error == pytest.approx(float(values[5:].norm() / values.norm()), rel=1e-6)
 
 
@@ -99,16 +99,16 @@ def test_per_head_pairs_hold_the_query_heads_of_their_own_key_head(form: str) ->
     dense = {role: layer.linear(f"{role}_proj") for role in ("q", "k")}
     x = torch.randn(3, 12)
     expected = {role: linear(x) for role, linear in dense.items()}
-    JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
+    Factorize("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
     for role in ("q", "k"):
         torch.testing.assert_close(layer.module.get_submodule(f"{role}_proj")(x), expected[role])
 
 
 def test_a_wanted_dense_site_is_left_alone() -> None:
     _, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=2)
-    assert JointRank("orthogonal", torch.device("cpu")).applies(plan)
+    assert Factorize("orthogonal", torch.device("cpu")).applies(plan)
     dense = SitePlan(plan.site, 7, plan.members, plan.paths, "dense", 0, quant=None)
-    assert not JointRank("orthogonal", torch.device("cpu")).applies(dense)
+    assert not Factorize("orthogonal", torch.device("cpu")).applies(dense)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
@@ -130,14 +130,14 @@ def test_empty_factors_have_the_names_and_shapes_of_filled_ones(form: str, kv_gr
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=kv_groups)
     plan = SitePlan(plan.site, 7, plan.members, plan.paths, form, 4, quant=None)  # type: ignore[arg-type]
     empty = empty_factors(layer, plan).state_dict()
-    JointRank("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
+    Factorize("orthogonal", torch.device("cpu")).rewrite(layer, plan, None)
     filled = layer.module.get_submodule("qk_factors").state_dict()
     assert {name: tensor.shape for name, tensor in empty.items()} == {n: t.shape for n, t in filled.items()}
     assert all(tensor.is_meta for tensor in empty.values())
 
 
 def test_spectra_are_collected_once_per_pair() -> None:
-    joint = JointRank("orthogonal", torch.device("cpu"))
+    joint = Factorize("orthogonal", torch.device("cpu"))
     layer, plan = dense_layer({"q": 16, "k": 8}, columns=12, kv_groups=2)
     stacked = torch.cat([layer.linear(path).weight.detach() for path in plan.paths]).double()
     joint.rewrite(layer, plan, None)

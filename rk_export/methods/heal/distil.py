@@ -6,77 +6,24 @@ The dense model's next-token distribution on given tokens is the target (forward
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rk_export.device import matmul_dtype, matmuls_in, resolve_device
+from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
+from rk_export.methods.heal.options import TRAINABLE, HealOptions
+from rk_export.methods.heal.shared_products import shared_products
+from rk_export.methods.heal.trainable import trainable
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import Rewritten
-from rk_export.rewrite.shared_products import shared_products
-from rk_export.rewrite.trainable import TRAINABLE, trainable
 from rk_export.source.stored import ModelSource
 from rk_export.training.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.training.loop import SMALLEST_SCALE, Training, check_tokens, root_mean_square
 from rk_export.training.state import StateFile, TrainingState, run_fingerprint
-
-
-@dataclass(frozen=True)
-class HealOptions:
-    """How a recovery trains; validated on construction.
-
-    Args:
-        steps: Optimizer steps.
-        batch_tokens: Tokens per step, rounded down to whole sequences, at least one.
-        learning_rate: Largest step of a tensor, relative to its root mean square.
-        warmup: Share of the steps in which the rate rises to its largest; it falls as a cosine afterwards.
-        seed: Of the order of the sequences.
-        temperature: Divides the logits of both models.
-        what: What is trained, names from `TRAINABLE`.
-        precision: Of the matrix products; `auto` is bf16 where the device multiplies bf16 itself.
-    """
-
-    steps: int
-    batch_tokens: int = 1024
-    learning_rate: float = 3e-4
-    warmup: float = 0.1
-    seed: int = 0
-    temperature: float = 1.0
-    what: tuple[str, ...] = TRAINABLE
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"{self.steps} steps train nothing", where="--heal", fix="give at least 1")
-        if self.batch_tokens < 2:
-            raise InputError(f"{self.batch_tokens} tokens", where="batch_tokens", fix="give at least 2")
-        for name in ("learning_rate", "temperature"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{value} is out of range", where=name, fix="give a number above 0")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"{self.warmup} is no share of the steps", where="warmup", fix="0.1 is a tenth")
-        if not self.what or set(self.what) - set(TRAINABLE):
-            raise InputError(
-                f"cannot train {list(self.what)}", where="what", fix=f"choose from {', '.join(TRAINABLE)}"
-            )
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise InputError(
-                f"unknown precision {self.precision!r}", where="precision", fix="choose auto, fp32 or bf16"
-            )
-
-    def rate(self, step: int) -> float:
-        """Return the share of the learning rate at a step from 0 to steps - 1."""
-        rising = self.warmup * self.steps
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (self.steps - rising))
 
 
 @dataclass(frozen=True)
@@ -102,15 +49,17 @@ def heal(
     tokens: Tensor,
     options: HealOptions,
     *,
+    device: torch.device,
     state: Path | None = None,
 ) -> HealResult:
     """Train a compressed model towards its dense one, in place.
 
     Args:
-        rewritten: The compressed model; its plan says on which device it is trained.
+        rewritten: The compressed model.
         source: The dense model.
         tokens: Token ids (sequences, length), never those of a text the model is evaluated on.
         options: How to train.
+        device: Where it is trained.
         state: Progress is written there about every minute; started again with the same model, plan, tokens and
             options, the training goes on there, on CPU bit by bit as though it had never stopped.
 
@@ -119,7 +68,6 @@ def heal(
             can be trained, the state belongs to another run, or the loss is not finite.
     """
     _check(rewritten, tokens)
-    device = resolve_device(rewritten.plan.options.device)
     dtype = _dtype(options.precision, device)
     home = rewritten.model.device
     file = StateFile(state, fingerprint(rewritten, tokens, {**asdict(options), "matmul": str(dtype)}))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from rk_export.options.compress import Gauge
+from rk_export.options.ranks import Gauge
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember, SharedFactors
 from rk_export.passes.modules.quantized import linear_of as linear_of
@@ -21,7 +21,7 @@ from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome, Spectrum
 
 
-class JointRank:
+class Factorize:
     """Replace the members of a site by factor pairs of the planned rank.
 
     Statistics must have been gathered before the pass touched the layer: the identity form of gate and up
@@ -37,7 +37,7 @@ class JointRank:
     `spectra` collects the spectrum of every factorized matrix on the way, whitened under a metric.
     """
 
-    name = "joint-rank"
+    name = "factorize"
 
     def __init__(self, gauge: Gauge, device: torch.device, mlp: Mapping[str, str] | None = None) -> None:
         self.gauge = gauge

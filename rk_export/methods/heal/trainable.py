@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from rk_export.model.families import Architecture
 from rk_export.rewrite.apply import Rewritten
 
-TRAINABLE = ("factors", "norms", "biases", "scales")
-
 
 @contextmanager
 def trainable(rewritten: Rewritten, what: Sequence[str]) -> Iterator[dict[str, Tensor]]:

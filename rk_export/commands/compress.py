@@ -1,0 +1,170 @@
+"""From a model to a verified bundle: open, check, calibrate, plan, rewrite, recover, write, a named stage each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
+from rk_export.commands.compression_inputs import CompressionInputs
+from rk_export.commands.stages import Task, check_outputs, open_task, state_file
+from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length
+from rk_export.folders import AtomicFolder, check_free_space
+from rk_export.model.context import context_notices
+from rk_export.model.torch_logits import torch_logits
+from rk_export.options.compress import CompressOptions
+from rk_export.options.run import Run
+from rk_export.parity.probe import Probe
+from rk_export.plan import Plan
+from rk_export.planning.fixed_parts import fixed_findings
+from rk_export.report.records import Report
+from rk_export.rewrite.apply import QUANTIZED, Rewritten
+from rk_export.rewrite.checkpoint import save_pretrained
+from rk_export.rewrite.sizes import planned_bytes, planned_findings
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    base: str | Path | None = None,
+    run: Run | None = None,
+    text: EvalText | None = None,
+    speed: SpeedTest | None = None,
+    checkpoint: str | Path | None = None,
+    triton: str | None = None,
+    force: bool = False,
+    command: str = "",
+) -> Report:
+    """Compress a model and write a verified ONNX bundle.
+
+    Args:
+        model: HF folder, hub id, GGUF file or LoRA adapter.
+        out: Bundle folder; written beside its place and moved in once everything passed.
+        options: What to do; the defaults quantize to INT4 under statistics of self-written text.
+        plan: A plan made earlier, instead of options.
+        base: Of a LoRA adapter, the model that it is merged into; None takes the one that the adapter names.
+        run: The machine; None takes what is there.
+        text: Also measure the perplexity of the dense and of the compressed model on it.
+        speed: Also measure the bundle's tokens per second.
+        checkpoint: Also save the compressed PyTorch model there.
+        triton: Also add a Triton model repository of this name.
+        force: Replace an existing output.
+        command: Command line to note in the report.
+
+    Raises:
+        InputError: If the model, an option, the plan or the output cannot be used.
+        UnsupportedModelError: If the family cannot be exported exactly.
+        ProviderError: If CUDA was asked for and is absent.
+        FusionError: If a planned graph pattern is missing.
+        ParityError: If ONNX Runtime does not compute what PyTorch computes; no bundle is left.
+    """
+    threads = None if run is None else run.threads
+    request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
+    target, stages = Path(out), Stages()
+    with stages.stage("load", f"opening {model}"):
+        task = open_task(model, options, plan, base=base, run=run)
+        check_outputs(task.source, out, checkpoint, force)
+        check_free_space(out, task.least_bytes)
+        request = _fitting(request, task)
+    with stages.stage("check", "comparing with transformers"):
+        before = task.preflight()
+    with stages.stage("calibrate", f"metric {task.options.calibration.metric}"):
+        inputs = task.inputs(target)
+    with stages.stage("plan", "choosing ranks and bits"):
+        plan = task.decided(inputs)
+        needed = planned_bytes(inputs.source, plan)
+    with AtomicFolder(out, force=force, needed=needed) as partial:
+        with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
+            rewritten = inputs.rewrite(plan, torch.from_numpy(before.probe.batch))
+        rewritten = _recovered(rewritten, inputs, before.probe, target, stages)
+        if checkpoint is not None:
+            folder = task.source.folder
+            save_pretrained(rewritten, Path(checkpoint), tokenizer_from=folder, force=force)
+        report = write_bundle(
+            *(partial, rewritten, task.source, request, stages),
+            name=target.name,
+            probe=before.probe,
+            before=before,
+        )
+    for method in inputs.methods:
+        state_file(target, method.options.name).unlink(missing_ok=True)
+    return report
+
+
+def _fitting(request: BundleRequest, task: Task) -> BundleRequest:
+    """Return what a bundle is to be measured on, fitted to the model's context, or refuse it before any work."""
+    source, config = task.source, task.source.config
+    if request.speed is not None:
+        request = replace(request, speed=request.speed.within(context_length(config, "--speed")))
+    if request.text is not None:
+        longest = context_length(config, "--text", task.options.context_length)
+        check_text(request.text, source.folder, longest, int(config.vocab_size))
+    return request
+
+
+def _recovered(
+    rewritten: Rewritten, inputs: CompressionInputs, probe: Probe, out: Path, stages: Stages
+) -> Rewritten:
+    """Return the rewritten model after the methods that recover it, a stage each."""
+    for method in inputs.methods:
+        if method.options.stage != "recover":
+            continue
+        with stages.stage(method.options.name, method.doing):
+            work = replace(inputs.work, state=state_file(out, method.options.name))
+            rewritten = method.recover(rewritten, inputs.teacher, work)
+            logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
+            rewritten = replace(rewritten, probe_logits=logits)
+    return rewritten
+
+
+def dry_run(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    base: str | Path | None = None,
+    run: Run | None = None,
+    out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    force: bool = False,
+) -> Report:
+    """Return what `compress` would do, with sizes from shapes alone; nothing is written.
+
+    Args:
+        model: As in `compress`.
+        options: As in `compress`.
+        plan: As in `compress`.
+        base: As in `compress`.
+        run: As in `compress`.
+        out: Where the bundle would go: refused if it will not fit there, or that place cannot be used.
+        checkpoint: As in `compress`.
+        force: As in `compress`.
+
+    Raises:
+        InputError: As `compress`.
+        ParityError: As `compress`, before any work.
+    """
+    task = open_task(model, options, plan, base=base, run=run)
+    source = task.source
+    if out is not None:
+        check_outputs(source, out, checkpoint, force)
+        check_free_space(out, task.least_bytes)
+    before = task.preflight()
+    inputs = task.inputs()
+    plan = task.decided(inputs)
+    if out is not None:
+        check_free_space(out, planned_bytes(inputs.source, plan))
+    fixed = fixed_findings(inputs.source.config, plan.options)
+    findings = (*inputs.findings, *planned_findings(inputs.source, plan), *fixed)
+    context = context_notices(source.config, task.options.context_length)
+    return new_report(
+        *(source.title, source.config.model_type),
+        findings=findings,
+        parity=(before.tier,),
+        notices=(*source.notices, *before.notices, *context),
+    )

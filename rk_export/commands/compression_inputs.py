@@ -1,0 +1,212 @@
+"""What compression starts from: the model that is compressed, calibration text, statistics, and what methods decided.
+
+All of it depends on the model and on the options alone, and what is costly is kept on disk: applying the same
+plan to the same model again, as `verify` does, finds it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.calibration.layer_statistics import (
+    FromDense,
+    FromGains,
+    FromPrefix,
+    LayerStatistics,
+    NoStatistics,
+)
+from rk_export.calibration.model_statistics import diagonals_finding, model_statistics, only_diagonals
+from rk_export.calibration.neuron_peaks import shortened
+from rk_export.calibration.streamed_moments import calibration_tokens
+from rk_export.calibration.table_statistics import table_curvature
+from rk_export.commands.preparations import decided_preparations, prepared_source
+from rk_export.device import CPU
+from rk_export.methods.base import Decision, Method, Work, methods_of
+from rk_export.methods.sparse_sites import check_parts
+from rk_export.model.torch_logits import torch_logits
+from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
+from rk_export.options.method import MethodOptions
+from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.plan import Plan, Pruning
+from rk_export.report.records import Finding, Outcome
+from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
+from rk_export.source.stored import ModelSource
+
+
+@dataclass(frozen=True)
+class CompressionInputs:
+    """The start of a compression.
+
+    Args:
+        dense: The dense model, reparameterized as the options ask.
+        work: What is compressed, with its statistics: the dense model after every method's `transform`.
+        methods: The methods that were asked for.
+        teacher: The model that recovery aims at.
+        table: What errors of the embedding cost; None like the statistics.
+        decision: What a method decided about every matrix; None leaves that to the planner.
+        choice: What each reparameterization would have cost.
+        left_out: What was asked for and could not be had, with the reason.
+    """
+
+    dense: ModelSource
+    work: Work
+    methods: Sequence[Method[MethodOptions]]
+    teacher: ModelSource
+    table: TableCurvature | None = None
+    decision: Decision | None = None
+    choice: tuple[Finding, ...] = ()
+    left_out: tuple[Finding, ...] = ()
+
+    @property
+    def source(self) -> ModelSource:
+        """The model that is compressed."""
+        return self.work.source
+
+    @property
+    def options(self) -> CompressOptions:
+        """What was asked for, the reparameterizations named."""
+        return self.work.options
+
+    @property
+    def statistics(self) -> DenseStatistics | None:
+        """Of `source`; None where the metric uses no text, or the model is an encoder."""
+        return self.work.statistics
+
+    def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
+        """Apply a plan to the model, under what is known about it.
+
+        Raises:
+            InputError: If the plan does not fit the model, or asks for other sparse parts than were chosen.
+        """
+        parts = {} if self.decision is None else self.decision.parts
+        check_parts(plan, parts)
+        rewritten = rewrite(
+            self.source,
+            plan,
+            statistics=self.layer_statistics(),
+            table_inputs=None if self.table is None else self.table.inputs,
+            parts=parts,
+            probe=probe,
+            device=self.work.device,
+        )
+        logits = rewritten.probe_logits
+        if probe is not None and self.source is not self.dense:
+            # The first tier tells what all methods did, pruning and tuning included.
+            logits = {**logits, DENSE: torch_logits(self.dense.load())(probe.numpy())}
+        return replace(rewritten, findings=(*self.findings, *rewritten.findings), probe_logits=logits)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was dequantized, reparameterized and changed by methods, what was not, and what else was left out."""
+        told = {finding.target for finding in self.choice}
+        if f"prepare.{PARTS_OF_FOLD[0]}" in told:
+            told.add("prepare.fold")  # its parts tell of it
+        others = (finding for finding in self.source.findings if finding.target not in told)
+        own = (finding for method in self.methods for finding in method.findings)
+        return (*self.choice, *others, *own, *self.left_out)
+
+    def layer_statistics(self) -> LayerStatistics:
+        """Return where the statistics of the layers' sites come from."""
+        calibration, architecture = self.options.calibration, self.source.architecture
+        if calibration.metric == "gain":
+            return FromGains(self.source.config)
+        if self.statistics is None or self.work.tokens is None:
+            return NoStatistics()
+        dense = FromDense(self.statistics)
+        return FromPrefix(dense, self.work.tokens, architecture) if calibration.prefix else dense
+
+
+def compression_inputs(
+    source: ModelSource,
+    options: CompressOptions,
+    device: torch.device = CPU,
+    *,
+    pruning: Pruning | None = None,
+    states: Callable[[str], Path] | None = None,
+) -> CompressionInputs:
+    """Reparameterize a model, let every method change it, and gather what the others need to know about it.
+
+    Args:
+        source: The dense model.
+        options: What was asked for.
+        device: Where to compute.
+        pruning: What a plan says stays; None chooses as the options ask.
+        states: From a method's name to the file that its training keeps its state in, to go on after an
+            interruption; None keeps none.
+
+    Raises:
+        InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
+            the model can lose.
+    """
+    weighs = _weighs_errors(options)
+    tokens = _tokens(source, options, device, weighs)
+    choice = decided_preparations(source, options, tokens, device)
+    options = replace(options, prepare=choice.names)
+    dense = teacher = prepared_source(source, options, tokens, device)
+    work = Work(dense, options, device, tokens, pruning=pruning)
+    methods = methods_of(options)
+    for method in methods:
+        state = None if states is None else states(method.options.name)
+        work = replace(work, source=method.transform(replace(work, state=state)))
+        teacher = work.source if method.sets_target else teacher
+    started = CompressionInputs(dense, work, methods, teacher, choice=choice.findings)
+    if tokens is None or not weighs:
+        started = replace(started, left_out=tuple(_left_out(source, options)))
+    else:
+        started = _with_statistics(started, tokens)
+    return replace(started, decision=_decision(methods, started.work))
+
+
+def _tokens(
+    source: ModelSource, options: CompressOptions, device: torch.device, weighs: bool
+) -> Tensor | None:
+    """Return the calibration text, or None where nothing reads one."""
+    if source.architecture.is_encoder or not options.calibration.uses_text:
+        return None
+    if not weighs and not any(method.reads_text for method in options.methods):
+        return None
+    return calibration_tokens(source, options.calibration, device)
+
+
+def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
+    """Return the start with the statistics of the model as methods left it."""
+    work = started.work
+    model = work.source.load()
+    statistics = model_statistics(work.source, model, tokens, work.options, work.device)
+    priced = work.options.budget is not None
+    table = table_curvature(model, work.source.architecture, shortened(tokens), work.device, gradients=priced)
+    reduced = only_diagonals(work.source, work.options)
+    left_out = (diagonals_finding(work.source),) if reduced else ()
+    return replace(started, work=replace(work, statistics=statistics), table=table, left_out=left_out)
+
+
+def _decision(methods: Sequence[Method[MethodOptions]], work: Work) -> Decision | None:
+    decisions = (method.decide(work) for method in methods)
+    return next((decision for decision in decisions if decision is not None), None)
+
+
+def _weighs_errors(options: CompressOptions) -> bool:
+    """Whether anything that was asked for weighs errors by statistics."""
+    rounds = options.quant is not None or options.embedding_quant is not None
+    recovers = any(method.stage == "recover" for method in options.methods)
+    compensates = rounds and options.quantizer != "rtn"
+    return bool(options.budget or options.rank or options.groups or recovers or compensates)
+
+
+def _left_out(source: ModelSource, options: CompressOptions) -> Iterator[Finding]:
+    """Yield what a model without calibration text goes without."""
+    if options.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(options):
+        reason = (
+            f"{options.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
+        )
+        yield Finding("metric", Outcome.SKIPPED, reason)
+    if "scale" in options.preparations:
+        yield Finding(
+            "prepare.scale", Outcome.SKIPPED, "without calibration text there are no peaks to even out"
+        )

@@ -1,0 +1,92 @@
+"""A compressed checkpoint, or a dense model as it is, as a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rk_export.bundle.check_ends import check_ends
+from rk_export.bundle.write import BundleRequest, Stages, write_bundle
+from rk_export.commands.compress import compress
+from rk_export.errors import InputError
+from rk_export.folders import AtomicFolder, check_replaceable
+from rk_export.model.context import check_context
+from rk_export.model.switches import switches_of
+from rk_export.model.torch_logits import torch_logits
+from rk_export.options.compress import CompressOptions
+from rk_export.options.run import Run
+from rk_export.parity.probe import make_probe
+from rk_export.planning.stored_bytes import FLOAT_BYTES
+from rk_export.report.records import Report
+from rk_export.rewrite.apply import QUANTIZED, Rewritten
+from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained
+from rk_export.rewrite.sizes import model_bytes
+from rk_export.source.stored import read_config
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    base: str | Path | None = None,
+    context_length: int | None = None,
+    run: Run | None = None,
+    triton: str | None = None,
+    force: bool = False,
+    command: str = "",
+) -> Report:
+    """Export a compressed checkpoint as it is, or a dense model without compressing it.
+
+    Args:
+        model: A checkpoint folder that rk-export saved, or a dense model.
+        out: Bundle folder.
+        options: For a dense model, its execution provider; a checkpoint carries its own.
+        base: As in `compress`.
+        context_length: As in `CompressOptions`; for a checkpoint too.
+        run: As in `compress`.
+        triton: As in `compress`.
+        force: Replace an existing output.
+        command: Command line to note in the report.
+
+    Raises:
+        RkExportError: As `compress`.
+    """
+    folder = Path(model).expanduser()
+    if not (folder.is_dir() and is_checkpoint(folder)):
+        dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
+        if context_length is not None:
+            dense = replace(dense, context_length=context_length)
+        return compress(model, out, dense, base=base, run=run, triton=triton, force=force, command=command)
+    if base is not None:
+        raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
+    if options is not None:
+        raise InputError(
+            "a checkpoint carries its own options", where=str(model), fix="drop the other options"
+        )
+    check_context(read_config(folder), context_length)
+    check_replaceable(Path(out).expanduser(), force, inputs=[folder])
+    threads = None if run is None else run.threads
+    request = BundleRequest(triton=triton, threads=threads, command=command)
+    stages = Stages()
+    with stages.stage("load", f"opening {model}"):
+        rewritten = _with_context(load_pretrained(folder), context_length)
+        if not rewritten.architecture.is_encoder:
+            check_ends(folder, rewritten.model.config)
+    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
+    with AtomicFolder(out, force=force, needed=needed) as partial:
+        config = rewritten.model.config
+        probe = make_probe(folder, config.vocab_size, switches_of(config))
+        logits = torch_logits(rewritten.model)(probe.batch)
+        rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
+        name = Path(out).name
+        return write_bundle(partial, rewritten, folder, request, stages, name=name, probe=probe)
+
+
+def _with_context(rewritten: Rewritten, context_length: int | None) -> Rewritten:
+    """Return a checkpoint's model with a context of its own in its plan; None leaves the plan's."""
+    if context_length is None:
+        return rewritten
+    plan = rewritten.plan
+    changed = replace(plan, options=replace(plan.options, context_length=context_length))
+    return replace(rewritten, plan=changed)

@@ -1,0 +1,28 @@
+"""The plan of a model, to read, to edit and to apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rk_export.commands.stages import open_task
+from rk_export.options.compress import CompressOptions
+from rk_export.options.run import Run
+from rk_export.plan import Plan
+
+
+def make_plan(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    base: str | Path | None = None,
+    run: Run | None = None,
+) -> Plan:
+    """Return the plan that `compress` would apply; the arguments are those of `compress`.
+
+    Raises:
+        InputError: If the model or an option cannot be used.
+        UnsupportedModelError: If the family cannot be exported exactly.
+    """
+    task = open_task(model, options, None, base=base, run=run)
+    task.preflight()
+    return task.decided(task.inputs())

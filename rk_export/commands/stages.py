@@ -1,0 +1,141 @@
+"""What commands share: opening a model with its options, planning, and the stages' times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rk_export.bundle.check_ends import check_ends
+from rk_export.commands.checks import check_options
+from rk_export.commands.compression_inputs import CompressionInputs, compression_inputs
+from rk_export.commands.model_costs import model_costs
+from rk_export.device import resolve_device
+from rk_export.errors import InputError
+from rk_export.folders import check_replaceable
+from rk_export.graph.dense.frontend import check_supported
+from rk_export.options.compress import CompressOptions
+from rk_export.options.run import Run
+from rk_export.parity.preflight import Preflight, preflight
+from rk_export.plan import Plan
+from rk_export.planning import planner
+from rk_export.rewrite.sizes import least_bytes, planned_bytes
+from rk_export.source.stored import ModelSource, open_source
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, and what is to be done with it; made before any work.
+
+    Args:
+        source: The dense model.
+        options: What was asked for, its texts found on this machine.
+        device: Where to compute.
+        threads: Threads of ONNX Runtime.
+        plan: What was decided earlier; None leaves it to be decided.
+    """
+
+    source: ModelSource
+    options: CompressOptions
+    device: torch.device
+    threads: int | None = None
+    plan: Plan | None = None
+
+    @property
+    def least_bytes(self) -> int:
+        """What a run will write at least, as far as that is known before it."""
+        if self.plan is not None and self.plan.pruning is None:
+            return planned_bytes(self.source, self.plan)
+        return least_bytes(self.source, self.options)
+
+    def preflight(self) -> Preflight:
+        """Read the model as transformers does, and run it on the probe; refuse what cannot be exported."""
+        return preflight(self.source, self.options)
+
+    def inputs(self, out: Path | None = None) -> CompressionInputs:
+        """Gather what compression starts from; trainings keep their states beside `out`."""
+        pruning = None if self.plan is None else self.plan.pruning
+        states = None if out is None else lambda name: state_file(out, name)
+        return compression_inputs(self.source, self.options, self.device, pruning=pruning, states=states)
+
+    def decided(self, inputs: CompressionInputs) -> Plan:
+        """Return the plan that was given, or the one that follows from the options."""
+        if self.plan is not None:
+            return self.plan
+        if inputs.decision is not None:
+            plan = inputs.decision.plan(inputs.source, inputs.options)
+        else:
+            plan = self._planned(inputs)
+        return replace(plan, pruning=inputs.source.pruning)
+
+    def _planned(self, inputs: CompressionInputs) -> Plan:
+        costs, budget = None, inputs.options.budget
+        if budget is not None and budget.kind == "speed_up":
+            costs = model_costs(inputs.dense, inputs.source, budget.phase, self.threads)
+        return planner.make_plan(
+            inputs.source,
+            inputs.options,
+            statistics=inputs.statistics,
+            table=inputs.table,
+            costs=costs,
+            device=self.device,
+        )
+
+
+def open_task(
+    model: str | Path,
+    options: CompressOptions | None,
+    plan: Plan | None,
+    *,
+    base: str | Path | None,
+    run: Run | None,
+    needs_texts: bool = True,
+) -> Task:
+    """Open a model, and refuse options or a plan that do not go with it.
+
+    Args:
+        model: As in `compress`.
+        options: What was asked for.
+        plan: What was decided earlier, instead of options.
+        base: As in `compress`.
+        run: The machine.
+        needs_texts: Refuse a plan whose calibration text is not at hand.
+
+    Raises:
+        InputError: If the model, an option or the plan cannot be used, or both of the latter are given.
+        UnsupportedModelError: If the family cannot be exported exactly.
+        ProviderError: If CUDA was asked for and is absent.
+    """
+    run = run or Run()
+    source = open_source(model, base)
+    if plan is not None and options is not None:
+        raise InputError(
+            "a plan already holds the options", where="--plan", fix="drop the other compression options"
+        )
+    if plan is not None:
+        planner.check_plan(source, plan)
+        options = plan.options
+    options = (options or CompressOptions()).with_texts(run.texts)
+    check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
+    check_options(source, options)
+    if needs_texts and options.missing_text is not None:
+        options.missing_text.place()
+    if not source.architecture.is_encoder:
+        check_ends(source.folder, source.config, source.origin[1])
+    return Task(source, options, resolve_device(run.device), run.threads, plan)
+
+
+def check_outputs(
+    source: ModelSource, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
+) -> None:
+    """Refuse outputs that cannot be written, or would take the place of the model or of each other."""
+    target = Path(out).expanduser()
+    check_replaceable(target, force, inputs=source.places)
+    if checkpoint is not None:
+        check_replaceable(Path(checkpoint), force, inputs=[*source.places, target])
+
+
+def state_file(out: Path, name: str) -> Path:
+    """Return where an interrupted training waits for the next run: beside the output."""
+    return out.with_name(f".{out.name}.{name}")

@@ -1,0 +1,108 @@
+"""A bundle's files and parity, measured again: alone, or against the model that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rk_export.commands.preparations import prepared_source
+from rk_export.commands.stages import Task, open_task
+from rk_export.errors import InputError
+from rk_export.folders import MANIFEST, check_manifest
+from rk_export.json_codec import from_json
+from rk_export.options.compress import CompressOptions
+from rk_export.options.run import Run
+from rk_export.parity.greedy import Golden
+from rk_export.parity.preflight import Preflight, dense_logits
+from rk_export.parity.tiers import bundle_tiers, method_tiers, prepared_tier, runtime_tiers, unrepeated_tiers
+from rk_export.plan import Plan
+from rk_export.report.records import ParityTier
+from rk_export.rewrite.accuracy_levels import choose_levels
+from rk_export.runtime.providers import Provider
+
+
+def verify(
+    bundle: str | Path,
+    against: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    provider: Provider = "auto",
+    run: Run | None = None,
+) -> tuple[ParityTier, ...]:
+    """Check a bundle's files and its parity.
+
+    Args:
+        bundle: The bundle folder.
+        against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
+            measured. None measures what the bundle can show alone: tiers d to h. Where the plan's calibration text
+            is not at hand, the tiers that its statistics decide are said to be not measured, and the others run.
+        base: Of `against`, as in `compress`.
+        provider: Execution provider.
+        run: The machine; its `texts` may hold the calibration text.
+
+    Returns:
+        The tiers; a failed one has `passed` False.
+
+    Raises:
+        InputError: If a file of the bundle is missing or corrupted, or the model is not the bundle's.
+    """
+    folder, threads = Path(bundle), None if run is None else run.threads
+    manifest = check_manifest(folder)
+    plan = Plan.load(folder / "plan.json")
+    if against is None:
+        if base is not None:
+            raise InputError("goes with --against", where="--base", fix="give --against ADAPTER, or drop it")
+        return _alone(folder, manifest, plan, provider, threads)
+    _check_repeatable(folder, plan.options)
+    task = open_task(against, None, plan, base=base, run=run, needs_texts=False)
+    before = task.preflight()
+    text = task.options.missing_text
+    if text is not None and not task.source.architecture.is_encoder:
+        why = f"the calibration text {text.name} is not at hand, name it with --calibration-text"
+        alone = _alone(folder, manifest, plan, provider, threads)
+        return (*_without_statistics(task, before, why), *alone)
+    batch = torch.from_numpy(before.probe.batch)
+    rewritten = choose_levels(task.inputs().rewrite(plan, batch), batch)
+    tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
+    return (*method_tiers(rewritten, before), *tiers)
+
+
+def _without_statistics(task: Task, before: Preflight, why: str) -> Iterator[ParityTier]:
+    """Yield tiers 0 to c as far as they need no statistics, and say why the others are not measured."""
+    yield before.tier
+    names = task.options.preparations
+    if "scale" not in names:  # its peaks are those of the text
+        prepared = prepared_source(task.source, task.options, None, task.device)
+        logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
+        yield prepared_tier(before, logits.numpy(), names)
+    yield from unrepeated_tiers("pabc" if "scale" in names else "abc", why)
+
+
+def _alone(
+    folder: Path, manifest: dict[str, Any], plan: Plan, provider: Provider, threads: int | None
+) -> tuple[ParityTier, ...]:
+    """Return the tiers that a decoder bundle shows without its model."""
+    if manifest["golden"] is None:
+        raise InputError(
+            "an encoder bundle can only be verified against its model",
+            where=str(folder),
+            fix="give --against MODEL",
+        )
+    golden = from_json(
+        Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
+    )
+    return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)
+
+
+def _check_repeatable(folder: Path, options: CompressOptions) -> None:
+    """Refuse bundles that a training made: a plan does not hold what it found."""
+    for method in options.methods:
+        if method.trained:
+            raise InputError(
+                f"a bundle that {method.trained} cannot be made again from its dense model and its plan",
+                where=str(folder),
+                fix="verify it without --against; its report holds the tiers against the dense model",
+            )

@@ -1,0 +1,1 @@
+"""Recovery: a short distillation of the compressed model against the dense one."""

@@ -1,0 +1,1 @@
+"""Data-free joint rank-k approximation (2402.16319)."""

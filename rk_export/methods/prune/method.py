@@ -1,0 +1,49 @@
+"""Structured pruning at work: what stays is chosen, and the source is read without the rest."""
+
+from __future__ import annotations
+
+from rk_export.calibration.model_statistics import model_statistics
+from rk_export.calibration.redundancy import block_influence
+from rk_export.errors import InputError
+from rk_export.methods.base import Method, Work
+from rk_export.methods.prune.options import PruneOptions
+from rk_export.methods.prune.pruned import PrunedSource, check_blocks, chosen_pruning, kept_width
+from rk_export.model.pruned_config import check_decoder, pruned_config
+from rk_export.options.compress import CompressOptions
+from rk_export.plan import Pruning
+from rk_export.source.stored import ModelSource
+
+
+class Prune(Method[PruneOptions]):
+    """Leaves out whole blocks, FFN neurons and key/value heads."""
+
+    def check(self, source: ModelSource, options: CompressOptions) -> None:
+        """Refuse what the family cannot lose."""
+        check_decoder(source.config)
+        check_blocks(source.layer_count, self.options)
+        if self.options.blocks and not options.calibration.uses_text:
+            raise InputError(
+                f"blocks are judged on text, which the metric {options.calibration.metric} does not read",
+                where="--prune-blocks",
+                fix="choose --metric self or corpus:FILE",
+            )
+        kept = tuple(range(source.layer_count - self.options.blocks))
+        groups: tuple[tuple[int, ...], ...] = ()
+        if self.options.kv_groups is not None:
+            groups = (tuple(range(self.options.kv_groups)),) * len(kept)
+        pruned_config(source.config, Pruning(kept, kept_width(source, self.options.ffn), groups))
+
+    def transform(self, work: Work) -> ModelSource:
+        """Return what is left; a plan says what stays, else calibration text decides, or the weights without it."""
+        source, pruning = work.source, work.pruning
+        statistics, influence = None, [0.0] * source.layer_count
+        if work.tokens is not None:
+            model = source.load()
+            statistics = model_statistics(source, model, work.tokens, work.options, work.device)
+            if pruning is None and self.options.blocks:
+                influence = block_influence(model, source.architecture, work.tokens, work.device)
+        pruning = pruning or chosen_pruning(source, self.options, influence, statistics)
+        return PrunedSource(source, pruning, statistics, work.device)
+
+
+METHOD = Prune

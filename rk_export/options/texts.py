@@ -1,0 +1,57 @@
+"""Text files that something was asked of: known by name and content, not by where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+from rk_export.errors import InputError
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text by name and content. Plans and bundles hold these two, never the path.
+
+    Args:
+        name: Name of the file, without folders.
+        sha256: Of its bytes.
+        path: Where it lies on this machine; None where only a plan names it.
+    """
+
+    name: str
+    sha256: str
+    path: Path | None = field(default=None, compare=False, repr=False, metadata={"saved": False})
+
+    @classmethod
+    def of(cls, path: str | PathLike[str]) -> TextFile:
+        """Return a file that lies on this machine.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+        place = Path(path).expanduser()
+        if not place.is_file():
+            raise InputError("no such file", where=str(path), fix="give a UTF-8 text file")
+        return cls(place.name, hashlib.sha256(place.read_bytes()).hexdigest(), place)
+
+    def found_in(self, texts: tuple[Path, ...]) -> TextFile:
+        """Return it with the path of the one among some files that has its content, where one has."""
+        if self.path is not None:
+            return self
+        return next((text for text in map(TextFile.of, texts) if text.sha256 == self.sha256), self)
+
+    def place(self) -> Path:
+        """Return where it lies.
+
+        Raises:
+            InputError: If that is not known here.
+        """
+        if self.path is None:
+            raise InputError(
+                f"the text {self.name} (sha256 {self.sha256[:12]}) is not at hand: a plan names texts by content",
+                where="--calibration-text",
+                fix="give the file itself with --calibration-text FILE",
+            )
+        return self.path
