@@ -1,4 +1,4 @@
-"""Contracts of the passes, and the drivers that run them.
+"""Contracts of the passes on a PyTorch model, and the driver that runs them; those on a graph are in `graph/base.py`.
 
 Layers outside, passes inside: a decoder layer is loaded once, every weight pass visits its sites in it, and
 it is done. A pass looks at one site, rewrites it in place, and returns a finding.
@@ -10,14 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import onnx_ir as ir
 from torch import Tensor, nn
 
-from rk_export.errors import FusionError
 from rk_export.passes.modules.heads import PaddedHeads, SlicedHeads, without_slots
 from rk_export.passes.modules.sparse import without_sparse
 from rk_export.plan import LayerShape, SitePlan
-from rk_export.report.records import Finding, Fusion
+from rk_export.report.records import Finding
 
 
 @dataclass(frozen=True)
@@ -163,37 +161,3 @@ def inputs_of(
         if role in site.members and site.site in statistics:
             return statistics[site.site].inputs
     return None
-
-
-class GraphPass(Protocol):
-    """A rewrite of the ONNX graph that knows how many patterns it must find."""
-
-    name: str
-
-    def call(self, model: ir.Model) -> Fusion:
-        """Rewrite the model in place and report the patterns planned and found."""
-        ...
-
-
-def run_graph_passes(passes: Sequence[GraphPass], model: ir.Model) -> list[Fusion]:
-    """Run graph passes in order.
-
-    Raises:
-        FusionError: If a pass found fewer or more patterns than it planned.
-    """
-    fusions = []
-    for graph_pass in passes:
-        fusion = graph_pass.call(model)
-        require(fusion)
-        fusions.append(fusion)
-    return fusions
-
-
-def require(fusion: Fusion) -> None:
-    """Raise FusionError unless the fusion was found as often as planned."""
-    if fusion.found != fusion.planned:
-        raise FusionError(
-            f"planned {fusion.planned}, found {fusion.found}: {fusion.reason or 'the pattern did not match'}",
-            where=fusion.pattern,
-            fix="this is a fault of rk-export; please report it with the plan.json",
-        )

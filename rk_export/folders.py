@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable
 from importlib import metadata
@@ -16,10 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rk_export.atomic import beside
 from rk_export.errors import InputError
 from rk_export.plan import PLAN_MARK
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "rk_manifest.json"
 _FORMAT = 1
@@ -57,7 +54,7 @@ class AtomicFolder:
         self.target = Path(os.path.abspath(Path(target).expanduser()))
         self.force = force
         self.needed = needed
-        self._partial = self._sibling("partial")
+        self._partial = beside(self.target, "partial")
 
     def __enter__(self) -> Path:
         check_replaceable(self.target, self.force)
@@ -90,15 +87,12 @@ class AtomicFolder:
         if isinstance(error, OSError) and _is_full(error):
             raise _no_space(self.target, self.needed) from error
 
-    def _sibling(self, kind: str) -> Path:
-        return self.target.with_name(f".{self.target.name}.{kind}-{secrets.token_hex(4)}")
-
     def _move_in(self) -> None:
         """Swap the new folder in; the old one comes back if that fails, and is deleted only afterwards."""
         if not self.target.exists():
             self._partial.rename(self.target)
             return
-        old = self._sibling("old")
+        old = beside(self.target, "old")
         self.target.rename(old)
         try:
             self._partial.rename(self.target)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rk_export.atomic import atomic_file
 from rk_export.errors import FieldError, InputError
 from rk_export.json_codec import Float, from_json, load_json, to_json
 from rk_export.options.compress import CompressOptions
@@ -233,7 +234,8 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

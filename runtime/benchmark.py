@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError
+from rk_export.report.table import Column, Table, make_table
 from rk_export.runtime.contestants import BundleContestant, Contestant, GenAIContestant
 from rk_export.runtime.providers import Provider
 
@@ -72,16 +73,20 @@ class BenchResult:
         ]
         return {**asdict(self), "rows": rows}
 
-    def table(self) -> str:
-        """Return a table in plain text, a line a contestant."""
-        width = max(len(row.name) for row in self.rows)
-        head = f"{'':{width}}  {'prefill tok/s':>14} {'ratio':>6}  {'decode tok/s':>13} {'ratio':>6}"
-        lines = [
-            f"{row.name:{width}}  {row.prefill_median:14.1f} {row.prefill_ratio:6.2f}"
-            f"  {row.decode_median:13.1f} {row.decode_ratio:6.2f}"
+    def table(self) -> Table:
+        """Return a table, a line a contestant."""
+        titles = ("prefill tok/s", "ratio", "decode tok/s", "ratio")
+        rows = (
+            (
+                row.name,
+                f"{row.prefill_median:.1f}",
+                f"{row.prefill_ratio:.2f}",
+                f"{row.decode_median:.1f}",
+                f"{row.decode_ratio:.2f}",
+            )
             for row in self.rows
-        ]
-        return "\n".join([head, *lines])
+        )
+        return make_table((Column("bundle", "name"), *(Column(title, "number") for title in titles)), rows)
 
 
 def bench(

@@ -13,42 +13,53 @@ Rotary positions are physical, which attention only sees as differences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from rk_export.passes.graph.nodes import MICROSOFT, Emitter, constant
-from rk_export.report.records import Fusion
+from rk_export.passes.graph.base import GraphPass
+from rk_export.passes.graph.nodes import Emitter, constant, is_attention
 
-SEQLENS_K, TOTAL_LENGTH, ATTENTION_BIAS = 5, 6, 10
+PAST_KEY, SEQLENS_K, TOTAL_LENGTH, ATTENTION_BIAS = 3, 5, 6, 10
 
 
-class AttentionMask:
-    """Wire a bias from `attention_mask` into every GroupQueryAttention node.
-
-    Args:
-        planned: The number of attention layers.
-    """
+class AttentionMask(GraphPass[ir.Node]):
+    """Wire a bias from the input `attention_mask` into every GroupQueryAttention node with a cache and without one."""
 
     name = "padding mask"
+    needs = (
+        "an attention layer must be GroupQueryAttention with a cache and no bias of its own, "
+        "in a graph with the inputs input_ids and attention_mask"
+    )
 
-    def __init__(self, planned: int) -> None:
-        self.planned = planned
+    def matches(self, graph: ir.Graph) -> Sequence[ir.Node]:
+        if not {"input_ids", "attention_mask"} <= {value.name for value in graph.inputs}:
+            return []
+        return [
+            node
+            for node in graph
+            if is_attention(node)
+            and _input(node, PAST_KEY) is not None
+            and _input(node, ATTENTION_BIAS) is None
+        ]
 
-    def call(self, model: ir.Model) -> Fusion:
-        graph = model.graph
-        nodes = [node for node in graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
-        if nodes:
-            bias, last_key, total = _mask_values(graph)
-            for node in nodes:
-                node.resize_inputs(max(len(node.inputs), ATTENTION_BIAS + 1))
-                node.replace_input_with(SEQLENS_K, last_key)
-                node.replace_input_with(TOTAL_LENGTH, total)
-                node.replace_input_with(ATTENTION_BIAS, bias)
-        reason = "" if len(nodes) == self.planned else "an attention layer is not GroupQueryAttention"
-        return Fusion(self.name, self.planned, len(nodes), reason)
+    def rewrite(self, graph: ir.Graph, matches: Sequence[ir.Node]) -> None:
+        past_key = matches[0].inputs[PAST_KEY]
+        dtype = None if past_key is None else past_key.dtype
+        bias, last_key, total = _mask_values(graph, dtype)
+        for node in matches:
+            node.resize_inputs(max(len(node.inputs), ATTENTION_BIAS + 1))
+            node.replace_input_with(SEQLENS_K, last_key)
+            node.replace_input_with(TOTAL_LENGTH, total)
+            node.replace_input_with(ATTENTION_BIAS, bias)
 
 
-def _mask_values(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _input(node: ir.Node, slot: int) -> ir.Value | None:
+    return node.inputs[slot] if slot < len(node.inputs) else None
+
+
+def _mask_values(graph: ir.Graph, dtype: ir.DataType | None) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Emit, at the head of the graph, the bias (batch, 1, length, total), seqlens_k (batch) and total ()."""
     inputs = {value.name: value for value in graph.inputs}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -74,7 +85,8 @@ def _mask_values(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value]:
 
     is_zero, is_before = emit("Equal", [mask, zero]), emit("Less", [positions, first])
     hidden = emit("Or", [is_before, emit("And", [is_first_call, is_zero])])
-    bias = _bias(graph, emit, hidden, emit("Concat", [batch, one, length, total], axis=0))
+    shape = emit("Concat", [batch, one, length, total], axis=0)
+    bias = _bias(graph, emit, hidden, shape, np.float16 if dtype is ir.DataType.FLOAT16 else np.float32)
     total_scalar = emit("Squeeze", [emit("Cast", [total], to=int(ir.DataType.INT32))])
     return bias, last_key, total_scalar
 
@@ -87,12 +99,12 @@ def _positions(graph: ir.Graph, emit: Emitter, total: ir.Value) -> ir.Value:
     return emit("Range", [start, emit("Squeeze", [total]), step])
 
 
-def _bias(graph: ir.Graph, emit: Emitter, hidden: ir.Value, shape: ir.Value) -> ir.Value:
+def _bias(
+    graph: ir.Graph, emit: Emitter, hidden: ir.Value, shape: ir.Value, dtype: type[np.floating]
+) -> ir.Value:
     """Emit a large negative number where a key is hidden (batch, total) and 0 elsewhere, for every query."""
-    dtype = next(value.dtype for value in graph.inputs if value.name == "past_key_values.0.key")
-    numpy_dtype = np.float16 if dtype is ir.DataType.FLOAT16 else np.float32
-    lowest = np.array([np.finfo(numpy_dtype).min / 2], dtype=numpy_dtype)
-    kind = np.dtype(numpy_dtype).name
+    lowest = np.array([np.finfo(dtype).min / 2], dtype=dtype)
+    kind = np.dtype(dtype).name
     by_key = emit(
         "Where",
         [

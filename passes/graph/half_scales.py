@@ -7,38 +7,35 @@ weight (blocks of 32) and nothing runs any slower.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
+from rk_export.passes.graph.base import GraphPass
 from rk_export.passes.graph.nodes import MICROSOFT, weight_of
-from rk_export.report.records import Fusion
 
-_SCALES_INPUT = {"MatMulNBits": 2, "GatherBlockQuantized": 2}
+BLOCKWISE = ("MatMulNBits", "GatherBlockQuantized")
+_SCALES = 2  # the input, of both
 
 
-class HalfScales:
+class HalfScales(GraphPass[ir.Value]):
     """Store every scale of the blockwise operators in fp16; the scales must be rounded to fp16 already."""
 
     name = "fp16 scales"
+    needs = "a scale must be stored in float32, not computed in the graph"
 
-    def call(self, model: ir.Model) -> Fusion:
-        scales = _scales(model.graph)
-        stored = [value for value in scales if weight_of(value) is not None]
-        for value in stored:
-            _store_half(model.graph, value)
-        reason = "" if len(stored) == len(scales) else "a scale is computed in the graph"
-        return Fusion(self.name, len(scales), len(stored), reason)
+    def matches(self, graph: ir.Graph) -> Sequence[ir.Value]:
+        """Return the stored float32 scales, each once."""
+        read = [
+            node.inputs[_SCALES] for node in graph if node.domain == MICROSOFT and node.op_type in BLOCKWISE
+        ]
+        stored = [value for value in map(weight_of, read) if value is not None]
+        return list(dict.fromkeys(value for value in stored if value.dtype is ir.DataType.FLOAT))
 
-
-def _scales(graph: ir.Graph) -> list[ir.Value]:
-    """Return the float32 scales in the graph, each once."""
-    found: dict[str, ir.Value] = {}
-    for node in graph:
-        if node.domain == MICROSOFT and node.op_type in _SCALES_INPUT:
-            value = node.inputs[_SCALES_INPUT[node.op_type]]
-            if value is not None and value.name is not None and value.dtype is ir.DataType.FLOAT:
-                found[value.name] = value
-    return list(found.values())
+    def rewrite(self, graph: ir.Graph, matches: Sequence[ir.Value]) -> None:
+        for value in matches:
+            _store_half(graph, value)
 
 
 def _store_half(graph: ir.Graph, value: ir.Value) -> None:

@@ -7,39 +7,40 @@ it see the ordinary contract; a generation loop feeds -1 and the output projecti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from rk_export.passes.graph.nodes import constant
-from rk_export.report.records import Fusion
+from rk_export.passes.graph.base import GraphPass
+from rk_export.passes.graph.nodes import SITE_KEY, constant
 
 NAME = "logits_start"
 
 
-class LogitsStart:
-    """Slice the hidden states in front of the output projection.
+class LogitsStart(GraphPass[ir.Node]):
+    """Slice the hidden states in front of the first node that is marked as `lm_head`; once in a decoder.
 
-    Args:
-        planned: 1 for decoders, 0 for encoders.
+    The graph's first output are the logits (batch, length, vocabulary).
     """
 
     name = "logits of the last positions"
+    needs = "no node is marked as lm_head and reads the hidden states, or the graph has the input already"
 
-    def __init__(self, planned: int) -> None:
-        self.planned = planned
+    def matches(self, graph: ir.Graph) -> Sequence[ir.Node]:
+        if NAME in graph.initializers:
+            return []
+        head = next((node for node in graph if node.metadata_props.get(SITE_KEY) == "lm_head"), None)
+        return [] if head is None or not head.inputs or head.inputs[0] is None else [head]
 
-    def call(self, model: ir.Model) -> Fusion:
-        graph = model.graph
-        head = next((node for node in graph if node.metadata_props.get("rk_export.site") == "lm_head"), None)
-        if head is None:
-            return Fusion(self.name, self.planned, 0, "no node is marked as lm_head" if self.planned else "")
+    def rewrite(self, graph: ir.Graph, matches: Sequence[ir.Node]) -> None:
+        head = matches[0]
         start = constant(graph, NAME, np.array([np.iinfo(np.int64).min + 1], dtype=np.int64))
         graph.inputs.append(start)
         end = constant(graph, "rk.end", np.array([np.iinfo(np.int64).max], dtype=np.int64))
         axis = constant(graph, "rk.one", np.array([1], dtype=np.int64))
         hidden = head.inputs[0]
-        if hidden is None:
-            return Fusion(self.name, self.planned, 0, "the output projection has no input")
+        assert hidden is not None  # `matches` took no other
         cut = ir.Node("", "Slice", [hidden, start, end, axis], num_outputs=1, name="lm_head.slice")
         cut.outputs[0].type = hidden.type
         graph.insert_before(head, cut)
@@ -47,4 +48,3 @@ class LogitsStart:
         if logits.shape is not None:
             logits.shape = ir.Shape([logits.shape[0], "logits_length", logits.shape[2]])
         head.replace_input_with(0, cut.outputs[0])
-        return Fusion(self.name, self.planned, 1)

@@ -43,6 +43,11 @@ def mark(value: ir.Value, site: Mark) -> ir.Value:
     return value
 
 
+def is_attention(node: ir.Node) -> bool:
+    """Whether a node is ONNX Runtime's GroupQueryAttention."""
+    return node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT
+
+
 def weight_of(value: ir.Value | None) -> ir.Value | None:
     """Return the value if it is an initializer, else None."""
     return value if value is not None and value.is_initializer() else None

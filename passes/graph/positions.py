@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
+from rk_export.passes.graph.base import FusionResult, GraphPass
 from rk_export.passes.graph.nodes import Emitter, constant
-from rk_export.report.records import Fusion
 
 
-class PositionsFromMask:
+class PositionsFromMask(GraphPass[ir.Value]):
     """Replace the input `position_ids` by the count of attended tokens before each one.
 
-    Args:
-        planned: 1 for a family with learned positions, else 0.
+    The pattern is found once in a family with learned positions. An input that no node reads is dropped.
     """
 
     name = "positions from the mask"
+    needs = "the graph uses no position_ids, or lacks input_ids or attention_mask"
 
-    def __init__(self, planned: int) -> None:
-        self.planned = planned
+    def matches(self, graph: ir.Graph) -> Sequence[ir.Value]:
+        inputs = {value.name: value for value in graph.inputs}
+        if not {"position_ids", "input_ids", "attention_mask"} <= inputs.keys():
+            return []
+        return [inputs["position_ids"]] if inputs["position_ids"].uses() else []
 
-    def call(self, model: ir.Model) -> Fusion:
-        graph = model.graph
-        position_ids = next((value for value in graph.inputs if value.name == "position_ids"), None)
-        if position_ids is None or not position_ids.uses():
-            if position_ids is not None:
-                graph.inputs.remove(position_ids)
-            return Fusion(
-                self.name, self.planned, 0, "the graph uses no position_ids" if self.planned else ""
-            )
+    def call(self, model: ir.Model) -> FusionResult:
+        result, inputs = super().call(model), model.graph.inputs
+        for value in [value for value in inputs if value.name == "position_ids" and not value.uses()]:
+            inputs.remove(value)
+            result.modified = True
+        return result
+
+    def rewrite(self, graph: ir.Graph, matches: Sequence[ir.Value]) -> None:
         inputs = {value.name: value for value in graph.inputs}
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         emit = Emitter(graph, "positions")
@@ -40,6 +44,4 @@ class PositionsFromMask:
         )
         total, length = emit("Shape", [mask], start=1, end=2), emit("Shape", [ids], start=1, end=2)
         last = emit("Slice", [positions, emit("Sub", [total, length]), total, one])
-        ir.convenience.replace_all_uses_with(position_ids, last)
-        graph.inputs.remove(position_ids)
-        return Fusion(self.name, self.planned, 1)
+        ir.convenience.replace_all_uses_with(matches[0], last)

@@ -9,39 +9,46 @@ about 128 and the weights int8: the one pairing that ONNX Runtime multiplies fas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
+from rk_export.passes.graph.base import GraphPass
 from rk_export.passes.graph.nodes import MICROSOFT, constant
+from rk_export.passes.graph.packing import INT8_PRODUCT
 from rk_export.passes.numerics.int8 import SMALLEST_PEAK, STEP
-from rk_export.report.records import Fusion
 
 Codes = tuple[ir.Value, ir.Value]
 
 
-class TokenScales:
-    """Quantize the input of int8 products token by token; products that read one value share its codes.
-
-    Args:
-        planned: How many int8 products the plan promises.
-    """
+class TokenScales(GraphPass[ir.Node]):
+    """Quantize the input of int8 products token by token; products that read one value share its codes."""
 
     name = "int8 products"
+    needs = (
+        "a DynamicQuantizeMatMul must have signed weights, their scales, and neither zero points nor a bias"
+    )
 
-    def __init__(self, planned: int) -> None:
-        self.planned = planned
+    def matches(self, graph: ir.Graph) -> Sequence[ir.Node]:
+        """Return the products, those that are left after packing."""
+        return [node for node in graph if _is_symmetric(node)]
 
-    def call(self, model: ir.Model) -> Fusion:
+    def rewrite(self, graph: ir.Graph, matches: Sequence[ir.Node]) -> None:
         codes: dict[ir.Value, Codes] = {}
-        products = [node for node in model.graph if node.op_type == "DynamicQuantizeMatMul"]
-        for node in products:
+        for node in matches:
             x = node.inputs[0]
             assert x is not None  # the operator requires it
             if x not in codes:
-                codes[x] = _quantize(model.graph, node, x)
-            _multiply(model.graph, node, *codes[x])
-        reason = f"the plan promises {self.planned} int8 products after packing"
-        return Fusion(self.name, self.planned, len(products), "" if len(products) == self.planned else reason)
+                codes[x] = _quantize(graph, node, x)
+            _multiply(graph, node, *codes[x])
+
+
+def _is_symmetric(node: ir.Node) -> bool:
+    if node.op_type != INT8_PRODUCT or node.domain != MICROSOFT or node.outputs[0].is_graph_output():
+        return False
+    _, weights, _, *others = node.inputs
+    return weights is not None and weights.dtype is ir.DataType.INT8 and not any(others)
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, x: ir.Value) -> Codes:
@@ -70,7 +77,7 @@ def _grid(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 def _multiply(graph: ir.Graph, node: ir.Node, codes: ir.Value, peak: ir.Value) -> None:
     """Put the product by codes in the place of a DynamicQuantizeMatMul."""
-    _, weights, scales, *_ = node.inputs
+    weights, scales = node.inputs[1:3]
     step, zero = _grid(graph)
     product = ir.Node(
         MICROSOFT, "MatMulIntegerToFloat", [codes, weights, step, scales, zero], name=f"{node.name}.product"

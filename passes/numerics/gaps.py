@@ -32,8 +32,3 @@ def encode_gaps(places: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     padded = values.new_zeros(total)
     padded[ends] = values
     return gaps, padded
-
-
-def decode_gaps(gaps: Tensor) -> Tensor:
-    """Return the places, int64, that distances stand for."""
-    return gaps.long().cumsum(0)

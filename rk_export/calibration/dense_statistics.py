@@ -25,8 +25,8 @@ class DenseStatistics:
         peaks: Largest magnitude of each feature that the matrix reads, float32 (in,); shared likewise.
         token_peaks: Mean over tokens of the square of a token's largest magnitude, which sets the step of int8 inputs.
         gradients: Sum over tokens of g gᵀ, g the gradient of the mean loss by the matrix' output, float32
-            (out, out), or its diagonal (out,). See `loss_increase` for its scale.
-            Empty where nothing ran back.
+            (out, out), or its diagonal (out,): an error ΔW of the matrix costs ½ tokens tr(G ΔW C ΔWᵀ) nats a token
+            (1503.05671), G this and C `second`. Empty where nothing ran back.
         tokens: Predicted tokens that the loss is the mean of.
     """
 
@@ -61,23 +61,6 @@ class DenseStatistics:
                 kinds[kind] |= {(int(layer), path): tensor for path in paths}
         token_peaks = {place: float(peak) for place, peak in kinds.pop(_TOKEN_PEAKS).items()}
         return cls(**kinds, token_peaks=token_peaks, tokens=int(packed["tokens"]))
-
-
-def loss_increase(gradient: Tensor, difference: Tensor, second: Tensor, tokens: int) -> float:
-    """Predict, to second order, what an error of one matrix costs: ½ tokens tr(G ΔW C ΔWᵀ) (1503.05671).
-
-    Args:
-        gradient: G, as in `DenseStatistics.gradients`: (out, out), or its diagonal (out,).
-        difference: ΔW (out, in).
-        second: C (in, in).
-        tokens: As in `DenseStatistics`.
-
-    Returns:
-        Nats per predicted token by which the divergence from the dense model grows.
-    """
-    error = difference @ second @ difference.T
-    weighed = gradient * error.diagonal() if gradient.ndim == 1 else gradient * error
-    return 0.5 * tokens * float(weighed.sum())
 
 
 def layerwise(statistics: DenseStatistics, weights: Mapping[Place, Tensor]) -> DenseStatistics:

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.progress import Bar, stage
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.stored import ModelSource
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
@@ -165,8 +166,9 @@ def sample_text(model: PreTrainedModel, uniforms: Tensor, start: int, ends: list
         InputError: If logits are not finite.
     """
     at_once = _sequences_at_once(model, uniforms.shape[1])
-    logger.info("sampling %d tokens, %d sequences at a time", uniforms.numel(), at_once)
-    return torch.cat([_sample_batch(model, batch, start, ends) for batch in torch.split(uniforms, at_once)])
+    with stage("sampling tokens", uniforms.numel()) as bar:
+        batches = torch.split(uniforms, at_once)
+        return torch.cat([_sample_batch(model, batch, start, ends, bar) for batch in batches])
 
 
 def _sequences_at_once(model: PreTrainedModel, length: int) -> int:
@@ -177,7 +179,7 @@ def _sequences_at_once(model: PreTrainedModel, length: int) -> int:
     return max(1, min(_SEQUENCES, _CACHE_BYTES // int(values * model.dtype.itemsize)))
 
 
-def _sample_batch(model: PreTrainedModel, uniforms: Tensor, start: int, ends: list[int]) -> Tensor:
+def _sample_batch(model: PreTrainedModel, uniforms: Tensor, start: int, ends: list[int], bar: Bar) -> Tensor:
     sequences, length = uniforms.shape
     device = model.device
     uniforms, ending = uniforms.to(device), torch.tensor(ends, dtype=torch.int64, device=device)
@@ -188,8 +190,8 @@ def _sample_batch(model: PreTrainedModel, uniforms: Tensor, start: int, ends: li
         logits = model(input_ids=last[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
         drawn = draw(logits, uniforms[:, position])
         tokens[:, position] = torch.where(torch.isin(last, ending), start, drawn)
-        if position % 32 == 0:
-            logger.info("position %d of %d", position, length)
+        bar.advance(sequences)
+    bar.advance(sequences)  # the first token of each
     return tokens.cpu()
 
 

@@ -24,6 +24,7 @@ from rk_export.calibration.self_text import draw
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
+from rk_export.progress import track
 from rk_export.report.humanize import size
 from rk_export.source.fingerprints import model_fingerprint
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
@@ -156,10 +157,13 @@ def _matrices(
 def _run_forward(model: PreTrainedModel, tokens: Tensor, passes: _Passes) -> None:
     """Run text through the layers."""
     device = model.device
-    for ids in torch.split(tokens, max(1, CHUNK // tokens.shape[1])):
-        if len(ids):
-            with matmuls_in(passes.dtype, device):
-                model.base_model(input_ids=ids.to(device), use_cache=False)
+    if not len(tokens):
+        return
+    for ids in track(
+        torch.split(tokens, max(1, CHUNK // tokens.shape[1])), "inputs of matrices, chunks of text"
+    ):
+        with matmuls_in(passes.dtype, device):
+            model.base_model(input_ids=ids.to(device), use_cache=False)
 
 
 def _run_back(model: PreTrainedModel, architecture: Architecture, tokens: Tensor, passes: _Passes) -> int:
@@ -172,8 +176,7 @@ def _run_back(model: PreTrainedModel, architecture: Architecture, tokens: Tensor
     # Weights are frozen: the graph that gradients flow back through begins at the embedding's output.
     handle = model.get_submodule(architecture.embedding).register_forward_hook(_require_gradient)
     try:
-        for number, (ids, draws) in enumerate(chunks, 1):
-            logger.info("gradients: chunk %d of %d", number, len(chunks))
+        for ids, draws in track(chunks, "gradients, chunks of text"):
             with matmuls_in(passes.dtype, device):
                 loss, count = _loss(model, ids.to(device), draws.to(device), passes.labels)
             loss.backward()  # type: ignore[no-untyped-call]

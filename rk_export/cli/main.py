@@ -20,6 +20,7 @@ from rk_export.cli.compress_arguments import (
 )
 from rk_export.cli.method_arguments import add_method_arguments
 from rk_export.cli.run import add_run_arguments, run_run
+from rk_export.cli.terminal import show, work_shown
 from rk_export.errors import InputError, RkExportError
 from rk_export.json_codec import to_json
 
@@ -40,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Run a command with logs on stderr and our errors as messages; return the exit status.
+    """Run a command with logs and progress on stderr and our errors as messages; return the exit status.
 
     Args:
         command: One of the `run_...` functions.
         args: Its parsed arguments.
         words: The command line, which reports repeat.
     """
-    args.command_line = shlex.join(words)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    args.command_line = shlex.join(map(_without_folders, words))
     quiet_libraries()
     try:
-        return command(args)
+        with work_shown(bars=not getattr(args, "json", False)):
+            return command(args)
     except RkExportError as error:
         print(f"rk-export: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -68,6 +69,12 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
         )
         print(f"rk-export: error: {problem}", file=sys.stderr)
         return problem.exit_code
+
+
+def _without_folders(word: str) -> str:
+    """Return a word of the command line with absolute paths by their names: reports travel with bundles."""
+    kind, colon, place = word.rpartition(":")
+    return f"{kind}{colon}{Path(place).name}" if place.startswith(("/", "~")) else word
 
 
 def quiet_libraries() -> None:
@@ -318,7 +325,7 @@ def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
     from rk_export.commands.compress import compress, dry_run
     from rk_export.evaluation.measure import EvalText, SpeedTest
-    from rk_export.report.render import planned_text, text_table
+    from rk_export.report.render import planned, summary
 
     options, plan, run = compress_options(args), _plan_of(args), _run_of(args)
     if args.dry_run:
@@ -332,7 +339,7 @@ def run_compress(args: argparse.Namespace) -> int:
             checkpoint=args.checkpoint,
             force=args.force,
         )
-        _print_json(report.to_json()) if args.json else print(planned_text(report))
+        _print_json(report.to_json()) if args.json else show(*planned(report))
         return 0
     report = compress(
         args.model,
@@ -348,7 +355,7 @@ def run_compress(args: argparse.Namespace) -> int:
         force=args.force,
         command=args.command_line,
     )
-    _print_json(report.to_json()) if args.json else print(text_table(report))
+    _print_json(report.to_json()) if args.json else show(*summary(report))
     print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
     return 0
 
@@ -390,7 +397,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     """`prepare`."""
     from rk_export.commands.prepare import prepare
     from rk_export.options.run import Run
-    from rk_export.report.render import findings_table
+    from rk_export.report.tables import matrices_table
 
     names = tuple(args.passes.split(","))
     findings = prepare(
@@ -400,7 +407,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         seed=args.seed,
         force=args.force,
     )
-    print(findings_table(findings))
+    show(matrices_table(findings))
     print(f"\nmodel  {args.output}", file=sys.stderr)
     return 0
 
@@ -409,7 +416,7 @@ def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
     from rk_export.options.compress import CompressOptions
-    from rk_export.report.render import text_table
+    from rk_export.report.render import summary
 
     report = export(
         args.model,
@@ -422,17 +429,17 @@ def run_export(args: argparse.Namespace) -> int:
         force=args.force,
         command=args.command_line,
     )
-    _print_json(report.to_json()) if args.json else print(text_table(report))
+    _print_json(report.to_json()) if args.json else show(*summary(report))
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
     """`verify`: 0 when every bounded tier passed, else 1."""
     from rk_export.commands.verify import verify
-    from rk_export.report.render import parity_text
+    from rk_export.report.tables import parity_table
 
     tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, run=_run_of(args))
-    _print_json(to_json(tiers)) if args.json else print(parity_text(tiers))
+    _print_json(to_json(tiers)) if args.json else show(parity_table(tiers))
     return int(any(tier.passed is False for tier in tiers))
 
 
@@ -449,7 +456,7 @@ def run_eval(args: argparse.Namespace) -> int:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
     scores = evaluate_models(args.models, texts=texts, tasks=tasks, **runtime)
-    _print_json(scores_json(scores)) if args.json else print(score_table(scores).text())
+    _print_json(scores_json(scores)) if args.json else show(score_table(scores))
     return 0
 
 
@@ -478,17 +485,17 @@ def run_bench(args: argparse.Namespace) -> int:
         threads=args.threads or 2,
         provider=args.provider,
     )
-    _print_json(result.to_json()) if args.json else print(result.table())
+    _print_json(result.to_json()) if args.json else show(result.table())
     return 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """`explain`."""
     from rk_export.commands.explain import explain
-    from rk_export.report.render import findings_table
+    from rk_export.report.tables import matrices_table
 
     findings = explain(args.bundle)
-    _print_json(to_json(findings)) if args.json else print(findings_table(findings))
+    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
     return 0
 
 
@@ -497,7 +504,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     from rk_export.commands.doctor import diagnose
 
     diagnosis = diagnose()
-    _print_json(diagnosis.to_json()) if args.json else print(diagnosis.table())
+    _print_json(diagnosis.to_json()) if args.json else show(*diagnosis.blocks())
     return 0 if diagnosis.ok else 1
 
 

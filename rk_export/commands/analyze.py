@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +21,11 @@ from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.planner import default_groups
+from rk_export.progress import track
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html
 from rk_export.source.stored import ModelSource, loaded_layers
-
-logger = logging.getLogger(__name__)
 
 
 def spectra(source: ModelSource, plan: Plan, device: torch.device) -> Iterator[Spectrum]:
@@ -40,8 +38,7 @@ def spectra(source: ModelSource, plan: Plan, device: torch.device) -> Iterator[S
     """
     groups = plan.options.groups or default_groups(source)
     drawn = {GROUPS[group] for group in groups}
-    for layer in loaded_layers(source):
-        logger.info("layer %d of %d", layer.index + 1, source.layer_count)
+    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
         sites = plan.of_layer(layer.index)
         for site in sites if any(site.rank for site in plan.sites) else _grouped(source, layer, groups):
             if site.rank == 0 and site.members not in drawn:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rk_export.commands.environment_probes import Trial, try_out
 from rk_export.json_codec import to_json
-from rk_export.report.tables import Column, make_table
+from rk_export.report.table import Block, Column, make_table
 
 DISTRIBUTION = "rk-export"
 
@@ -74,11 +74,11 @@ class Diagnosis:
         """Return a JSON-ready dictionary: ``ok`` and the checks."""
         return {"ok": self.ok, **to_json(self)}
 
-    def table(self) -> str:
-        """Return aligned text for the terminal: one line a check, then why and how to fix, check by check."""
+    def blocks(self) -> tuple[Block, ...]:
+        """Return what to print: a table with one line a check, then why and how to fix, check by check."""
         columns = (Column("check", "name"), Column("status", "status"), Column("found"))
-        overview = make_table(columns, [(c.name, c.status.value, c.found) for c in self.checks]).text()
-        return "\n\n".join([overview, *(_advice(check) for check in self.checks if check.why)])
+        overview = make_table(columns, [(c.name, c.status.value, c.found) for c in self.checks])
+        return overview, *(_advice(check) for check in self.checks if check.why)
 
 
 def _advice(check: Check) -> str:

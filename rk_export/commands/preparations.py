@@ -38,7 +38,6 @@ def decided_preparations(
     peaks: dict[str, Tensor] = {}
     if spec.activations == 8:
         names, peaks = PREPARATIONS, neuron_peaks(source, shortened(tokens), device)
-    logger.info("predicting what each reparameterization would save, on %d tokens", shortened(tokens).numel())
     preparation = LayerPreparation(source.config, names, options.calibration.seed, peaks, SCALE_ALPHA)
     int8_inputs = options.ep == "cpu" and options.accuracy_level == 4
     rounding = Rounding(spec, compensated=options.quantizer == "gptq", int8_inputs=int8_inputs)

@@ -6,9 +6,7 @@ and the same function serves PyTorch and ONNX Runtime.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +14,11 @@ import numpy as np
 
 from rk_export.errors import InputError
 from rk_export.evaluation.perplexity import as_numpy, token_nll
+from rk_export.progress import stage
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
 from rk_export.text import LogitsFn
 
-logger = logging.getLogger(__name__)
-
-_NEWS_SECONDS = 30.0
 BATCH_TOKENS = 512  # padded tokens a batch: logits of a vocabulary of 256k then take half a gigabyte
 
 
@@ -113,6 +109,7 @@ def log_likelihoods(
     *,
     max_length: int,
     rotary_switch: int | None = None,
+    title: str = "continuations",
 ) -> list[Likelihood]:
     """Score continuations, in order.
 
@@ -125,22 +122,21 @@ def log_likelihoods(
         continuations: What to score.
         max_length: Most tokens that the model takes; a longer context loses its beginning.
         rotary_switch: Longest sequence under LongRoPE's short factors: rows on its two sides do not run together.
+        title: What is scored, for the progress.
 
     Raises:
         InputError: A continuation alone is longer than `max_length`, or logits are not finite or of another shape.
     """
     rows = _rows(continuations, max_length)
     found: dict[int, Likelihood] = {}
-    begin = time.monotonic()
-    for batch in _batches(list(rows), rotary_switch or 0):
-        if time.monotonic() - begin > _NEWS_SECONDS:
-            logger.info("%d of %d continuations", len(found), len(continuations))
-            begin = time.monotonic()
-        logits = _batch_logits(logits_fn, batch)
-        for row, ids in zip(logits, batch, strict=True):
-            for index in rows[ids]:
-                tokens = np.array(continuations[index].tokens)
-                found[index] = _score(row[len(ids) - len(tokens) : len(ids)], tokens)
+    with stage(title, len(rows)) as bar:
+        for batch in _batches(list(rows), rotary_switch or 0):
+            logits = _batch_logits(logits_fn, batch)
+            for row, ids in zip(logits, batch, strict=True):
+                for index in rows[ids]:
+                    tokens = np.array(continuations[index].tokens)
+                    found[index] = _score(row[len(ids) - len(tokens) : len(ids)], tokens)
+            bar.advance(len(batch))
     return [found[index] for index in range(len(continuations))]
 
 

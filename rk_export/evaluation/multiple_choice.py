@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,9 +71,10 @@ def score_task(
     Raises:
         InputError: As `log_likelihoods`, or a choice has no tokens of its own.
     """
-    begin = time.perf_counter()
     pairs = [encoder.pair(*pair) for item in task.items for pair in item.pairs()]
-    found = log_likelihoods(logits_fn, pairs, max_length=max_length, rotary_switch=rotary_switch)
+    found = log_likelihoods(
+        logits_fn, pairs, max_length=max_length, rotary_switch=rotary_switch, title=task.name
+    )
     scores = iter(found)
     by_item = [[next(scores) for _ in item.choices] for item in task.items]
     truncated = sum(len(one.context) + len(one.tokens) - 1 > max_length for one in pairs)
@@ -82,7 +82,6 @@ def score_task(
         logger.warning(
             "%s: %d contexts lost their beginning, over %d tokens", task.name, truncated, max_length
         )
-    logger.info("%s: %d items in %.1f s", task.name, len(task.items), time.perf_counter() - begin)
     if task.asks_for_last_word:
         return _last_word_result(task, [score for (score,) in by_item], truncated)
     return _choice_result(task, by_item, truncated)

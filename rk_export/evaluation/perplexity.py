@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError
+from rk_export.progress import track
 from rk_export.text import LogitsFn
 
 _ROWS = 128  # rows of logits turned to float64 at a time
@@ -65,7 +66,7 @@ def perplexity(
     if ids.size < 2:
         raise InputError(f"the text has {ids.size} tokens; at least 2 are needed", fix="give a longer text")
     sums, counts = [], []
-    for window in _windows(ids, context):
+    for window in track(list(_windows(ids, context)), "windows of text"):
         nll = _window_nll(logits_fn, window)
         sums.append(nll)
         counts.append(window.size - 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rk_export.evaluation.models import ModelScores, short_names
 from rk_export.evaluation.multiple_choice import TaskResult, mean_and_error
-from rk_export.report.tables import Column, Table, make_table
+from rk_export.report.table import Column, Table, make_table
 
 _PAIRED = {"acc": "right", "acc_norm": "right_norm"}  # measure -> answers to the single items
 

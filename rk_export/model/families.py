@@ -206,7 +206,11 @@ def empty_canonical_model(config: PretrainedConfig) -> PreTrainedModel:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Create parameters on the meta device, but buffers for real: rotary tables are computed, not stored."""
+    """Create parameters on the meta device, but buffers for real: rotary tables are computed, not stored.
+
+    ``torch.device("meta")`` would leave those without values. accelerate's ``init_empty_weights`` does the same as
+    this and would be one more package to install for it.
+    """
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
@@ -23,8 +22,6 @@ from rk_export.parity.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
 from rk_export.source.stored import ModelSource
 from rk_export.source.tokenizer_conversion import check_tokenizer
-
-logger = logging.getLogger(__name__)
 
 ORACLE_TIER = "transformers vs PyTorch dense"
 _EXACT, _SHAKEN = "exact", "shaken"

@@ -129,7 +129,7 @@ def _session(
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
-    TokenScales(sum(node.op_type == "DynamicQuantizeMatMul" for node in nodes)).call(model)
+    TokenScales(sum(node.op_type == "DynamicQuantizeMatMul" for node in nodes))(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # its own warnings about small graphs
     if threads is not None:

@@ -34,6 +34,7 @@ from rk_export.planning.carried import carried_sites
 from rk_export.planning.cost_table import CostTable
 from rk_export.planning.currencies import currency_of, table_count
 from rk_export.planning.spectral_plan import spectral_plan
+from rk_export.progress import track
 from rk_export.source.stored import ModelSource, loaded_layers
 
 
@@ -95,7 +96,7 @@ def _budgeted_plan(
     architecture = source.architecture
     layers = (
         (layer, dense_sites(layer, architecture.projections(source.config, layer.index), options))
-        for layer in loaded_layers(source)
+        for layer in track(loaded_layers(source), "predicting losses, layers", source.layer_count)
     )
     bought = spend(layers, currency, statistics, table, device)
     if table is not None:

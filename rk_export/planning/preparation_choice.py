@@ -37,6 +37,7 @@ from rk_export.passes.numerics.predicted_loss import (
 from rk_export.passes.prepare.parameters import read, weight
 from rk_export.passes.prepare.scale import neuron_scales
 from rk_export.passes.prepare.wiring import Wiring
+from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.prepared import LayerPreparation
 from rk_export.source.stored import ModelSource
@@ -178,8 +179,7 @@ def _costs(
     streams = Streams(model, layers, tokens.to(device))
     streams.start(DENSE)
     costs: defaultdict[tuple[str, State], float] = defaultdict(float)
-    for index, layer in enumerate(layers):
-        logger.info("preparations: layer %d of %d", index + 1, len(layers))
+    for index, layer in enumerate(track(layers, "predicting what reparameterizations save, layers")):
         projections = source.architecture.projections(source.config, index)
         with inputs_of({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
             streams.advance(DENSE, index)

@@ -22,6 +22,7 @@ from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
+from rk_export.progress import track
 from rk_export.source.stored import ModelSource, loaded_layers
 
 
@@ -59,7 +60,7 @@ def _sites(
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
     sides = None if statistics is None else InputSides(statistics, device)
-    for layer in loaded_layers(source):
+    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
         for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
             if site.members not in grouped:
                 yield site, None

@@ -12,7 +12,7 @@ from rk_export.report import humanize, plots
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Report
 from rk_export.report.sections import outcomes, pairs, sections
-from rk_export.report.svg import inline_svg
+from rk_export.report.svg import data_uri
 
 TEMPLATE = "templates/report.html"
 
@@ -29,9 +29,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A plot as inline SVG, with the sentence under it."""
+    """A plot as the address of its image, with the sentence under it."""
 
-    svg: str
+    image: str
     caption: str
 
 
@@ -110,6 +110,6 @@ def _drawings(report: Report) -> dict[str, list[Drawing]]:
     drawings: dict[str, list[Drawing]] = {}
     for number, (anchor, figure, caption) in enumerate(wanted):
         if figure is not None:
-            svg = inline_svg(figure, f"plot{number}", caption)
-            drawings.setdefault(anchor, []).append(Drawing(svg, caption))
+            image = data_uri(figure, f"plot{number}")
+            drawings.setdefault(anchor, []).append(Drawing(image, caption))
     return drawings

@@ -1,4 +1,4 @@
-"""A report for people: aligned text for the terminal, Markdown, and one self-contained HTML page.
+"""A report for people: text and tables for the terminal, Markdown, and one self-contained HTML page.
 
 All three show the same tables; the page adds the plots. A section with nothing in it is left out, unless a
 notice of the report says why it is empty.
@@ -7,10 +7,12 @@ notice of the report says why it is empty.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rk_export.report import humanize, tables
 from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
 from rk_export.report.sections import headline, outcomes, pairs, sections
+from rk_export.report.table import Block, escape_markdown, plain_text
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
@@ -18,23 +20,28 @@ def findings_table(findings: Sequence[Finding]) -> str:
     return tables.matrices_table(findings).text()
 
 
-def planned_text(report: Report) -> str:
+def planned(report: Report) -> tuple[Block, ...]:
     """Return what a dry run found: the table of matrix groups, and the notices."""
-    return "\n\n".join(filter(None, (findings_table(report.findings), _notices(report))))
+    table = tables.matrices_table(report.findings)
+    return tuple(filter(None, ((table if table.rows else ""), _notices(report))))
 
 
 def text_table(report: Report) -> str:
+    """Return `summary` as plain text."""
+    return plain_text(summary(report))
+
+
+def summary(report: Report) -> tuple[Block, ...]:
     """Return the compact summary for a terminal; everything that was skipped is in it, with its reason."""
     warnings = "\n".join(f"WARNING: {humanize.plain(warning)}" for warning in report.warnings)
-    blocks = [warnings, humanize.plain(headline(report)), _summary(report)]
-    if report.parity:
-        blocks.append("Parity\n" + tables.parity_table(report.parity).text())
-    if report.fusions:
-        blocks.append("Fused patterns\n" + tables.fusions_table(report.fusions).text())
-    if (skipped := tables.not_applied_table(report.findings)).rows:
-        blocks.append("Not applied\n" + skipped.text())
-    blocks.append(_notices(report))
-    return "\n\n".join(block for block in blocks if block)
+    shown = (
+        replace(tables.parity_table(report.parity), title="Parity"),
+        replace(tables.fusions_table(report.fusions), title="Fused patterns"),
+        replace(tables.not_applied_table(report.findings), title="Not applied"),
+    )
+    head = (warnings, humanize.plain(headline(report)), _lines(report))
+    blocks: list[Block] = [*filter(None, head), *(table for table in shown if table.rows)]
+    return tuple(filter(None, (*blocks, _notices(report))))
 
 
 def _notices(report: Report) -> str:
@@ -44,7 +51,7 @@ def _notices(report: Report) -> str:
     return "Notices\n" + "\n".join(f"- {humanize.plain(notice)}" for notice in report.notices)
 
 
-def _summary(report: Report) -> str:
+def _lines(report: Report) -> str:
     """Return the lines of label and value at the head of the terminal summary."""
     lines = {
         **(_size_lines(report.size) if report.size else {}),
@@ -73,13 +80,13 @@ def _size_lines(size: SizeSummary) -> dict[str, str]:
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown, without plots."""
-    lines = [f"# {tables.escape_markdown(headline(report))}"]
-    lines += [f"**Warning: {tables.escape_markdown(warning)}**" for warning in report.warnings]
+    lines = [f"# {escape_markdown(headline(report))}"]
+    lines += [f"**Warning: {escape_markdown(warning)}**" for warning in report.warnings]
     if report.notices:
-        lines.append("\n".join(f"- {tables.escape_markdown(notice)}" for notice in report.notices))
+        lines.append("\n".join(f"- {escape_markdown(notice)}" for notice in report.notices))
     for section in sections(report):
         lines += [f"## {section.title}", section.intro]
-        lines += [f"Note: {tables.escape_markdown(notice)}" for notice in section.notices]
+        lines += [f"Note: {escape_markdown(notice)}" for notice in section.notices]
         if section.command:
             lines.append("\n".join(f"    {line}" for line in section.command.splitlines()))
         if section.table is not None:

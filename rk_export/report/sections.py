@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rk_export.report import humanize, tables
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Report
-from rk_export.report.tables import Table
+from rk_export.report.table import Table
 
 INTROS = {
     "size": "Kept shares count every factor, scale, zero point and index.",

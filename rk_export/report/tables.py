@@ -1,81 +1,18 @@
-"""The tables of a report, each built once and written as aligned text, Markdown or HTML cells."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rk_export.report import humanize
 from rk_export.report.matrix_groups import MatrixGroup, matrix_groups
 from rk_export.report.records import Finding, Fusion, LayerError, Outcome, ParityTier, SizeSummary, Spectrum
-
-Kind = Literal["text", "name", "number", "status"]
-Cells = Iterable[Sequence[str]]
+from rk_export.report.table import Column, Table, make_table
 
 CHOICES = ("rank", "entries", "pairs", "bits", "activations", "block")
 VERDICTS = {True: "pass", False: "FAIL", None: "info"}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column's heading and what its cells hold: prose, an identifier, a number or a verdict."""
-
-    title: str
-    kind: Kind = "text"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of finished cells under named columns."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def text(self) -> str:
-        """Return aligned plain text, numbers to the right."""
-        titles = [column.title for column in self.columns]
-        lines = [[humanize.plain(cell) for cell in cells] for cells in (titles, *self.rows)]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        return "\n".join(self._text_line(cells, widths) for cells in lines)
-
-    def _text_line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
-        padded = (
-            cell.rjust(width) if column.kind == "number" else cell.ljust(width)
-            for cell, width, column in zip(cells, widths, self.columns, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    def markdown(self) -> str:
-        """Return a Markdown table; what a cell holds is never read as markup."""
-        head = [column.title for column in self.columns]
-        rule = ["---:" if column.kind == "number" else "---" for column in self.columns]
-        body = (
-            [_code(cell) if column.kind == "name" else escape_markdown(cell) for cell, column in pairs]
-            for pairs in (zip(row, self.columns, strict=True) for row in self.rows)
-        )
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])
-
-
-def escape_markdown(text: str) -> str:
-    """Return ``text`` so that Markdown shows it literally, on one line."""
-    escaped = "".join(f"\\{character}" if character in "\\`*_[]|~#" else character for character in text)
-    return humanize.plain(escaped.replace("&", "&amp;").replace("<", "&lt;"))
-
-
-def _code(text: str) -> str:
-    """Return a code span for a table cell; the characters that would end it are replaced."""
-    span = humanize.plain(text).replace("`", "'").replace("|", "\\|")
-    return f"`{span}`" if span else ""
-
-
-def make_table(columns: Sequence[Column], rows: Cells) -> Table:
-    """Return a table without the columns that no row fills."""
-    cells = [tuple(row) for row in rows]
-    used = [any(row[i] not in ("", humanize.ABSENT) for row in cells) for i in range(len(columns))]
-    kept = tuple(column for column, keep in zip(columns, used, strict=True) if keep)
-    return Table(kept, tuple(tuple(c for c, keep in zip(row, used, strict=True) if keep) for row in cells))
 
 
 def size_table(size: SizeSummary) -> Table:

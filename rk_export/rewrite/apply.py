@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -27,10 +26,9 @@ from rk_export.passes.weights.sparse import Sparse
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.carried import head_findings, source_grids
 from rk_export.planning.planner import check_plan
+from rk_export.progress import track
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
 from rk_export.source.stored import ModelSource
-
-logger = logging.getLogger(__name__)
 
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
 # In fp32 graphs too: the runtime widens stored scales once, when it loads the graph.
@@ -109,8 +107,7 @@ def rewrite(
     carry = Carry(source_grids(source), options.float_dtype)
     passes = _LayerPasses(plan, dict(architecture.mlp), carry, quantize, parts or {})
     kv_groups = architecture.heads(source.config).kv_heads
-    for index in range(source.layer_count):
-        logger.info("layer %d of %d", index + 1, source.layer_count)
+    for index in track(range(source.layer_count), "rewriting layers"):
         layer = Layer(index, source.load_layer(model, index), kv_groups)
         carried.advance(DENSE, index)
         findings += passes.factorize(layer, statistics.of_sites(layer, plan.of_layer(index)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,10 @@ from rk_export.device import matmuls_in
 from rk_export.model.decoder_spec import decoder_spec
 from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import float_inputs
+from rk_export.progress import track
 from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.stored import ModelSource
 from rk_export.tensor_cache import remembered
-
-logger = logging.getLogger(__name__)
 
 DENSE = "dense"
 
@@ -130,8 +128,7 @@ def _run_dense(source: ModelSource, tokens: Tensor, device: torch.device, dtype:
     groups = [Streams(model, layers, group) for group in torch.split(tokens, rows)]
     for group in groups:
         group.start(DENSE)
-    for index in range(source.layer_count):
-        logger.info("dense model on the text: layer %d of %d", index + 1, source.layer_count)
+    for index in track(range(source.layer_count), "running the dense model, layers"):
         layer = source.load_layer(model, index).to(device)
         with matmuls_in(dtype, device):
             for group in groups:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.progress import stage
 from rk_export.training.state import StateFile, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ class Training(ABC):
     def _stepped(self) -> None:  # noqa: B027 (nor does more than train)
         """Do what is due after a step."""
 
-    def _progress(self, tokens_per_second: float) -> str:
-        """Return what the log says of a step beside its loss."""
+    def _note(self, tokens_per_second: float) -> str:
+        """Return what the progress says of a step beside its loss."""
         return f"{tokens_per_second:.0f} tokens/s"
 
     def _more_state(self) -> dict[str, Tensor]:
@@ -107,30 +108,24 @@ class Training(ABC):
             InputError: If the loss is not finite.
         """
         before, done, begin = self.seconds, self.step, time.monotonic()
-        while self.step < self._steps:
-            loss = self._take_step()
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {self.step + 1}",
-                    where=self._where,
-                    fix="give a smaller learning rate",
-                )
-            self.step += 1
-            self.losses.append((self.step, loss))
-            self._stepped()
-            spent = time.monotonic() - begin
-            self.seconds = before + spent
-            self._log(loss, spent / (self.step - done))
-            if file.is_due or self.step == self._steps:
-                file.write(self._state(file.run))
-
-    def _log(self, loss: float, per_step: float) -> None:
-        minutes, rest = divmod(round((self._steps - self.step) * per_step), 60)
-        logger.info(
-            "%s: step %d of %d, loss %.4f, %s, %d:%02d left",
-            *(self._title, self.step, self._steps, loss),
-            *(self._progress(self.batch_tokens / per_step), minutes, rest),
-        )
+        with stage(f"steps of {self._title}", self._steps, done) as bar:
+            while self.step < self._steps:
+                loss = self._take_step()
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss is {loss} at step {self.step + 1}",
+                        where=self._where,
+                        fix="give a smaller learning rate",
+                    )
+                self.step += 1
+                self.losses.append((self.step, loss))
+                self._stepped()
+                spent = time.monotonic() - begin
+                self.seconds = before + spent
+                speed = self.batch_tokens * (self.step - done) / spent
+                bar.advance(note=f"loss {loss:.4f}, {self._note(speed)}")
+                if file.is_due or self.step == self._steps:
+                    file.write(self._state(file.run))
 
     def _take_step(self) -> float:
         """Take one optimizer step; return the mean loss of its tokens before it."""

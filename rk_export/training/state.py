@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import secrets
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
 
 STATE_VERSION = 1
@@ -105,19 +104,15 @@ class StateFile:
         if self._path is None:
             return
         begin = time.monotonic()
-        partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"version": STATE_VERSION, "state": _shallow(state)}, partial)
-            os.replace(partial, self._path)
+            with atomic_file(self._path) as partial:
+                torch.save({"version": STATE_VERSION, "state": _shallow(state)}, partial)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise InputError(
                 f"the state of the {self._training} cannot be written: {error}",
                 where=str(self._path),
                 fix="free some space, or name another file",
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
         now = time.monotonic()
         self._due = now + max(_SECONDS_BETWEEN, (now - begin) / _LARGEST_SHARE)
 

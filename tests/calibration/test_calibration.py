@@ -18,6 +18,7 @@ from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import RankRule
+from rk_export.options.texts import TextFile
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import make_plan
@@ -200,7 +201,9 @@ def test_corpus_tokens_are_cut_into_sequences(llama: Path, prose: Path) -> None:
     source = open_source(llama)  # 128 positions
     long = prose.with_name("long.txt")
     long.write_text(prose.read_text(encoding="utf-8") * 4, encoding="utf-8")
-    tokens = calibration_tokens(source, CalibrationOptions("corpus", str(long), 600), torch.device("cpu"))
+    tokens = calibration_tokens(
+        source, CalibrationOptions("corpus", TextFile.of(long), 600), torch.device("cpu")
+    )
     assert (tokens.dtype, tuple(tokens.shape)) == (torch.int64, (4, 128))
     from rk_export.text import tokens_of
 
@@ -210,18 +213,18 @@ def test_corpus_tokens_are_cut_into_sequences(llama: Path, prose: Path) -> None:
 def test_corpora_that_cannot_be_used(llama: Path, prose: Path, tmp_path: Path) -> None:
     source, cpu = open_source(llama), torch.device("cpu")
     with pytest.raises(InputError, match=r"the text has \d+ tokens, 16384"):
-        calibration_tokens(source, CalibrationOptions("corpus", str(prose), 16384), cpu)
+        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(prose), 16384), cpu)
     with pytest.raises(InputError, match="no such file"):
-        calibration_tokens(source, CalibrationOptions("corpus", str(tmp_path / "none.txt")), cpu)
+        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(tmp_path / "none.txt")), cpu)
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):
-        calibration_tokens(source, CalibrationOptions("corpus", str(binary)), cpu)
+        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(binary)), cpu)
     source.config.vocab_size = 20
     long = tmp_path / "long.txt"
     long.write_text(prose.read_text(encoding="utf-8") * 4, encoding="utf-8")
     with pytest.raises(InputError, match="vocabulary of 20"):
-        calibration_tokens(source, CalibrationOptions("corpus", str(long), 512), cpu)
+        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(long), 512), cpu)
     with pytest.raises(ValueError, match="uses no text"):
         calibration_tokens(source, CalibrationOptions("gain"), cpu)
 

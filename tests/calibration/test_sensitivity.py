@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from ranking import rank_correlation
+from second_order import loss_increase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.calibration import sensitivity
-from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.self_text import draw
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError

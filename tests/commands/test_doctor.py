@@ -12,6 +12,7 @@ import pytest
 from rk_export.commands import doctor, environment_probes
 from rk_export.commands.doctor import Check, Diagnosis, Status, diagnose
 from rk_export.commands.environment_probes import Trial, try_out
+from rk_export.report.table import plain_text
 
 GPU = {"build": "onnxruntime-gpu", "version": "1.31.1"}
 CPU = {"build": "onnxruntime", "version": "1.32.0"}
@@ -149,7 +150,7 @@ def test_table_and_json_tell_the_same() -> None:
         "why": "too old",
         "fix": "pip install gguf",
     }
-    assert diagnosis.table().splitlines()[-3:] == [
+    assert plain_text(diagnosis.blocks()).splitlines()[-3:] == [
         "PROBLEM: gguf: 0.1",
         "  why: too old",
         "  fix: pip install gguf",

@@ -54,10 +54,9 @@ def test_every_form_keeps_parity(llama: Path, tmp_path: Path, form: str) -> None
 def test_bundle_computes_what_the_checkpoint_computes(
     llama: Path, tmp_path: Path, tolerance: dict[str, float], device: str, ep: Any
 ) -> None:
-    options = tiny_options(ep=ep, device=device, accuracy_level=0)
-    report = compress(
-        llama, tmp_path / "out", options, checkpoint=tmp_path / "checkpoint", run=Run(threads=1)
-    )
+    options = tiny_options(ep=ep, accuracy_level=0)
+    run = Run(device, threads=1)
+    report = compress(llama, tmp_path / "out", options, checkpoint=tmp_path / "checkpoint", run=run)
     provider: Any = "cuda" if ep == "cuda" and cuda_obstacle() is None else "cpu"
     noticed = any("not on CUDA" in notice for notice in report.notices)
     assert noticed == (ep == "cuda" and provider == "cpu")

@@ -14,12 +14,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from mobius.components import Linear
 from rope_configs import LINEAR, LLAMA3, LONGROPE, YARN
 from tiny_models import DECODERS, FAMILIES, tiny_config, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.graph.dense.frontend import build_module, check_supported, linear_class, rename_weights, trace
+from rk_export.graph.dense.frontend import build_module, check_supported, rename_weights, trace
 from rk_export.model.families import architecture_of
 
 Array = npt.NDArray[Any]
@@ -259,7 +260,7 @@ def test_projections_are_linears_of_the_same_shape_in_the_module_tree(family: st
         architecture.canonicalize(layer)
         for projection in architecture.projections(model.config, index):
             linear = modules[f"{architecture.onnx_layers}.{index}.{projection.onnx_path}"]
-            assert isinstance(linear, linear_class())
+            assert isinstance(linear, Linear)
             assert tuple(linear.weight.shape) == tuple(layer.get_submodule(projection.path).weight.shape)
 
 

@@ -38,6 +38,7 @@ def options(form: str) -> Any:
     forms: dict[str, dict[str, Any]] = {
         "dense": {},
         "joint": {"groups": ("qk",), "rank": RANK_8},
+        "all three": {"groups": ("qkv",), "rank": RANK_8},
         "per-head": {"groups": ("qk",), "rank": RANK_8, "qk": "per-head"},
     }
     return floats(**{"quant": W8A8, **forms[form]})
@@ -56,8 +57,15 @@ def level_0(model: OnnxModel, ids: Tensor) -> Tensor:
     return model.run(ids)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["dense", "joint", "per-head"])
+@pytest.mark.parametrize(
+    ("form", "family"),
+    [
+        (form, family)
+        for form in ("dense", "joint", "per-head", "all three")
+        for family in FAMILIES
+        if (form, family) != ("all three", "bert")  # its v is of another group
+    ],
+)
 def test_onnx_computes_what_pytorch_computes(
     source_of: SourceOf, tmp_path: Path, family: str, form: str
 ) -> None:
@@ -92,6 +100,15 @@ def test_a_shared_input_is_quantized_once_and_products_are_of_the_fast_kind(
     assert inputs == counts["QuantizeLinear"] == 4 * layers  # attention, o, mlp, down
     assert products == counts["MatMulIntegerToFloat"] == 5 * layers  # q, k and v are one
     assert counts["DynamicQuantizeMatMul"] == counts["Split"] == 0
+
+
+def test_attention_takes_the_three_up_projections_of_one_pair_as_one(
+    source_of: SourceOf, tmp_path: Path
+) -> None:
+    source = source_of("qwen2")
+    model = OnnxModel(compress(source, options("all three")), tmp_path)
+    for pattern in ("packed projections", "packed query, key and value"):
+        assert model.fusion(pattern).found == source.layer_count
 
 
 def test_formats_mix_in_one_graph(source_of: SourceOf, tmp_path: Path) -> None:

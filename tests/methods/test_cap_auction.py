@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from second_order import loss_increase
 from sparse_plans import cost_of
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics, Place
 from rk_export.errors import InputError
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda

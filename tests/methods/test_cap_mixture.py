@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from second_order import loss_increase
 from sparse_plans import cost_of
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, loss_increase
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap import mixture as cap_mixture

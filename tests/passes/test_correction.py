@@ -102,7 +102,7 @@ def corrected_model(source: ModelSource, members: tuple[str, ...]) -> Rewritten:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])  # olmo2: norms right behind q, k, o and down
 @pytest.mark.parametrize("members", [("q",), ("q", "k", "v"), ("o", "gate", "up", "down")], ids="-".join)
 def test_the_graph_equals_pytorch(
     source_of: SourceOf, tmp_path: Path, family: str, members: tuple[str, ...]

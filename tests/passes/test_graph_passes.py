@@ -11,11 +11,12 @@ import onnxruntime as ort
 import pytest
 
 from rk_export.errors import FusionError
-from rk_export.passes.base import run_graph_passes
 from rk_export.passes.graph.attention_mask import ATTENTION_BIAS, SEQLENS_K, TOTAL_LENGTH, AttentionMask
+from rk_export.passes.graph.base import run_graph_passes
 from rk_export.passes.graph.logits_start import LogitsStart
 from rk_export.passes.graph.nodes import MICROSOFT, Mark, concatenated, constant, mark
-from rk_export.passes.graph.packed_projections import PackedAttention, PackedProjections
+from rk_export.passes.graph.packed_attention import PackedAttention
+from rk_export.passes.graph.packed_projections import PackedProjections
 from rk_export.passes.graph.positions import PositionsFromMask
 from rk_export.report.records import Fusion
 
@@ -280,7 +281,7 @@ def test_the_packed_projection_feeds_attention_directly() -> None:
     _, node = attention(graph)
     feeds = {"packed": X[:1, :, :].repeat(2, axis=2), **empty_past(1)}
     expected = graph.run(**feeds)
-    fusion = PackedAttention(1).call(graph.model)
+    fusion = PackedAttention(1)(graph.model).fusion
     assert (fusion.found, fusion.reason) == (1, "")
     assert graph.ops() == ["GroupQueryAttention"]
     assert node.inputs[1] is None
@@ -302,10 +303,21 @@ def test_attention_on_anything_else_keeps_its_split(change: dict[str, Any]) -> N
     graph = Graph()
     attention(graph, **change)
     before = graph.ops()
-    assert PackedAttention(0).call(graph.model) == Fusion("packed query, key and value", 0, 0)
+    assert PackedAttention(0)(graph.model).fusion == Fusion("packed query, key and value", 0, 0)
     assert_unchanged(graph, before)
     with pytest.raises(FusionError, match="exactly q, k, v"):
         run_graph_passes([PackedAttention(1)], graph.model)
+
+
+def test_a_split_that_somebody_else_reads_stays() -> None:
+    graph = Graph()
+    split, _ = attention(graph)
+    graph.output(graph.node("Identity", [split.outputs[0]]).outputs[0])
+    before = graph.ops()
+    assert PackedAttention()(graph.model).fusion.found == 0
+    assert_unchanged(graph, before)
+    with pytest.raises(FusionError, match="exactly q, k, v"):
+        PackedAttention(1)(graph.model)
 
 
 def masked_graph() -> tuple[Graph, ir.Node]:
@@ -339,9 +351,29 @@ def test_an_attention_of_another_operator_is_a_miss() -> None:
     graph.input("attention_mask", ["batch", "total"], INT64)
     attention(graph, domain="elsewhere")
     before = graph.ops()
-    with pytest.raises(FusionError, match="an attention layer is not GroupQueryAttention"):
+    with pytest.raises(FusionError, match="an attention layer must be GroupQueryAttention"):
         run_graph_passes([AttentionMask(1)], graph.model)
     assert_unchanged(graph, before)
+
+
+def test_attention_with_a_bias_of_its_own_is_a_miss() -> None:
+    graph, node = masked_graph()
+    bias = graph.input("bias", ["batch", 1, "length", "total"])
+    node.resize_inputs(ATTENTION_BIAS + 1)
+    node.replace_input_with(ATTENTION_BIAS, bias)
+    before = graph.ops()
+    assert AttentionMask()(graph.model).fusion.found == 0
+    with pytest.raises(FusionError, match="no bias of its own"):
+        AttentionMask(1)(graph.model)
+    assert_unchanged(graph, before)
+    assert node.inputs[ATTENTION_BIAS] is bias
+
+
+def test_a_graph_without_a_mask_is_a_miss() -> None:
+    graph = Graph()
+    attention(graph)
+    with pytest.raises(FusionError, match="inputs input_ids and attention_mask"):
+        AttentionMask(1)(graph.model)
 
 
 def positions_graph(used: bool = True) -> Graph:
@@ -378,7 +410,7 @@ def test_positions_count_the_attended_tokens(
 
 def test_unused_positions_are_dropped_and_a_planned_miss_is_an_error() -> None:
     graph = positions_graph(used=False)
-    assert PositionsFromMask(0).call(graph.model) == Fusion("positions from the mask", 0, 0)
+    assert PositionsFromMask(0)(graph.model).fusion == Fusion("positions from the mask", 0, 0)
     assert [value.name for value in graph.graph.inputs] == ["input_ids", "attention_mask"]
     assert graph.ops() == ["Identity"]
     with pytest.raises(FusionError, match="the graph uses no position_ids"):
@@ -402,7 +434,7 @@ def test_logits_start_defaults_to_every_position() -> None:
 def test_a_graph_without_a_marked_head_is_a_miss() -> None:
     graph = Graph()
     graph.output(graph.matmul(graph.input("hidden", ["batch", "length", 32]), "other", 5, "layers.0.q"))
-    assert LogitsStart(0).call(graph.model).found == 0
+    assert LogitsStart(0)(graph.model).fusion.found == 0
     with pytest.raises(FusionError, match="no node is marked as lm_head"):
         run_graph_passes([LogitsStart(1)], graph.model)
     assert graph.ops() == ["MatMul"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from second_order import loss_increase
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import loss_increase
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, largest, mixture_losses, refitted

@@ -329,7 +329,7 @@ def test_the_finding_says_what_was_done(source_of: SourceOf) -> None:
     ("changes", "where"),
     [
         ({"steps": 0}, "--heal"),
-        ({"batch_tokens": 1}, "batch_tokens"),
+        ({"batch_tokens": 1}, "heal"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"temperature": -1.0}, "temperature"),

@@ -78,7 +78,7 @@ def test_result_is_json_and_a_table(clock: Clock) -> None:
     loaded = json.loads(json.dumps(result.to_json()))
     assert loaded["rows"][1]["name"] == "two"
     assert loaded["rows"][0]["decode_median"] == result.rows[0].decode_median
-    lines = result.table().splitlines()
+    lines = result.table().text().splitlines()
     assert len(lines) == 3
     assert "1.00" in lines[1]
 

@@ -1,1 +1,1 @@
-"""The dense graph; the only folder that imports mobius."""
+"""The dense graph of every family, built from mobius' components; the only package that imports mobius."""

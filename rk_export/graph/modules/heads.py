@@ -6,15 +6,18 @@ dimensions are filled with zeros, which pass through attention as zeros.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import onnx_ir as ir
 from onnxscript import OpBuilder
-from onnxscript import nn as onn
 from torch import nn
 
+from rk_export.graph.modules.base import ExportModule
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 
 
-class PaddedProjection(onn.Module):
+class PaddedProjection(ExportModule):
     """A projection, then zeros for the heads and dimensions that are not there.
 
     Args:
@@ -22,9 +25,12 @@ class PaddedProjection(onn.Module):
         slots: Where its heads stand.
     """
 
-    def __init__(self, projection: onn.Module, slots: HeadSlots) -> None:
+    def __init__(self, projection: ExportModule, slots: HeadSlots) -> None:
         super().__init__()
         self.linear, self._slots = projection, slots
+
+    def products(self, source: Hashable) -> tuple[Product, ...]:
+        return inner(self.linear.products(source))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         slots, y = self._slots, self.linear(op, x)
@@ -38,7 +44,7 @@ class PaddedProjection(onn.Module):
         return joined
 
 
-class SlicedProjection(onn.Module):
+class SlicedProjection(ExportModule):
     """The heads and dimensions that are there, then a projection.
 
     Args:
@@ -46,9 +52,12 @@ class SlicedProjection(onn.Module):
         slots: Where its heads stand.
     """
 
-    def __init__(self, projection: onn.Module, slots: HeadSlots) -> None:
+    def __init__(self, projection: ExportModule, slots: HeadSlots) -> None:
         super().__init__()
         self.linear, self._slots = projection, slots
+
+    def products(self, source: Hashable) -> tuple[Product, ...]:
+        return self.linear.products((source, "sliced"))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         slots = self._slots
@@ -62,7 +71,7 @@ class SlicedProjection(onn.Module):
         return y
 
 
-def in_slots(module: nn.Module, projection: onn.Module) -> onn.Module:
+def in_slots(module: nn.Module, projection: ExportModule) -> ExportModule:
     """Return a projection in the padding or slicing that its PyTorch module has, or as it is."""
     if isinstance(module, PaddedHeads):
         return PaddedProjection(projection, module.slots)

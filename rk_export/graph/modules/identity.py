@@ -8,15 +8,20 @@ axis, but whole rows along an inner one.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
-from onnxscript import nn as onn
 from torch import Tensor
 
-from rk_export.graph.modules.projections import Bound, projection
+from rk_export.graph.modules.base import ExportModule, Pattern
+from rk_export.graph.modules.bound import Bound
+from rk_export.graph.modules.factors import SHARED_DOWN
+from rk_export.graph.modules.projections import projection
 from rk_export.passes.graph.nodes import DOWN, UP, Mark, mark
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.factors import IdentityFactors
 
 # A member of more stretches is gathered.
@@ -45,8 +50,7 @@ class GatheredRows(Bound):
 
     def __init__(self, order: Tensor) -> None:
         super().__init__()
-        self.order = onn.Parameter(tuple(order.shape), dtype=ir.DataType.INT32)
-        self.sources.append((self.order, lambda: order))
+        self.order = self.bind(tuple(order.shape), lambda: order, ir.DataType.INT32)
 
     def forward(self, op: OpBuilder, rows: ir.Value) -> ir.Value:
         y: ir.Value = op.Transpose(op.Gather(rows, self.order, axis=1), perm=[0, 2, 1])
@@ -69,7 +73,7 @@ class Bias(Bound):
         return total
 
 
-class PivotFactors(onn.Module):
+class PivotFactors(ExportModule):
     """The identity form that the members of a site share.
 
     Args:
@@ -93,6 +97,15 @@ class PivotFactors(onn.Module):
             if (bias := factors.bias(role)) is not None:
                 setattr(self, f"bias_{role}", Bias(bias))
         self._emitted: dict[int, _Emitted] = {}
+
+    def emits(self) -> Counter[Pattern]:
+        return Counter({SHARED_DOWN: 1})
+
+    def products_of(self, role: str, source: Hashable) -> tuple[Product, ...]:
+        """Return the products of a member: every member reads both."""
+        del role
+        behind_down = (source, self._mark.site, DOWN)
+        return inner((*self.down.products(source), *self.rest.products(behind_down)))
 
     def member(self, op: OpBuilder, role: str, x: ir.Value) -> ir.Value:
         """Emit one member; what the members share is emitted once for each input value."""

@@ -6,18 +6,22 @@ the graph pass `TokenScales` gives every token its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Hashable
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
-from onnxscript import nn as onn
-from torch import Tensor
 
+from rk_export.graph.modules.base import Pattern, operators
+from rk_export.graph.modules.bound import Bound
 from rk_export.passes.graph.nodes import MICROSOFT, Mark, mark
+from rk_export.passes.graph.packing import INT8_PRODUCT, MatrixFormat, Product
 from rk_export.passes.modules.quantized import Int8Linear
 
+INT8_MATRICES = operators("int8 matrices", MICROSOFT, INT8_PRODUCT)
 
-class Int8Projection(onn.Module):
+
+class Int8Projection(Bound):
     """DynamicQuantizeMatMul with int8 codes stored as (in, out), plus bias.
 
     Args:
@@ -28,21 +32,22 @@ class Int8Projection(onn.Module):
     def __init__(self, linear: Int8Linear, site: Mark) -> None:
         super().__init__()
         self._site = site
-        self.sources: list[tuple[onn.Parameter, Callable[[], Tensor]]] = []
         columns, rows = linear.in_features, linear.out_features
         self._rows = rows
-        self.codes = self._bind((columns, rows), lambda: linear.codes.T, ir.DataType.INT8)
-        self.scales = self._bind((rows,), lambda: linear.scales)
+        self.codes = self.bind((columns, rows), lambda: linear.codes.T, ir.DataType.INT8)
+        self.scales = self.bind((rows,), lambda: linear.scales)
         self.bias = None
         if (bias := linear.bias) is not None:
-            self.bias = self._bind((rows,), lambda: bias)
+            self.bias = self.bind((rows,), lambda: bias)
 
-    def _bind(
-        self, shape: tuple[int, ...], tensor: Callable[[], Tensor], dtype: ir.DataType = ir.DataType.FLOAT
-    ) -> onn.Parameter:
-        parameter = onn.Parameter(shape, dtype=dtype)
-        self.sources.append((parameter, tensor))
-        return parameter
+    def emits(self) -> Counter[Pattern]:
+        return Counter({INT8_MATRICES: 1})
+
+    def products(self, source: Hashable) -> tuple[Product, ...]:
+        stored = MatrixFormat(
+            INT8_PRODUCT, (self.codes.dtype, self.scales.dtype), has_bias=self.bias is not None
+        )
+        return (Product(source, self._site.site, self._site.part, stored),)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         y: ir.Value = op.DynamicQuantizeMatMul(x, self.codes, self.scales, _domain=MICROSOFT)

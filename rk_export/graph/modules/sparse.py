@@ -8,13 +8,18 @@ runtime folds them into one dense matrix when it loads the graph: the file is sm
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable
+
 import onnx_ir as ir
 from onnxscript import OpBuilder
-from onnxscript import nn as onn
 from torch import Tensor
 
-from rk_export.graph.modules.projections import Bound
-from rk_export.passes.graph.nodes import Mark, mark
+from rk_export.graph.modules.base import ExportModule, Pattern
+from rk_export.graph.modules.bound import Bound
+from rk_export.graph.modules.projections import UINT8
+from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY, Mark, mark
+from rk_export.passes.graph.packing import Product, inner
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import SplitColumns, split_columns
@@ -23,6 +28,16 @@ from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 # Parts of the sparse matrix, followed by the role.
 COLUMNS, ENTRIES = "sparse_columns_", "sparse_entries_"
 _INDEX_BYTES = 4
+
+
+def _sparse_sites(graph: ir.Graph) -> int:
+    """Count the sites that have a product with a part of a sparse matrix."""
+    parts = (COLUMNS, ENTRIES)
+    nodes = (node for node in graph if node.metadata_props.get(PART_KEY, "").startswith(parts))
+    return len({node.metadata_props[SITE_KEY] for node in nodes})
+
+
+SPARSE = Pattern("sparse matrices", _sparse_sites)
 
 
 class SparseProjection(Bound):
@@ -36,7 +51,7 @@ class SparseProjection(Bound):
     """
 
     def __init__(
-        self, module: SparseSum, low_rank: onn.Module | None, site: Mark, dtype: ir.DataType
+        self, module: SparseSum, low_rank: ExportModule | None, site: Mark, dtype: ir.DataType
     ) -> None:
         super().__init__()
         self.low_rank = low_rank
@@ -48,6 +63,13 @@ class SparseProjection(Bound):
         if (bias := module.bias) is not None:
             self.bias = self.bind(tuple(bias.shape), lambda: bias)
         self._shape = shape
+
+    def emits(self) -> Counter[Pattern]:
+        return Counter({SPARSE: int(self.columns is not None or self.entries is not None)})
+
+    def products(self, source: Hashable) -> tuple[Product, ...]:
+        """Return those of the low rank: the sparse matrix is no initializer that could be stacked."""
+        return () if self.low_rank is None else inner(self.low_rank.products(source))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         parts = [part(op, x) for part in (self.low_rank, self.columns, self.entries) if part is not None]
@@ -80,8 +102,7 @@ class _Half(Bound):
 
     def bind_half(self, values: Tensor, dtype: ir.DataType) -> None:
         self._dtype = dtype
-        self.values = onn.Parameter(tuple(values.shape), dtype=ir.DataType.FLOAT16)
-        self.sources.append((self.values, lambda: values))
+        self.values = self.bind(tuple(values.shape), lambda: values, ir.DataType.FLOAT16)
 
     def widened(self, op: OpBuilder) -> ir.Value:
         """Emit the values in the graph's float type."""
@@ -99,8 +120,7 @@ class _Columns(_Half):
         super().__init__()
         self._site = Mark(site.site, COLUMNS + site.part)
         self.bind_half(split.weights.T.contiguous(), dtype)
-        self.places = onn.Parameter((len(split.columns),), dtype=ir.DataType.INT32)
-        self.sources.append((self.places, lambda: split.columns))
+        self.places = self.bind((len(split.columns),), lambda: split.columns, ir.DataType.INT32)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         read = op.Gather(x, self.places, axis=-1)
@@ -118,7 +138,7 @@ class _Entries(_Half):
         places, order = ((indices % columns) * rows + indices // columns).sort()  # those of the transpose
         gaps, values = encode_gaps(places, split.values[order])
         self.bind_half(values, dtype)
-        self.gaps = self.bind(tuple(gaps.shape), lambda: gaps, packed=True)
+        self.gaps = self.bind(tuple(gaps.shape), lambda: gaps, UINT8)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         places = op.CumSum(op.Cast(self.gaps, to=int(ir.DataType.INT64)), op.Constant(value_int=0))

@@ -7,7 +7,6 @@ directions are dropped. What comes out are plain matrices of known rank: a facto
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +27,12 @@ from rk_export.model.sites import canonical_layers
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
+from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.stored import ModelSource
 from rk_export.training.distillation import Head
 from rk_export.training.loop import check_tokens
 from rk_export.training.state import StateFile, run_fingerprint
-
-logger = logging.getLogger(__name__)
 
 _MOMENT_TOKENS = 16_384  # of the text, for whitened directions
 
@@ -177,10 +175,8 @@ def _decompose(
     generator = torch.Generator().manual_seed(options.seed)
     modules: dict[Site, BasisLinear] = {}
     model.requires_grad_(False)
-    for index, item in _projections(source):
+    for index, item in track(list(_projections(source)), "singular directions, matrices"):
         path = f"{source.architecture.layers}.{index}.{item.path}"
-        if not any(layer == index for layer, _ in modules):
-            logger.info("singular directions: layer %d of %d", index + 1, source.layer_count)
         linear = cast(nn.Linear, model.get_submodule(path))
         metric = Metric.of(inputs[index, item.path].to(linear.weight.device)) if inputs else None
         modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype, metric)

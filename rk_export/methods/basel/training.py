@@ -94,7 +94,7 @@ class BasisTraining(Training):
         if self.step == self._options.steps and self._options.tune:
             self._thaw()
 
-    def _progress(self, tokens_per_second: float) -> str:
+    def _note(self, tokens_per_second: float) -> str:
         return f"pairs hold {self.share:.3f} of the linear layers"
 
     def _backward(self, rows: list[int], share: float) -> float:

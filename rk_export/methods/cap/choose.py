@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
@@ -30,8 +29,6 @@ from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import ModelSource
-
-logger = logging.getLogger(__name__)
 
 
 def cap_parts(

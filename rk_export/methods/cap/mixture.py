@@ -25,6 +25,7 @@ from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
+from rk_export.progress import track
 from rk_export.source.stored import ModelSource, loaded_layers
 from rk_export.tensor_cache import packed, remembered, unpacked
 
@@ -80,7 +81,9 @@ def offered_mixtures(
     """
     check_source(source, "cap")
     offered: dict[Place, Mixtures] = {}
-    for layer in _matrices(source, statistics, device):
+    for layer in track(
+        _matrices(source, statistics, device), "offering mixtures, layers", source.layer_count
+    ):
         known = layer.remembered("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
         for name, W in layer.weights.items():
             offered[layer.index, name] = Mixtures((W.shape[0], W.shape[1]), *unpacked(known, name, _OFFERED))
@@ -145,7 +148,7 @@ def mixture_selection(
         for (place, mixtures), index in zip(offered.items(), choice.taken, strict=True)
     }
     parts: dict[Place, Parts] = {}
-    for layer in _matrices(source, statistics, device):
+    for layer in track(_matrices(source, statistics, device), "fitting mixtures, layers", source.layer_count):
         here = {name: bought[layer.index, name] for name in layer.weights}
         known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, bought=here)
         for name in here:
@@ -209,7 +212,6 @@ class _Matrices:
         """Return what is made of every matrix, or was made of it in an earlier run, packed by its fields."""
 
         def made() -> Mapping[str, Tensor]:
-            logger.info("%s: layer %d", kind, self.index + 1)
             return packed({name: make(name, W, sides) for name, W, sides in self.sides()}, fields)
 
         return remembered(f"cap-{kind}", self.key(**more), made, cache_dir)

@@ -21,7 +21,6 @@ What the paper leaves open is settled here:
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -38,11 +37,10 @@ from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices
 from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
+from rk_export.progress import stage
 from rk_export.source.fingerprints import model_fingerprint
 from rk_export.source.stored import ModelSource
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
-
-logger = logging.getLogger(__name__)
 
 # Of the first probabilities, in nats of worth. SmolLM2 at one half: masks drawn at 0.5, 0.15 and 0.05 lose 3.5, 2.9
 # and 2.7 nats, as much as the top-K at last; at 0.15 every ninth candidate is in doubt.
@@ -171,24 +169,18 @@ class _Search:
         start = [self._loss(batch) for batch in self._batches]
         s, losses = state.probabilities.to(self._device), list(state.losses)
         steps, window = self._options.steps, self._options.window
-        for step in range(len(losses), steps):
-            turn = step % len(self._batches)
-            mask = self._draw(s, step)
-            loss = self._loss(self._batches[turn]) - start[turn]
-            advantage = loss - sum(losses[-window:]) / len(losses[-window:]) if losses else 0.0
-            losses.append(loss)
-            reinforce(s, mask, self._options.learning_rate * advantage)
-            s, multiplier = project_to_budget(s, self._prices, self._budget)
-            logger.info(
-                "policy: step %d of %d, loss %+.4f, advantage %+.4f, λ %.1e",
-                step + 1,
-                steps,
-                loss,
-                advantage,
-                multiplier,
-            )
-            if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
-                _keep(path, s, losses)
+        with stage("policy steps", steps, done=len(losses)) as bar:
+            for step in range(len(losses), steps):
+                turn = step % len(self._batches)
+                mask = self._draw(s, step)
+                loss = self._loss(self._batches[turn]) - start[turn]
+                advantage = loss - sum(losses[-window:]) / len(losses[-window:]) if losses else 0.0
+                losses.append(loss)
+                reinforce(s, mask, self._options.learning_rate * advantage)
+                s, multiplier = project_to_budget(s, self._prices, self._budget)
+                bar.advance(note=f"loss {loss:+.4f}, advantage {advantage:+.4f}, λ {multiplier:.1e}")
+                if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
+                    _keep(path, s, losses)
         return Learned(s.cpu(), tuple(losses))
 
     def _draw(self, s: Tensor, step: int) -> Tensor:

@@ -8,7 +8,6 @@ matrix, the directions of a matrix before its entries.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
+from rk_export.progress import track
 from rk_export.source.stored import ModelSource, loaded_layers
 from rk_export.tensor_cache import packed, remembered, unpacked
-
-logger = logging.getLogger(__name__)
 
 CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more are not kept on disk
 # What a dense parameter becomes in the pools at most, by measurement: 8 bytes of an entry, and factors.
@@ -117,7 +115,9 @@ def make_pools(
     parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
     keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
     pools: dict[Place, Pool] = {}
-    for layer in loaded_layers(source):
+    for layer in track(
+        loaded_layers(source), "splitting layers into low rank and sparse", source.layer_count
+    ):
         paths = [item.path for item in source.architecture.projections(source.config, layer.index)]
         make = partial(_packed_pools, layer, paths, iterations, device)
         known = remembered("cap-pools", _key(layer, paths, iterations), make, cache_dir, keep=keep)
@@ -139,7 +139,6 @@ def _key(layer: Layer, paths: list[str], iterations: int) -> dict[str, object]:
 
 
 def _packed_pools(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:
-    logger.info("low rank and sparse: layer %d", layer.index + 1)
     made = dict(_layer_pools(layer, paths, iterations, device))
     residuals = {f"{name}|residual": torch.tensor(pool.residual) for name, pool in made.items()}
     return packed({name: pool.parts for name, pool in made.items()}, _FIELDS) | residuals

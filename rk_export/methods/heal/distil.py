@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.device import CPU, matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.methods.heal.options import TRAINABLE, HealOptions
 from rk_export.methods.heal.shared_products import shared_products
@@ -49,7 +49,7 @@ def heal(
     tokens: Tensor,
     options: HealOptions,
     *,
-    device: torch.device,
+    device: torch.device = CPU,
     state: Path | None = None,
 ) -> HealResult:
     """Train a compressed model towards its dense one, in place.

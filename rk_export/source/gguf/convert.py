@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.folders import AtomicFolder, check_free_space
+from rk_export.progress import track
 from rk_export.source.gguf.config import config_of
 from rk_export.source.gguf.families import Family, family_of
 from rk_export.source.gguf.file import GgufFile, open_gguf
@@ -132,14 +133,5 @@ def _stream_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as handle:
         handle.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in _progress(list(shapes)):
+        for name in track(shapes, "dequantizing tensors"):
             handle.write(tensor_of(name).contiguous().view(torch.uint8).numpy().data)
-
-
-def _progress(names: list[str]) -> Iterator[str]:
-    """Yield the names, logging every tenth part."""
-    step = max(1, len(names) // 10)
-    for done, name in enumerate(names):
-        if done % step == 0:
-            logger.info("dequantizing: tensor %d of %d", done + 1, len(names))
-        yield name

@@ -1,0 +1,166 @@
+"""How the library is built, in figures: modules and lines, import layers, the widest module, what a method touches.
+
+    python tests/measure_structure.py                  measures this tree and adds it to the results
+    python tests/measure_structure.py --tree OLDER --name before    another checkout, as it stands
+
+Writes ``docs/results/structure.json``, one entry a tree, and the tables of ``structure.md`` from it. What one run reads
+and builds is counted by ``tests/run_counts.py``; times are those of the commands that the page names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "structure.json"
+FOLDERS = {"rk_export": "rk_export", "passes": "rk_export.passes", "runtime": "rk_export.runtime"}
+
+
+class Tree:
+    """The library's modules of one checkout, and what they import of each other.
+
+    Args:
+        root: The checkout.
+    """
+
+    def __init__(self, root: Path) -> None:
+        paths = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))]
+        self.paths = {self._name(root, path): path for path in paths}
+        self.trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in self.paths.items()}
+
+    @staticmethod
+    def _name(root: Path, path: Path) -> str:
+        folder, *parts = path.relative_to(root).with_suffix("").parts
+        return ".".join([FOLDERS[folder], *(part for part in parts if part != "__init__")])
+
+    @cache  # noqa: B019  a tree lives as long as the script
+    def imports(self, name: str) -> frozenset[str]:
+        """Return the modules of ours that a module imports, those inside functions included."""
+        found: set[str] = set()
+        for node in executed(self.trees[name]):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & self.paths.keys()
+                found |= inner or {str(node.module)}
+        return frozenset(found & self.paths.keys() - {name})
+
+    def lines(self, name: str) -> int:
+        """Return the lines of a module."""
+        return len(self.paths[name].read_text(encoding="utf-8").splitlines())
+
+
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree without what only type checkers run."""
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from executed(child)
+
+
+def folder_of(name: str) -> str:
+    """Return the folder below the library that a module lies in; modules beside them stand for themselves."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def layers(graph: dict[str, set[str]]) -> int | None:
+    """Return the length of the longest chain of imports; None where imports run in a circle."""
+    depth: dict[str, int] = {}
+    try:
+        for node in TopologicalSorter(graph).static_order():
+            depth[node] = 1 + max((depth[other] for other in graph.get(node, ())), default=0)
+    except ValueError:
+        return None
+    return max(depth.values())
+
+
+def longest(tree: Tree) -> list[int]:
+    """Return the lines of every function, ascending."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return sorted(
+        node.end_lineno - node.lineno + 1
+        for module in tree.trees.values()
+        for node in ast.walk(module)
+        if isinstance(node, functions) and node.end_lineno is not None
+    )
+
+
+def measure(root: Path) -> dict[str, Any]:
+    """Return the figures of one checkout."""
+    tree = Tree(root)
+    modules = {name: set(tree.imports(name)) for name in tree.paths}
+    packages: dict[str, set[str]] = {folder_of(name): set() for name in modules}
+    for name, others in modules.items():
+        packages[folder_of(name)] |= {folder_of(other) for other in others} - {folder_of(name)}
+    lines, functions = {name: tree.lines(name) for name in modules}, longest(tree)
+    widest = max(modules, key=lambda name: len(modules[name]))
+    return {
+        "commit": _git(root, "rev-parse", "--short", "HEAD"),
+        "modules": len(modules),
+        "lines": sum(lines.values()),
+        "lines of a module, median and largest": [median(lines.values()), max(lines.values())],
+        "lines of a function, median and largest": [median(functions), functions[-1]],
+        "modules by folder": dict(sorted(Counter(_home(tree, name) for name in modules).items())),
+        "import layers of modules": layers(modules),
+        "import layers of folders": layers(packages),
+        "widest module": [widest.removeprefix("rk_export."), len(modules[widest])],
+        "modules that name a method": method_files(tree),
+    }
+
+
+def _home(tree: Tree, name: str) -> str:
+    """Return the folder at the top that a module lies in; a module beside the folders lies in the library itself."""
+    return "rk_export itself" if tree.paths[name].parent.name == "rk_export" else folder_of(name)
+
+
+def method_files(tree: Tree) -> int:
+    """Return how many modules outside the methods' own say basel or cap in their code: what a new method touches."""
+    own = ("rk_export.methods.", "rk_export.basis_", "rk_export.cap", "rk_export.passes.numerics")
+    words = {"basel", "cap"}
+    return sum(
+        bool(words & set(_words(module)))
+        for name, module in tree.trees.items()
+        if not name.startswith(own) and name != "rk_export.methods"
+    )
+
+
+def _words(module: ast.Module) -> set[str]:
+    fields = ("id", "attr", "arg")
+    named = {getattr(node, field, None) for node in ast.walk(module) for field in fields}
+    said = {node.value for node in ast.walk(module) if isinstance(node, ast.Constant)}
+    return {word for word in named | {text for text in said if isinstance(text, str)} if word}
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def main() -> int:
+    """Measure one tree and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout (default: this one)")
+    parser.add_argument("--name", default="after", help="name of its entry (default after)")
+    args = parser.parse_args()
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    found[args.name] = {**found.get(args.name, {}), **measure(args.tree)}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    json.dump(found[args.name], sys.stdout, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
