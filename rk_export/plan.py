@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rk_export.atomic import atomic_file
 from rk_export.errors import FieldError, InputError
 from rk_export.json_codec import Float, from_json, load_json, to_json
+from rk_export.matrix_id import MatrixId
 from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 
@@ -51,6 +52,11 @@ class SitePlan:
     runner_up: str = ""
     entries: int = 0
     carried: bool = False
+
+    @property
+    def matrices(self) -> tuple[MatrixId, ...]:
+        """The members' matrices."""
+        return tuple(MatrixId(self.layer, path) for path in self.paths)
 
     def __post_init__(self) -> None:
         if self.form not in ("dense", "joint", "per_head", "identity", "sparse"):

@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 CACHE = Path("~/.cache/rk-export")
 
 
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the cache's folder; ``~/.cache/rk-export`` when None."""
+    return Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
+
+
 def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return where the tensors of a key lie; nothing is read or written.
 
@@ -29,9 +34,14 @@ def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[s
         key: All that the tensors depend on, JSON-ready.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
-    root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return root / kind / f"{digest[:32]}.safetensors"
+    return cache_root(cache_dir) / kind / f"{digest[:32]}.safetensors"
+
+
+def text_key(tokens: Tensor) -> dict[str, Any]:
+    """Return what a text (sequences, length) is known by in keys."""
+    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest()
+    return {"text": digest, "shape": list(tokens.shape)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:

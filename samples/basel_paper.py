@@ -47,8 +47,8 @@ from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
+from rk_export.source.replaced import Replaced
 from rk_export.source.stored import open_source
-from rk_export.source.tuned import TunedSource
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -180,7 +180,7 @@ class Comparison:
         rank = RankRule("keep", keep)
         selection = select_basis(source, tokens, rank, options, device=self.device, state=state)
         details = selection.finding.details or {}
-        model = TunedSource(source, selection.tensors).load()
+        model = source.then(Replaced(selection.tensors)).load()
         wanted_details = ("kept", "steps", "tokens", "new_basis", "smallest_rank", "largest_rank", "dense")
         return {
             **{name: details[name] for name in wanted_details if name in details},

@@ -32,13 +32,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, EvalText
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.cli.main import quiet_libraries
 from rk_export.evaluation.measure import perplexity_of
 from rk_export.folders import library_versions
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.choose import most_probable
@@ -56,7 +57,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 from rk_export.planning.planner import make_plan
 from rk_export.report.svg import new_figure, save_figure, styled
 from rk_export.rewrite.apply import rewrite
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 logger = logging.getLogger("cap_paper")
 
@@ -103,7 +104,7 @@ class Workshop:
         device: Where matrices are split and the model runs.
     """
 
-    source: ModelSource
+    source: StoredModel
     calibration: CalibrationOptions
     options: CapOptions
     text: EvalText
@@ -119,8 +120,7 @@ class Workshop:
         """Curvature of the dense model on the calibration text."""
         half = self.calibration.tokens // 2
         return dense_statistics(
-            self.source.load(),
-            self.source.architecture,
+            self.source,
             self.tokens,
             diagonal=False,
             device=self.device,
@@ -137,7 +137,7 @@ class Workshop:
         return amount_of(self.source, Budget("keep", keep))[0]
 
     @cached_property
-    def mixtures(self) -> dict[Place, Mixtures]:
+    def mixtures(self) -> dict[MatrixId, Mixtures]:
         """What every matrix may become in our auction."""
         return offered_mixtures(self.source, self.statistics, self.device)
 
@@ -161,7 +161,7 @@ class Workshop:
             device=self.device,
         )
 
-    def choice(self, method: str, keep: float) -> Mapping[Place, Parts]:
+    def choice(self, method: str, keep: float) -> Mapping[MatrixId, Parts]:
         """Return what replaces the matrices."""
         if method == WHOLE:
             return {place: pool.parts for place, pool in self.pools.items()}
@@ -233,7 +233,7 @@ class Workshop:
             "seconds": round(time.perf_counter() - start, 1),
         }
 
-    def _facts(self, parts: Mapping[Place, Parts]) -> Record:
+    def _facts(self, parts: Mapping[MatrixId, Parts]) -> Record:
         """Return what a choice keeps, in all and by matrix."""
         numbers = sum(item.shape[0] * item.shape[1] for item in parts.values())
         roles = {

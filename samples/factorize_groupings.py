@@ -33,7 +33,7 @@ from rk_export.model.torch_logits import torch_logits
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome, Spectrum
 from rk_export.rewrite.apply import rewrite
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 logger = logging.getLogger("groupings")
 
@@ -103,7 +103,7 @@ class Row:
         return DENSE if self.grouping == DENSE else f"{self.grouping}@{self.asked}"
 
 
-def measure(source: ModelSource, grouping: Grouping, kept_ratio: float, text: EvalText) -> Row:
+def measure(source: StoredModel, grouping: Grouping, kept_ratio: float, text: EvalText) -> Row:
     """Factorize, evaluate, and return the row."""
     start = time.perf_counter()
     options = CompressOptions(
@@ -126,7 +126,7 @@ def measure(source: ModelSource, grouping: Grouping, kept_ratio: float, text: Ev
     )
 
 
-def measure_dense(source: ModelSource, text: EvalText) -> Row:
+def measure_dense(source: StoredModel, text: EvalText) -> Row:
     """Evaluate the dense model."""
     start = time.perf_counter()
     result = perplexity_of(torch_logits(source.load()), text, source.folder)

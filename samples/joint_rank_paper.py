@@ -33,7 +33,7 @@ from rk_export.cli.main import quiet_libraries
 from rk_export.errors import InputError
 from rk_export.folders import library_versions
 from rk_export.report.svg import save_figure
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who run or load this file from elsewhere
 
@@ -121,7 +121,7 @@ def write_report(out: Path, protocol: Protocol, results: Mapping[str, Rows]) -> 
     (out / "joint_rank.md").write_text(page(protocol, results), encoding="utf-8")
 
 
-def clean_source(study: Study) -> ModelSource:
+def clean_source(study: Study) -> StoredModel:
     """Return the dense model's files."""
     from rk_export.evaluation.assets import smollm2
 

@@ -35,7 +35,7 @@ from rk_export.methods.cap.baselines import magnitude
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.graph.nodes import PART_KEY
 from rk_export.rewrite.apply import rewrite
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 DENSITIES = (0.5, 0.3, 0.1)
 STORAGES = ("dense", "sparse initializers", "3-byte entries")
@@ -63,7 +63,7 @@ class Row:
     difference: float
 
 
-def measure(source: ModelSource, density: float, threads: int, work: Path) -> list[Row]:
+def measure(source: StoredModel, density: float, threads: int, work: Path) -> list[Row]:
     """Export one density three ways, and run all of them."""
     options = CompressOptions(
         groups=(),
@@ -181,7 +181,7 @@ def load(folder: Path, threads: int) -> tuple[float, ort.InferenceSession]:
 
 
 def run(
-    sessions: tuple[ort.InferenceSession, ...], source: ModelSource
+    sessions: tuple[ort.InferenceSession, ...], source: StoredModel
 ) -> tuple[list[list[float]], list[np.ndarray]]:
     """Return prefill times of all sessions, taken in turns, and their logits."""
     ids = np.random.default_rng(0).integers(10, source.config.vocab_size, (1, TOKENS))

@@ -36,7 +36,7 @@ from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import Budget
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.sizes import kept_parameters
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 logger = logging.getLogger("pruning")
 
@@ -116,7 +116,7 @@ class Row:
     seconds: float
 
 
-def measure(source: ModelSource, case: Case, text: EvalText) -> Row:
+def measure(source: StoredModel, case: Case, text: EvalText) -> Row:
     """Prune, rewrite, evaluate."""
     start = time.perf_counter()
     ground = compression_inputs(source, case.options)
@@ -142,7 +142,7 @@ def _numbered(layers: nn.Module) -> nn.Module:
     return layers.to_empty(device=torch.device("cpu"))
 
 
-def _went(dense: ModelSource, left: ModelSource) -> str:
+def _went(dense: StoredModel, left: StoredModel) -> str:
     if left.pruning is None:
         return ""
     gone = sorted(set(range(dense.layer_count)) - set(left.pruning.blocks))

@@ -23,10 +23,10 @@ from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten, rewrite
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 INT4 = QuantSpec(4, 16)
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 Cache = dict[str, np.ndarray]
 
 
@@ -42,12 +42,12 @@ def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
     return CompressOptions(groups=groups, **{**fields, **options})
 
 
-def compress(source: ModelSource, options: CompressOptions, probe: Tensor | None = None) -> Rewritten:
+def compress(source: StoredModel, options: CompressOptions, probe: Tensor | None = None) -> Rewritten:
     """Plan and rewrite."""
     return rewrite(source, make_plan(source, options), probe=probe)
 
 
-def full_rank_plan(source: ModelSource, group: str, qk: Any = "whole") -> Plan:
+def full_rank_plan(source: StoredModel, group: str, qk: Any = "whole") -> Plan:
     """Return a plan that factorizes one group at the rank at which nothing is lost."""
     plan = make_plan(source, floats((group,), qk=qk, rank=RankRule("rank", 1)))
     model = source.skeleton()
@@ -57,14 +57,14 @@ def full_rank_plan(source: ModelSource, group: str, qk: Any = "whole") -> Plan:
             layer = model.get_submodule(f"{source.architecture.layers}.{site.layer}")
             source.architecture.canonicalize(layer)
             linears: list[Any] = [layer.get_submodule(path) for path in site.paths]
-            pairs = source.architecture.heads(source.config).kv_heads if site.form == "per_head" else 1
+            pairs = source.description.heads.kv_heads if site.form == "per_head" else 1
             rows = sum(linear.out_features for linear in linears) // pairs
             site = replace(site, rank=min(rows, linears[0].in_features))
         sites.append(site)
     return replace(plan, sites=tuple(sites))
 
 
-def tokens(source: ModelSource, batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+def tokens(source: StoredModel, batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     """Return random token ids; none is the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, source.config.vocab_size, (batch, length), generator=generator)

@@ -22,7 +22,7 @@ MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 if TYPE_CHECKING:
     from rk_export.options.compress import CompressOptions
-    from rk_export.source.stored import ModelSource
+    from rk_export.source.stored import StoredModel
 
 SENTENCES = [
     "The harbour was quiet in the early morning, and only the gulls moved between the masts.",
@@ -65,15 +65,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSource]:
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StoredModel]:
     """Return a function from family and config fields to the saved tiny model; equal arguments share one."""
     from tiny_models import tiny_model
 
     from rk_export.source.stored import open_source
 
-    sources: dict[str, ModelSource] = {}
+    sources: dict[str, StoredModel] = {}
 
-    def source(family: str, **overrides: Any) -> ModelSource:
+    def source(family: str, **overrides: Any) -> StoredModel:
         key = repr((family, sorted(overrides.items())))
         if key not in sources:
             folder = tmp_path_factory.mktemp(family)

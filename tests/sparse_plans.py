@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from rk_export.calibration.dense_statistics import Place
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.stored import StoredModel
 
 
 def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:
@@ -27,14 +27,14 @@ def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:
 
 
 def sparse_plan(
-    source: ModelSource, options: CompressOptions, rank: int, entries: int
-) -> tuple[Plan, dict[Place, Parts]]:
+    source: StoredModel, options: CompressOptions, rank: int, entries: int
+) -> tuple[Plan, dict[MatrixId, Parts]]:
     """Return a plan that puts every matrix but experts into the sparse form, and its parts."""
     roles = {item.role for item in source.architecture.projections(source.config, 0)}
     groups = tuple(name for name in SINGLE_GROUPS if name in roles)
     plan = make_plan(source, replace(options, groups=()))
     parts, sites = {}, []
-    for layer in loaded_layers(source):
+    for layer in source.layers():
         for site in plan.of_layer(layer.index):
             if site.members[0] in groups:
                 parts[layer.index, site.paths[0]] = parts_of(

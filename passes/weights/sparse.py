@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rk_export.matrix_id import MatrixId
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.modules.factors import JointFactors, JointMember
 from rk_export.passes.modules.quantized import linear_of
@@ -32,7 +33,7 @@ class Sparse:
 
     name = "sparse"
 
-    def __init__(self, parts: Mapping[tuple[int, str], Parts]) -> None:
+    def __init__(self, parts: Mapping[MatrixId, Parts]) -> None:
         self.parts = parts
 
     def applies(self, plan: SitePlan) -> bool:
@@ -41,7 +42,7 @@ class Sparse:
     @torch.no_grad()
     def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
         (path,), (role,) = plan.paths, plan.members
-        linear, parts = layer.linear(path), self.parts[layer.index, path]
+        linear, parts = layer.linear(path), self.parts[plan.matrices[0]]
         values = parts.values.to(VALUE_DTYPE).to(linear.weight)
         indices = parts.indices.to(linear.weight.device)
         inside = None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.model.families import architecture_of
+from rk_export.model.families import heads_of
 from rk_export.runtime.bundle_config import rotary_switch
 
 # Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type
@@ -121,7 +121,7 @@ def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context
     Returns:
         Positions: at most `MOST_POSITIONS`, and as many as `MOST_BUFFER_BYTES` hold for one row.
     """
-    heads = architecture_of(config).heads(config)
+    heads = heads_of(config)
     float_bytes = 4 if ep == "cpu" else 2
     position_bytes = 2 * config.num_hidden_layers * heads.kv_heads * heads.head_dim * float_bytes
     held = max(_ROUND_TO, MOST_BUFFER_BYTES // position_bytes // _ROUND_TO * _ROUND_TO)

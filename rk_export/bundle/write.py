@@ -44,8 +44,8 @@ from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
 from rk_export.runtime.text import TextCodec
+from rk_export.source.protocol import Source
 from rk_export.source.side_files import write_side_files
-from rk_export.source.stored import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Stages:
 def write_bundle(
     folder: Path,
     rewritten: Rewritten,
-    origin: ModelSource | Path,
+    origin: Source | Path,
     request: BundleRequest,
     stages: Stages,
     *,
@@ -125,16 +125,16 @@ def write_bundle(
         ParityError: If a tier is out of its bound.
         InputError: If the tokenizer or the text cannot be used.
     """
-    origin_folder = origin.folder if isinstance(origin, ModelSource) else origin
+    origin_folder = origin if isinstance(origin, Path) else origin.folder
     options = rewritten.plan.options
     rewritten = choose_levels(rewritten, torch.from_numpy(probe.batch))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
-        base = origin.origin[1] if isinstance(origin, ModelSource) else None
+        base = None if isinstance(origin, Path) else origin.origin[1]
         write_configs(folder, rewritten, origin_folder, base)
-    loaded = origin.notices if isinstance(origin, ModelSource) else ()
+    loaded = () if isinstance(origin, Path) else origin.notices
     provider, notices = _provider(options)
     known = () if before is None else before.notices
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
@@ -146,7 +146,7 @@ def write_bundle(
     if request.triton is not None:
         triton_repository(folder, request.triton, ep="cuda" if options.ep == "cuda" else "cpu")
     report = new_report(
-        origin.title if isinstance(origin, ModelSource) else origin.name,
+        origin.name if isinstance(origin, Path) else origin.title,
         rewritten.plan.model_type,
         command=request.command,
         findings=_findings(rewritten, origin),
@@ -162,7 +162,7 @@ def write_bundle(
             *loaded,
             *known,
             *notices,
-            *context_notices(rewritten.model.config, options.context_length),
+            *context_notices(rewritten.description, options.context_length),
             *tokens_without_rows(folder, rewritten.model.config.vocab_size),
             *_length_notice(rewritten),
             *_over_budget(folder, options),
@@ -175,11 +175,11 @@ def write_bundle(
     return report
 
 
-def _findings(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[Finding, ...]:
+def _findings(rewritten: Rewritten, origin: Source | Path) -> tuple[Finding, ...]:
     """Return what became of each matrix, and what stands beside the matrices; a checkpoint tells neither."""
-    if not isinstance(origin, ModelSource):
+    if isinstance(origin, Path):
         return rewritten.findings
-    return (*rewritten.findings, *fixed_findings(rewritten.model.config, rewritten.plan.options))
+    return (*rewritten.findings, *fixed_findings(rewritten.description, rewritten.plan.options))
 
 
 def new_report(model: str, model_type: str, **fields: Any) -> Report:
@@ -210,7 +210,7 @@ def _provider(options: CompressOptions) -> tuple[Provider, tuple[str, ...]]:
 
 
 def _measure(
-    folder: Path, origin: ModelSource | Path, request: BundleRequest, stages: Stages, provider: Provider
+    folder: Path, origin: Source | Path, request: BundleRequest, stages: Stages, provider: Provider
 ) -> dict[str, dict[str, float]]:
     """Return the report's fields of what was asked to be measured."""
     measured = {}
@@ -224,12 +224,12 @@ def _measure(
 
 
 def _perplexities(
-    folder: Path, origin: ModelSource | Path, text: EvalText, provider: Provider, threads: int | None
+    folder: Path, origin: Source | Path, text: EvalText, provider: Provider, threads: int | None
 ) -> dict[str, float]:
     session = Session.from_pretrained(folder, provider=provider, threads=threads)
     compressed = perplexity_of(session.prefill_logits, text, folder).perplexity
     del session
-    if not isinstance(origin, ModelSource):
+    if isinstance(origin, Path):
         return {"compressed (ONNX Runtime)": compressed}
     dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
     return {"dense": dense, "compressed (ONNX Runtime)": compressed}
@@ -274,14 +274,14 @@ def file_bytes(folder: Path) -> int:
     return sum((folder / file).stat().st_size for file in MODEL_FILES if (folder / file).is_file())
 
 
-def _size(folder: Path, rewritten: Rewritten, origin: ModelSource | Path) -> SizeSummary | None:
-    if not isinstance(origin, ModelSource):
+def _size(folder: Path, rewritten: Rewritten, origin: Source | Path) -> SizeSummary | None:
+    if isinstance(origin, Path):
         return None
     return size_summary(origin, rewritten, file_bytes(folder))
 
 
-def _empty_sections(rewritten: Rewritten, origin: ModelSource | Path) -> tuple[str, ...]:
-    if not isinstance(origin, ModelSource):
+def _empty_sections(rewritten: Rewritten, origin: Source | Path) -> tuple[str, ...]:
+    if isinstance(origin, Path):
         reason = "the model came from a compressed checkpoint"
         return tuple(
             f"{section}: not computed, {reason}" for section in ("spectra", "layers", "size", "matrices")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rk_export.matrix_id import MatrixId
+from rk_export.passes.base import Layer
+
 _KINDS = ("second", "peaks", "gradients")
 _TOKEN_PEAKS = "token_peaks"
-
-Place = tuple[int, str]  # layer index, path of a matrix in the canonical layer
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class DenseStatistics:
         tokens: Predicted tokens that the loss is the mean of.
     """
 
-    second: Mapping[Place, Tensor]
-    peaks: Mapping[Place, Tensor]
-    token_peaks: Mapping[Place, float]
-    gradients: Mapping[Place, Tensor]
+    second: Mapping[MatrixId, Tensor]
+    peaks: Mapping[MatrixId, Tensor]
+    token_peaks: Mapping[MatrixId, float]
+    gradients: Mapping[MatrixId, Tensor]
     tokens: int
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -42,8 +43,8 @@ class DenseStatistics:
         for (layer, path), peak in self.token_peaks.items():
             packed[f"{_TOKEN_PEAKS}|{layer}|{path}"] = torch.tensor(peak, dtype=torch.float64)
         for kind in _KINDS:
-            tensors: Mapping[Place, Tensor] = getattr(self, kind)
-            shared: defaultdict[int, list[Place]] = defaultdict(list)
+            tensors: Mapping[MatrixId, Tensor] = getattr(self, kind)
+            shared: defaultdict[int, list[MatrixId]] = defaultdict(list)
             for place, tensor in tensors.items():
                 shared[id(tensor)].append(place)
             for places in shared.values():
@@ -54,16 +55,16 @@ class DenseStatistics:
     @classmethod
     def from_tensors(cls, packed: Mapping[str, Tensor]) -> DenseStatistics:
         """Return the statistics that `to_tensors` packed."""
-        kinds: dict[str, dict[Place, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
+        kinds: dict[str, dict[MatrixId, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
         for name, tensor in packed.items():
             if name != "tokens":
                 kind, layer, *paths = name.split("|")
-                kinds[kind] |= {(int(layer), path): tensor for path in paths}
+                kinds[kind] |= {MatrixId(int(layer), path): tensor for path in paths}
         token_peaks = {place: float(peak) for place, peak in kinds.pop(_TOKEN_PEAKS).items()}
         return cls(**kinds, token_peaks=token_peaks, tokens=int(packed["tokens"]))
 
 
-def layerwise(statistics: DenseStatistics, weights: Mapping[Place, Tensor]) -> DenseStatistics:
+def layerwise(statistics: DenseStatistics, layers: Iterable[Layer]) -> DenseStatistics:
     """Return statistics whose gradients weigh every matrix by its relative error alone.
 
     Then the predicted loss of an error is half its relative squared error, |E C^½|² / |W C^½|²: what can be said
@@ -71,11 +72,12 @@ def layerwise(statistics: DenseStatistics, weights: Mapping[Place, Tensor]) -> D
 
     Args:
         statistics: Second moments of the inputs; the gradients are replaced.
-        weights: The dense matrices (out, in).
+        layers: Of the dense model, with their weights.
     """
     gradients = {}
-    for place, W in weights.items():
-        if place in statistics.second:
+    for layer in layers:
+        for place in (place for place in statistics.second if place.layer == layer.index):
+            W = layer.linear(place.path).weight
             C = statistics.second[place].to(W.device)
             power = float(((W @ C) * W).sum(dtype=torch.float64))
             gradients[place] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from rk_export.model.families import architecture_of
+from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics, role_paths
 from rk_export.plan import SitePlan
@@ -40,7 +39,7 @@ class _Moments:
 
 @torch.no_grad()
 def gain_statistics(
-    layer: Layer, sites: Sequence[SitePlan], config: PretrainedConfig
+    layer: Layer, sites: Sequence[SitePlan], description: ModelDescription
 ) -> dict[str, SiteStatistics]:
     """Estimate the input moments of a dense layer's sites.
 
@@ -52,14 +51,14 @@ def gain_statistics(
     Args:
         layer: The layer, still dense.
         sites: All sites of the layer.
-        config: Of its model.
+        description: Of its model.
 
     Returns:
         Statistics by site name, with `tokens` 0. Sites that no norm stands in front of have none, and neither
         have experts; both are logged.
     """
     roles = role_paths(sites)
-    read = _read_moments(layer, config)
+    read = _read_moments(layer, description)
     known = {role: read[path].second for role, path in roles.items() if path in read and role != "expert"}
     if {"v", "o"} <= roles.keys() and roles["v"] in read:
         known["o"] = _averaged_values(layer, read[roles["v"]].through(layer.linear(roles["v"])), roles["o"])
@@ -76,12 +75,12 @@ def gain_statistics(
     return found
 
 
-def _read_moments(layer: Layer, config: PretrainedConfig) -> dict[str, _Moments]:
+def _read_moments(layer: Layer, description: ModelDescription) -> dict[str, _Moments]:
     """Return the moments of what each matrix behind a norm reads, by the matrix's path."""
-    if architecture_of(config).is_encoder:
+    if description.architecture.is_encoder:
         return {}  # its norms follow the residual sums
     read: dict[str, _Moments] = {}
-    for norm, paths in wiring_of(config, layer.index).norms.items():
+    for norm, paths in wiring_of(description, layer.index).norms.items():
         read |= dict.fromkeys(paths, _output_moments(layer.module.get_submodule(norm)))
     return read
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.gain import gain_statistics
 from rk_export.calibration.streamed_moments import CalibrationStreams
+from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.plan import SitePlan
@@ -60,10 +61,10 @@ class NoStatistics(Stationary):
 class FromGains(Stationary):
     """Moments estimated from the norms' gains and the weights (see `gain.py`)."""
 
-    config: PretrainedConfig
+    description: ModelDescription
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
-        return gain_statistics(layer, sites, self.config)
+        return gain_statistics(layer, sites, self.description)
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,16 @@ class FromDense(Stationary):
         known = self.known
         return {
             site.site: SiteStatistics(
-                InputMoments(known.second[layer.index, site.paths[0]], None, known.tokens),
+                InputMoments(known.second[site.matrices[0]], None, known.tokens),
                 {
-                    role: known.gradients[layer.index, path] * known.tokens
-                    for role, path in zip(site.members, site.paths, strict=True)
+                    role: known.gradients[matrix] * known.tokens
+                    for role, matrix in zip(site.members, site.matrices, strict=True)
                     if known.gradients
                 },
             )
             for site in sites
             if "expert" not in site.members
-            and all((layer.index, path) in (known.gradients or known.second) for path in site.paths)
+            and all(matrix in (known.gradients or known.second) for matrix in site.matrices)
         }
 
 

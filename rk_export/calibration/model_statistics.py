@@ -6,15 +6,13 @@ import logging
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
 from rk_export.calibration.sensitivity import dense_statistics
-from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 logger = logging.getLogger(__name__)
 
@@ -23,27 +21,20 @@ GRADIENT_LIMIT = 8_000_000_000
 
 
 def model_statistics(
-    source: ModelSource,
-    model: PreTrainedModel,
-    tokens: Tensor,
-    options: CompressOptions,
-    device: torch.device,
+    source: Source, tokens: Tensor, options: CompressOptions, device: torch.device
 ) -> DenseStatistics:
     """Gather statistics of a dense model on a text, or read those of an earlier run.
 
     Args:
-        source: Where the model comes from.
-        model: The model, loaded.
+        source: The model.
         tokens: Calibration text, int64 (sequences, length).
         options: Whether outputs weigh by gradients.
         device: Where the model runs.
     """
     weighed = options.weighs_outputs
     wanted = weighed and options.calibration.gradients
-    architecture = source.architecture
     statistics = dense_statistics(
-        model,
-        architecture,
+        source,
         tokens,
         diagonal=only_diagonals(source, options) or not wanted,
         device=device,
@@ -52,28 +43,22 @@ def model_statistics(
     if wanted or not weighed:
         return statistics
     logger.info("outputs weigh by relative error, layer by layer")
-    layers = list(model.get_submodule(architecture.layers).children())
-    weights = {(layer, path): layers[layer].get_submodule(path).weight for layer, path in statistics.second}
-    return layerwise(statistics, weights)
+    return layerwise(statistics, source.layers())
 
 
-def only_diagonals(source: ModelSource, options: CompressOptions) -> bool:
+def only_diagonals(source: Source, options: CompressOptions) -> bool:
     """Whether the gradients' whole second moments would take too much memory."""
     return (
         options.weighs_outputs and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
     )
 
 
-def diagonals_finding(source: ModelSource) -> Finding:
+def diagonals_finding(source: Source) -> Finding:
     """Return the finding that says so."""
     needed = size(gradient_bytes(source))
     return Finding("metric", Outcome.SKIPPED, f"gradients by their diagonals: whole ones take {needed}")
 
 
-def gradient_bytes(source: ModelSource) -> int:
+def gradient_bytes(source: Source) -> int:
     """Return the bytes of the whole second moments of all output gradients, float32."""
-    return 4 * sum(
-        layer.linear(item.path).out_features ** 2
-        for layer in canonical_layers(source.config)
-        for item in source.architecture.projections(source.config, layer.index)
-    )
+    return 4 * sum(matrix.shape[0] ** 2 for matrix in source.description.matrices)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from rk_export.calibration.moments import inputs_of
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import remembered, text_key
 
 # Peaks settle with little text.
 SHORT_TEXT = 2048
+_VERSION = 1  # raise when other numbers come out
 
 
 def shortened(tokens: Tensor, count: int = SHORT_TEXT) -> Tensor:
@@ -17,18 +21,38 @@ def shortened(tokens: Tensor, count: int = SHORT_TEXT) -> Tensor:
     return tokens[: max(1, count // tokens.shape[1])]
 
 
+def neuron_peaks(
+    source: Source,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return the largest absolute input of each FFN neuron's column: name of the down matrix -> (neurons,).
+
+    Args:
+        source: The dense model.
+        tokens: Text, int64 (sequences, length).
+        device: Where it runs.
+        cache_dir: Where what was computed is kept; ``~/.cache/rk-export`` when None.
+    """
+    key = {
+        "version": _VERSION,
+        "model": source.fingerprint(cache_dir),
+        **text_key(tokens),
+        "device": device.type,
+    }
+    return dict(remembered("neuron-peaks", key, lambda: _peaks(source, tokens, device), cache_dir))
+
+
 @torch.no_grad()
-def neuron_peaks(source: ModelSource, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Return the largest absolute input of each FFN neuron's column: name of the down matrix -> (neurons,)."""
-    model, peaks = source.load().to(device), dict[str, Tensor]()
-    names = [
-        f"layers.{layer}.{item.path}"
-        for layer in range(source.layer_count)
-        for item in source.architecture.projections(source.config, layer)
-        if item.role == "down" or (item.role == "expert" and item.path.endswith("down_proj"))
-    ]
-    root = source.architecture.layers.rpartition("layers")[0]
-    modules = {name: model.get_submodule(root + name) for name in names}
+def _peaks(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
+    model, peaks = source.shared().to(device), dict[str, Tensor]()
+    modules = {
+        matrix.id.name: model.get_submodule(matrix.torch_path)
+        for matrix in source.description.matrices
+        if matrix.role == "down" or (matrix.role == "expert" and matrix.id.path.endswith("down_proj"))
+    }
     for ids in torch.split(tokens, max(1, SHORT_TEXT // tokens.shape[1])):
         with inputs_of(modules) as inputs:
             model(input_ids=ids.to(device), use_cache=False)

@@ -9,23 +9,23 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.moments import MomentSum
+from rk_export.matrix_id import MatrixId
 
-Note = Callable[[Place, Tensor, Tensor], None]
+Note = Callable[[MatrixId, Tensor, Tensor], None]
 
 
 class InputRecorder:
     """Moments and peaks of what matrices read, kept once for matrices that read the same."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[Place, MomentSum] = defaultdict(MomentSum)
-        self._peaks: dict[Place, Tensor] = {}
-        self._squares: defaultdict[Place, float] = defaultdict(float)
-        self._reader: dict[Place, Place] = {}
-        self._last: tuple[Tensor, Place] | None = None
+        self._sums: defaultdict[MatrixId, MomentSum] = defaultdict(MomentSum)
+        self._peaks: dict[MatrixId, Tensor] = {}
+        self._squares: defaultdict[MatrixId, float] = defaultdict(float)
+        self._reader: dict[MatrixId, MatrixId] = {}
+        self._last: tuple[Tensor, MatrixId] | None = None
 
-    def note(self, place: Place, x: Tensor, output: Tensor) -> None:
+    def note(self, place: MatrixId, x: Tensor, output: Tensor) -> None:
         """Add an input (..., in), unless the matrix that ran before read it too."""
         if self._last is None or self._last[0] is not x:
             self._last = x, place
@@ -36,16 +36,16 @@ class InputRecorder:
             self._squares[place] += float(sizes.amax(1).square().sum())
         self._reader[place] = self._last[1]
 
-    def second(self) -> dict[Place, Tensor]:
+    def second(self) -> dict[MatrixId, Tensor]:
         """Return the mean over tokens of x xᵀ by matrix, (in, in)."""
         means = {place: item.mean() for place, item in self._sums.items()}
         return {place: means[reader] for place, reader in self._reader.items()}
 
-    def peaks(self) -> dict[Place, Tensor]:
+    def peaks(self) -> dict[MatrixId, Tensor]:
         """Return the largest magnitude of each feature by matrix, (in,)."""
         return {place: self._peaks[reader] for place, reader in self._reader.items()}
 
-    def token_peaks(self) -> dict[Place, float]:
+    def token_peaks(self) -> dict[MatrixId, float]:
         """Return the mean over tokens of the squared largest magnitude by matrix."""
         means = {place: total / self._sums[place].tokens for place, total in self._squares.items()}
         return {place: means[reader] for place, reader in self._reader.items()}
@@ -59,13 +59,13 @@ class GradientRecorder:
     """
 
     def __init__(self, *, diagonal: bool) -> None:
-        self._sums: defaultdict[Place, MomentSum] = defaultdict(lambda: MomentSum(diagonal=diagonal))
+        self._sums: defaultdict[MatrixId, MomentSum] = defaultdict(lambda: MomentSum(diagonal=diagonal))
 
-    def note(self, place: Place, x: Tensor, output: Tensor) -> None:
+    def note(self, place: MatrixId, x: Tensor, output: Tensor) -> None:
         """Add the gradient by an output (..., out) once it flows back."""
         output.register_hook(self._sums[place].add)  # type: ignore[no-untyped-call]
 
-    def moments(self, predicted: int) -> dict[Place, Tensor]:
+    def moments(self, predicted: int) -> dict[MatrixId, Tensor]:
         """Return the sum over tokens of g gᵀ, (out, out) or (out,), g the gradient of the mean over `predicted` tokens.
 
         The gradients that were noted are of the sum over those tokens.
@@ -74,10 +74,10 @@ class GradientRecorder:
 
 
 @contextmanager
-def noted(modules: Mapping[Place, nn.Module], *notes: Note) -> Iterator[None]:
+def noted(modules: Mapping[MatrixId, nn.Module], *notes: Note) -> Iterator[None]:
     """Let matrices be noted whenever they run."""
 
-    def watch(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def watch(place: MatrixId) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def call(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             for note in notes:
                 note(place, arguments[0], output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,22 +11,47 @@ from transformers import PreTrainedModel
 
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.model.families import Architecture
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import remembered, text_key
 
 _TOGETHER = 2048  # tokens
+_VERSION = 1  # raise when other numbers come out
 
 
-@torch.no_grad()
 def block_influence(
-    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+    source: Source,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[float]:
     """Return one minus the mean cosine between what each block reads and what it returns, over tokens.
 
     Args:
-        model: A dense decoder.
-        architecture: Its family.
+        source: A dense decoder.
         tokens: Text, int64 (sequences, length).
         device: Where it runs.
+        cache_dir: Where what was computed is kept; ``~/.cache/rk-export`` when None.
     """
+    key = {
+        "version": _VERSION,
+        "model": source.fingerprint(cache_dir),
+        **text_key(tokens),
+        "runs": [device.type, str(matmul_dtype(device))],
+    }
+
+    def make() -> dict[str, Tensor]:
+        found = _influence(source.shared(), source.architecture, tokens, device)
+        return {"influence": torch.tensor(found, dtype=torch.float64)}
+
+    found: list[float] = remembered("block-influence", key, make, cache_dir)["influence"].tolist()
+    return found
+
+
+@torch.no_grad()
+def _influence(
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+) -> list[float]:
     model.to(device)
     blocks = list(model.get_submodule(architecture.layers).children())
     sums = [torch.zeros((), dtype=torch.float64) for _ in blocks]

@@ -6,6 +6,7 @@ believes text to be. After an end-of-sequence token the start token follows: a s
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -20,8 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.progress import Bar, stage
-from rk_export.source.fingerprints import weights_fingerprint
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _PACKED = "rk_export_packed_heads"
 
 
 def self_text(
-    source: ModelSource,
+    source: Source,
     tokens: int,
     seed: int,
     device: torch.device,
@@ -66,7 +66,7 @@ def self_text(
     dtype = matmul_dtype(device)
     key = {
         "version": _VERSION,
-        "weights": weights_fingerprint(source),
+        "weights": source.fingerprint(cache_dir),
         "seed": seed,
         "shape": [sequences, length],
         "start": start,
@@ -83,7 +83,7 @@ def self_text(
     return text
 
 
-def start_token(source: ModelSource) -> int:
+def start_token(source: Source) -> int:
     """Return the token that text of a model starts with, and log where it was found.
 
     That is the beginning-of-sequence token; without one, the decoder's start token, the end-of-sequence token,
@@ -131,16 +131,34 @@ def _ends(config: PretrainedConfig, start: int) -> list[int]:
     return [token for token in _ids(config.eos_token_id) if token != start]
 
 
-def sampling_model(source: ModelSource, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the dense model with its parameters in `dtype`; a whole float32 copy never stands in memory."""
-    model = source.skeleton()
-    source.load_rest(model)
-    for index in range(source.layer_count):
-        _cast(source.load_layer(model, index).to(device), dtype)
-    _cast(model.to(device), dtype)
+def sampling_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the dense model with its parameters in `dtype`, for sampling; those of a source in memory are shared.
+
+    A whole float32 copy is not made.
+    """
+    model = source.description.canonical_model()
+    layers = model.get_submodule(source.architecture.layers)
+    for layer in source.layers():
+        _put(layers.get_submodule(str(layer.index)), layer.module, device, dtype)
+    outer = source.skeleton()
+    source.load_rest(outer)
+    memo: dict[int, object] = {}  # a head that is the embedding stays so
+    for path in source.description.outer_paths:
+        module = copy.deepcopy(outer.get_submodule(path), memo)
+        _cast(module, dtype)
+        model.set_submodule(path, module)
+    model.to(device)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_PACKED)
     return model.eval()
+
+
+def _put(empty: nn.Module, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give an empty layer the parameters of another one."""
+    for name, parameter in layer.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        values = parameter.data.to(device, dtype)
+        setattr(empty.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

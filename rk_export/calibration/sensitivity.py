@@ -6,7 +6,6 @@ information, which is the Hessian of the Kullback-Leibler divergence from the de
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -18,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.recorders import GradientRecorder, InputRecorder, noted
 from rk_export.calibration.self_text import draw
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Architecture
 from rk_export.progress import track
 from rk_export.report.humanize import size
-from rk_export.source.fingerprints import model_fingerprint
-from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import cache_file, read_tensors, text_key, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ class _Passes:
 
 
 def dense_statistics(
-    model: PreTrainedModel,
-    architecture: Architecture,
+    source: Source,
     tokens: Tensor,
     *,
     diagonal: bool,
@@ -68,11 +67,11 @@ def dense_statistics(
 ) -> DenseStatistics:
     """Gather statistics of a dense decoder on a text, or read those of an earlier run.
 
-    They are kept on disk by the values of the weights, unless they take more than `CACHE_LIMIT` bytes.
+    They are kept on disk by the model's files and what was done to it, unless they take more than `CACHE_LIMIT`
+    bytes; what an earlier run left there is found without loading the model.
 
     Args:
-        model: The dense model in canonical form; its parameters are frozen and moved to `device`.
-        architecture: Its family.
+        source: The dense model.
         tokens: Calibration text, int64 (sequences, length), without padding.
         diagonal: Keep the diagonals of the gradients' moments only, which costs next to nothing.
         device: Where the passes run.
@@ -87,13 +86,14 @@ def dense_statistics(
     Raises:
         InputError: If the model is an encoder, which predicts no next token, or its logits are not finite.
     """
-    modules = _matrices(model, architecture, device)
+    _check_decoder(source.architecture)
     passes = _Passes(diagonal, gradient_tokens, labels, seed, dtype or matmul_dtype(device))
-    text = hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest()
-    key = {**passes.key(), "text": text, "shape": list(tokens.shape), "model": model_fingerprint(model)}
+    key = {**passes.key(), **text_key(tokens), "model": source.fingerprint(cache_dir)}
     path = cache_file("dense-statistics", key, cache_dir)
     if (known := read_tensors(path)) is not None:
         return DenseStatistics.from_tensors(known)
+    model, architecture = source.shared(), source.architecture
+    modules = _matrices(model, architecture, device)
     inputs, gradients = InputRecorder(), GradientRecorder(diagonal=diagonal)
     sequences = max(1, gradient_tokens // tokens.shape[1]) if gradient_tokens else 0
     predicted = 0
@@ -115,7 +115,7 @@ def dense_statistics(
 
 def output_weights(
     model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
-) -> dict[Place, Tensor]:
+) -> dict[MatrixId, Tensor]:
     """Return the mean over tokens of the squared gradient of a token's loss by what each matrix puts out, (out,).
 
     Args:
@@ -127,6 +127,7 @@ def output_weights(
     Raises:
         InputError: If the model is an encoder, or its logits are not finite.
     """
+    _check_decoder(architecture)
     modules = _matrices(model, architecture, device)
     gradients = GradientRecorder(diagonal=True)
     with noted(modules, gradients.note):
@@ -137,20 +138,24 @@ def output_weights(
 
 def _matrices(
     model: PreTrainedModel, architecture: Architecture, device: torch.device
-) -> dict[Place, nn.Module]:
-    """Freeze and move a model and return its matrices; refuse an encoder, whose loss has no gradients."""
+) -> dict[MatrixId, nn.Module]:
+    """Freeze and move a model and return its matrices."""
+    model.requires_grad_(False).to(device)
+    return {
+        MatrixId(index, item.path): layer.get_submodule(item.path)
+        for index, layer in enumerate(model.get_submodule(architecture.layers).children())
+        for item in architecture.projections(model.config, index)
+    }
+
+
+def _check_decoder(architecture: Architecture) -> None:
+    """Refuse an encoder, whose loss has no gradients."""
     if architecture.is_encoder:
         raise InputError(
             f"{architecture.model_type} is an encoder: it predicts no next token, so its loss has no gradients",
             where="sensitivities",
             fix="plan without gradients",
         )
-    model.requires_grad_(False).to(device)
-    return {
-        (index, item.path): layer.get_submodule(item.path)
-        for index, layer in enumerate(model.get_submodule(architecture.layers).children())
-        for item in architecture.projections(model.config, index)
-    }
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from rk_export.model.families import Architecture
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.base import InputMoments, Layer, SiteStatistics
 from rk_export.plan import SitePlan
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.text import known_tokens
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ DENSE, COMPRESSED = "dense", "compressed"
 CHUNK = 2048  # tokens that run through a layer together
 
 
-def calibration_tokens(source: ModelSource, options: CalibrationOptions, device: torch.device) -> Tensor:
+def calibration_tokens(source: Source, options: CalibrationOptions, device: torch.device) -> Tensor:
     """Return the calibration text of a metric that uses one.
 
     Args:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,35 +16,65 @@ from rk_export.errors import InputError
 from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import remembered, text_key
 
 CHUNK = 512  # tokens of one pass
+_VERSION = 1  # raise when other numbers come out: cached ones of an older version are then computed again
+_FIELDS = tuple(field.name for field in fields(TableCurvature))
 
 
 def table_curvature(
-    model: PreTrainedModel,
-    architecture: Architecture,
+    source: Source,
     tokens: Tensor,
     device: torch.device,
     *,
     gradients: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> TableCurvature:
-    """Gather the curvature of the embedding and the output projection of a dense decoder.
+    """Gather the curvature of the embedding and the output projection of a dense decoder, or read it.
 
     The Fisher information of the logits is diag(p) - p pᵀ; its diagonal p (1 - p) weighs the rows of the output
     projection. The embedding's rows are weighed by how often the text reads them.
 
     Args:
-        model: The dense model in canonical form; it is moved to `device`.
-        architecture: Its family.
+        source: The dense model.
         tokens: Calibration text, int64 (sequences, length), without padding.
         device: Where the passes run.
         gradients: Run back too, for what errors of the embedding's rows cost; else those count as nothing.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
 
     Raises:
         InputError: If the model is an encoder.
     """
+    if source.architecture.lm_head is None:
+        raise InputError("an encoder has no output projection", where=source.architecture.model_type)
+    key = {
+        "version": _VERSION,
+        "model": source.fingerprint(cache_dir),
+        **text_key(tokens),
+        "runs": [device.type, str(matmul_dtype(device))],
+        "gradients": gradients,
+    }
+
+    def make() -> Mapping[str, Tensor]:
+        curvature = _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
+        return {name: getattr(curvature, name) for name in _FIELDS}
+
+    known = remembered("table-curvature", key, make, cache_dir)
+    return TableCurvature(**{name: known[name] for name in _FIELDS})
+
+
+def _gathered(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    gradients: bool,
+) -> TableCurvature:
     if architecture.lm_head is None:
-        raise InputError("an encoder has no output projection", where=architecture.model_type)
+        raise ValueError("an encoder has no output projection")
     model.requires_grad_(False).to(device)
     head = model.get_submodule(architecture.lm_head)
     recorder = _Recorder(model.config.vocab_size, model.config.hidden_size)

@@ -388,7 +388,7 @@ def run_plan(args: argparse.Namespace) -> int:
     check_plan_place(args.output, args.force)
     plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
-    parts = in_words(fixed_parts(open_source(args.model, args.base).config, plan.options))
+    parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.options))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
 

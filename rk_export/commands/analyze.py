@@ -25,10 +25,10 @@ from rk_export.progress import track
 from rk_export.report.plots import save_spectra_plots
 from rk_export.report.records import Report, Spectrum
 from rk_export.report.render import html
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 
-def spectra(source: ModelSource, plan: Plan, device: torch.device) -> Iterator[Spectrum]:
+def spectra(source: Source, plan: Plan, device: torch.device) -> Iterator[Spectrum]:
     """Yield the spectrum of every site that a plan factorizes, at its rank, and of the groups that stayed dense.
 
     Args:
@@ -38,7 +38,7 @@ def spectra(source: ModelSource, plan: Plan, device: torch.device) -> Iterator[S
     """
     groups = plan.options.groups or default_groups(source)
     drawn = {GROUPS[group] for group in groups}
-    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
+    for layer in track(source.layers(), "spectra of layers", source.layer_count):
         sites = plan.of_layer(layer.index)
         for site in sites if any(site.rank for site in plan.sites) else _grouped(source, layer, groups):
             if site.rank == 0 and site.members not in drawn:
@@ -48,7 +48,7 @@ def spectra(source: ModelSource, plan: Plan, device: torch.device) -> Iterator[S
                 yield spectrum(target, singular_values(stacked).cpu(), site.rank or None)
 
 
-def _planned(task: Task) -> tuple[ModelSource, Plan]:
+def _planned(task: Task) -> tuple[Source, Plan]:
     """Return a plan and the model that it was made for; text is read only where ranks depend on it."""
     options = task.options
     reads_text = options.budget is not None or options.allocation != "uniform" or options.methods
@@ -60,8 +60,8 @@ def _planned(task: Task) -> tuple[ModelSource, Plan]:
     return inputs.source, task.decided(inputs)
 
 
-def _grouped(source: ModelSource, layer: Layer, groups: tuple[str, ...]) -> list[SitePlan]:
-    projections = source.architecture.projections(source.config, layer.index)
+def _grouped(source: Source, layer: Layer, groups: tuple[str, ...]) -> list[SitePlan]:
+    projections = source.description.projections(layer.index)
     return dense_sites(layer, projections, CompressOptions(groups=groups))
 
 

@@ -8,17 +8,17 @@ from rk_export.model.context import check_context
 from rk_export.options.compress import CompressOptions
 from rk_export.planning.cost_table import TIMED_CONTEXT
 from rk_export.planning.planner import check_groups, check_size, with_default_groups
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
-def check_options(source: ModelSource, options: CompressOptions) -> None:
+def check_options(source: Source, options: CompressOptions) -> None:
     """Refuse, before any work, options that do not go with a model or with each other.
 
     Raises:
         InputError: If a group matches nothing, a method or a budget lacks the statistics that it needs, the model
             cannot lose what is to go, or a task's text cannot be used.
     """
-    check_context(source.config, options.context_length)
+    check_context(source.description, options.context_length)
     check_groups(source, with_default_groups(source, options).groups or ())
     _check_budget(source, options)
     if options.recompute == "none" and not source.has_grids:
@@ -33,7 +33,7 @@ def check_options(source: ModelSource, options: CompressOptions) -> None:
         method.check(source, options)
 
 
-def _check_budget(source: ModelSource, options: CompressOptions) -> None:
+def _check_budget(source: Source, options: CompressOptions) -> None:
     budget = options.budget
     if budget is None:
         return
@@ -55,7 +55,7 @@ def _check_budget(source: ModelSource, options: CompressOptions) -> None:
         _check_speed_up(source, options)
 
 
-def _check_speed_up(source: ModelSource, options: CompressOptions) -> None:
+def _check_speed_up(source: Source, options: CompressOptions) -> None:
     if options.ep != "cpu":
         raise InputError(
             f"products are timed on the CPU provider, the graph is made for {options.ep}",

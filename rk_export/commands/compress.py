@@ -74,7 +74,7 @@ def compress(
     with stages.stage("check", "comparing with transformers"):
         before = task.preflight()
     with stages.stage("calibrate", f"metric {task.options.calibration.metric}"):
-        inputs = task.inputs(target)
+        inputs = task.inputs(target, torch.from_numpy(before.probe.batch))
     with stages.stage("plan", "choosing ranks and bits"):
         plan = task.decided(inputs)
         needed = planned_bytes(inputs.source, plan)
@@ -159,9 +159,9 @@ def dry_run(
     plan = task.decided(inputs)
     if out is not None:
         check_free_space(out, planned_bytes(inputs.source, plan))
-    fixed = fixed_findings(inputs.source.config, plan.options)
+    fixed = fixed_findings(inputs.source.description, plan.options)
     findings = (*inputs.findings, *planned_findings(inputs.source, plan), *fixed)
-    context = context_notices(source.config, task.options.context_length)
+    context = context_notices(source.description, task.options.context_length)
     return new_report(
         *(source.title, source.config.model_type),
         findings=findings,

@@ -36,7 +36,9 @@ from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
-from rk_export.source.stored import ModelSource
+from rk_export.source.memory import Memory
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transformed
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,21 @@ class CompressionInputs:
         decision: What a method decided about every matrix; None leaves that to the planner.
         choice: What each reparameterization would have cost.
         left_out: What was asked for and could not be had, with the reason.
+        dense_logits: Of `dense` on the probe, where `source` is another model and a probe was given.
     """
 
-    dense: ModelSource
+    dense: Transformed
     work: Work
     methods: Sequence[Method[MethodOptions]]
-    teacher: ModelSource
+    teacher: Transformed
     table: TableCurvature | None = None
     decision: Decision | None = None
     choice: tuple[Finding, ...] = ()
     left_out: tuple[Finding, ...] = ()
+    dense_logits: Tensor | None = None
 
     @property
-    def source(self) -> ModelSource:
+    def source(self) -> Transformed:
         """The model that is compressed."""
         return self.work.source
 
@@ -86,6 +90,9 @@ class CompressionInputs:
         """
         parts = {} if self.decision is None else self.decision.parts
         check_parts(plan, parts)
+        dense = self.dense_logits
+        if dense is None and probe is not None and self.source is not self.dense:
+            dense = torch_logits(self.dense.load())(probe.numpy())
         rewritten = rewrite(
             self.source,
             plan,
@@ -96,9 +103,10 @@ class CompressionInputs:
             device=self.work.device,
         )
         logits = rewritten.probe_logits
-        if probe is not None and self.source is not self.dense:
+        if dense is not None:
             # The first tier tells what all methods did, pruning and tuning included.
-            logits = {**logits, DENSE: torch_logits(self.dense.load())(probe.numpy())}
+            logits = {**logits, DENSE: dense}
+        self.source.forget()
         return replace(rewritten, findings=(*self.findings, *rewritten.findings), probe_logits=logits)
 
     @property
@@ -115,7 +123,7 @@ class CompressionInputs:
         """Return where the statistics of the layers' sites come from."""
         calibration, architecture = self.options.calibration, self.source.architecture
         if calibration.metric == "gain":
-            return FromGains(self.source.config)
+            return FromGains(self.source.description)
         if self.statistics is None or self.work.tokens is None:
             return NoStatistics()
         dense = FromDense(self.statistics)
@@ -123,12 +131,13 @@ class CompressionInputs:
 
 
 def compression_inputs(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     device: torch.device = CPU,
     *,
     pruning: Pruning | None = None,
     states: Callable[[str], Path] | None = None,
+    probe: Tensor | None = None,
 ) -> CompressionInputs:
     """Reparameterize a model, let every method change it, and gather what the others need to know about it.
 
@@ -139,16 +148,18 @@ def compression_inputs(
         pruning: What a plan says stays; None chooses as the options ask.
         states: From a method's name to the file that its training keeps its state in, to go on after an
             interruption; None keeps none.
+        probe: Tokens (batch, length) that the model is to be rewritten on, as in `CompressionInputs.rewrite`.
 
     Raises:
         InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
             the model can lose.
     """
     weighs = _weighs_errors(options)
-    tokens = _tokens(source, options, device, weighs)
-    choice = decided_preparations(source, options, tokens, device)
+    dense = Transformed(source, (), Memory())
+    tokens = _tokens(dense, options, device, weighs)
+    choice = decided_preparations(dense, options, tokens, device)
     options = replace(options, prepare=choice.names)
-    dense = teacher = prepared_source(source, options, tokens, device)
+    dense = teacher = prepared_source(dense, options, tokens, device)
     work = Work(dense, options, device, tokens, pruning=pruning)
     methods = methods_of(options)
     for method in methods:
@@ -156,6 +167,9 @@ def compression_inputs(
         work = replace(work, source=method.transform(replace(work, state=state)))
         teacher = work.source if method.sets_target else teacher
     started = CompressionInputs(dense, work, methods, teacher, choice=choice.findings)
+    if probe is not None and work.source is not dense:
+        logits = torch_logits(dense.shared().to("cpu"))(probe.numpy())
+        started = replace(started, dense_logits=logits)
     if tokens is None or not weighs:
         started = replace(started, left_out=tuple(_left_out(source, options)))
     else:
@@ -163,9 +177,7 @@ def compression_inputs(
     return replace(started, decision=_decision(methods, started.work))
 
 
-def _tokens(
-    source: ModelSource, options: CompressOptions, device: torch.device, weighs: bool
-) -> Tensor | None:
+def _tokens(source: Source, options: CompressOptions, device: torch.device, weighs: bool) -> Tensor | None:
     """Return the calibration text, or None where nothing reads one."""
     if source.architecture.is_encoder or not options.calibration.uses_text:
         return None
@@ -177,10 +189,9 @@ def _tokens(
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
-    model = work.source.load()
-    statistics = model_statistics(work.source, model, tokens, work.options, work.device)
+    statistics = model_statistics(work.source, tokens, work.options, work.device)
     priced = work.options.budget is not None
-    table = table_curvature(model, work.source.architecture, shortened(tokens), work.device, gradients=priced)
+    table = table_curvature(work.source, shortened(tokens), work.device, gradients=priced)
     reduced = only_diagonals(work.source, work.options)
     left_out = (diagonals_finding(work.source),) if reduced else ()
     return replace(started, work=replace(work, statistics=statistics), table=table, left_out=left_out)
@@ -199,7 +210,7 @@ def _weighs_errors(options: CompressOptions) -> bool:
     return bool(options.budget or options.rank or options.groups or recovers or compensates)
 
 
-def _left_out(source: ModelSource, options: CompressOptions) -> Iterator[Finding]:
+def _left_out(source: Source, options: CompressOptions) -> Iterator[Finding]:
     """Yield what a model without calibration text goes without."""
     if options.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(options):
         reason = (

@@ -11,6 +11,7 @@ from rk_export.commands.compress import compress
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, check_replaceable
 from rk_export.model.context import check_context
+from rk_export.model.description import describe
 from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.compress import CompressOptions
@@ -64,7 +65,7 @@ def export(
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
-    check_context(read_config(folder), context_length)
+    check_context(describe(read_config(folder)), context_length)
     check_replaceable(Path(out).expanduser(), force, inputs=[folder])
     threads = None if run is None else run.threads
     request = BundleRequest(triton=triton, threads=threads, command=command)
@@ -76,7 +77,7 @@ def export(
     needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
     with AtomicFolder(out, force=force, needed=needed) as partial:
         config = rewritten.model.config
-        probe = make_probe(folder, config.vocab_size, switches_of(config))
+        probe = make_probe(folder, config.vocab_size, switches_of(rewritten.description))
         logits = torch_logits(rewritten.model)(probe.batch)
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
         name = Path(out).name

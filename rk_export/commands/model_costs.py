@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 from rk_export.bundle.write import write_configs
 from rk_export.graph.build import build_graph, save_graph
-from rk_export.model.sites import canonical_layers
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.compress import CompressOptions
 from rk_export.planning import planner
@@ -17,14 +16,14 @@ from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, mea
 from rk_export.planning.currencies import TIMED_FORMATS
 from rk_export.rewrite.apply import rewrite
 from rk_export.runtime import bench
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 _DENSE = CompressOptions(
     groups=(), quant=None, embedding_quant=None, prepare=(), quantizer="rtn", calibration=UNWEIGHED
 )
 
 
-def model_costs(dense: ModelSource, source: ModelSource, phase: Phase, threads: int | None) -> CostTable:
+def model_costs(dense: Source, source: Source, phase: Phase, threads: int | None) -> CostTable:
     """Measure the time of a dense model in floats and of its matrix products in every format.
 
     Args:
@@ -33,12 +32,7 @@ def model_costs(dense: ModelSource, source: ModelSource, phase: Phase, threads: 
         phase: `prefill` or `decode`.
         threads: Threads of ONNX Runtime; None takes all cores.
     """
-    shapes = [
-        (linear.out_features, linear.in_features)
-        for layer in canonical_layers(source.config)
-        for item in source.architecture.projections(source.config, layer.index)
-        for linear in [layer.linear(item.path)]
-    ]
+    shapes = [matrix.shape for matrix in source.description.matrices]
     table = measure_costs(shapes, TIMED_FORMATS, phase, threads=threads)
     with TemporaryDirectory() as folder:
         _write_dense(dense, Path(folder))
@@ -53,7 +47,7 @@ def model_costs(dense: ModelSource, source: ModelSource, phase: Phase, threads: 
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
-def _write_dense(source: ModelSource, folder: Path) -> None:
+def _write_dense(source: Source, folder: Path) -> None:
     """Write a model's dense graph and what a session needs beside it."""
     rewritten = rewrite(source, planner.make_plan(source, _DENSE))
     graph, _ = build_graph(rewritten)

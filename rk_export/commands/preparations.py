@@ -10,8 +10,9 @@ from torch import Tensor
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks, shortened
 from rk_export.options.compress import PREPARATIONS, CompressOptions
 from rk_export.planning.preparation_choice import PreparationChoice, Rounding, choose_preparations
-from rk_export.source.prepared import LayerPreparation, PreparedSource
-from rk_export.source.stored import ModelSource
+from rk_export.source.prepared import LayerPreparation, Prepared
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transformed
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ SCALE_ALPHA = 0.25
 
 
 def decided_preparations(
-    source: ModelSource, options: CompressOptions, tokens: Tensor | None, device: torch.device
+    source: Source, options: CompressOptions, tokens: Tensor | None, device: torch.device
 ) -> PreparationChoice:
     """Return the reparameterizations that were named, or those that lower the predicted loss.
 
@@ -38,15 +39,15 @@ def decided_preparations(
     peaks: dict[str, Tensor] = {}
     if spec.activations == 8:
         names, peaks = PREPARATIONS, neuron_peaks(source, shortened(tokens), device)
-    preparation = LayerPreparation(source.config, names, options.calibration.seed, peaks, SCALE_ALPHA)
+    preparation = LayerPreparation(source.description, names, options.calibration.seed, peaks, SCALE_ALPHA)
     int8_inputs = options.ep == "cpu" and options.accuracy_level == 4
     rounding = Rounding(spec, compensated=options.quantizer == "gptq", int8_inputs=int8_inputs)
     return choose_preparations(source, tokens, rounding, preparation, device)
 
 
 def prepared_source(
-    source: ModelSource, options: CompressOptions, tokens: Tensor | None, device: torch.device
-) -> ModelSource:
+    source: Transformed, options: CompressOptions, tokens: Tensor | None, device: torch.device
+) -> Transformed:
     """Return the model under the exact reparameterizations that the options ask for.
 
     Args:
@@ -63,4 +64,5 @@ def prepared_source(
         peaks = neuron_peaks(source, shortened(tokens), device)
     if not names:
         return source
-    return PreparedSource(source, names, seed=options.calibration.seed, peaks=peaks, alpha=SCALE_ALPHA)
+    seed = options.calibration.seed
+    return source.then(Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA))

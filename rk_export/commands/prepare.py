@@ -18,7 +18,7 @@ from rk_export.parity.comparison import require_parity
 from rk_export.parity.preflight import dense_logits, preflight
 from rk_export.parity.tiers import prepared_tier
 from rk_export.report.records import Finding
-from rk_export.source.prepared import PreparedSource, save_prepared
+from rk_export.source.prepared import Prepared, save_prepared
 from rk_export.source.stored import open_source
 
 
@@ -54,7 +54,7 @@ def prepare(
         device = resolve_device((run or Run()).device)
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
-    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
-    logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
-    require_parity((prepared_tier(before, logits.numpy(), prepared.prepared),), source.name)
+    change = Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
+    logits, _ = dense_logits(source.then(change), torch.from_numpy(before.probe.batch))
+    require_parity((prepared_tier(before, logits.numpy(), change.names),), source.name)
     return save_prepared(source, names, Path(out), seed=seed, peaks=peaks, alpha=SCALE_ALPHA, force=force)

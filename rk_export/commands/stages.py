@@ -21,7 +21,8 @@ from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
 from rk_export.planning import planner
 from rk_export.rewrite.sizes import least_bytes, planned_bytes
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.protocol import Source
+from rk_export.source.stored import StoredModel, open_source
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Task:
         plan: What was decided earlier; None leaves it to be decided.
     """
 
-    source: ModelSource
+    source: StoredModel
     options: CompressOptions
     device: torch.device
     threads: int | None = None
@@ -53,11 +54,13 @@ class Task:
         """Read the model as transformers does, and run it on the probe; refuse what cannot be exported."""
         return preflight(self.source, self.options)
 
-    def inputs(self, out: Path | None = None) -> CompressionInputs:
-        """Gather what compression starts from; trainings keep their states beside `out`."""
+    def inputs(self, out: Path | None = None, probe: torch.Tensor | None = None) -> CompressionInputs:
+        """Gather what compression starts from, to be rewritten on a probe; trainings keep their states beside `out`."""
         pruning = None if self.plan is None else self.plan.pruning
         states = None if out is None else lambda name: state_file(out, name)
-        return compression_inputs(self.source, self.options, self.device, pruning=pruning, states=states)
+        return compression_inputs(
+            self.source, self.options, self.device, pruning=pruning, states=states, probe=probe
+        )
 
     def decided(self, inputs: CompressionInputs) -> Plan:
         """Return the plan that was given, or the one that follows from the options."""
@@ -117,7 +120,7 @@ def open_task(
         planner.check_plan(source, plan)
         options = plan.options
     options = (options or CompressOptions()).with_texts(run.texts)
-    check_supported(source.config, ep=options.ep, dtype=options.float_dtype)
+    check_supported(source.description, ep=options.ep, dtype=options.float_dtype)
     check_options(source, options)
     if needs_texts and options.missing_text is not None:
         options.missing_text.place()
@@ -127,7 +130,7 @@ def open_task(
 
 
 def check_outputs(
-    source: ModelSource, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
+    source: Source, out: str | Path, checkpoint: str | Path | None = None, force: bool = False
 ) -> None:
     """Refuse outputs that cannot be written, or would take the place of the model or of each other."""
     target = Path(out).expanduser()

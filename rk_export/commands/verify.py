@@ -22,6 +22,7 @@ from rk_export.plan import Plan
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.runtime.providers import Provider
+from rk_export.source.transformed import Transformed
 
 
 def verify(
@@ -65,7 +66,7 @@ def verify(
         alone = _alone(folder, manifest, plan, provider, threads)
         return (*_without_statistics(task, before, why), *alone)
     batch = torch.from_numpy(before.probe.batch)
-    rewritten = choose_levels(task.inputs().rewrite(plan, batch), batch)
+    rewritten = choose_levels(task.inputs(probe=batch).rewrite(plan, batch), batch)
     tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, before), *tiers)
 
@@ -75,7 +76,7 @@ def _without_statistics(task: Task, before: Preflight, why: str) -> Iterator[Par
     yield before.tier
     names = task.options.preparations
     if "scale" not in names:  # its peaks are those of the text
-        prepared = prepared_source(task.source, task.options, None, task.device)
+        prepared = prepared_source(Transformed(task.source), task.options, None, task.device)
         logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
         yield prepared_tier(before, logits.numpy(), names)
     yield from unrepeated_tiers("pabc" if "scale" in names else "abc", why)

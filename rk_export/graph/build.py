@@ -32,7 +32,7 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
     """
     options = rewritten.plan.options
     module = frontend.build_module(
-        rewritten.model.config,
+        rewritten.description,
         ep=options.ep,
         dtype=options.float_dtype,
         positions=options.context_length,

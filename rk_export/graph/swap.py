@@ -33,7 +33,7 @@ def projections_of(rewritten: Rewritten) -> Iterator[tuple[int, tuple[Projection
     """Yield the matrices of every layer, with the layer's index."""
     layers = rewritten.model.get_submodule(rewritten.architecture.layers)
     for index, _ in enumerate(layers.children()):
-        yield index, rewritten.architecture.projections(rewritten.model.config, index)
+        yield index, rewritten.description.projections(index)
 
 
 def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:

@@ -11,15 +11,17 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
-from rk_export.model.sites import canonical_layers, plain_sites
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
+from rk_export.model.sites import plain_sites
 from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan, Pruning, SitePlan
 from rk_export.report.records import Finding
 from rk_export.rewrite.apply import Rewritten
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transformed
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
@@ -38,7 +40,7 @@ class Work:
         state: Where a training keeps its progress, to go on after an interruption; None keeps none.
     """
 
-    source: ModelSource
+    source: Transformed
     options: CompressOptions
     device: torch.device
     tokens: Tensor | None = None
@@ -57,9 +59,9 @@ class Decision:
     """
 
     sites: tuple[SitePlan, ...]
-    parts: Mapping[Place, Parts] = field(default_factory=dict)
+    parts: Mapping[MatrixId, Parts] = field(default_factory=dict)
 
-    def plan(self, source: ModelSource, options: CompressOptions) -> Plan:
+    def plan(self, source: Source, options: CompressOptions) -> Plan:
         """Return the plan that stores every matrix as it was decided."""
         named = replace(options, groups=())
         return Plan(source.config.model_type, source.structure(), named, self.sites)
@@ -84,14 +86,14 @@ class Method(Generic[OptionsT]):
         """What it does in its stage, for the log."""
         return self.options.describe()
 
-    def check(self, source: ModelSource, options: CompressOptions) -> None:
+    def check(self, source: Source, options: CompressOptions) -> None:
         """Refuse, before any work, what it cannot do to a model.
 
         Raises:
             InputError: Says why.
         """
 
-    def transform(self, work: Work) -> ModelSource:
+    def transform(self, work: Work) -> Transformed:
         """Return the model that is compressed, before statistics are taken of it."""
         return work.source
 
@@ -99,7 +101,7 @@ class Method(Generic[OptionsT]):
         """Return what becomes of every matrix; None leaves that to the planner."""
         return None
 
-    def recover(self, rewritten: Rewritten, teacher: ModelSource, work: Work) -> Rewritten:
+    def recover(self, rewritten: Rewritten, teacher: Source, work: Work) -> Rewritten:
         """Return the rewritten model after training it towards a teacher."""
         return rewritten
 
@@ -116,10 +118,10 @@ def methods_of(options: CompressOptions) -> Sequence[Method[MethodOptions]]:
     return [method_of(asked) for asked in options.methods]
 
 
-def matrices(source: ModelSource) -> list[SitePlan]:
+def matrices(source: Source) -> list[SitePlan]:
     """Return every matrix of a model's layers as a dense site of its own, in floats."""
     return [
         site
-        for layer in canonical_layers(source.config)
-        for site in plain_sites(layer, source.architecture.projections(source.config, layer.index))
+        for layer in source.description.layers()
+        for site in plain_sites(layer, source.description.projections(layer.index))
     ]

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.base import Decision, matrices
-from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
@@ -19,7 +18,7 @@ from rk_export.planning.currencies import table_count
 from rk_export.planning.fixed_parts import fixed_parts, in_words
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +52,11 @@ PARAMETERS = Prices(1, 1, 1)
 BYTES = Prices(4, 3, 2)
 
 
-def sparse_decision(source: ModelSource, options: CompressOptions, parts: Mapping[Place, Parts]) -> Decision:
+def sparse_decision(source: Source, options: CompressOptions, parts: Mapping[MatrixId, Parts]) -> Decision:
     """Return the decision that stores every matrix as the parts that were chosen for it."""
 
     def decided(site: SitePlan) -> SitePlan:
-        own = parts[site.layer, site.paths[0]]
+        own = parts[site.matrices[0]]
         chosen = replace(site, form="sparse", rank=own.rank, entries=own.entries)
         if own.rank or options.quant is None:
             return replace(chosen, quant=options.quant)
@@ -66,7 +65,7 @@ def sparse_decision(source: ModelSource, options: CompressOptions, parts: Mappin
     return Decision(tuple(decided(site) for site in matrices(source)), parts)
 
 
-def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
+def check_parts(plan: Plan, parts: Mapping[MatrixId, Parts]) -> None:
     """Refuse a plan that asks for other parts than were chosen: which directions and entries is not in a plan.
 
     Raises:
@@ -75,7 +74,7 @@ def check_parts(plan: Plan, parts: Mapping[Place, Parts]) -> None:
     for site in plan.sites:
         if site.form != "sparse":
             continue
-        own = parts.get((site.layer, site.paths[0]))
+        own = parts.get(site.matrices[0])
         if own is None or (own.rank, own.entries) != (site.rank, site.entries):
             found = "none" if own is None else f"rank {own.rank} and {own.entries} entries"
             raise InputError(
@@ -95,7 +94,7 @@ def stored_prices(options: CompressOptions) -> Prices:
     return Prices(number, ENTRY_BYTES, VALUE_BYTES)
 
 
-def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
+def sparse_budget(source: Source, options: CompressOptions) -> Budget:
     """Return what low rank and sparse parts may cost together: a size without all that is stored beside them.
 
     Raises:
@@ -109,8 +108,8 @@ def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
     config = source.config
     float_bytes = FLOAT_BYTES[options.float_dtype]
     table = matrix_bytes(config.vocab_size, config.hidden_size, options.embedding_quant, float_bytes)
-    matrices = sum(len(source.architecture.projections(config, layer)) for layer in range(source.layer_count))
-    parts = fixed_parts(config, options)
+    matrices = len(source.description.matrices)
+    parts = fixed_parts(source.description, options)
     fixed, tables = sum(part.bytes for part in parts), table_count(source) * table
     rest = fixed + tables + matrices * SUM_GRAPH_BYTES
     if rest >= budget.value:
@@ -123,7 +122,7 @@ def sparse_budget(source: ModelSource, options: CompressOptions) -> Budget:
     return replace(budget, value=budget.value - rest)
 
 
-def check_source(source: ModelSource, method: str) -> None:
+def check_source(source: Source, method: str) -> None:
     """Refuse, before any work, models that low rank plus sparse does not cover.
 
     Args:
@@ -140,7 +139,7 @@ def check_source(source: ModelSource, method: str) -> None:
             fix="give a rank rule: --keep with --uniform",
         )
     for layer in range(source.layer_count):
-        for item in source.architecture.projections(source.config, layer):
+        for item in source.description.projections(layer):
             if item.role == "expert":
                 raise InputError(
                     f"layer {layer} of {source.config.model_type} has experts, of which a token reads a few: one loss "
@@ -150,17 +149,12 @@ def check_source(source: ModelSource, method: str) -> None:
                 )
 
 
-def linear_shapes(source: ModelSource) -> dict[Place, tuple[int, int]]:
+def linear_shapes(source: Source) -> dict[MatrixId, tuple[int, int]]:
     """Return (out, in) of every matrix of the decoder layers."""
-    shapes = {}
-    for layer in canonical_layers(source.config):
-        for item in source.architecture.projections(source.config, layer.index):
-            linear = layer.linear(item.path)
-            shapes[layer.index, item.path] = (linear.out_features, linear.in_features)
-    return shapes
+    return {matrix.id: matrix.shape for matrix in source.description.matrices}
 
 
-def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None) -> tuple[float, Prices]:
+def amount_of(source: Source, budget: Budget, stored: Prices | None = None) -> tuple[float, Prices]:
     """Return what a budget may spend on the matrices of the decoder layers, and the prices in its unit.
 
     Args:
@@ -191,18 +185,18 @@ def amount_of(source: ModelSource, budget: Budget, stored: Prices | None = None)
     return amount, prices
 
 
-def share_of_entries(source: ModelSource, amount: float, prices: Prices) -> float:
+def share_of_entries(source: Source, amount: float, prices: Prices) -> float:
     """Return the share of all entries that an amount buys."""
     numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
     return min(1.0, amount / (prices.entry * numbers))
 
 
-def over_dense(parts: Mapping[Place, Parts]) -> list[Place]:
+def over_dense(parts: Mapping[MatrixId, Parts]) -> list[MatrixId]:
     """Return the matrices whose parts have more parameters than the dense matrix; a global choice may do that."""
     return [place for place, item in parts.items() if item.parameters > item.shape[0] * item.shape[1]]
 
 
-def log_choice(parts: Mapping[Place, Parts]) -> None:
+def log_choice(parts: Mapping[MatrixId, Parts]) -> None:
     """Log rank, density and how many matrices have more parameters than dense ones."""
     numbers = sum(item.shape[0] * item.shape[1] for item in parts.values())
     entries = sum(item.entries for item in parts.values())

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.decoder_spec import has_learned_positions
-from rk_export.model.families import architecture_of
+from rk_export.model.description import ModelDescription
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
@@ -31,14 +31,14 @@ def context_of(config: PretrainedConfig, wanted: int | None) -> int:
     return own_context(config) if wanted is None else wanted
 
 
-def check_context(config: PretrainedConfig, wanted: int | None) -> None:
+def check_context(description: ModelDescription, wanted: int | None) -> None:
     """Refuse a context that the model cannot take, the one that it states included.
 
     Raises:
         InputError: Names the longest that it can, or the shortest that can be checked.
     """
-    longest, reason = _longest(config)
-    context = context_of(config, wanted)
+    longest, reason = _longest(description)
+    context = context_of(description.config, wanted)
     where = "config.json: max_position_embeddings" if wanted is None else OPTION
     if context < PROMPT_LENGTH:
         raise InputError(
@@ -58,9 +58,10 @@ def check_context(config: PretrainedConfig, wanted: int | None) -> None:
         )
 
 
-def context_notices(config: PretrainedConfig, wanted: int | None) -> tuple[str, ...]:
+def context_notices(description: ModelDescription, wanted: int | None) -> tuple[str, ...]:
     """Return what a user must know of a context that is not the model's own, or could be longer."""
-    own, (longest, reason) = own_context(config), _longest(config)
+    config = description.config
+    own, (longest, reason) = own_context(config), _longest(description)
     if wanted is not None and wanted > own and _allowed_by_scaling(config) is None:
         return (
             f"the context of {wanted} tokens is longer than the {own} that the model was made for: the graph computes "
@@ -84,10 +85,11 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
     return stated
 
 
-def _longest(config: PretrainedConfig) -> tuple[int, str]:
+def _longest(description: ModelDescription) -> tuple[int, str]:
     """Return the longest context that a model can take, and why."""
+    config = description.config
     own = own_context(config)
-    if architecture_of(config).is_encoder or has_learned_positions(config):
+    if description.architecture.is_encoder or has_learned_positions(config):
         return own, f"the model has learned {own} positions"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.model.families import HeadLayout, architecture_of, has_experts
+from rk_export.model.families import HeadLayout, has_experts, heads_of
 from rk_export.model.rotary import ALL_LAYERS
 
 # Checked against PyTorch; the names are those of transformers' ACT2FN.
@@ -119,7 +119,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     """
     family = config.model_type
     check_options(config)
-    heads = architecture_of(config).heads(config)
+    heads = heads_of(config)
     _check_heads(heads, is_rotated=not has_learned_positions(config))
     return DecoderSpec(
         heads=heads,
@@ -212,7 +212,7 @@ def _attention_scale(config: PretrainedConfig, index: int) -> float:
         return float(config.query_pre_attn_scalar**-0.5)
     if family == "granite":
         return float(config.attention_multiplier)
-    head_dim = architecture_of(config).heads(config).head_dim
+    head_dim = heads_of(config).head_dim
     if family == "gpt2":
         scale = head_dim**-0.5 if config.scale_attn_weights else 1.0
         return scale / (index + 1) if config.scale_attn_by_inverse_layer_idx else scale

@@ -115,13 +115,6 @@ class Architecture:
         if self.rewrite is not None:
             self.rewrite(layer)
 
-    def heads(self, config: PretrainedConfig) -> HeadLayout:
-        """Return the attention heads, the same in every layer."""
-        heads = int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        return HeadLayout(heads, kv_heads, head_dim)
-
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Return the family of a config.
@@ -137,6 +130,14 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             fix=f"use one of {', '.join(sorted(_ARCHITECTURES))}",
         )
     return architecture
+
+
+def heads_of(config: PretrainedConfig) -> HeadLayout:
+    """Return the attention heads of a model, the same in every layer."""
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return HeadLayout(heads, kv_heads, head_dim)
 
 
 def has_experts(config: PretrainedConfig, layer_index: int) -> bool:
@@ -194,14 +195,6 @@ def _reason(config: PretrainedConfig, error: Exception) -> str:
 def _holds(value: object, searched: object) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return value == searched or any(_holds(part, searched) for part in parts)
-
-
-def empty_canonical_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build ``empty_model`` with every layer in canonical form."""
-    model, architecture = empty_model(config), architecture_of(config)
-    for layer in model.get_submodule(architecture.layers).children():
-        architecture.canonicalize(layer)
-    return model
 
 
 @contextmanager

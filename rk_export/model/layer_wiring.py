@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
-from rk_export.model.decoder_spec import NormNames, decoder_spec
-from rk_export.model.families import Architecture, architecture_of, has_experts
+from rk_export.model.decoder_spec import NormNames
+from rk_export.model.description import ModelDescription
+from rk_export.model.families import Architecture, has_experts
 from rk_export.passes.prepare.wiring import Wiring
 
 ROUTER = "mlp.gate"
 
 
-def wiring_of(config: PretrainedConfig, index: int) -> Wiring:
+def wiring_of(description: ModelDescription, index: int) -> Wiring:
     """Return what reads and writes the residual stream in decoder layer `index`."""
-    architecture, spec = architecture_of(config), decoder_spec(config)
-    projections = architecture.projections(config, index)
+    architecture, spec = description.architecture, description.decoder
+    projections = description.projections(index)
     path = {item.role: item.path for item in projections if item.role != "expert"}
     experts = [item.path for item in projections if item.role == "expert"]
     triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
     reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
     reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
-    if has_experts(config, index):
+    if has_experts(description.config, index):
         reads_mlp.append(ROUTER)
     readers = (path["q"], path["k"], path["v"]), tuple(reads_mlp)
     mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from torch import Tensor
 
 from rk_export.errors import InputError
-from rk_export.model.decoder_spec import DecoderSpec, decoder_spec
-from rk_export.model.families import architecture_of, empty_canonical_model
+from rk_export.matrix_id import MatrixId
+from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
@@ -38,7 +38,7 @@ class Preparations:
     findings: tuple[Finding, ...]
 
 
-def preparations_of(config: PretrainedConfig, names: Sequence[str]) -> Preparations:
+def preparations_of(description: ModelDescription, names: Sequence[str]) -> Preparations:
     """Decide, from a model's structure alone, which preparations apply.
 
     Raises:
@@ -47,15 +47,15 @@ def preparations_of(config: PretrainedConfig, names: Sequence[str]) -> Preparati
     """
     check_names(names)
     wanted = [name for name in (*PARTS_OF_FOLD, *PREPARATIONS) if name in names]
-    reasons = {name: _reason(config, name) for name in wanted}
+    reasons = {name: _reason(description, name) for name in wanted}
     applied = tuple(name for name, reason in reasons.items() if not reason)
-    final, kept = _final_norm(config, applied)
+    final, kept = _final_norm(description, applied)
     findings = [_finding(f"prepare.{name}", reason) for name, reason in reasons.items()]
     if "fold" in applied and kept:
         findings.append(_finding("prepare.fold.final_norm", kept))
     if final == "rotated head":
-        size = config.hidden_size**2 * 4
-        details = {"pass": "prepare", "rotation": config.hidden_size}
+        size = description.config.hidden_size**2 * 4
+        details = {"pass": "prepare", "rotation": description.config.hidden_size}
         findings.append(
             Finding("lm_head.rotation", Outcome.APPLIED, bytes_before=0, bytes_after=size, details=details)
         )
@@ -82,11 +82,11 @@ def check_names(names: Iterable[str]) -> None:
         )
 
 
-def check_scale(config: PretrainedConfig, peaks: Mapping[str, Tensor], alpha: float) -> None:
+def check_scale(description: ModelDescription, peaks: Mapping[str, Tensor], alpha: float) -> None:
     """Refuse what `scale` cannot work with.
 
     Args:
-        config: The model's config.
+        description: Of the model.
         peaks: Name of a down matrix (`layers.3.mlp.down_proj`) -> the largest input of each neuron.
         alpha: How far peaks are evened out.
 
@@ -97,14 +97,10 @@ def check_scale(config: PretrainedConfig, peaks: Mapping[str, Tensor], alpha: fl
         raise InputError(
             f"an alpha of {alpha} is out of range", where="scale", fix="give a number from 0 to 1"
         )
-    layers = empty_canonical_model(config).get_submodule(architecture_of(config).layers)
-    for index, layer in enumerate(layers.children()):
-        for _, down in wiring_of(config, index).mlps:
-            _check_peaks(
-                peaks.get(f"layers.{index}.{down}"),
-                cast(nn.Linear, layer.get_submodule(down)).in_features,
-                f"layers.{index}.{down}",
-            )
+    for layer in description.layers():
+        for _, down in wiring_of(description, layer.index).mlps:
+            name = MatrixId(layer.index, down).name
+            _check_peaks(peaks.get(name), layer.linear(down).in_features, name)
 
 
 def _check_peaks(peaks: Tensor | None, neurons: int, name: str) -> None:
@@ -123,9 +119,9 @@ def _check_peaks(peaks: Tensor | None, neurons: int, name: str) -> None:
         )
 
 
-def has_rotated_head(config: PretrainedConfig, names: Sequence[str]) -> bool:
+def has_rotated_head(description: ModelDescription, names: Sequence[str]) -> bool:
     """Whether a prepared model has `RotatedHead` where its output projection stood."""
-    return bool(names) and preparations_of(config, names).final_norm == "rotated head"
+    return bool(names) and preparations_of(description, names).final_norm == "rotated head"
 
 
 def folded_norms(wiring: Wiring, names: Collection[str]) -> tuple[str, ...]:
@@ -135,21 +131,21 @@ def folded_norms(wiring: Wiring, names: Collection[str]) -> tuple[str, ...]:
     return tuple(norm for norm, paths in wiring.norms.items() if (wiring.value in paths) in kinds)
 
 
-def _reason(config: PretrainedConfig, name: str) -> str:
+def _reason(description: ModelDescription, name: str) -> str:
     """Return why a preparation does not apply, or an empty string."""
-    family = config.model_type
-    if architecture_of(config).is_encoder:
+    family = description.model_type
+    if description.architecture.is_encoder:
         return (
             f"{family} is an encoder: its norms follow the residual sums, its MLP has no gate, and its values are "
             "not among the matrices that are rewritten"
         )
-    spec = decoder_spec(config)
+    spec = description.decoder
     if name in PARTS_OF_FOLD:
         names = spec.norm_names
         if not (names.before_attention if name == "fold-attention" else names.before_mlp):
             return f"the norms of {family} follow its blocks: no matrix reads a norm alone"
     if name == "fold" or name in PARTS_OF_FOLD:
-        return _no_fold(config, spec)
+        return _no_fold(description, spec)
     if name == "rotate":
         return _no_rotation(family, spec)
     if name == "rotate-heads" and spec.on_values:
@@ -159,16 +155,14 @@ def _reason(config: PretrainedConfig, name: str) -> str:
     return ""
 
 
-def _no_fold(config: PretrainedConfig, spec: DecoderSpec) -> str:
+def _no_fold(description: ModelDescription, spec: DecoderSpec) -> str:
     if not any((spec.norm_names.before_attention, spec.norm_names.before_mlp)) and spec.tied:
         return (
-            f"the norms of {config.model_type} follow its blocks, and its head is tied to the embedding: no matrix "
-            "reads a norm alone"
+            f"the norms of {description.model_type} follow its blocks, and its head is tied to the embedding: no "
+            "matrix reads a norm alone"
         )
-    if spec.norm == "layer" and not _readers_have_biases(config):
-        return (
-            f"LayerNorm shifts its output, and the matrices of this {config.model_type} model have no biases"
-        )
+    if spec.norm == "layer" and not _readers_have_biases(description):
+        return f"LayerNorm shifts its output, and the matrices of this {description.model_type} model have no biases"
     return ""
 
 
@@ -182,20 +176,18 @@ def _no_rotation(family: str, spec: DecoderSpec) -> str:
     return ""
 
 
-def _readers_have_biases(config: PretrainedConfig) -> bool:
-    layers = empty_canonical_model(config).get_submodule(architecture_of(config).layers)
-    readers = wiring_of(config, 0).readers
-    layer: nn.Module = next(layers.children())
+def _readers_have_biases(description: ModelDescription) -> bool:
+    readers, layer = wiring_of(description, 0).readers, description.layer(0)
     return all(getattr(layer.get_submodule(path), "bias", None) is not None for path in readers)
 
 
 def _final_norm(
-    config: PretrainedConfig, applied: Sequence[str]
+    description: ModelDescription, applied: Sequence[str]
 ) -> tuple[Literal["kept", "folded", "rotated head"], str]:
     """Return where the final norm's gain goes, and why it stays if it does."""
     if "fold" not in applied:
         return "kept", ""
-    spec = decoder_spec(config)
+    spec = description.decoder
     if "rotate" in applied:
         return ("rotated head" if spec.tied else "folded"), ""
     if spec.tied:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PretrainedConfig
-
 from rk_export.errors import InputError
-from rk_export.model.decoder_spec import decoder_spec
-from rk_export.model.families import architecture_of, has_experts
+from rk_export.model.description import ModelDescription
+from rk_export.model.families import has_experts
 from rk_export.passes.base import Layer
 from rk_export.passes.weights.prune_width import mlp_paths
 from rk_export.plan import LayerShape, SitePlan
 
 
-def check_shape(config: PretrainedConfig, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]) -> None:
+def check_shape(
+    description: ModelDescription, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]
+) -> None:
     """Refuse a shape that a layer cannot take.
 
     Args:
-        config: Of the model.
+        description: Of the model.
         layer: The dense layer, shapes only.
         shape: What it loses.
         sites: Its sites; they name every matrix of the layer.
@@ -26,11 +26,11 @@ def check_shape(config: PretrainedConfig, layer: Layer, shape: LayerShape, sites
     Raises:
         InputError: Says which dimension cannot go and why.
     """
-    if architecture_of(config).is_encoder:
+    if description.architecture.is_encoder:
         raise _refusal(shape, "only queries and keys of an encoder are rewritten", "drop its shapes")
     if shape.ffn_width is not None:
-        _check_width(config, layer, shape, sites)
-    heads = architecture_of(config).heads(config)
+        _check_width(description, layer, shape, sites)
+    heads = description.heads
     if shape.value_dim is not None and shape.value_dim >= heads.head_dim:
         raise _refusal(
             shape,
@@ -38,13 +38,13 @@ def check_shape(config: PretrainedConfig, layer: Layer, shape: LayerShape, sites
             f"give 1 to {heads.head_dim - 1}, or null",
         )
     if shape.kv_groups is not None:
-        _check_groups(config, heads.kv_heads, shape)
+        _check_groups(description, heads.kv_heads, shape)
 
 
 def _check_width(
-    config: PretrainedConfig, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]
+    description: ModelDescription, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]
 ) -> None:
-    if has_experts(config, layer.index):
+    if has_experts(description.config, layer.index):
         raise _refusal(
             shape,
             "ffn_width: every expert would need neurons of its own choice, from statistics of its own tokens",
@@ -59,7 +59,7 @@ def _check_width(
         )
 
 
-def _check_groups(config: PretrainedConfig, groups: int, shape: LayerShape) -> None:
+def _check_groups(description: ModelDescription, groups: int, shape: LayerShape) -> None:
     kept = shape.kv_groups or ()
     if max(kept) >= groups or len(kept) == groups:
         raise _refusal(
@@ -67,7 +67,7 @@ def _check_groups(config: PretrainedConfig, groups: int, shape: LayerShape) -> N
             f"kv_groups {list(kept)} leaves out none of the groups 0 to {groups - 1}, or names others",
             "list fewer of them, or null",
         )
-    if decoder_spec(config).query_key_norm == "all":
+    if description.decoder.query_key_norm == "all":
         raise _refusal(
             shape,
             "kv_groups: queries and keys are normalized over all heads together, so those that stay would change",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from transformers import PretrainedConfig
-
-from rk_export.model.families import Projection, architecture_of, empty_canonical_model
+from rk_export.model.families import Projection
 from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS
@@ -15,15 +11,6 @@ from rk_export.plan import SitePlan
 
 # Hidden sizes below this count as small models, whose ranks are rounded in finer steps.
 SMALL_HIDDEN_SIZE = 2048
-
-
-def canonical_layers(config: PretrainedConfig) -> Iterator[Layer]:
-    """Yield the layers of a model in canonical form, shapes only."""
-    architecture = architecture_of(config)
-    kv_groups = architecture.heads(config).kv_heads
-    model = empty_canonical_model(config)
-    for index, module in enumerate(model.get_submodule(architecture.layers).children()):
-        yield Layer(index, module, kv_groups)
 
 
 def plain_sites(layer: Layer, projections: tuple[Projection, ...]) -> list[SitePlan]:

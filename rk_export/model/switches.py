@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from rk_export.model.decoder_spec import decoder_spec
-from rk_export.model.families import architecture_of
+from rk_export.model.description import ModelDescription
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
 # What a generation of the runtime crosses as PyTorch does.
@@ -32,16 +31,17 @@ class Switch:
         return f"{self.name} at {self.tokens:,} tokens"
 
 
-def switches_of(config: PretrainedConfig) -> tuple[Switch, ...]:
+def switches_of(description: ModelDescription) -> tuple[Switch, ...]:
     """Return the switches within a decoder's context, shortest first; an encoder has none.
 
     Raises:
         UnsupportedModelError: If the config turns on what the graph does not have.
     """
-    if architecture_of(config).is_encoder:
+    if description.architecture.is_encoder:
         return ()
+    config = description.config
     context = int(config.max_position_embeddings)
-    windows = {layer.window for layer in decoder_spec(config).layers if layer.window is not None}
+    windows = {layer.window for layer in description.decoder.layers if layer.window is not None}
     found = [(WINDOW, window) for window in windows]
     found += [(LONG_ROTATION, tokens) for tokens in _long_rotations(config)]
     switches = (Switch(name, tokens, context) for name, tokens in found if tokens < context)

@@ -16,10 +16,9 @@ from transformers.utils import logging as hf_logging
 
 from rk_export.errors import InputError
 from rk_export.memory import available_memory
-from rk_export.model.families import empty_model
 from rk_export.model.torch_logits import torch_logits
 from rk_export.report.humanize import size
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class Reference:
     note: str
 
 
-def transformers_logits(source: ModelSource, tokens: Tensor) -> Reference:
+def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     """Return the logits of one prompt as transformers computes them in float32 with its eager attention.
 
     The model is loaded by `from_pretrained` from its folder. Where that is another model (an adapter is merged, the
@@ -66,7 +65,7 @@ def transformers_logits(source: ModelSource, tokens: Tensor) -> Reference:
     return Reference(torch_logits(model)(tokens.numpy()).float(), note)
 
 
-def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
+def _whole_model(source: StoredModel) -> tuple[PreTrainedModel, str]:
     reason = source.changed
     if not reason:
         try:
@@ -80,7 +79,7 @@ def _whole_model(source: ModelSource) -> tuple[PreTrainedModel, str]:
     return model, note
 
 
-def _from_folder(source: ModelSource) -> PreTrainedModel:
+def _from_folder(source: StoredModel) -> PreTrainedModel:
     auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
     return _complete(
         source,
@@ -90,8 +89,8 @@ def _from_folder(source: ModelSource) -> PreTrainedModel:
     )
 
 
-def _filled(source: ModelSource) -> PreTrainedModel:
-    family = type(empty_model(source.config))
+def _filled(source: StoredModel) -> PreTrainedModel:
+    family = type(source.description.canonical)
     tensors = {name: source.tensor(name) for name in source.stored.shapes}
     config = copy.deepcopy(source.config)
     return _complete(
@@ -102,7 +101,7 @@ def _filled(source: ModelSource) -> PreTrainedModel:
     )
 
 
-def _complete(source: ModelSource, load: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:
+def _complete(source: StoredModel, load: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:
     """Load a model, and refuse one that transformers had to complete with random tensors."""
     try:
         model, info = load()

@@ -20,7 +20,8 @@ from rk_export.parity.half_range import Peaks, check_half_range
 from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.report.records import ParityTier
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
+from rk_export.source.stored import StoredModel
 from rk_export.source.tokenizer_conversion import check_tokenizer
 
 ORACLE_TIER = "transformers vs PyTorch dense"
@@ -47,7 +48,7 @@ class Preflight:
     notices: tuple[str, ...] = ()
 
 
-def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
+def preflight(source: StoredModel, options: CompressOptions) -> Preflight:
     """Look at a dense model before anything is done to it.
 
     Args:
@@ -63,7 +64,7 @@ def preflight(source: ModelSource, options: CompressOptions) -> Preflight:
     probe = make_probe(
         source.folder,
         source.config.vocab_size,
-        switches_of(with_context(source.config, options.context_length)),
+        switches_of(replace(source.description, config=with_context(source.config, options.context_length))),
     )
     tokens = torch.from_numpy(probe.batch)
     peaks = Peaks() if options.float_dtype == "fp16" else None
@@ -89,7 +90,7 @@ def _by_its_rounding(tier: ParityTier, rounding: float) -> ParityTier:
     return held_to(replace(tier, note=note), max(FLOAT_BOUND["fp32"], ROUNDING_FACTOR * rounding))
 
 
-def _check_finite(logits: Tensor, source: ModelSource) -> None:
+def _check_finite(logits: Tensor, source: Source) -> None:
     """Refuse a model whose tensors are finite and whose results are not: no parity can be measured on it."""
     bad = int((~torch.isfinite(logits)).sum())
     if bad:
@@ -103,7 +104,7 @@ def _check_finite(logits: Tensor, source: ModelSource) -> None:
 
 @torch.no_grad()
 def dense_logits(
-    source: ModelSource, tokens: Tensor, peaks: Peaks | None = None, *, shaken: bool = False
+    source: Source, tokens: Tensor, peaks: Peaks | None = None, *, shaken: bool = False
 ) -> tuple[Tensor, float]:
     """Run tokens through a model, one layer in memory at a time.
 

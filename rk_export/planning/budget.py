@@ -140,7 +140,7 @@ class InputSides:
     def curvature(self, site: SitePlan) -> Curvature | None:
         """Return the curvature of a site's stacked matrix, or None where no statistics were gathered."""
         statistics = self._statistics
-        places = [(site.layer, path) for path in site.paths]
+        places = site.matrices
         if "expert" in site.members or any(place not in statistics.gradients for place in places):
             return None
         if site.layer != self._layer:

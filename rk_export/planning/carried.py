@@ -14,7 +14,7 @@ from rk_export.passes.numerics.grid import Grid, block_spec
 from rk_export.passes.weights.carry import Grids, why_not
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 # Checkpoints name some experts in another way than the modules that transformers 5 makes of them.
 _STORED_NAMES = {
@@ -27,7 +27,7 @@ _STORED_NAMES = {
 }
 
 
-def carried_sites(source: ModelSource, options: CompressOptions) -> Iterator[SitePlan]:
+def carried_sites(source: Source, options: CompressOptions) -> Iterator[SitePlan]:
     """Yield every site of a model: carried over where its codes can be, else as the options say, with the reason.
 
     Args:
@@ -35,13 +35,13 @@ def carried_sites(source: ModelSource, options: CompressOptions) -> Iterator[Sit
         options: What becomes of matrices that cannot be carried over, and the graph's float type.
     """
     grids = source_grids(source)
-    for layer in loaded_layers(source):
-        projections = source.architecture.projections(source.config, layer.index)
+    for layer in source.layers():
+        projections = source.description.projections(layer.index)
         for site in dense_sites(layer, projections, options):
             yield _carried(layer, site, grids, options)
 
 
-def source_grids(source: ModelSource) -> Grids:
+def source_grids(source: Source) -> Grids:
     """Return where the codes of a layer's matrices come from: the rows of the stored matrix that each is cut from."""
     layers, names = source.architecture.layers, _STORED_NAMES.get(source.config.model_type, {})
 
@@ -60,7 +60,7 @@ def source_grids(source: ModelSource) -> Grids:
     return find
 
 
-def head_findings(source: ModelSource, options: CompressOptions) -> Iterator[Finding]:
+def head_findings(source: Source, options: CompressOptions) -> Iterator[Finding]:
     """Yield that the codes of an output projection are not carried over, where there are any."""
     head = source.architecture.lm_head
     if options.recompute == "none" and head and source.grid(f"{head}.weight") is not None:

@@ -14,7 +14,7 @@ from rk_export.planning.cost_table import CostTable
 from rk_export.planning.fixed_parts import FixedPart, fixed_parts
 from rk_export.planning.stored_bytes import FLOAT_BYTES, Shape, matrix_bytes
 from rk_export.report.humanize import size
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 WEIGHT_FORMATS: tuple[Format, ...] = (
     QuantSpec(2, 16, symmetric=False),
@@ -91,7 +91,7 @@ def in_words(cost: float, unit: str) -> str:
 
 
 def currency_of(
-    source: ModelSource, options: CompressOptions, rank_step: int, costs: CostTable | None = None
+    source: Source, options: CompressOptions, rank_step: int, costs: CostTable | None = None
 ) -> Currency:
     """Return the currency of a budget.
 
@@ -108,7 +108,7 @@ def currency_of(
     if budget is None:
         raise ValueError("the options have no budget")
     groups = frozenset(GROUPS[group] for group in options.groups or ())
-    kv_groups = source.architecture.heads(source.config).kv_heads
+    kv_groups = source.description.heads.kv_heads
     float_bytes = FLOAT_BYTES[options.float_dtype]
 
     forms: tuple[Form, ...] = ("joint", "identity")
@@ -140,10 +140,10 @@ def currency_of(
     )
     if budget.kind == "bits":
         return Currency(budget, "bytes", in_bytes)
-    parts = fixed_parts(source.config, options)
+    parts = fixed_parts(source.description, options)
     return Currency(budget, "bytes", in_bytes, TABLE_FORMATS, sum(part.bytes for part in parts), parts)
 
 
-def table_count(source: ModelSource) -> int:
+def table_count(source: Source) -> int:
     """Return how many tables of vocabulary size are stored: one where the output projection is tied, else two."""
     return 1 if source.config.tie_word_embeddings else 2

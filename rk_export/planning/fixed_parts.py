@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from rk_export.model.context import context_of
 from rk_export.model.decoder_spec import has_learned_positions
+from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.families import architecture_of, empty_canonical_model
 from rk_export.model.preparable import has_rotated_head
 from rk_export.model.rotary import rotary_tables
 from rk_export.options.compress import CompressOptions
@@ -41,37 +40,38 @@ class FixedPart:
     why: str = "stays in floats"
 
 
-def fixed_parts(config: PretrainedConfig, options: CompressOptions) -> tuple[FixedPart, ...]:
+def fixed_parts(description: ModelDescription, options: CompressOptions) -> tuple[FixedPart, ...]:
     """Return the parts of a bundle beside the decided matrices, those that are absent left out."""
-    float_bytes = FLOAT_BYTES[options.float_dtype]
+    config, float_bytes = description.config, FLOAT_BYTES[options.float_dtype]
     parts = [
-        FixedPart(kind, count, count * float_bytes) for kind, count in _undecided_parameters(config).items()
+        FixedPart(kind, count, count * float_bytes)
+        for kind, count in _undecided_parameters(description).items()
     ]
-    if (rotary := _rotary(config, options)) is not None:
+    if (rotary := _rotary(description, options)) is not None:
         parts.append(rotary)
-    if has_rotated_head(config, options.preparations):
+    if has_rotated_head(description, options.preparations):
         rotation = matrix_bytes(config.hidden_size, config.hidden_size, QuantSpec(8, 32), 4)
         parts.append(FixedPart("rotation of the head", 0, rotation, "a preparation puts it there"))
-    return (*parts, FixedPart("graph", 0, graph_bytes(config), "nodes and names"))
+    return (*parts, FixedPart("graph", 0, graph_bytes(description), "nodes and names"))
 
 
-def graph_bytes(config: PretrainedConfig) -> int:
+def graph_bytes(description: ModelDescription) -> int:
     """Return an upper estimate of the graph without weights."""
-    return int(GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.num_hidden_layers)
+    return int(GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * description.layer_count)
 
 
-def fixed_findings(config: PretrainedConfig, options: CompressOptions) -> list[Finding]:
+def fixed_findings(description: ModelDescription, options: CompressOptions) -> list[Finding]:
     """Return a line for each fixed part that holds numbers of the model."""
     return [
         Finding(part.name, Outcome.SKIPPED, part.why, part.parameters * 4, part.bytes)
-        for part in fixed_parts(config, options)
+        for part in fixed_parts(description, options)
         if part.parameters or part.name == _ROTARY
     ]
 
 
-def fixed_bytes(config: PretrainedConfig, options: CompressOptions) -> float:
+def fixed_bytes(description: ModelDescription, options: CompressOptions) -> float:
     """Return the bytes of all fixed parts; a little too many."""
-    return float(sum(part.bytes for part in fixed_parts(config, options)))
+    return float(sum(part.bytes for part in fixed_parts(description, options)))
 
 
 def in_words(parts: Sequence[FixedPart]) -> str:
@@ -82,18 +82,14 @@ def in_words(parts: Sequence[FixedPart]) -> str:
 _ROTARY = "rotary frequencies"
 
 
-def _undecided_parameters(config: PretrainedConfig) -> dict[str, int]:
+def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     """Return kind -> parameters of what is no decided matrix."""
-    architecture = architecture_of(config)
-    decided = {
-        f"{architecture.layers}.{layer}.{item.path}.weight"
-        for layer in range(config.num_hidden_layers)
-        for item in architecture.projections(config, layer)
-    }
+    architecture = description.architecture
+    decided = {f"{matrix.torch_path}.weight" for matrix in description.matrices}
     if not architecture.is_encoder:
         decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
     counts: dict[str, int] = {}
-    for module_name, module in empty_canonical_model(config).named_modules():
+    for module_name, module in description.canonical.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             path = f"{module_name}.{name}"
             if path in decided:
@@ -114,12 +110,13 @@ def _kind(module: nn.Module, name: str) -> str:
     return "biases" if name.endswith("bias") else "routers"
 
 
-def _rotary(config: PretrainedConfig, options: CompressOptions) -> FixedPart | None:
+def _rotary(description: ModelDescription, options: CompressOptions) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
-    if architecture_of(config).is_encoder or has_learned_positions(config):
+    config = description.config
+    if description.architecture.is_encoder or has_learned_positions(config):
         return None
     positions = context_of(config, options.context_length)
-    module = type(empty_canonical_model(config).get_submodule("model.rotary_emb"))
+    module = type(description.canonical.get_submodule("model.rotary_emb"))
     tables = rotary_tables(config, module, positions).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[options.float_dtype]) for table in tables)

@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.device import CPU
 from rk_export.errors import InputError
-from rk_export.model.families import Projection, architecture_of
-from rk_export.model.pruned_config import pruned_config
+from rk_export.model.description import ModelDescription
+from rk_export.model.families import Projection
+from rk_export.model.pruned_description import pruned_description
 from rk_export.model.shape_rules import check_shape
-from rk_export.model.sites import canonical_layers, default_multiple, dense_sites
+from rk_export.model.sites import default_multiple, dense_sites
 from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8
 from rk_export.options.ranks import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS
@@ -35,11 +35,11 @@ from rk_export.planning.cost_table import CostTable
 from rk_export.planning.currencies import currency_of, table_count
 from rk_export.planning.spectral_plan import spectral_plan
 from rk_export.progress import track
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 
 def make_plan(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     *,
     statistics: DenseStatistics | None = None,
@@ -74,13 +74,13 @@ def make_plan(
         return _budgeted_plan(source, options, statistics, table, costs, device)
     reads_weights = options.rank_rule.kind == "energy" and options.groups
     sites: list[SitePlan] = []
-    for layer in loaded_layers(source) if reads_weights else canonical_layers(source.config):
-        sites += layer_sites(layer, source.architecture.projections(source.config, layer.index), options)
+    for layer in source.layers() if reads_weights else source.description.layers():
+        sites += layer_sites(layer, source.description.projections(layer.index), options)
     return Plan(source.config.model_type, source.structure(), options, tuple(sites))
 
 
 def _budgeted_plan(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     statistics: DenseStatistics | None,
     curvature: TableCurvature | None,
@@ -93,10 +93,9 @@ def _budgeted_plan(
     table = None
     if currency.tables and curvature is not None:
         table = Table(embedding_weight(source), curvature, table_count(source))
-    architecture = source.architecture
     layers = (
-        (layer, dense_sites(layer, architecture.projections(source.config, layer.index), options))
-        for layer in track(loaded_layers(source), "predicting losses, layers", source.layer_count)
+        (layer, dense_sites(layer, source.description.projections(layer.index), options))
+        for layer in track(source.layers(), "predicting losses, layers", source.layer_count)
     )
     bought = spend(layers, currency, statistics, table, device)
     if table is not None:
@@ -110,7 +109,7 @@ def _budgeted_plan(
     )
 
 
-def check_size(source: ModelSource, options: CompressOptions) -> None:
+def check_size(source: Source, options: CompressOptions) -> None:
     """Refuse, from shapes alone, a size that no plan can meet.
 
     Raises:
@@ -119,8 +118,8 @@ def check_size(source: ModelSource, options: CompressOptions) -> None:
     options = with_default_groups(source, options)
     currency = currency_of(source, options, _rank_step(source, options))
     least, sites, shapes = 0.0, [], []
-    for layer in canonical_layers(source.config):
-        for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
+    for layer in source.description.layers():
+        for site in dense_sites(layer, source.description.projections(layer.index), options):
             linears = [layer.linear(path) for path in site.paths]
             sites.append(site)
             shapes.append([(linear.out_features, linear.in_features) for linear in linears])
@@ -132,12 +131,12 @@ def check_size(source: ModelSource, options: CompressOptions) -> None:
         raise too_small(currency, least, amount)
 
 
-def _rank_step(source: ModelSource, options: CompressOptions) -> int:
+def _rank_step(source: Source, options: CompressOptions) -> int:
     width = source.config.hidden_size
     return options.rank_multiple or default_multiple(width, width, options.quant)
 
 
-def embedding_weight(source: ModelSource) -> Tensor:
+def embedding_weight(source: Source) -> Tensor:
     """Return the token embedding (vocabulary, dim) as the source loads it."""
     model = source.skeleton()
     source.load_rest(model)
@@ -145,16 +144,14 @@ def embedding_weight(source: ModelSource) -> Tensor:
     return weight
 
 
-def check_groups(source: ModelSource, groups: tuple[str, ...]) -> None:
+def check_groups(source: Source, groups: tuple[str, ...]) -> None:
     """Refuse groups that match nothing in a family.
 
     Raises:
         InputError: Lists those that do.
     """
     known = {
-        item.role
-        for layer in range(source.layer_count)
-        for item in source.architecture.projections(source.config, layer)
+        item.role for layer in range(source.layer_count) for item in source.description.projections(layer)
     }
     for group in groups:
         if not known.issuperset(GROUPS[group]):
@@ -166,7 +163,7 @@ def check_groups(source: ModelSource, groups: tuple[str, ...]) -> None:
             )
 
 
-def check_plan(source: ModelSource, plan: Plan) -> None:
+def check_plan(source: Source, plan: Plan) -> None:
     """Refuse a plan that does not fit a model.
 
     Raises:
@@ -184,19 +181,19 @@ def check_plan(source: ModelSource, plan: Plan) -> None:
             where=carried[0],
             fix="apply the plan to the quantized checkpoint that it was made for",
         )
-    config = source.config
+    description = source.description
     if plan.pruning is not None and source.pruning is None:
-        config = pruned_config(config, plan.pruning)
+        description = pruned_description(description, plan.pruning)
     elif plan.pruning != source.pruning:
         raise InputError(
             "the plan keeps other blocks, neurons or heads than the model has",
             where=source.name,
             fix="apply it to the model it was made for",
         )
-    check_sites(config, plan)
+    check_sites(description, plan)
 
 
-def check_sites(config: PretrainedConfig, plan: Plan) -> None:
+def check_sites(description: ModelDescription, plan: Plan) -> None:
     """Refuse a plan whose sites do not fit the shapes of a model.
 
     Raises:
@@ -204,16 +201,15 @@ def check_sites(config: PretrainedConfig, plan: Plan) -> None:
             layer cannot take, or asks for int8 inputs where there are no kernels for them.
     """
     _check_int8(plan)
-    if beyond := [shape.layer for shape in plan.shapes if not 0 <= shape.layer < config.num_hidden_layers]:
+    if beyond := [shape.layer for shape in plan.shapes if not 0 <= shape.layer < description.layer_count]:
         raise InputError(f"there is no layer {beyond[0]}", where="shapes", fix="drop its entry")
-    architecture = architecture_of(config)
-    for layer in canonical_layers(config):
+    for layer in description.layers():
         sites = plan.of_layer(layer.index)
         for site in sites:
             _check_site(layer, site)
-        _check_complete(layer, sites, architecture.projections(config, layer.index))
+        _check_complete(layer, sites, description.projections(layer.index))
         if shape := plan.shape_of(layer.index):
-            check_shape(config, layer, shape, sites)
+            check_shape(description, layer, shape, sites)
             smaller = empty_shape(layer, shape, sites)
             for site in sites:
                 _check_site(smaller, site)
@@ -270,7 +266,7 @@ def _check_complete(layer: Layer, sites: tuple[SitePlan, ...], projections: tupl
         )
 
 
-def with_default_groups(source: ModelSource, options: CompressOptions) -> CompressOptions:
+def with_default_groups(source: Source, options: CompressOptions) -> CompressOptions:
     """Return options that name their groups, as far as the family has them.
 
     By default a rank rule factorizes q/k and gate/up, as the paper does (2402.16319), a budget may factorize every
@@ -283,9 +279,9 @@ def with_default_groups(source: ModelSource, options: CompressOptions) -> Compre
     return replace(options, groups=default_groups(source, single=options.budget is not None))
 
 
-def default_groups(source: ModelSource, *, single: bool = False) -> tuple[str, ...]:
+def default_groups(source: Source, *, single: bool = False) -> tuple[str, ...]:
     """Return the default groups that a family has: every matrix by itself, or q/k and gate/up."""
-    roles = {projection.role for projection in source.architecture.projections(source.config, 0)}
+    roles = {projection.role for projection in source.description.projections(0)}
     groups = SINGLE_GROUPS if single else DEFAULT_GROUPS
     return tuple(group for group in groups if roles.issuperset(GROUPS[group]))
 

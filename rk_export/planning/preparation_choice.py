@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.moments import inputs_of, readers
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
+from rk_export.device import matmul_dtype
+from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
@@ -40,7 +42,8 @@ from rk_export.passes.prepare.wiring import Wiring
 from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.prepared import LayerPreparation
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import remembered, text_key
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ DENSE = "dense"
 CHUNK = 2048  # tokens of the short text, which run together
 # A family is reparameterized where that lowers the loss of the whole by this share: predictions are not exact.
 WORTH_IT = 0.01
+_VERSION = 1  # raise when other predictions come out: cached ones of an older version are then made again
 _FOLDED = {
     "q": "fold-attention",
     "k": "fold-attention",
@@ -89,13 +93,15 @@ class PreparationChoice:
 
 
 def choose_preparations(
-    source: ModelSource,
+    source: Source,
     tokens: Tensor,
     rounding: Rounding,
     preparation: LayerPreparation,
     device: torch.device,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> PreparationChoice:
-    """Decide which reparameterizations a model takes.
+    """Decide which reparameterizations a model takes, or read what an earlier run predicted.
 
     Args:
         source: The dense model, as it is.
@@ -103,15 +109,32 @@ def choose_preparations(
         rounding: The formats to predict for.
         preparation: Every preparation that may be taken, with its rotations and peaks.
         device: Where the text runs.
+        cache_dir: Where predictions are kept; ``~/.cache/rk-export`` when None.
 
     Returns:
         The preparations in their order, empty where none lowers the loss.
     """
-    possible = preparations_of(source.config, preparation.names).names
+    possible = preparations_of(source.description, preparation.names).names
     if not possible:
         return PreparationChoice((), ())
-    costs = _costs(source, shortened(tokens, CHUNK), rounding, replace(preparation, names=possible), device)
-    totals = {names: _total(costs, names) for names in _combinations(possible)}
+    tokens, preparation = shortened(tokens, CHUNK), replace(preparation, names=possible)
+    key = {
+        "version": _VERSION,
+        "model": source.fingerprint(cache_dir),
+        **text_key(tokens),
+        "rounding": asdict(rounding),
+        "preparation": preparation.variant,
+        "runs": [device.type, str(matmul_dtype(device))],
+    }
+    combinations = tuple(_combinations(possible))
+
+    def make() -> dict[str, Tensor]:
+        costs = _costs(source, tokens, rounding, preparation, device)
+        losses = [_total(costs, names) for names in combinations]
+        return {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+    losses = remembered("preparations", key, make, cache_dir)["losses"].tolist()
+    totals = dict(zip(combinations, losses, strict=True))
     best = min(totals, key=totals.__getitem__)
     if totals[best] > (1 - WORTH_IT) * totals[()]:
         best = ()
@@ -164,14 +187,14 @@ def _takes(names: tuple[str, ...], name: str) -> bool:
 
 
 def _costs(
-    source: ModelSource,
+    source: Source,
     tokens: Tensor,
     rounding: Rounding,
     preparation: LayerPreparation,
     device: torch.device,
 ) -> Costs:
     """Predict the loss of every role under every state, summed over layers."""
-    model = source.load()
+    model = source.shared()
     weights = output_weights(model, source.architecture, tokens, device)
     layers = model.get_submodule(source.architecture.layers)
     if not isinstance(layers, nn.ModuleList):
@@ -180,10 +203,10 @@ def _costs(
     streams.start(DENSE)
     costs: defaultdict[tuple[str, State], float] = defaultdict(float)
     for index, layer in enumerate(track(layers, "predicting what reparameterizations save, layers")):
-        projections = source.architecture.projections(source.config, index)
+        projections = source.description.projections(index)
         with inputs_of({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
             streams.advance(DENSE, index)
-        trial = _Trial(index, layer, wiring_of(source.config, index), preparation, rounding, seen)
+        trial = _Trial(index, layer, wiring_of(source.description, index), preparation, rounding, seen)
         reached = [item for item in projections if item.path in seen and (index, item.path) in weights]
         for key, cost in trial.costs({item.path: _role(item) for item in reached}, weights):
             costs[key] += cost
@@ -222,7 +245,7 @@ class _Trial:
         self._sides: dict[tuple[str, State], tuple[InputSide, Tensor]] = {}
 
     def costs(
-        self, roles: Mapping[str, str], weights: Mapping[Place, Tensor]
+        self, roles: Mapping[str, str], weights: Mapping[MatrixId, Tensor]
     ) -> Iterator[tuple[tuple[str, State], float]]:
         """Yield the predicted loss of every matrix in every state, by role and state.
 
@@ -242,7 +265,7 @@ class _Trial:
                 W = weight(layer.get_submodule(path))
                 yield (
                     (roles[path], state),
-                    self._cost(path, state, W, weights[self._index, path].to(W.device)),
+                    self._cost(path, state, W, weights[MatrixId(self._index, path)].to(W.device)),
                 )
             done.update(new)
 

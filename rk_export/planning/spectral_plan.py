@@ -23,11 +23,11 @@ from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
 from rk_export.progress import track
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 
 def spectral_plan(
-    source: ModelSource,
+    source: Source,
     options: CompressOptions,
     statistics: DenseStatistics | None = None,
     device: torch.device = CPU,
@@ -55,13 +55,13 @@ def spectral_plan(
 
 
 def _sites(
-    source: ModelSource, options: CompressOptions, statistics: DenseStatistics | None, device: torch.device
+    source: Source, options: CompressOptions, statistics: DenseStatistics | None, device: torch.device
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
     sides = None if statistics is None else InputSides(statistics, device)
-    for layer in track(loaded_layers(source), "spectra of layers", source.layer_count):
-        for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), options):
+    for layer in track(source.layers(), "spectra of layers", source.layer_count):
+        for site in dense_sites(layer, source.description.projections(layer.index), options):
             if site.members not in grouped:
                 yield site, None
                 continue

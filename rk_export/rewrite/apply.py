@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.calibration.streams import Streams
 from rk_export.device import CPU
+from rk_export.matrix_id import MatrixId
+from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
@@ -28,7 +29,7 @@ from rk_export.planning.carried import head_findings, source_grids
 from rk_export.planning.planner import check_plan
 from rk_export.progress import track
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
 # In fp32 graphs too: the runtime widens stored scales once, when it loads the graph.
@@ -41,7 +42,7 @@ class Rewritten:
 
     Args:
         model: The model in canonical form; it evaluates, saves and exports.
-        architecture: Its family.
+        description: Of the model.
         plan: The plan that was applied.
         findings: One per pass and site, and one per site that stayed dense though asked for.
         spectra: Spectra of the factorized matrices.
@@ -50,21 +51,26 @@ class Rewritten:
     """
 
     model: PreTrainedModel
-    architecture: Architecture
+    description: ModelDescription
     plan: Plan
     findings: tuple[Finding, ...]
     spectra: tuple[Spectrum, ...] = ()
     layer_errors: tuple[LayerError, ...] = ()
     probe_logits: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def architecture(self) -> Architecture:
+        """The model's family."""
+        return self.description.architecture
+
 
 def rewrite(
-    source: ModelSource,
+    source: Source,
     plan: Plan,
     *,
     statistics: LayerStatistics | None = None,
     table_inputs: Tensor | None = None,
-    parts: Mapping[Place, Parts] | None = None,
+    parts: Mapping[MatrixId, Parts] | None = None,
     probe: Tensor | None = None,
     device: torch.device = CPU,
 ) -> Rewritten:
@@ -106,7 +112,7 @@ def rewrite(
     statistics.embedded()
     carry = Carry(source_grids(source), options.float_dtype)
     passes = _LayerPasses(plan, dict(architecture.mlp), carry, quantize, parts or {})
-    kv_groups = architecture.heads(source.config).kv_heads
+    kv_groups = source.description.heads.kv_heads
     for index in track(range(source.layer_count), "rewriting layers"):
         layer = Layer(index, source.load_layer(model, index), kv_groups)
         carried.advance(DENSE, index)
@@ -117,7 +123,7 @@ def rewrite(
         statistics.rewritten(index)
     return Rewritten(
         model,
-        architecture,
+        source.description,
         plan,
         tuple(findings),
         passes.spectra,
@@ -143,7 +149,7 @@ class _LayerPasses:
         mlp: dict[str, str],
         carry: Carry,
         quantize: Quantize,
-        parts: Mapping[Place, Parts],
+        parts: Mapping[MatrixId, Parts],
     ) -> None:
         self._plan, self._device = plan, quantize.device
         self._joint = Factorize(plan.options.gauge, self._device, mlp)

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
-from rk_export.model.families import architecture_of, empty_canonical_model
+from rk_export.model.description import describe
+from rk_export.model.families import Architecture
 from rk_export.model.preparable import has_rotated_head
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer
@@ -69,11 +70,11 @@ def load_pretrained(folder: Path) -> Rewritten:
     """
     config = read_config(folder)
     plan = _read_plan(folder)
-    check_sites(config, plan)
-    architecture = architecture_of(config)
-    model = empty_canonical_model(config)
-    kv_groups = architecture.heads(config).kv_heads
-    for index in range(config.num_hidden_layers):
+    description = describe(config)
+    check_sites(description, plan)
+    architecture, model = description.architecture, description.canonical_model()
+    kv_groups = description.heads.kv_heads
+    for index in range(description.layer_count):
         layer = Layer(index, model.get_submodule(f"{architecture.layers}.{index}"), kv_groups)
         layer = empty_shape(layer, plan.shape_of(index), plan.of_layer(index))
         for site in plan.of_layer(index):
@@ -83,15 +84,15 @@ def load_pretrained(folder: Path) -> Rewritten:
                 install(layer, site, empty_factors(layer, site))
             if site.quant is not None:
                 _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant, site.correction)
-    if architecture.lm_head and has_rotated_head(config, plan.options.preparations):
+    if architecture.lm_head and has_rotated_head(description, plan.options.preparations):
         size, head = config.hidden_size, model.get_submodule(architecture.lm_head)
         rotation = nn.Linear(size, size, bias=False, device="meta")
         model.set_submodule(architecture.lm_head, RotatedHead(rotation, head))
     spec = plan.options.embedding_quant
     if spec is not None and not architecture.is_encoder:
         _empty_embedding(model, architecture.embedding, architecture.lm_head, spec)
-    _fill(model, folder)
-    return Rewritten(model, architecture, plan, findings=())
+    _fill(model, architecture, folder)
+    return Rewritten(model, description, plan, findings=())
 
 
 def _read_plan(folder: Path) -> Plan:
@@ -138,14 +139,15 @@ def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | Non
     model.set_submodule(head_path, empty)
 
 
-def _fill(model: PreTrainedModel, folder: Path) -> None:
+def _fill(model: PreTrainedModel, architecture: Architecture, folder: Path) -> None:
     stored = open_tensors(folder)
     tensors = {name: stored.read(name) for name in stored.shapes}
-    architecture = architecture_of(model.config)
     if _is_tied(model.config) and architecture.lm_head:
         twins = {name for name in tensors if name.startswith(architecture.embedding + ".")}
         for name in twins:
-            tensors[_tied_path(model) + name.removeprefix(architecture.embedding)] = tensors[name]
+            tensors[_tied_path(model, architecture) + name.removeprefix(architecture.embedding)] = tensors[
+                name
+            ]
     if missing := [name for name in model.state_dict() if name not in tensors]:
         raise InputError(
             f"tensor {missing[0]!r} is missing", where=str(folder), fix="save the checkpoint again"
@@ -159,7 +161,9 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
             )
     model.load_state_dict(tensors, assign=True)
     if _is_tied(model.config) and architecture.lm_head:
-        head, embedding = (model.get_submodule(path) for path in (_tied_path(model), architecture.embedding))
+        head, embedding = (
+            model.get_submodule(path) for path in (_tied_path(model, architecture), architecture.embedding)
+        )
         if isinstance(head, nn.Linear):
             head.weight = embedding.weight  # one parameter again: exporting stores it once
     model.requires_grad_(False)
@@ -168,16 +172,20 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
 def _stored_tensors(rewritten: Rewritten) -> dict[str, Tensor]:
     """Return the state dict without the tied copy of the embedding."""
     model = rewritten.model
-    drop = f"{_tied_path(model)}." if rewritten.architecture.lm_head and _is_tied(model.config) else None
+    drop = (
+        f"{_tied_path(model, rewritten.architecture)}."
+        if rewritten.architecture.lm_head and _is_tied(model.config)
+        else None
+    )
     state: dict[str, Tensor] = model.state_dict()
     return {
         name: tensor.contiguous() for name, tensor in state.items() if not (drop and name.startswith(drop))
     }
 
 
-def _tied_path(model: PreTrainedModel) -> str:
+def _tied_path(model: PreTrainedModel, architecture: Architecture) -> str:
     """Return the path of the output projection that shares the embedding's table."""
-    path = str(architecture_of(model.config).lm_head)
+    path = str(architecture.lm_head)
     return f"{path}.head" if isinstance(model.get_submodule(path), RotatedHead) else path
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from rk_export.model.sites import canonical_layers
 from rk_export.options.compress import CompressOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear
@@ -19,13 +18,13 @@ from rk_export.planning.planner import make_plan
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes, stored_shapes
 from rk_export.report.records import Finding, Outcome, SizeSummary
 from rk_export.rewrite.apply import Rewritten
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
-def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
+def planned_findings(source: Source, plan: Plan) -> list[Finding]:
     """Return what a plan would do to each site, to the embedding and to the head, from shapes alone."""
     findings = []
-    for dense in canonical_layers(source.config):
+    for dense in source.description.layers():
         layer, removed = planned_shape(dense, plan.shape_of(dense.index), plan.of_layer(dense.index))
         findings += removed
         findings += [_planned(layer, site, plan.options.float_dtype) for site in plan.of_layer(layer.index)]
@@ -34,13 +33,13 @@ def planned_findings(source: ModelSource, plan: Plan) -> list[Finding]:
     return findings
 
 
-def planned_bytes(source: ModelSource, plan: Plan) -> int:
+def planned_bytes(source: Source, plan: Plan) -> int:
     """Return the bytes that a plan leaves, graph and configs left out."""
-    fixed = fixed_findings(source.config, plan.options)
+    fixed = fixed_findings(source.description, plan.options)
     return sum(finding.bytes_after for finding in (*planned_findings(source, plan), *fixed))
 
 
-def least_bytes(source: ModelSource, options: CompressOptions) -> int:
+def least_bytes(source: Source, options: CompressOptions) -> int:
     """Return what the bundle of a model takes at least, known before any work.
 
     Where shapes alone make the plan it is what the plan leaves; else what no plan touches.
@@ -48,10 +47,10 @@ def least_bytes(source: ModelSource, options: CompressOptions) -> int:
     by_shapes = options.allocation == "uniform" and (options.rank_rule.kind != "energy" or not options.groups)
     if by_shapes and options.budget is None and all(method.sized_by_shapes for method in options.methods):
         return planned_bytes(source, make_plan(source, options))
-    return round(fixed_bytes(source.config, options)) - graph_bytes(source.config)
+    return round(fixed_bytes(source.description, options)) - graph_bytes(source.description)
 
 
-def _planned_table(path: str, source: ModelSource, options: CompressOptions) -> Finding:
+def _planned_table(path: str, source: Source, options: CompressOptions) -> Finding:
     rows, columns, spec = source.config.vocab_size, source.config.hidden_size, options.embedding_quant
     before, after = rows * columns * 4, matrix_bytes(rows, columns, spec, FLOAT_BYTES[options.float_dtype])
     if spec is None:
@@ -59,11 +58,10 @@ def _planned_table(path: str, source: ModelSource, options: CompressOptions) -> 
     return _finding(path, before, after, spec.details())
 
 
-def _tables(source: ModelSource) -> list[str]:
+def _tables(source: Source) -> list[str]:
     """Return the embedding and, where it has weights of its own, the output projection."""
-    tied = bool(getattr(source.config, "tie_word_embeddings", False))
     head = source.architecture.lm_head
-    return [source.architecture.embedding, *([head] if head and not tied else [])]
+    return [source.architecture.embedding, *([head] if head and not source.description.is_tied else [])]
 
 
 def _planned(layer: Layer, site: SitePlan, float_dtype: str) -> Finding:
@@ -92,7 +90,7 @@ def _finding(target: str, before: int, after: int, details: dict[str, object]) -
     return Finding(target, Outcome.APPLIED, "", before, after, details=details)
 
 
-def size_summary(source: ModelSource, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
+def size_summary(source: Source, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
     """Return parameters and bytes of the dense and of the compressed model."""
     dense = source.parameter_count()
     float_bytes = FLOAT_BYTES[rewritten.plan.options.float_dtype]

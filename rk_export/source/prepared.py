@@ -1,4 +1,4 @@
-"""Dense models under exact reparameterizations: read layer by layer like any source, or saved as a plain model."""
+"""Exact reparameterizations of a dense model: made layer by layer as it is read, or saved as a plain model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, write_manifest
-from rk_export.model.families import architecture_of
+from rk_export.matrix_id import MatrixId
+from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.plain_form import plain_model
 from rk_export.model.preparable import check_scale, folded_norms, preparations_of
@@ -28,9 +29,10 @@ from rk_export.passes.prepare.rotate import rotate_layer, rotate_reader, rotated
 from rk_export.passes.prepare.scale import scale_layer
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding
-from rk_export.source.derived import DerivedSource
+from rk_export.source.protocol import Source
 from rk_export.source.side_files import write_side_files
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
+from rk_export.source.transformed import Transform
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class LayerPreparation:
     """How the layers of one model are reparameterized.
 
     Args:
-        config: The model's config.
+        description: Of the model.
         names: The preparations, names from `rk_export.options.compress.PREPARATIONS` or a part of `fold`.
         seed: Of the rotations.
-        peaks: As in `PreparedSource`.
-        alpha: As in `PreparedSource`.
+        peaks: As in `Prepared`.
+        alpha: As in `Prepared`.
     """
 
-    config: PretrainedConfig
+    description: ModelDescription
     names: tuple[str, ...]
     seed: int
     peaks: Mapping[str, Tensor]
@@ -62,17 +64,16 @@ class LayerPreparation:
     @cached_property
     def rotation(self) -> Orthogonal:
         """The rotation of the residual stream."""
-        return orthogonal(self.config.hidden_size, torch.Generator().manual_seed(self.seed))
+        return orthogonal(self.description.config.hidden_size, torch.Generator().manual_seed(self.seed))
 
     def head_rotations(self, index: int, kv_heads: int) -> list[Orthogonal]:
         """Return the rotation of each KV head's values in layer `index`."""
         generator = torch.Generator().manual_seed(self.seed + 1 + index)
-        head_dim = architecture_of(self.config).heads(self.config).head_dim
-        return [orthogonal(head_dim, generator) for _ in range(kv_heads)]
+        return [orthogonal(self.description.heads.head_dim, generator) for _ in range(kv_heads)]
 
     def peaks_of(self, index: int, down: str) -> Tensor:
         """Return the peaks of what a down matrix of layer `index` reads (neurons,)."""
-        return self.peaks[f"layers.{index}.{down}"]
+        return self.peaks[MatrixId(index, down).name]
 
     def apply(self, layer: nn.Module, wiring: Wiring, index: int, names: Collection[str]) -> None:
         """Reparameterize a layer in place by some of the preparations."""
@@ -86,22 +87,18 @@ class LayerPreparation:
             scale_layer(layer, wiring, peaks, self.alpha)
 
 
-class PreparedSource(DerivedSource):
-    """A model source whose layers are reparameterized as they are loaded; logits stay the same.
+class Prepared(Transform):
+    """Exact reparameterizations: logits stay the same.
 
     A rotated model whose head is tied to its embedding gets a `RotatedHead` in place of its output projection.
-    Plans, fingerprints and sizes are those of the source.
 
     Args:
-        source: The dense model.
+        description: Of the model.
         names: Names from `rk_export.options.compress.PREPARATIONS`; those that the family cannot take are left out.
         seed: Of the rotations.
         peaks: For `scale`: name of a down matrix (`layers.3.mlp.down_proj`, paths of canonical layers) -> the
             largest absolute input of each of its neurons, (intermediate,).
         alpha: For `scale`: how far peaks are evened out, from 0 to 1.
-
-    Attributes:
-        findings: Those of the source, and one per preparation: applied, or skipped with the reason.
 
     Raises:
         InputError: If the names do not go together, or peaks are missing or do not fit.
@@ -109,71 +106,71 @@ class PreparedSource(DerivedSource):
 
     def __init__(
         self,
-        source: ModelSource,
+        description: ModelDescription,
         names: Sequence[str],
         *,
         seed: int = 0,
         peaks: Mapping[str, Tensor] | None = None,
         alpha: float = 0.25,
     ) -> None:
-        if isinstance(source, PreparedSource):
-            raise InputError("is prepared already", where=source.name, fix="name all preparations at once")
-        super().__init__(source)
-        self._preparations = preparations_of(self.config, names)
-        self._layers = LayerPreparation(self.config, self.prepared, seed, peaks or {}, alpha)
-        self.variant = f"{source.variant} {self._layers.variant}".strip()
-        if "scale" in self.prepared:
-            check_scale(self.config, peaks or {}, alpha)
+        self._description = description
+        self._preparations = preparations_of(description, names)
+        self._layers = LayerPreparation(description, self.names, seed, peaks or {}, alpha)
+        self.variant = self._layers.variant
+        if "scale" in self.names:
+            check_scale(description, peaks or {}, alpha)
 
     @property
-    def prepared(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """The preparations that apply, in their order."""
         return self._preparations.names
 
     @property
-    def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
-        """What the source says, one per preparation, and one per part that is left out."""
-        return (*super().findings, *self._preparations.findings)
+    def findings(self) -> tuple[Finding, ...]:
+        """One per preparation: applied, or skipped with the reason; and one per part that is left out."""
+        return self._preparations.findings
 
-    def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
-        """Fill one layer of a skeleton in float32, in canonical form and reparameterized, and return it."""
-        layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
-        fresh = self._is_fresh(layer)
-        super().load_layer(model, index)
-        if fresh and self.prepared:
-            self._layers.apply(layer, wiring_of(self.config, index), index, self.prepared)
+    def check(self, earlier: tuple[Transform, ...]) -> None:
+        """Refuse a model that is prepared.
+
+        Raises:
+            InputError: Says so.
+        """
+        if any(isinstance(transform, Prepared) for transform in earlier):
+            raise InputError("is prepared already", where="--prepare", fix="name all preparations at once")
+
+    def layer(self, layer: nn.Module, index: int) -> nn.Module:
+        """Reparameterize a layer."""
+        if self.names:
+            self._layers.apply(layer, wiring_of(self._description, index), index, self.names)
         return layer
 
-    def load_rest(self, model: PreTrainedModel) -> None:
-        """Fill embeddings, final norm and lm_head, and reparameterize them."""
-        norm = model.get_submodule(self._final_norm_path) if self.prepared else None
-        if norm is not None and not self._is_fresh(norm):
+    def rest(self, model: PreTrainedModel) -> None:
+        """Reparameterize embeddings, final norm and lm_head."""
+        if not self.names:
             return
-        super().load_rest(model)
-        if norm is not None:
-            self._prepare_outer(model, norm)
+        architecture, rotation = self._description.architecture, self._layers.rotation
+        embedding = cast(nn.Embedding, model.get_submodule(architecture.embedding))
+        path = cast(str, architecture.lm_head)
+        norm, head = model.get_submodule(self._final_norm_path), model.get_submodule(path)
+        if self._preparations.final_norm == "folded":
+            fold_norm(norm, [head], unit_offset=architecture.unit_offset)
+        if "rotate" not in self.names:
+            return
+        rotate_reader(embedding, rotation)
+        if self._preparations.final_norm == "rotated head":
+            model.set_submodule(path, rotated_tied_head(norm, embedding, rotation))
+        else:
+            rotate_reader(head, rotation)
 
     @property
     def _final_norm_path(self) -> str:
-        return next(path for path, onnx in self.architecture.outer.items() if onnx == "model.norm")
-
-    def _prepare_outer(self, model: PreTrainedModel, norm: nn.Module) -> None:
-        embedding = cast(nn.Embedding, model.get_submodule(self.architecture.embedding))
-        path = cast(str, self.architecture.lm_head)
-        head = model.get_submodule(path)
-        if self._preparations.final_norm == "folded":
-            fold_norm(norm, [head], unit_offset=wiring_of(self.config, 0).unit_offset)
-        if "rotate" not in self.prepared:
-            return
-        rotate_reader(embedding, self._layers.rotation)
-        if self._preparations.final_norm == "rotated head":
-            model.set_submodule(path, rotated_tied_head(norm, embedding, self._layers.rotation))
-        else:
-            rotate_reader(head, self._layers.rotation)
+        outer = self._description.architecture.outer
+        return next(path for path, onnx in outer.items() if onnx == "model.norm")
 
 
 def save_prepared(
-    source: ModelSource,
+    source: StoredModel,
     names: Sequence[str],
     folder: Path,
     *,
@@ -189,7 +186,7 @@ def save_prepared(
 
     Args:
         source: The dense model.
-        names: As in `PreparedSource`, and so are `seed`, `peaks` and `alpha`.
+        names: As in `Prepared`, and so are `seed`, `peaks` and `alpha`.
         folder: The output folder.
         seed: Of the rotations.
         peaks: Peaks of the inputs of down.
@@ -202,8 +199,9 @@ def save_prepared(
     Raises:
         InputError: If no preparation applies, the folder exists and `force` is off, or the disk is full.
     """
-    prepared = PreparedSource(source, names, seed=seed, peaks=peaks, alpha=alpha)
-    if not prepared.prepared:
+    change = Prepared(source.description, names, seed=seed, peaks=peaks, alpha=alpha)
+    prepared = source.then(change)
+    if not change.names:
         reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings if finding.reason))
         raise InputError(
             f"nothing to prepare: {reasons or 'no preparation was named'}",
@@ -219,13 +217,13 @@ def save_prepared(
             {
                 "model": source.title,
                 "model_type": source.config.model_type,
-                "prepare": {"names": prepared.prepared, "seed": seed, "alpha": alpha},
+                "prepare": {"names": change.names, "seed": seed, "alpha": alpha},
             },
         )
     return prepared.findings
 
 
-def _with_plain_head(model: PreTrainedModel, prepared: PreparedSource) -> PreTrainedModel:
+def _with_plain_head(model: PreTrainedModel, prepared: Source) -> PreTrainedModel:
     """Merge the rotation of a tied head into a matrix of the head's own, in place."""
     path = cast(str, prepared.architecture.lm_head)
     head = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Model sources: an HF folder, a hub id or a GGUF file, read one decoder layer at a time from safetensors."""
+"""A dense model on disk: an HF folder, a hub id or a GGUF file, read one decoder layer at a time from safetensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
-from functools import cached_property
+import os
 from pathlib import Path
 
 import torch
@@ -17,19 +16,22 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.model.config_checks import check_counts
-from rk_export.model.families import Architecture, architecture_of, empty_model
-from rk_export.passes.base import Layer
+from rk_export.model.description import describe
+from rk_export.model.families import architecture_of
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.source.find_model import find_base, find_folder
+from rk_export.source.fingerprints import files_fingerprint
 from rk_export.source.leftovers import check_kind
 from rk_export.source.model_tensors import model_tensors
+from rk_export.source.protocol import Loading
 from rk_export.source.quantized.tensors import OLD_CONFIGS, DequantizedTensors
 from rk_export.source.remote_code import refuse_remote_code
 from rk_export.source.stand_ins import stand_in
 from rk_export.source.tensor_files import StoredTensors
+from rk_export.source.transformed import Transform, Transformed
 from rk_export.source.weight_files import ADAPTER_WEIGHTS, check_known_layout
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 CONVERTED_ON_LOAD = frozenset({"mixtral", "qwen3_moe"})
 
 
-class ModelSource:
+class StoredModel(Loading):
     """A dense model on disk.
 
     Args:
@@ -52,30 +54,29 @@ class ModelSource:
 
     Attributes:
         folder: Where the tokenizer lies: with the weights, or with an adapter that brings another one.
-        config: As the stored tensors say it is: a model that config.json ties is untied if its head is stored too.
+        description: What it is as the stored tensors say: a model that config.json ties is untied if its head is
+            stored too.
         findings: What was done to the model on the way from its files.
         notices: What a reader of config.json alone would not expect.
-        variant: Tells sources of one folder apart that give other tensors; empty where they are the folder's own.
-        pruning: What whole structures the source leaves out; None for none.
+        pruning: None: nothing is left out.
         changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
     """
 
     findings: tuple[Finding, ...] = ()
     notices: tuple[str, ...] = ()
-    variant: str = ""
     pruning: Pruning | None = None
     changed: str = ""
     _quantized: DequantizedTensors | None = None
+    _fingerprint: str | None = None
 
     def __init__(self, folder: Path, name: str, adapter: Adapter | None = None) -> None:
         self.name, self._weights = name, folder
         self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
         config = read_config(folder)
-        self.architecture: Architecture = architecture_of(config)
-        check_kind(config, is_encoder=self.architecture.is_encoder)
+        check_kind(config, is_encoder=architecture_of(config).is_encoder)
         opened = model_tensors(folder, config, adapter)
-        self.config, self.notices = opened.config, opened.notices
+        self.description, self.notices = describe(opened.config), opened.notices
         self._whole = self.config.model_type in CONVERTED_ON_LOAD
         self._model_class = type(opened.names.model)
         self._stored: StoredTensors = opened.tensors
@@ -117,15 +118,20 @@ class ModelSource:
         grids = (self._quantized.grid(each) for each in names) if self._quantized else ()
         return next((grid for grid in grids if grid is not None), None)
 
-    @cached_property
-    def layer_count(self) -> int:
-        """Number of decoder (or encoder) layers."""
-        return int(self.config.num_hidden_layers)
-
     @property
     def stored(self) -> StoredTensors:
         """The checkpoint's tensors by name."""
         return self._stored
+
+    def fingerprint(self, cache_dir: str | os.PathLike[str] | None = None) -> str:
+        """Return the SHA-256 of the files that decide what the tensors are; they are looked at once."""
+        if self._fingerprint is None:
+            self._fingerprint = files_fingerprint(self.files, cache_dir)
+        return self._fingerprint
+
+    def then(self, transform: Transform) -> Transformed:
+        """Return the model under a change."""
+        return Transformed(self, (transform,))
 
     def structure(self) -> str:
         """Return a fingerprint of the names and shapes in the checkpoint; plans carry it."""
@@ -149,7 +155,7 @@ class ModelSource:
         if self._whole:
             logger.info("%s is converted while loading: the model is read whole", self.config.model_type)
             return self._load_whole()
-        return empty_model(self.config)
+        return self.description.skeleton()
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
         """Fill one layer of a skeleton in float32, bring it into canonical form and return it."""
@@ -176,14 +182,6 @@ class ModelSource:
         if tied and self.architecture.lm_head:
             head = model.get_submodule(self.architecture.lm_head)
             head.weight = model.get_submodule(self.architecture.embedding).weight
-
-    def load(self) -> PreTrainedModel:
-        """Return the whole dense model in canonical form, float32."""
-        model = self.skeleton()
-        self.load_rest(model)
-        for index in range(self.layer_count):
-            self.load_layer(model, index)
-        return model
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor as float32.
@@ -265,14 +263,14 @@ class ModelSource:
 class _Unread:
     """A tensor that transformers reads when it comes to it, as it reads slices of safetensors files."""
 
-    def __init__(self, source: ModelSource, key: str) -> None:
+    def __init__(self, source: StoredModel, key: str) -> None:
         self._source, self._key = source, key
 
     def __getitem__(self, index: object) -> Tensor:
         return self._source.tensor(self._key)
 
 
-def open_source(model: str | Path, base: str | Path | None = None) -> ModelSource:
+def open_source(model: str | Path, base: str | Path | None = None) -> StoredModel:
     """Open a dense model: an HF folder, a GGUF file, a hub id, or a LoRA adapter of one of these.
 
     Args:
@@ -286,14 +284,14 @@ def open_source(model: str | Path, base: str | Path | None = None) -> ModelSourc
     if is_adapter(folder):
         refuse_remote_code(folder)
         adapter = read_adapter(folder)
-        return ModelSource(find_base(adapter, base), str(model), adapter)
+        return StoredModel(find_base(adapter, base), str(model), adapter)
     if base is not None:
         raise InputError(
             "goes with a LoRA adapter, and the model is none",
             where="--base",
             fix=f"drop it, or name a folder with {ADAPTER_CONFIG}",
         )
-    return ModelSource(folder, str(model))
+    return StoredModel(folder, str(model))
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -357,13 +355,3 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
             fix="config.json and the weights do not belong together",
         )
     setattr(target, leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def loaded_layers(source: ModelSource) -> Iterator[Layer]:
-    """Yield the layers with their weights, one at a time in memory."""
-    model = source.skeleton()
-    kv_groups = source.architecture.heads(source.config).kv_heads
-    for index in range(source.layer_count):
-        module = source.load_layer(model, index)
-        yield Layer(index, module, kv_groups)
-        module.to("meta")

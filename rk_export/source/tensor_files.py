@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class StoredTensors(Protocol):
 
 # Types of the values of weights, as safetensors writes them.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+# Bytes that are read from a file before it is opened anew: what was read stays mapped while it is open.
+_MAPPED = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class SafetensorFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._open = _OpenFile()
         for path in paths:
-            for name, entry in _entries(path):
+            for name, entry in _entries(path, self._open):
                 if (other := self._entries.get(name)) is not None:
                     raise InputError(
                         f"tensor {name!r} lies in two files, {other.path.name} and {path.name}",
@@ -89,23 +93,55 @@ class SafetensorFiles:
         return str(self._entries[name].path)
 
     def read(self, name: str) -> Tensor:
-        with _open(self._entries[name].path) as file:
-            tensor: Tensor = file.get_tensor(name)
+        path = self._entries[name].path
+        with _said(path):
+            tensor: Tensor = self._open.at(path, name).get_tensor(name)
+        self._open.note(tensor.nbytes)
         return tensor
 
 
-def _entries(path: Path) -> Iterator[tuple[str, _Entry]]:
-    with _open(path) as file:
+class _OpenFile:
+    """The file that was read last, which stays open for the next tensor: neighbours are read one after another.
+
+    A tensor may be a view of the mapped file: it is given once, and a second time from the file opened anew, so that
+    what is made of the first in place is not read again. Several threads may read.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._path: Path | None = None
+        self._file: Any = None
+        self._given: set[str] = set()
+        self._mapped = 0
+
+    def at(self, path: Path, name: str = "") -> Any:
+        """Return an open file, from which the tensor of a name has not been read."""
+        with self._lock:
+            if self._path != path or (name and name in self._given) or self._mapped > _MAPPED:
+                self._path = self._file = None
+                self._file, self._path = safe_open(path, framework="pt"), path
+                self._given, self._mapped = set(), 0
+            self._given.add(name)
+            return self._file
+
+    def note(self, read: int) -> None:
+        """Count the bytes that were read from it."""
+        self._mapped += read
+
+
+def _entries(path: Path, opened: _OpenFile) -> Iterator[tuple[str, _Entry]]:
+    with _said(path):
+        file = opened.at(path)
         for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             header = file.get_slice(name)
             yield name, _Entry(path, tuple(header.get_shape()), str(header.get_dtype()))
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _said(path: Path) -> Iterator[None]:
+    """Say what is wrong with a file that cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except FileNotFoundError as error:
         raise InputError(
             "is missing", where=str(path), fix="the checkpoint is incomplete: download it again"

@@ -15,12 +15,10 @@ from transformers import PreTrainedModel
 
 from rk_export.calibration.streams import Streams
 from rk_export.device import matmuls_in
-from rk_export.model.decoder_spec import decoder_spec
-from rk_export.model.families import Architecture
+from rk_export.model.description import ModelDescription
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.progress import track
-from rk_export.source.fingerprints import weights_fingerprint
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import remembered
 
 DENSE = "dense"
@@ -35,20 +33,20 @@ class Head:
 
     Args:
         model: A decoder; its head maps hidden states affinely to logits.
-        architecture: Its family.
+        description: Of the model.
         device: Where it is used.
         dtype: Float type of the products; logits come in float32.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, device: torch.device, dtype: torch.dtype
+        self, model: PreTrainedModel, description: ModelDescription, device: torch.device, dtype: torch.dtype
     ) -> None:
-        if architecture.lm_head is None:
-            raise ValueError(f"{architecture.model_type} has no output projection")
-        spec = decoder_spec(model.config)
+        if description.architecture.lm_head is None:
+            raise ValueError(f"{description.model_type} has no output projection")
+        spec = description.decoder
         self.scale, self.softcap = spec.logit_scale, spec.logit_softcap
-        module = model.get_submodule(architecture.lm_head)
+        module = model.get_submodule(description.architecture.lm_head)
         weight, bias = _affine(module, spec.hidden_size)
         self.weight = weight.to(device, dtype)
         self.bias = None if bias is None else bias.to(device)
@@ -80,14 +78,14 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return states
 
 
-def dense_head(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Head:
+def dense_head(source: Source, device: torch.device, dtype: torch.dtype) -> Head:
     """Return the head of a dense model; its layers are not read."""
     model = source.skeleton()
     source.load_rest(model)
-    return Head(model, source.architecture, device, dtype)
+    return Head(model, source.description, device, dtype)
 
 
-def dense_states(source: ModelSource, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def dense_states(source: Source, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return what the head of a dense model reads for given tokens, or what was computed earlier.
 
     One layer of the model is in memory at a time. The states depend on weights and tokens alone, so they are kept
@@ -104,7 +102,7 @@ def dense_states(source: ModelSource, tokens: Tensor, device: torch.device, dtyp
     """
     key = {
         "version": _VERSION,
-        "weights": weights_fingerprint(source),
+        "weights": source.fingerprint(),
         "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
         "shape": list(tokens.shape),
         "dtype": str(dtype),
@@ -116,7 +114,7 @@ def dense_states(source: ModelSource, tokens: Tensor, device: torch.device, dtyp
 
 
 @torch.no_grad()
-def _run_dense(source: ModelSource, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _run_dense(source: Source, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     model = source.skeleton()
     source.load_rest(model)
     layers = model.get_submodule(source.architecture.layers)

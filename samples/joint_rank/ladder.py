@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
-from rk_export.model.families import Architecture
+from rk_export.model.families import Architecture, heads_of
 from rk_export.model.sites import dense_sites
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import GROUPS
@@ -101,7 +101,7 @@ class RankLadder:
         """
         known: LayerStatistics = NoStatistics() if statistics is None else FromDense(statistics)
         layers = list(model.get_submodule(architecture.layers).children())
-        kv_groups = architecture.heads(model.config).kv_heads
+        kv_groups = heads_of(model.config).kv_heads
         members = {GROUPS[group] for group in groups}
         pairs: list[LadderPair] = []
         for index, module in enumerate(layers):

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 
 from joint_rank.ladder import RankLadder
 from rk_export import CompressOptions, EvalText
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.recorders import InputRecorder, noted
 from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.evaluation.multiple_choice import mean_and_error
+from rk_export.matrix_id import MatrixId
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import GROUPS, RankRule
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 from rk_export.text import tokens_of
 
 Row = dict[str, Any]
@@ -83,14 +84,14 @@ class Study:
 
     protocol: Protocol
     work: Path
-    makers: Mapping[str, Callable[[Study], ModelSource]]
+    makers: Mapping[str, Callable[[Study], StoredModel]]
     results: dict[str, Rows] = field(default_factory=dict)
-    _sources: dict[str, ModelSource] = field(default_factory=dict, init=False)
+    _sources: dict[str, StoredModel] = field(default_factory=dict, init=False)
     _models: dict[str, PreTrainedModel] = field(default_factory=dict, init=False)
     _statistics: dict[str, DenseStatistics] = field(default_factory=dict, init=False)
     _ladder: tuple[object, RankLadder] | None = field(default=None, init=False)
 
-    def source_of(self, name: str) -> ModelSource:
+    def source_of(self, name: str) -> StoredModel:
         """Return the files of a model, made on first use."""
         if name not in self._sources:
             self._sources[name] = self.makers[name](self)
@@ -103,7 +104,7 @@ class Study:
         return self._models[name]
 
     @property
-    def source(self) -> ModelSource:
+    def source(self) -> StoredModel:
         """The dense model's files."""
         return self.source_of(CLEAN)
 
@@ -113,7 +114,7 @@ class Study:
         return self.model_of(CLEAN)
 
     @cached_property
-    def real_inputs(self) -> dict[Place, Tensor]:
+    def real_inputs(self) -> dict[MatrixId, Tensor]:
         """Second moments of what the dense model's matrices read on the text."""
         layers = self.model.get_submodule(self.source.architecture.layers)
         modules = {

@@ -35,7 +35,7 @@ from rk_export.folders import AtomicFolder
 from rk_export.report.plots import COLORS
 from rk_export.report.svg import new_figure, styled
 from rk_export.runtime.text import TextCodec
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 logger = logging.getLogger("joint_rank")
 
@@ -100,7 +100,7 @@ def teach(study: Study, folder: Path) -> None:
         (partial_folder / TEACHING).write_text(json.dumps(steps))
 
 
-def taught_source(study: Study) -> ModelSource:
+def taught_source(study: Study) -> StoredModel:
     """Return the model that was taught the sentence, fine-tuned unless that was done earlier."""
     folder = study.work / TAUGHT
     if not (folder / TEACHING).is_file():

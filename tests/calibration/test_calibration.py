@@ -22,14 +22,14 @@ from rk_export.options.texts import TextFile
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import make_plan
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 Statistics = list[dict[str, SiteStatistics]]
 FAMILIES = ("llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "bert")
 
 
-def tokens_for(source: ModelSource, sequences: int = 5, length: int = 12) -> Tensor:
+def tokens_for(source: StoredModel, sequences: int = 5, length: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(4)
     return torch.randint(3, source.config.vocab_size, (sequences, length), generator=generator)
 
@@ -42,12 +42,12 @@ def disturb(module: nn.Module, seed: int) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def sites_of(source: ModelSource, index: int) -> tuple[SitePlan, ...]:
+def sites_of(source: StoredModel, index: int) -> tuple[SitePlan, ...]:
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
     return make_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
 
 
-def gather(source: ModelSource, tokens: Tensor, *, embedding: bool = False, **options: Any) -> Statistics:
+def gather(source: StoredModel, tokens: Tensor, *, embedding: bool = False, **options: Any) -> Statistics:
     """Carry tokens through a model whose layers are disturbed one after the other."""
     model = source.skeleton()
     source.load_rest(model)
@@ -66,7 +66,7 @@ def gather(source: ModelSource, tokens: Tensor, *, embedding: bool = False, **op
 
 
 def inputs(
-    source: ModelSource, tokens: Tensor, index: int, path: str, *, disturbed: Sequence[int] = ()
+    source: StoredModel, tokens: Tensor, index: int, path: str, *, disturbed: Sequence[int] = ()
 ) -> Tensor:
     """Return what a matrix reads in a whole model some of whose layers are disturbed, (tokens, in)."""
     model = source.load()
@@ -232,7 +232,7 @@ def test_corpora_that_cannot_be_used(llama: Path, prose: Path, tmp_path: Path) -
 def test_self_tokens_are_sampled(source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
 
-    def sampled(source: ModelSource, tokens: int, seed: int, device: torch.device) -> Tensor:
+    def sampled(source: StoredModel, tokens: int, seed: int, device: torch.device) -> Tensor:
         asked.append((tokens, seed))
         return torch.zeros(1, 1, dtype=torch.int64)
 

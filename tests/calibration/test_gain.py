@@ -15,19 +15,19 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import RankRule
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.planning.planner import make_plan
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 
 
-def estimate(source: ModelSource) -> tuple[Layer, dict[str, SiteStatistics]]:
+def estimate(source: StoredModel) -> tuple[Layer, dict[str, SiteStatistics]]:
     """Return the second layer and the statistics of its sites, by role of the first member."""
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
     sites = make_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(1)
     model = source.skeleton()
-    kv_groups = source.architecture.heads(source.config).kv_heads
+    kv_groups = source.description.heads.kv_heads
     layer = Layer(1, source.load_layer(model, 1), kv_groups)
-    found = gain_statistics(layer, sites, source.config)
+    found = gain_statistics(layer, sites, source.description)
     roles = {site.site: site.members[0] for site in sites}
     return layer, {roles[name]: statistics for name, statistics in found.items()}
 
@@ -75,7 +75,7 @@ def test_what_o_reads_is_propagated_through_v(source_of: SourceOf, family: str) 
     source = source_of(family)
     layer, found = estimate(source)
     paths = dict(source.architecture.attention)
-    heads = source.architecture.heads(source.config)
+    heads = source.description.heads
     norm = layer.module.get_submodule(
         {"gpt2": "ln_1", "opt": "self_attn_layer_norm"}.get(family, "input_layernorm")
     )

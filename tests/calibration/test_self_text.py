@@ -15,10 +15,9 @@ from tiny_models import DECODERS, tiny_model
 from rk_export.calibration import self_text as module
 from rk_export.calibration.self_text import draw, sample_text, self_text, start_token
 from rk_export.errors import InputError
-from rk_export.source.fingerprints import weights_fingerprint
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 
 
@@ -133,10 +132,10 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_the_fingerprint_is_of_the_content(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     copy = Path(shutil.copytree(source.folder, tmp_path / "copy"))
-    assert weights_fingerprint(open_source(copy)) == weights_fingerprint(source)
+    assert open_source(copy).fingerprint() == source.fingerprint()
     other = tmp_path / "other"
     tiny_model("llama", seed=1).save_pretrained(other)
-    assert weights_fingerprint(open_source(other)) != weights_fingerprint(source)
+    assert open_source(other).fingerprint() != source.fingerprint()
 
 
 @pytest.mark.parametrize(

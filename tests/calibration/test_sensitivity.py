@@ -19,32 +19,32 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.self_text import draw
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 Q, DOWN = (0, "self_attn.q_proj"), (1, "mlp.down_proj")
 
 
-def tokens_for(source: ModelSource, sequences: int = 6, length: int = 16) -> Tensor:
+def tokens_for(source: StoredModel, sequences: int = 6, length: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(3, source.config.vocab_size, (sequences, length), generator=generator)
 
 
-def gather(source: ModelSource, folder: Path, **options: Any) -> DenseStatistics:
+def gather(source: StoredModel, folder: Path, **options: Any) -> DenseStatistics:
     fields = {"diagonal": False, "device": CPU, "dtype": torch.float32, "cache_dir": folder, **options}
     tokens = fields.pop("tokens", tokens_for(source))
-    return dense_statistics(source.load(), source.architecture, tokens, **fields)
+    return dense_statistics(source, tokens, **fields)
 
 
-def matrix(model: PreTrainedModel, source: ModelSource, place: tuple[int, str]) -> nn.Linear:
+def matrix(model: PreTrainedModel, source: StoredModel, place: tuple[int, str]) -> nn.Linear:
     module = model.get_submodule(f"{source.architecture.layers}.{place[0]}.{place[1]}")
     assert isinstance(module, nn.Linear)
     return module
 
 
 def reference(
-    source: ModelSource, place: tuple[int, str], targets: Tensor | None
+    source: StoredModel, place: tuple[int, str], targets: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
     """Return inputs and gradients of the mean loss by the outputs of one matrix, float64 (tokens, ...)."""
     model = source.load().double()
@@ -66,7 +66,7 @@ def reference(
     return seen[0].flatten(0, -2), seen[1].grad.flatten(0, -2), targets.numel()
 
 
-def drawn_labels(source: ModelSource, seed: int) -> Tensor:
+def drawn_labels(source: StoredModel, seed: int) -> Tensor:
     tokens = tokens_for(source)
     with torch.no_grad():
         logits = source.load()(input_ids=tokens, use_cache=False).logits.flatten(0, 1)

@@ -25,7 +25,7 @@ from rk_export.evaluation.tasks import Task, make_item
 from rk_export.model.torch_logits import torch_logits
 from rk_export.runtime import Session
 from rk_export.runtime.text import TextCodec
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 VOCAB = 11
 
@@ -57,7 +57,7 @@ def one_by_one(logits_fn: Callable[[np.ndarray], Any], one: Continuation) -> tup
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_padded_batches_score_as_single_rows_do(
-    source_of: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch, family: str
+    source_of: Callable[..., StoredModel], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr(log_likelihood, "BATCH_TOKENS", 64)
     logits = torch_logits(source_of(family).load())
@@ -291,9 +291,9 @@ def test_impossible_evaluations_are_refused(
 
 
 def test_every_model_and_text_is_checked_before_the_first_is_measured(
-    source_of: Callable[..., ModelSource], llama: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch
+    source_of: Callable[..., StoredModel], llama: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelSource, "load", lambda source: pytest.fail("the refusal came too late"))
+    monkeypatch.setattr(StoredModel, "load", lambda source: pytest.fail("the refusal came too late"))
     task = Task("t", (make_item("a", ["b", "c"], 0),))
     with pytest.raises(InputError, match="--tasks: bert is an encoder"):
         evaluate_models([llama, source_of("bert").folder], tasks=[task])

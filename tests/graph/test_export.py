@@ -152,7 +152,7 @@ def test_the_interface_is_that_of_genai(exported: Exported) -> None:
         assert inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
         assert outputs.keys() == {"last_hidden_state"}
         return
-    heads = rewritten.architecture.heads(rewritten.model.config)
+    heads = rewritten.description.heads
     cache = {
         f"{index}.{part}"
         for index in range(rewritten.model.config.num_hidden_layers)

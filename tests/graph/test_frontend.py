@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.frontend import build_module, check_supported, rename_weights, trace
-from rk_export.model.families import architecture_of
+from rk_export.model.description import describe
+from rk_export.model.families import architecture_of, heads_of
 
 Array = npt.NDArray[Any]
 FP32_BOUND = 1e-4  # of the largest logit
@@ -127,7 +128,7 @@ class Pair:
 
 
 def export(model: PreTrainedModel, ep: str = "cpu", dtype: str = "fp32") -> Pair:
-    onnx_module = build_module(model.config, ep=ep, dtype=dtype)  # type: ignore[arg-type]
+    onnx_module = build_module(describe(model.config), ep=ep, dtype=dtype)  # type: ignore[arg-type]
     graph_model = trace(onnx_module)
     torch_model = copy.deepcopy(model)
     for layer in torch_model.get_submodule(onnx_module.architecture.layers):
@@ -234,7 +235,7 @@ def test_graph_contract(family: str) -> None:
     pair = exported(family)
     count, heads = (
         pair.model.config.num_hidden_layers,
-        architecture_of(pair.model.config).heads(pair.model.config),
+        heads_of(pair.model.config),
     )
     cache = [f"{i}.{kind}" for i in range(count) for kind in ("key", "value")]
     positions = ["position_ids"] if family in ("gpt2", "opt") else []
@@ -251,7 +252,7 @@ def test_graph_contract(family: str) -> None:
 def test_projections_are_linears_of_the_same_shape_in_the_module_tree(family: str) -> None:
     model = tiny_model(family)
     architecture = architecture_of(model.config)
-    onnx_module = build_module(model.config, ep="cpu", dtype="fp32")
+    onnx_module = build_module(describe(model.config), ep="cpu", dtype="fp32")
     modules = dict(onnx_module.module.named_modules())
     assert {architecture.onnx_embedding, architecture.onnx_lm_head or architecture.onnx_embedding} <= set(
         modules
@@ -294,7 +295,7 @@ def test_what_would_not_be_exact_is_refused_with_the_reason(
     family: str, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
-        check_supported(tiny_config(family, **options), ep="cpu", dtype="fp32")
+        check_supported(describe(tiny_config(family, **options)), ep="cpu", dtype="fp32")
 
 
 @pytest.mark.parametrize(
@@ -304,16 +305,16 @@ def test_a_dtype_without_kernels_is_refused(ep: str, dtype: str) -> None:
     with pytest.raises(
         UnsupportedModelError, match=f"no export in {dtype} for the execution provider '{ep}'"
     ):
-        check_supported(tiny_config("llama"), ep=ep, dtype=dtype)
+        check_supported(describe(tiny_config("llama")), ep=ep, dtype=dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("ep", "dtype"), [("cpu", "fp32"), ("cuda", "fp16"), ("portable", "fp16")])
 def test_every_family_is_supported_everywhere(family: str, ep: str, dtype: str) -> None:
-    check_supported(tiny_config(family), ep=ep, dtype=dtype)
+    check_supported(describe(tiny_config(family)), ep=ep, dtype=dtype)
 
 
 def test_a_tensor_of_another_model_is_refused() -> None:
-    onnx_module = build_module(tiny_config("llama"), ep="cpu", dtype="fp32")
+    onnx_module = build_module(describe(tiny_config("llama")), ep="cpu", dtype="fp32")
     with pytest.raises(InputError, match=r"'score\.weight' is not a tensor of the family 'llama'"):
         rename_weights(onnx_module, {"score.weight": torch.zeros(2, 64)})

@@ -26,8 +26,9 @@ from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import QUANTIZED, Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.source.prepared import PreparedSource
-from rk_export.source.stored import ModelSource
+from rk_export.source.prepared import Prepared
+from rk_export.source.stored import StoredModel
+from rk_export.source.transformed import Transformed
 
 BOUND = 1e-4
 INT8 = QuantSpec(8, 16)
@@ -40,19 +41,19 @@ OPTIONS = {
 CASES = [(form, tied) for form in OPTIONS for tied in (True, False)]
 
 
-def prepared(source: ModelSource) -> PreparedSource:
+def prepared(source: StoredModel) -> Transformed:
     config, generator = source.config, torch.Generator().manual_seed(2)
     width = config.ffn_dim if config.model_type == "opt" else config.intermediate_size
     names = [
         f"layers.{index}.{down}"
         for index in range(source.layer_count)
-        for _, down in wiring_of(source.config, index).mlps
+        for _, down in wiring_of(source.description, index).mlps
     ]
     peaks = {name: torch.rand(width, generator=generator).mul(20) for name in names}
-    return PreparedSource(source, PREPARATIONS, peaks=peaks)
+    return source.then(Prepared(source.description, PREPARATIONS, peaks=peaks))
 
 
-def rewritten_of(source: ModelSource, options: CompressOptions, **extra: Any) -> Rewritten:
+def rewritten_of(source: StoredModel, options: CompressOptions, **extra: Any) -> Rewritten:
     new = prepared(source)
     return rewrite(new, make_plan(new, options), **extra)
 
@@ -119,7 +120,7 @@ def test_half_precision_graphs_take_the_rotation(source_of: SourceOf, tmp_path: 
 def test_other_families_export_too(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family, tie_word_embeddings=True)
     new = prepared(source)
-    rewritten = rewrite(new, make_plan(new, floats(prepare=new.prepared)))
+    rewritten = rewrite(new, make_plan(new, floats(prepare=new.transforms[0].names)))
     ids = tokens(source)
     dense = logits(source.load(), ids)
     actual, _ = OnnxModel(rewritten, tmp_path).run(ids)

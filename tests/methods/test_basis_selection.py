@@ -24,8 +24,8 @@ from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.planning.planner import make_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import rewrite
-from rk_export.source.stored import ModelSource
-from rk_export.source.tuned import TunedSource
+from rk_export.source.replaced import Replaced
+from rk_export.source.stored import StoredModel
 from rk_export.training.next_token import backward_next_token
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rk_export.methods.basel.selection.matmul_dtype", lambda _: torch.float32)
 
 
-def task(source: ModelSource) -> Tensor:
+def task(source: StoredModel) -> Tensor:
     """Token ids of a task that can be learned: a few words in a fixed order, from any of them on."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randperm(source.config.vocab_size - 3, generator=generator)[:12] + 3
@@ -47,7 +47,7 @@ def task(source: ModelSource) -> Tensor:
 
 
 def selected(
-    source: ModelSource, options: BaselOptions = OPTIONS, rank: RankRule = HALF, **arguments: Any
+    source: StoredModel, options: BaselOptions = OPTIONS, rank: RankRule = HALF, **arguments: Any
 ) -> Selection:
     return select_basis(source, task(source), rank, options, device=CPU, **arguments)
 
@@ -57,8 +57,8 @@ def loss_of(model: PreTrainedModel, ids: Tensor) -> float:
     return float(nn.functional.cross_entropy(flat, ids[:, 1:].flatten()))
 
 
-def tuned(source: ModelSource, selection: Selection) -> PreTrainedModel:
-    return TunedSource(source, selection.tensors).load()
+def tuned(source: StoredModel, selection: Selection) -> PreTrainedModel:
+    return source.then(Replaced(selection.tensors)).load()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "phi3", "gpt2", "opt"])
@@ -74,7 +74,7 @@ def test_the_task_is_learned_while_parameters_go(source_of: SourceOf, family: st
     assert [step for step, _ in selection.losses] == list(range(1, 31))
 
 
-def kept_share(source: ModelSource, selection: Selection) -> float:
+def kept_share(source: StoredModel, selection: Selection) -> float:
     """Return what factor pairs of the ranks hold, over the dense matrices."""
     kept = dense = 0
     for (layer, path), rank in selection.ranks.items():
@@ -131,7 +131,7 @@ def test_factor_pairs_of_those_ranks_compute_the_same(source_of: SourceOf, famil
     """The second SVD, by the pass that factorizes any model, loses nothing."""
     source = source_of(family)
     selection = selected(source)
-    tuned_source = TunedSource(source, selection.tensors)
+    tuned_source = source.then(Replaced(selection.tensors))
     plan = make_plan(tuned_source, floats(SINGLE_GROUPS, rank=RankRule("rank", 1), rank_multiple=1))
     sites = tuple(replace(site, rank=selection.ranks[site.layer, site.paths[0]]) for site in plan.sites)
     assert all(site.form == "joint" for site in sites)
@@ -313,7 +313,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(source_of: SourceOf
         .weight
     )
     weight.requires_grad_(True)
-    head = Head(model, source.architecture, CPU, torch.float32)
+    head = Head(model, source.description, CPU, torch.float32)
     loss = backward_next_token(last_hidden(model, ids), head, ids, share=0.5)
     flat = model(ids).logits[:, :-1].flatten(0, 1)
     whole = nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
@@ -378,7 +378,7 @@ def test_the_state_of_another_run_is_refused(source_of: SourceOf, tmp_path: Path
         ids = ids.flip(0)
     if change == "model":
         norm = source.load().get_parameter("model.norm.weight")
-        source = TunedSource(source, {"model.norm.weight": norm + 1})
+        source = source.then(Replaced({"model.norm.weight": norm + 1}))
     if change == "options":
         options = replace(options, seed=1)
     with pytest.raises(InputError, match="state of another basis selection"):
@@ -412,7 +412,7 @@ def test_what_cannot_be_selected_is_refused_before_work(
     message: str,
 ) -> None:
     source = source_of(family)
-    monkeypatch.setattr(ModelSource, "load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(StoredModel, "load", lambda _: pytest.fail("loaded"))
     with pytest.raises(InputError, match=message):
         select_basis(source, tokens(source), rank, replace(OPTIONS, **changes), device=CPU)
 

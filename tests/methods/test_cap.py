@@ -20,22 +20,20 @@ from rk_export.methods.cap.pools import flat_prices, make_pools
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, amount_of, linear_shapes, over_dense
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 
 
-def _tokens(source: ModelSource) -> Tensor:
+def _tokens(source: StoredModel) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(3, source.config.vocab_size, (6, 16), generator=generator)
 
 
-def _chosen(source: ModelSource, folder: Path, budget: Budget, **options: Any) -> dict[Any, Parts]:
+def _chosen(source: StoredModel, folder: Path, budget: Budget, **options: Any) -> dict[Any, Parts]:
     tokens = _tokens(source)
-    statistics = dense_statistics(
-        source.load(), source.architecture, tokens, diagonal=False, device=CPU, cache_dir=folder
-    )
+    statistics = dense_statistics(source, tokens, diagonal=False, device=CPU, cache_dir=folder)
     return cap_parts(
         source,
         budget,

@@ -10,8 +10,9 @@ from second_order import loss_increase
 from sparse_plans import cost_of
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.pools import Pool, Pools, pool_of
@@ -19,9 +20,9 @@ from rk_export.methods.cap.scores import curvature_score, directions_only, energ
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.rpca import rpca
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 TOKENS = 64
 
 
@@ -30,7 +31,7 @@ def _moment(size: int, seed: int) -> Tensor:
     return root @ root.T / size + root[:, :1] @ root[:, :1].T
 
 
-def _statistics(shapes: dict[Place, tuple[int, int]], *, diagonal: bool = False) -> DenseStatistics:
+def _statistics(shapes: dict[MatrixId, tuple[int, int]], *, diagonal: bool = False) -> DenseStatistics:
     second = {place: _moment(shape[1], 10 + i) for i, (place, shape) in enumerate(shapes.items())}
     gradients = {place: _moment(shape[0], 50 + i) for i, (place, shape) in enumerate(shapes.items())}
     if diagonal:
@@ -38,7 +39,7 @@ def _statistics(shapes: dict[Place, tuple[int, int]], *, diagonal: bool = False)
     return DenseStatistics(second, {}, {}, gradients, TOKENS)
 
 
-def _pools() -> dict[Place, Pool]:
+def _pools() -> dict[MatrixId, Pool]:
     pools = {}
     for index, shape in enumerate([(12, 8), (8, 20), (10, 10)]):
         W = torch.randn(shape, generator=torch.Generator().manual_seed(index))
@@ -47,7 +48,7 @@ def _pools() -> dict[Place, Pool]:
     return pools
 
 
-def _shapes(pools: Pools) -> dict[Place, tuple[int, int]]:
+def _shapes(pools: Pools) -> dict[MatrixId, tuple[int, int]]:
     return {place: pool.parts.shape for place, pool in pools.items()}
 
 

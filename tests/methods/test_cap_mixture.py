@@ -34,32 +34,30 @@ from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def source(source_of: SourceOf) -> ModelSource:
+def source(source_of: SourceOf) -> StoredModel:
     return source_of("qwen2")
 
 
 @pytest.fixture
-def statistics(source: ModelSource, tmp_path: Path) -> DenseStatistics:
+def statistics(source: StoredModel, tmp_path: Path) -> DenseStatistics:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(3, source.config.vocab_size, (6, 16), generator=generator)
-    return dense_statistics(
-        source.load(), source.architecture, tokens, diagonal=False, device=CPU, cache_dir=tmp_path
-    )
+    return dense_statistics(source, tokens, diagonal=False, device=CPU, cache_dir=tmp_path)
 
 
-def _numbers(source: ModelSource) -> int:
+def _numbers(source: StoredModel) -> int:
     return sum(rows * columns for rows, columns in linear_shapes(source).values())
 
 
 def _predicted(
-    source: ModelSource, chosen: dict[tuple[int, str], Parts], statistics: DenseStatistics
+    source: StoredModel, chosen: dict[tuple[int, str], Parts], statistics: DenseStatistics
 ) -> float:
     layers = source.load().get_submodule(source.architecture.layers)
     total = 0.0
@@ -95,7 +93,7 @@ def test_in_bytes_a_full_sparse_matrix_costs_its_columns() -> None:
 
 @pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
 def test_the_budget_is_spent_on_fitted_mixtures(
-    source: ModelSource, statistics: DenseStatistics, prices: Prices, tmp_path: Path
+    source: StoredModel, statistics: DenseStatistics, prices: Prices, tmp_path: Path
 ) -> None:
     offered = offered_mixtures(source, statistics, CPU, tmp_path)
     assert {place: item.shape for place, item in offered.items()} == linear_shapes(source)
@@ -107,7 +105,7 @@ def test_the_budget_is_spent_on_fitted_mixtures(
 
 
 def test_mixtures_lose_less_than_cap_s_candidates_and_refitting_helps_those(
-    source: ModelSource, statistics: DenseStatistics, tmp_path: Path
+    source: StoredModel, statistics: DenseStatistics, tmp_path: Path
 ) -> None:
     pools = make_pools(source, 8, CPU, tmp_path)
     budget = 0.5 * _numbers(source)
@@ -123,7 +121,7 @@ def test_mixtures_lose_less_than_cap_s_candidates_and_refitting_helps_those(
 
 
 def test_the_cheapest_mixture_is_bought_before_nothing_is(
-    source: ModelSource, statistics: DenseStatistics, tmp_path: Path
+    source: StoredModel, statistics: DenseStatistics, tmp_path: Path
 ) -> None:
     offered = offered_mixtures(source, statistics, CPU, tmp_path)
     least = cheapest(offered, PARAMETERS)
@@ -148,7 +146,7 @@ def test_experts_are_refused(source_of: SourceOf, statistics: DenseStatistics) -
 
 
 def test_offers_and_fits_are_read_from_disk(
-    source: ModelSource, statistics: DenseStatistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: StoredModel, statistics: DenseStatistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = 0.5 * _numbers(source)
 

@@ -18,29 +18,29 @@ from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices, make
 from rk_export.methods.cap.scores import all_scores, energy_score
 from rk_export.methods.sparse_sites import PARAMETERS, linear_shapes
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 Q = (0, "self_attn.q_proj")
 
 
 @pytest.fixture
-def source(source_of: SourceOf) -> ModelSource:
+def source(source_of: SourceOf) -> StoredModel:
     return source_of("llama")
 
 
 @pytest.fixture
-def pools(source: ModelSource, tmp_path: Path) -> Pools:
+def pools(source: StoredModel, tmp_path: Path) -> Pools:
     return make_pools(source, 5, CPU, tmp_path)
 
 
-def _tokens(source: ModelSource, sequences: int = 6) -> Tensor:
+def _tokens(source: StoredModel, sequences: int = 6) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(3, source.config.vocab_size, (sequences, 16), generator=generator)
 
 
-def _budget(source: ModelSource, keep: float) -> float:
+def _budget(source: StoredModel, keep: float) -> float:
     return keep * sum(rows * columns for rows, columns in linear_shapes(source).values())
 
 
@@ -86,7 +86,7 @@ def test_masks_are_put_into_the_model(pools: Pools) -> None:
     assert not linear.weight.any()
 
 
-def test_the_start_costs_the_budget_and_prefers_energy(source: ModelSource, pools: Pools) -> None:
+def test_the_start_costs_the_budget_and_prefers_energy(source: StoredModel, pools: Pools) -> None:
     budget, prices = _budget(source, 0.5), flat_prices(pools, PARAMETERS)
     s = _first(pools, budget)
     assert float(prices.double() @ s.double()) == pytest.approx(budget, rel=1e-3)
@@ -96,7 +96,7 @@ def test_the_start_costs_the_budget_and_prefers_energy(source: ModelSource, pool
 
 
 def test_probabilities_of_what_raises_the_loss_fall(
-    source: ModelSource, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: StoredModel, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kept_of_q(model: PreTrainedModel, ids: Tensor) -> float:
         layers = model.get_submodule(source.architecture.layers)
@@ -130,7 +130,7 @@ def _first_entries(parts: Parts, count: int) -> Parts:
 
 
 def test_the_search_stays_in_the_budget_and_is_deterministic(
-    source: ModelSource, pools: Pools, tmp_path: Path
+    source: StoredModel, pools: Pools, tmp_path: Path
 ) -> None:
     budget, prices = _budget(source, 0.5), flat_prices(pools, PARAMETERS)
     options = CapOptions(steps=4, batch_tokens=32)
@@ -158,7 +158,7 @@ def test_the_search_stays_in_the_budget_and_is_deterministic(
 
 
 def test_an_interrupted_search_goes_on_where_it_stopped(
-    source: ModelSource, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: StoredModel, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, budget = CapOptions(steps=5, batch_tokens=32, seed=7), _budget(source, 0.5)
     monkeypatch.setattr(cap_policy, "KEEP_EVERY", 2)

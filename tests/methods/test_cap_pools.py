@@ -13,9 +13,9 @@ from rk_export.methods.cap import pools as cap_pools
 from rk_export.methods.cap.pools import Pool, by_place, flat_prices, make_pools, pool_of, selected
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, linear_shapes
 from rk_export.passes.numerics.rpca import rpca
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ from rk_export.graph.build import build_graph, save_graph
 from rk_export.methods.heal import method as heal_method
 from rk_export.methods.heal.options import HealOptions
 from rk_export.methods.prune.options import PruneOptions
-from rk_export.methods.prune.pruned import PrunedSource
+from rk_export.methods.prune.pruned import Pruned
 from rk_export.model.plain_form import plain_model
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.compress import CompressOptions
@@ -32,11 +32,10 @@ from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.source.fingerprints import weights_fingerprint
-from rk_export.source.prepared import PreparedSource
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.prepared import Prepared
+from rk_export.source.stored import StoredModel, open_source
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 NO_HEADS = ("gpt2", "opt", "olmo2")
 NO_WIDTH = ("mixtral", "qwen3_moe")
 
@@ -57,7 +56,7 @@ def plan_of(ground: CompressionInputs) -> Plan:
     return replace(make_plan(ground.source, ground.options), pruning=ground.source.pruning)
 
 
-def rewritten_of(source: ModelSource, asked: CompressOptions) -> Rewritten:
+def rewritten_of(source: StoredModel, asked: CompressOptions) -> Rewritten:
     ground = compression_inputs(source, asked)
     return ground.rewrite(plan_of(ground))
 
@@ -68,7 +67,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return result
 
 
-def ids_for(source: ModelSource) -> Tensor:
+def ids_for(source: StoredModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, source.config.vocab_size, (2, 12), generator=generator)
 
@@ -105,7 +104,7 @@ def test_the_graph_and_its_cache_are_smaller(source_of: SourceOf, tmp_path: Path
     caches = [name for name in inputs if name.startswith("past_key_values") and name.endswith("key")]
     assert len(caches) == count - 1
     heads = inputs[caches[0]].type.tensor_type.shape.dim[1].dim_value
-    assert heads == (source.architecture.heads(source.config).kv_heads if family in NO_HEADS else 1)
+    assert heads == (source.description.heads.kv_heads if family in NO_HEADS else 1)
 
 
 def test_a_dropped_block_is_left_out_exactly(source_of: SourceOf) -> None:
@@ -125,13 +124,13 @@ def test_a_dropped_block_is_left_out_exactly(source_of: SourceOf) -> None:
     assert torch.allclose(logits(found, ids), logits(wanted, ids), atol=1e-5)
 
 
-def silenced(source: ModelSource, folder: Path, change: Callable[[nn.Module], None]) -> ModelSource:
+def silenced(source: StoredModel, folder: Path, change: Callable[[nn.Module], None]) -> StoredModel:
     """Return a copy of a model after a change to it."""
     model = source.load()
     with torch.no_grad():
         change(model)
     plain_model(model).save_pretrained(folder)
-    return ModelSource(folder, "changed")
+    return StoredModel(folder, "changed")
 
 
 def with_text(prune: PruneOptions) -> CompressOptions:
@@ -190,8 +189,8 @@ def test_statistics_are_those_of_the_block_that_stays(llama: Path) -> None:
         source, options(groups=("qk",), calibration=CalibrationOptions(tokens=512))
     ).statistics
     device = torch.device("cpu")
-    alone = PrunedSource(source, Pruning((1,), 96), known, device).load()
-    both = PrunedSource(source, Pruning((0, 1), 96), known, device).load()
+    alone = source.then(Pruned(source.description, Pruning((1,), 96), known, device)).load()
+    both = source.then(Pruned(source.description, Pruning((0, 1), 96), known, device)).load()
     path = "mlp.down_proj.weight"
     assert torch.equal(
         alone.get_parameter(f"model.layers.0.{path}"), both.get_parameter(f"model.layers.1.{path}")
@@ -202,10 +201,10 @@ def test_statistics_are_those_of_the_block_that_stays(llama: Path) -> None:
 def test_recovery_aims_at_the_whole_model(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teachers: list[ModelSource] = []
+    teachers: list[StoredModel] = []
     train = heal_method.heal
 
-    def recorded(rewritten: Rewritten, teacher: ModelSource, *arguments: Any, **named: Any) -> Any:
+    def recorded(rewritten: Rewritten, teacher: StoredModel, *arguments: Any, **named: Any) -> Any:
         teachers.append(teacher)
         return train(rewritten, teacher, *arguments, **named)
 
@@ -246,11 +245,11 @@ def test_checkpoints_of_pruned_models_load(source_of: SourceOf, tmp_path: Path) 
 
 def test_sources_of_one_folder_are_told_apart(source_of: SourceOf) -> None:
     source = source_of("llama")
-    pruned = PrunedSource(source, Pruning((0,)), None, torch.device("cpu"))
-    wider = PrunedSource(source, Pruning((1,)), None, torch.device("cpu"))
-    rotated = PreparedSource(source, ("fold", "rotate"))
-    turned = PreparedSource(source, ("fold", "rotate"), seed=1)
-    known = [weights_fingerprint(item) for item in (source, pruned, wider, rotated, turned)]
+    pruned = source.then(Pruned(source.description, Pruning((0,)), None, torch.device("cpu")))
+    wider = source.then(Pruned(source.description, Pruning((1,)), None, torch.device("cpu")))
+    rotated = source.then(Prepared(source.description, ("fold", "rotate")))
+    turned = source.then(Prepared(source.description, ("fold", "rotate"), seed=1))
+    known = [item.fingerprint() for item in (source, pruned, wider, rotated, turned)]
     assert len(set(known)) == 5  # what is cached for one, such as a teacher's states, is not the other's
     assert pruned.structure() == source.structure()
 

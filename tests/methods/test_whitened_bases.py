@@ -11,7 +11,7 @@ from rk_export.methods.basel.selection import select_basis
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import directions
 from rk_export.passes.numerics.metric import Metric
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 
 def test_whitened_directions_are_the_matrix_and_lose_least_of_its_outputs() -> None:
@@ -30,7 +30,7 @@ def test_whitened_directions_are_the_matrix_and_lose_least_of_its_outputs() -> N
     assert errors["whitened"] < 0.5 * errors["plain"]
 
 
-def test_a_selection_from_whitened_bases_keeps_its_share(source_of: Callable[..., ModelSource]) -> None:
+def test_a_selection_from_whitened_bases_keeps_its_share(source_of: Callable[..., StoredModel]) -> None:
     source = source_of("qwen2")
     tokens = torch.randint(3, 160, (8, 32), generator=torch.Generator().manual_seed(0))
     kept = {}

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.model.families import HeadLayout, architecture_of, empty_canonical_model
+from rk_export.model.description import describe
+from rk_export.model.families import HeadLayout, architecture_of, heads_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,7 +93,7 @@ def test_a_second_call_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_model_has_the_names_and_shapes_of_the_canonical_one(family: str) -> None:
-    empty = empty_canonical_model(tiny_config(family)).state_dict()
+    empty = describe(tiny_config(family)).canonical.state_dict()
     filled = canonical(tiny_model(family)).state_dict()
     assert {name: tensor.shape for name, tensor in empty.items()} == {n: t.shape for n, t in filled.items()}
     assert all(tensor.is_meta for tensor in empty.values())
@@ -111,7 +112,7 @@ def test_canonical_weights_own_their_memory_and_keep_dtype_and_mode(family: str)
 
 def test_heads() -> None:
     def heads(config: PretrainedConfig) -> HeadLayout:
-        return architecture_of(config).heads(config)
+        return heads_of(config)
 
     assert heads(tiny_config("llama")) == HeadLayout(4, 2, 16)
     assert heads(tiny_config("qwen3")) == HeadLayout(4, 2, 32)

@@ -18,6 +18,7 @@ from rk_export import compress, export
 from rk_export.bundle.genai import default_length
 from rk_export.errors import InputError
 from rk_export.model.context import check_context, context_notices, with_context
+from rk_export.model.description import describe
 from rk_export.model.rotary import rotary_tables
 from rk_export.options.run import Run
 from rk_export.plan import Plan
@@ -46,17 +47,18 @@ ALLOWED: list[tuple[str, dict[str, Any], int | None, str]] = [
 def test_the_refusal_names_the_longest_context_that_works(
     family: str, options: dict[str, Any], longest: int | None, reason: str
 ) -> None:
-    config = tiny_config(family, **options)
-    check_context(config, 64)
-    check_context(config, longest or 10**6)
+    model = describe(tiny_config(family, **options))
+    check_context(model, 64)
+    check_context(model, longest or 10**6)
     too_long = 2**24 + 1 if longest is None else longest + 1
     with pytest.raises(InputError, match=reason or "float32") as refusal:
-        check_context(config, too_long)
+        check_context(model, too_long)
     assert refusal.value.fix == f"give at most {too_long - 1}"
 
 
 def test_notices_of_a_context_that_was_never_trained_and_of_one_that_could_be_longer() -> None:
-    plain, scaled = tiny_config("llama"), tiny_config("llama", rope_parameters=SHORT_YARN)
+    plain = describe(tiny_config("llama"))
+    scaled = describe(tiny_config("llama", rope_parameters=SHORT_YARN))
     assert context_notices(plain, None) == context_notices(plain, 64) == context_notices(scaled, 512) == ()
     assert "longer than the 128 that the model was made for" in context_notices(plain, 129)[0]
     assert "give --context-length 512" in context_notices(scaled, None)[0]

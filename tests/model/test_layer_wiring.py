@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import DECODERS
-from transformers import PretrainedConfig
 
-from rk_export.model import layer_wiring, preparable
-from rk_export.model.decoder_spec import DecoderSpec, NormNames, decoder_spec
+from rk_export.model.decoder_spec import NormNames
+from rk_export.model.description import ModelDescription, describe
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.families import architecture_of
 from rk_export.model.layer_wiring import wiring_of
-from rk_export.source.stored import ModelSource
+from rk_export.model.preparable import preparations_of
+from rk_export.source.stored import StoredModel
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -26,7 +26,7 @@ def test_a_norm_feeds_what_the_wiring_names_and_nothing_else(source_of: SourceOf
     source = source_of(family)
     model = source.load()
     layer = model.get_submodule(f"{source.architecture.layers}.1")
-    wiring = wiring_of(source.config, 1)
+    wiring = wiring_of(source.description, 1)
     paths = [item.path for item in source.architecture.projections(source.config, 1) if item.role != "expert"]
 
     def inputs(moved: str = "") -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ def test_a_norm_feeds_what_the_wiring_names_and_nothing_else(source_of: SourceOf
 def test_a_stored_gain_is_read_alike_everywhere(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
     model = source.load()
-    for norm in wiring_of(source.config, 0).norms:
+    for norm in wiring_of(source.description, 0).norms:
         path = f"{source.architecture.layers}.0.{norm}"
         module = model.get_submodule(path)
         weight = module.get_parameter("weight")
@@ -70,15 +70,13 @@ def test_a_stored_gain_is_read_alike_everywhere(source_of: SourceOf, family: str
         with torch.no_grad():
             high, low = module(alternating), module(-alternating)
         torch.testing.assert_close(((high - low) / 2 * alternating)[0, 0], exported, rtol=1e-4, atol=1e-5)
-        offset = float(wiring_of(source.config, 0).unit_offset)
+        offset = float(wiring_of(source.description, 0).unit_offset)
         torch.testing.assert_close(weight + offset, exported)
 
 
-def test_one_norm_may_feed_attention_and_mlp(source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = source_of("llama").config
+def test_one_norm_may_feed_attention_and_mlp(source_of: SourceOf) -> None:
     parallel = NormNames("input_layernorm", None, "input_layernorm", None)
-    changed(monkeypatch, layer_wiring, norm_names=parallel)
-    (readers,) = wiring_of(config, 0).norms.values()
+    (readers,) = wiring_of(changed(source_of("llama"), norm_names=parallel), 0).norms.values()
     assert [path.rpartition(".")[2] for path in readers] == [
         "q_proj",
         "k_proj",
@@ -88,26 +86,21 @@ def test_one_norm_may_feed_attention_and_mlp(source_of: SourceOf, monkeypatch: p
     ]
 
 
-def test_values_that_are_not_only_mixed_are_not_rotated(
-    source_of: SourceOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = source_of("llama").config
-    assert preparable.preparations_of(config, ("rotate-heads",)).names == ("rotate-heads",)
-    changed(monkeypatch, preparable, on_values="a norm")
-    refused = preparable.preparations_of(config, ("rotate-heads",))
+def test_values_that_are_not_only_mixed_are_not_rotated(source_of: SourceOf) -> None:
+    source = source_of("llama")
+    assert preparations_of(source.description, ("rotate-heads",)).names == ("rotate-heads",)
+    refused = preparations_of(changed(source, on_values="a norm"), ("rotate-heads",))
     assert refused.names == ()
     assert "a norm stands between the values of llama" in refused.findings[0].reason
 
 
-def changed(monkeypatch: pytest.MonkeyPatch, module: object, **fields: object) -> None:
-    """Let a module read a spec in which some fields are others."""
-
-    def spec(config: PretrainedConfig) -> DecoderSpec:
-        return replace(decoder_spec(config), **fields)
-
-    monkeypatch.setattr(module, "decoder_spec", spec)
+def changed(source: StoredModel, **fields: Any) -> ModelDescription:
+    """Return a description of the model whose decoder has other fields."""
+    description = describe(source.config)
+    vars(description)["decoder"] = replace(description.decoder, **fields)
+    return description
 
 
 def test_families_with_an_offset_are_named_once(source_of: SourceOf) -> None:
-    offset = {family for family in DECODERS if architecture_of(source_of(family).config).unit_offset}
+    offset = {family for family in DECODERS if source_of(family).architecture.unit_offset}
     assert offset == {"gemma2", "gemma3"}

@@ -14,7 +14,8 @@ from tiny_models import tiny_config
 from transformers import PretrainedConfig
 
 from rk_export.graph.dense.frontend import build_module, trace
-from rk_export.model.families import empty_canonical_model
+from rk_export.model.description import describe
+from rk_export.model.families import empty_model
 
 POSITIONS = 131_072
 ULP = np.finfo(np.float32).eps
@@ -35,7 +36,7 @@ SCALINGS: list[tuple[str, dict[str, Any]]] = [
 
 def traced(config: PretrainedConfig, ep: str = "cpu", **options: Any) -> ir.Model:
     dtype = "fp32" if ep == "cpu" else "fp16"
-    return trace(build_module(config, ep=ep, dtype=dtype, **options))  # type: ignore[arg-type]
+    return trace(build_module(describe(config), ep=ep, dtype=dtype, **options))  # type: ignore[arg-type]
 
 
 def tables_of(model: ir.Model, tokens: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -55,7 +56,7 @@ def tables_of(model: ir.Model, tokens: int) -> dict[int, tuple[np.ndarray, np.nd
 
 
 def transformers_tables(config: PretrainedConfig, layer: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    module = empty_canonical_model(config).get_submodule("model.rotary_emb")
+    module = empty_model(config).get_submodule("model.rotary_emb")
     module = type(module)(config=config)  # the skeleton's buffers lie on the meta device
     by_type = "rope_type" not in config.rope_parameters
     layer_type = {"layer_type": config.layer_types[layer]} if by_type else {}

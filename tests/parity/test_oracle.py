@@ -24,10 +24,10 @@ from rk_export.parity.preflight import preflight
 from rk_export.passes.prepare.fold import fold_layer
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.source import prepared
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 from rk_export.source.tensor_files import StoredTensors
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 
 
 # --- tier 0: transformers against what we read
@@ -44,12 +44,12 @@ def test_every_family_is_read_as_transformers_reads_it(source_of: SourceOf, fami
 
 def doubled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let our loader read one tensor wrongly; transformers reads the file itself."""
-    read = ModelSource.tensor
+    read = StoredModel.tensor
 
-    def wrong(self: ModelSource, key: str) -> Tensor:
+    def wrong(self: StoredModel, key: str) -> Tensor:
         return read(self, key) * (1.001 if key == name else 1.0)
 
-    monkeypatch.setattr(ModelSource, "tensor", wrong)
+    monkeypatch.setattr(StoredModel, "tensor", wrong)
 
 
 def test_a_tensor_read_wrongly_stops_the_run_before_any_work(

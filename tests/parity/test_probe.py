@@ -13,6 +13,7 @@ from tiny_models import tiny_config, tiny_model
 
 import rk_export
 from rk_export.json_codec import from_json, to_json
+from rk_export.model.description import describe
 from rk_export.model.switches import switches_of
 from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
@@ -32,7 +33,7 @@ LONGROPE: dict[str, Any] = {
 
 def probe_of(folder: Path, family: str, **overrides: Any) -> Probe:
     config = tiny_config(family, **overrides)
-    return make_probe(folder, config.vocab_size, switches_of(config))
+    return make_probe(folder, config.vocab_size, switches_of(describe(config)))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import planned_findings
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 CPU = torch.device("cpu")
 INT2 = QuantSpec(2, 16)
@@ -92,7 +92,7 @@ def test_the_pass_installs_and_reports_the_branch(known: bool) -> None:
     assert finding.bytes_after == sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 
-def corrected_model(source: ModelSource, members: tuple[str, ...]) -> Rewritten:
+def corrected_model(source: StoredModel, members: tuple[str, ...]) -> Rewritten:
     """Rewrite a source with the matrices of some roles corrected at rank 4, the others plainly quantized."""
     plan = make_plan(source, floats(quant=QuantSpec(4, 16), embedding_quant=QuantSpec(8, 16)))
     sites = tuple(

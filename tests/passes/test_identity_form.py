@@ -29,7 +29,7 @@ from rk_export.rewrite import apply as rewriting
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import planned_findings
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 CPU = torch.device("cpu")
 BOUND = 1e-4
@@ -424,7 +424,7 @@ def test_planned_ranks(source_of: SourceOf) -> None:
 @pytest.mark.whole
 def test_a_quantized_block_of_another_format_packs_nothing(source_of: SourceOf, tmp_path: Path) -> None:
     """The pivot block packs with a dense matrix of its own format, and the count is that of the plan."""
-    source: ModelSource = source_of("llama")
+    source: StoredModel = source_of("llama")
     plan = make_plan(source, identity_options(("qk",), "int4"))
     for v_format, packs in ((INT4, 2), (QuantSpec(8, 32), 1)):
         sites = tuple(

@@ -23,7 +23,7 @@ from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.planner import check_plan, make_plan
 from rk_export.rewrite.sizes import kept_parameters, planned_findings
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 CPU = torch.device("cpu")
 RANK_8 = RankRule("rank", 8)
@@ -157,7 +157,7 @@ def test_sizes_are_known_before_the_work(source_of: SourceOf) -> None:
     assert kept_parameters(rewritten.model) < source.parameter_count()
 
 
-def int8_plan(source: ModelSource) -> Plan:
+def int8_plan(source: StoredModel) -> Plan:
     return make_plan(source, floats(quant=W8A8))
 
 

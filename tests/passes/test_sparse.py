@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sparse_plans import parts_of, sparse_plan
 from tiny_models import DECODERS
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.sparse_sites import sparse_decision
 from rk_export.options.compress import CompressOptions
@@ -29,7 +29,7 @@ from rk_export.plan import Plan, SitePlan
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import planned_findings, size_summary
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 
 @given(st.sets(st.integers(0, 5000), max_size=60))
@@ -200,7 +200,7 @@ def test_parts_of_is_what_the_tests_believe() -> None:
     assert torch.allclose(parts_of(W, 2, 30).dense(), W, atol=1e-6)
 
 
-def sparse_plan_of(source: ModelSource, options: CompressOptions, parts: Mapping[Place, Parts]) -> Plan:
+def sparse_plan_of(source: StoredModel, options: CompressOptions, parts: Mapping[MatrixId, Parts]) -> Plan:
     return sparse_decision(source, options, parts).plan(source, options)
 
 

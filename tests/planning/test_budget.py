@@ -33,28 +33,28 @@ from rk_export.planning.budget import spend
 from rk_export.planning.candidates import Candidate, Menu, candidates
 from rk_export.planning.cost_table import CostTable, measure_costs
 from rk_export.planning.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
-from rk_export.source.stored import ModelSource, loaded_layers, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 
 
 def options(kind: Any, value: float, **changes: Any) -> CompressOptions:
     return CompressOptions(budget=Budget(kind, value), calibration=TEXT, **changes)
 
 
-def matrix_parameters(source: ModelSource) -> int:
+def matrix_parameters(source: StoredModel) -> int:
     return sum(
         layer.linear(item.path).weight.numel()
-        for layer in loaded_layers(source)
+        for layer in source.layers()
         for item in source.architecture.projections(source.config, layer.index)
     )
 
 
-def stored_parameters(source: ModelSource, plan: Plan) -> int:
+def stored_parameters(source: StoredModel, plan: Plan) -> int:
     """Count what the sites of a plan hold, by the formulas of the forms."""
     total = 0
-    for layer in loaded_layers(source):
+    for layer in source.layers():
         for site in plan.of_layer(layer.index):
             weights = [layer.linear(path).weight for path in site.paths]
             rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
@@ -132,7 +132,7 @@ def test_matrices_without_statistics_get_the_format_that_was_asked_for(source_of
     assert ground.statistics is not None
     layers = (
         (layer, dense_sites(layer, source.architecture.projections(source.config, layer.index), asked))
-        for layer in loaded_layers(source)
+        for layer in source.layers()
     )
     bought = spend(layers, currency_of(source, asked, 8), ground.statistics, None, torch.device("cpu"))
     formats = {site.quant for site in bought.sites if site.site.endswith("experts")}

@@ -22,7 +22,7 @@ from rk_export.planning.fixed_parts import fixed_parts
 from rk_export.planning.planner import make_plan as plan_of
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.sizes import planned_bytes
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add
 SIZED = CompressOptions(calibration=CalibrationOptions("self", tokens=1024))
@@ -33,7 +33,7 @@ SIZED = CompressOptions(calibration=CalibrationOptions("self", tokens=1024))
 @pytest.mark.parametrize("ep", ["cpu", "portable"])
 def test_planned_bytes_are_those_of_the_graph(source_of: object, family: str, ep: str) -> None:
     """Norms, biases, routers, positions and frequencies are all counted, and once."""
-    source: ModelSource = source_of(family)  # type: ignore[operator]
+    source: StoredModel = source_of(family)  # type: ignore[operator]
     plan = plan_of(source, tiny_options(groups=(), quant=None, embedding_quant=None, ep=ep))
     model, _ = build_graph(rewrite(source, plan))
     values = [value.const_value for value in model.graph.initializers.values()]
@@ -43,7 +43,7 @@ def test_planned_bytes_are_those_of_the_graph(source_of: object, family: str, ep
 
 def test_every_kind_has_its_own_name(source_of: object) -> None:
     kinds = {
-        family: {part.name for part in fixed_parts(source_of(family).config, SIZED)}  # type: ignore[operator]
+        family: {part.name for part in fixed_parts(source_of(family).description, SIZED)}  # type: ignore[operator]
         for family in ("llama", "qwen2", "gpt2", "mixtral", "bert")
     }
     everywhere = {"norms", "graph"}

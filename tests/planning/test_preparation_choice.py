@@ -22,10 +22,10 @@ from rk_export.passes.prepare.parameters import weight
 from rk_export.plan import Plan
 from rk_export.planning.preparation_choice import Rounding, _state, _Trial, choose_preparations
 from rk_export.report.records import Outcome, Report
-from rk_export.source.prepared import LayerPreparation, PreparedSource
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.prepared import LayerPreparation, Prepared
+from rk_export.source.stored import StoredModel, open_source
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 INT4 = Rounding(QuantSpec(4, 32), compensated=True, int8_inputs=True)
 COMBINATIONS = [
@@ -37,24 +37,24 @@ COMBINATIONS = [
 ]
 
 
-def some_tokens(source: ModelSource, sequences: int = 4, length: int = 32) -> Tensor:
+def some_tokens(source: StoredModel, sequences: int = 4, length: int = 32) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, source.config.vocab_size, (sequences, length), generator=generator)
 
 
-def preparation(source: ModelSource, names: tuple[str, ...] = PREPARATIONS) -> LayerPreparation:
+def preparation(source: StoredModel, names: tuple[str, ...] = PREPARATIONS) -> LayerPreparation:
     """All preparations, with peaks that differ from neuron to neuron."""
     generator = torch.Generator().manual_seed(2)
     peaks = {
         f"layers.{layer}.{down}": 0.1 + torch.rand(128, generator=generator)
         for layer in range(source.layer_count)
-        for _, down in wiring_of(source.config, layer).mlps
+        for _, down in wiring_of(source.description, layer).mlps
     }
-    return LayerPreparation(source.config, names, 0, peaks, 0.25)
+    return LayerPreparation(source.description, names, 0, peaks, 0.25)
 
 
 @torch.no_grad()
-def inputs(source: ModelSource, tokens: Tensor, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def inputs(source: StoredModel, tokens: Tensor, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what the matrices of a layer read, and the matrices, in the model as the source gives it."""
     model = source.load()
     module = model.get_submodule(f"{source.architecture.layers}.{layer}")
@@ -74,22 +74,22 @@ def test_what_is_predicted_for_is_what_the_prepared_model_reads(
 ) -> None:
     """The reference is the prepared model, run on the same tokens; nothing of the prediction is in it."""
     source = source_of(family)
-    possible = preparations_of(source.config, names).names
+    possible = preparations_of(source.description, names).names
     if possible != names:
         pytest.skip("the family does not take these")
     tokens, known, layer = some_tokens(source), preparation(source, names), 1
     seen, _ = inputs(source, tokens, layer)
-    prepared = PreparedSource(source, names, seed=0, peaks=known.peaks, alpha=0.25)
+    prepared = source.then(Prepared(source.description, names, seed=0, peaks=known.peaks, alpha=0.25))
     expected, _ = inputs(prepared, tokens, layer)
     dense = source.load().get_submodule(f"{source.architecture.layers}.{layer}")
-    trial = _Trial(layer, dense, wiring_of(source.config, layer), known, INT4, seen)
+    trial = _Trial(layer, dense, wiring_of(source.description, layer), known, INT4, seen)
     for item in source.architecture.projections(source.config, layer):
         read = trial._read(item.path, _state(item.role, names), seen[item.path].flatten(0, -2))
         wanted = expected[item.path].flatten(0, -2)
         torch.testing.assert_close(read, wanted, rtol=2e-4, atol=2e-4 * float(wanted.abs().max()))
 
 
-def with_gains(folder: Path, *, folding_helps: bool) -> ModelSource:
+def with_gains(folder: Path, *, folding_helps: bool) -> StoredModel:
     """Save a tiny model whose norm gains differ by a factor of hundreds, and open it.
 
     With plain matrices, folding the gains in makes the columns of a block differ; with matrices that hold the
@@ -141,7 +141,7 @@ def test_the_choice_follows_the_format(source_of: SourceOf) -> None:
 
 def test_a_part_of_fold_needs_its_norm(source_of: SourceOf) -> None:
     """The norms of olmo2 follow the blocks: there is nothing in front that could be folded."""
-    found = preparations_of(source_of("olmo2", tie_word_embeddings=False).config, ("fold-mlp",))
+    found = preparations_of(source_of("olmo2", tie_word_embeddings=False).description, ("fold-mlp",))
     assert found.names == ()
     assert "follow its blocks" in found.findings[0].reason
 
@@ -149,7 +149,7 @@ def test_a_part_of_fold_needs_its_norm(source_of: SourceOf) -> None:
 def test_experts_are_predicted_for(source_of: SourceOf) -> None:
     source = source_of("mixtral")
     names = ("fold", "rotate", "rotate-heads")
-    known = LayerPreparation(source.config, names, 0, {}, 0.25)
+    known = LayerPreparation(source.description, names, 0, {}, 0.25)
     choice = choose_preparations(source, some_tokens(source), INT4, known, CPU)
     assert {finding.target for finding in choice.findings} == {
         "prepare.fold-attention",

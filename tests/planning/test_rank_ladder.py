@@ -17,7 +17,7 @@ from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.adaptive_ranks import DENSE
 from rk_export.planning.planner import make_plan
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
 IDS = torch.arange(3, 40)[None]
 
@@ -61,12 +61,12 @@ def test_cut_is_what_rewrite_computes(
 
 
 @pytest.fixture
-def source(source_of: Callable[..., ModelSource]) -> ModelSource:
+def source(source_of: Callable[..., StoredModel]) -> StoredModel:
     return source_of("llama")
 
 
 @torch.no_grad()
-def test_full_rank_and_dense_change_nothing(source: ModelSource) -> None:
+def test_full_rank_and_dense_change_nothing(source: StoredModel) -> None:
     model = source.load()
     ladder = RankLadder.of(model, source.architecture, ("gate_up",))
     assert [pair.target for pair in ladder.pairs] == ["layers.0.gate_up", "layers.1.gate_up"]
@@ -83,7 +83,7 @@ def test_full_rank_and_dense_change_nothing(source: ModelSource) -> None:
 
 
 @torch.no_grad()
-def test_weights_come_back_after_an_error(source: ModelSource) -> None:
+def test_weights_come_back_after_an_error(source: StoredModel) -> None:
     model = source.load()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ladder = RankLadder.of(model, source.architecture, ("qk",), per_head=True)

@@ -19,9 +19,9 @@ from rk_export.options.ranks import ALLOCATIONS, RankRule
 from rk_export.plan import Plan
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.sizes import planned_findings
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.stored import StoredModel, open_source
 
-SourceOf = Callable[..., ModelSource]
+SourceOf = Callable[..., StoredModel]
 OPTIONS = CompressOptions(
     groups=("qk", "gate_up"),
     rank=RankRule("keep", 0.5),
@@ -34,11 +34,11 @@ OPTIONS = CompressOptions(
 )
 
 
-def plan_of(source: ModelSource, **changes: Any) -> Plan:
+def plan_of(source: StoredModel, **changes: Any) -> Plan:
     return make_plan(source, replace(OPTIONS, **changes))
 
 
-def kept(source: ModelSource, plan: Plan) -> float:
+def kept(source: StoredModel, plan: Plan) -> float:
     """Return the share of the groups' bytes that a plan keeps."""
     grouped = {site.site for site in plan.sites if len(site.members) > 1}
     found = [item for item in planned_findings(source, plan) if item.target in grouped]
@@ -64,7 +64,7 @@ def test_a_flatter_spectrum_gets_a_higher_rank(source_of: SourceOf, tmp_path: Pa
             decayed = (U[:, : len(S)] * (S * 0.8 ** torch.arange(len(S)))) @ Vh[: len(S)]
             model.get_submodule(f"model.layers.1.self_attn.{role}_proj").weight.copy_(decayed)  # type: ignore[operator]
     plain_model(model).save_pretrained(tmp_path / "changed")
-    plan = plan_of(ModelSource(tmp_path / "changed", "changed"), allocation=allocation, groups=("qk",))
+    plan = plan_of(StoredModel(tmp_path / "changed", "changed"), allocation=allocation, groups=("qk",))
     ranks = {site.site: site.rank or 64 for site in plan.sites if site.members == ("q", "k")}
     assert ranks["layers.0.qk"] > ranks["layers.1.qk"]
 
@@ -100,7 +100,7 @@ def test_zero_matrices_get_the_least(source_of: SourceOf, tmp_path: Path, alloca
         for role in ("q", "k"):
             model.get_submodule(f"model.layers.0.self_attn.{role}_proj").weight.zero_()  # type: ignore[operator]
     plain_model(model).save_pretrained(tmp_path / "zero")
-    plan = plan_of(ModelSource(tmp_path / "zero", "zero"), allocation=allocation)
+    plan = plan_of(StoredModel(tmp_path / "zero", "zero"), allocation=allocation)
     ranks = {site.site: site.rank or 64 for site in plan.sites if len(site.members) > 1}
     least = min(ranks.values())
     noise_counts = allocation not in ("uniform", "gavish-donoho")

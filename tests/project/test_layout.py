@@ -37,6 +37,7 @@ ORDER = (
         "runtime",
         "text",
         "options",
+        "matrix_id",
         "plan",
         "folders",
         "tensor_cache",
@@ -141,7 +142,7 @@ def test_packages_import_what_stands_before_them() -> None:
 @pytest.mark.parametrize(
     ("package", "others"),
     [
-        ("rk_export.passes", {"errors", "report", "options", "plan"}),
+        ("rk_export.passes", {"errors", "report", "options", "matrix_id", "plan"}),
         ("rk_export.runtime", {"errors", "json_codec", "report"}),
     ],
 )

@@ -21,7 +21,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained, save_pretrained
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 FAMILIES = ("llama", "qwen2", "gemma3", "phi3", "gpt2", "mixtral")
 RANK_8 = RankRule("rank", 8)
@@ -38,7 +38,7 @@ CASES = [(family, form) for family in FAMILIES for form in ("whole", "per-head",
 CASES += [("qwen2", form) for form in ("asymmetric", "half", "dense")]
 
 
-def saved(source: ModelSource, options: CompressOptions, folder: Path) -> Rewritten:
+def saved(source: StoredModel, options: CompressOptions, folder: Path) -> Rewritten:
     rewritten = compress(source, options)
     save_pretrained(rewritten, folder, tokenizer_from=source.folder)
     return rewritten

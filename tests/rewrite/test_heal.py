@@ -23,7 +23,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 from rk_export.training.distillation import Head, backward_divergence, dense_states, last_hidden
 from rk_export.training.loop import batch_rows
 
@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def healed(
-    source: ModelSource, compression: CompressOptions, options: HealOptions = OPTIONS, **arguments: Any
+    source: StoredModel, compression: CompressOptions, options: HealOptions = OPTIONS, **arguments: Any
 ) -> tuple[Rewritten, HealResult]:
     rewritten = compress(source, compression)
     return rewritten, heal(rewritten, source, tokens(source, 8, 16), options, **arguments)
@@ -82,7 +82,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(source_of: SourceOf
         tensor for name, tensor in student.named_parameters() if name.endswith("qk_factors.down.weight")
     )
     parameter.requires_grad_(True)
-    heads = [Head(model, source.architecture, ids.device, torch.float32) for model in (student, teacher)]
+    heads = [Head(model, source.description, ids.device, torch.float32) for model in (student, teacher)]
     states = last_hidden(teacher, ids).detach().flatten(0, 1)
     loss = backward_divergence(
         last_hidden(student, ids).flatten(0, 1),

@@ -24,7 +24,7 @@ from rk_export.planning.planner import check_plan, make_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import kept_parameters, planned_findings
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 BOUND = 1e-4
 EXPERTS = ("mixtral", "qwen3_moe")
@@ -37,11 +37,11 @@ SHAPES = {
 FORMATS = {"float": None, "int4": INT4}
 
 
-def shaped_plan(source: ModelSource, options: CompressOptions, shapes: tuple[LayerShape, ...]) -> Plan:
+def shaped_plan(source: StoredModel, options: CompressOptions, shapes: tuple[LayerShape, ...]) -> Plan:
     return replace(make_plan(source, options), shapes=shapes)
 
 
-def shaped(source: ModelSource, shapes: tuple[LayerShape, ...], options: CompressOptions) -> Rewritten:
+def shaped(source: StoredModel, shapes: tuple[LayerShape, ...], options: CompressOptions) -> Rewritten:
     return rewrite(source, shaped_plan(source, options, shapes))
 
 
@@ -82,7 +82,7 @@ def test_the_graph_and_the_checkpoint_compute_what_pytorch_does(
     assert_close(torch.cat([first, last], 1), expected[:, :10])
     assert all(fusion.found == fusion.planned for fusion in model.fusions)
     assert model.fusion("GroupQueryAttention").found == source.layer_count
-    heads = source.architecture.heads(source.config)
+    heads = source.description.heads
     for name, array in past.items():
         assert array.shape[1::2] == (heads.kv_heads, heads.head_dim), name
     save_pretrained(rewritten, tmp_path / "saved", tokenizer_from=source.folder)
@@ -94,6 +94,17 @@ def test_the_graph_and_the_checkpoint_compute_what_pytorch_does(
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape
     assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
+
+
+@pytest.mark.whole
+def test_a_padded_and_a_plain_member_of_one_pair_count_it_once(source_of: SourceOf, tmp_path: Path) -> None:
+    """The values are narrower and padded, the queries and keys are not; all three read one down-projection."""
+    source = source_of("llama")
+    rewritten = shaped(source, SHAPES["values"], floats(("qkv",), rank=RankRule("rank", 8)))
+    ids, model = tokens(source), OnnxModel(rewritten, tmp_path)
+    assert_close(model.run(ids)[0], logits(rewritten.model, ids))
+    assert model.fusion("packed projections").found == 2 * source.layer_count  # up-projections, gate and up
+    assert model.fusion("packed query, key and value").found == 0
 
 
 @pytest.mark.whole
@@ -180,7 +191,7 @@ def test_what_silent_parts_leave_is_the_dense_model(source_of: SourceOf, tmp_pat
         silent = slice(0, 32) if kind == "groups" else [16 * head + i for head in range(4) for i in range(5)]
         layer.self_attn.o_proj.weight[:, silent] = 0
     model.save_pretrained(tmp_path / "silent")
-    other = ModelSource(tmp_path / "silent", "silent")
+    other = StoredModel(tmp_path / "silent", "silent")
     shapes = {
         "groups": tuple(LayerShape(layer, kv_groups=(1,)) for layer in (0, 1)),
         "values": tuple(LayerShape(layer, value_dim=11) for layer in (0, 1)),
@@ -195,7 +206,7 @@ def test_dead_neurons_leave_the_dense_model(source_of: SourceOf, tmp_path: Path)
     for layer in model.model.layers:
         layer.mlp.c_proj.weight[:, 20:60] = 0
     model.save_pretrained(tmp_path / "dead")
-    other = ModelSource(tmp_path / "dead", "dead")
+    other = StoredModel(tmp_path / "dead", "dead")
     shapes = tuple(LayerShape(layer, ffn_width=88) for layer in (0, 1))
     ids = tokens(source)
     assert_close(logits(shaped(other, shapes, floats()).model, ids), logits(other.load(), ids))

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from rk_export.source.stored import ModelSource
+from rk_export.source.stored import StoredModel
 
 pytestmark = pytest.mark.whole
 
@@ -49,7 +49,7 @@ def test_pruning_is_measured_once_a_row(
 
 
 def test_three_ways_to_store_entries_compute_the_same(
-    source_of: Callable[..., ModelSource], tmp_path: Path
+    source_of: Callable[..., StoredModel], tmp_path: Path
 ) -> None:
     measuring = sample("measure_sparse_export")
     source = source_of("llama", max_position_embeddings=512)

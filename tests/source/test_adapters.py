@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, transformers_own
 
 from rk_export.errors import InputError
-from rk_export.source.fingerprints import weights_fingerprint
 from rk_export.source.stored import open_source
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -230,10 +229,10 @@ def test_a_tokenizer_of_the_adapters_own_goes_with_it(llama: Path, tmp_path: Pat
 
 def test_what_is_cached_depends_on_the_adapter(base_of: Callable[..., Path], tmp_path: Path) -> None:
     trained(base_of("llama"), tmp_path / "adapter")
-    prints = {weights_fingerprint(open_source(base_of("llama")))}
-    prints.add(weights_fingerprint(open_source(tmp_path / "adapter")))
+    prints = {open_source(base_of("llama")).fingerprint()}
+    prints.add(open_source(tmp_path / "adapter").fingerprint())
     edit_adapter(tmp_path / "adapter", lora_alpha=9)
-    prints.add(weights_fingerprint(open_source(tmp_path / "adapter")))
+    prints.add(open_source(tmp_path / "adapter").fingerprint())
     assert len(prints) == 3
 
 

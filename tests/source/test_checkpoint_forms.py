@@ -30,15 +30,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rk_export.errors import InputError
 from rk_export.runtime import Session
-from rk_export.source.prepared import PreparedSource
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.prepared import Prepared
+from rk_export.source.stored import StoredModel, open_source
 
 Folder = Callable[..., Path]
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
 @pytest.fixture
-def saved(source_of: Callable[..., ModelSource], tmp_path: Path) -> Folder:
+def saved(source_of: Callable[..., StoredModel], tmp_path: Path) -> Folder:
     """Return a function from family and config fields to a copy of the saved tiny model that a test may change."""
 
     def folder(family: str = "llama", **fields: Any) -> Path:
@@ -64,7 +64,7 @@ def reference(folder: Path) -> torch.Tensor:
     return logits(auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval())
 
 
-def assert_same(folder: Path, expected: torch.Tensor | None = None) -> ModelSource:
+def assert_same(folder: Path, expected: torch.Tensor | None = None) -> StoredModel:
     source = open_source(folder)
     expected = reference(folder) if expected is None else expected
     assert float((logits(source.load()) - expected).abs().max() / expected.abs().max()) < 1e-5
@@ -92,7 +92,7 @@ def test_a_stored_head_wins_over_the_tie(saved: Folder, family: str) -> None:
     assert source.config.tie_word_embeddings is False
     assert "config.json ties lm_head.weight" in source.notices[0]
     assert_same(folder, before)
-    prepared = PreparedSource(source, ["fold", "rotate"]) if family == "llama" else source
+    prepared = source.then(Prepared(source.description, ["fold", "rotate"])) if family == "llama" else source
     assert float((logits(prepared.load()) - before).abs().max() / before.abs().max()) < 1e-4
 
 

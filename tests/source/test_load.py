@@ -17,7 +17,6 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rk_export.errors import InputError, RkExportError, UnsupportedModelError
-from rk_export.model.families import empty_canonical_model
 from rk_export.source.stored import open_source
 
 CONVERTED = ("mixtral", "qwen3_moe")
@@ -50,7 +49,7 @@ def test_a_skeleton_holds_no_weights_and_one_layer_at_a_time(source_of: SourceOf
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_projection_is_a_linear_in_canonical_form(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    loaded, empty = source.load(), empty_canonical_model(source.config)
+    loaded, empty = source.load(), source.description.canonical
     assert shapes_of(loaded) == shapes_of(empty)
     for index in range(source.layer_count):
         layer = loaded.get_submodule(f"{source.architecture.layers}.{index}")

@@ -20,8 +20,9 @@ from rk_export.model.preparable import has_rotated_head, preparations_of
 from rk_export.options.compress import PREPARATIONS
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.report.records import Finding, Outcome
-from rk_export.source.prepared import PreparedSource, save_prepared
-from rk_export.source.stored import ModelSource, open_source
+from rk_export.source.prepared import Prepared, save_prepared
+from rk_export.source.stored import StoredModel, open_source
+from rk_export.source.transformed import Transformed
 
 # Relative to the largest logit, both models evaluated in float64; what is left is the rounding of the new
 # weights to float32.
@@ -43,14 +44,14 @@ TAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 BIASES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True, "mlp_bias": True}}
 
 
-def peaks_of(source: ModelSource) -> dict[str, Tensor]:
+def peaks_of(source: StoredModel) -> dict[str, Tensor]:
     """Return random peaks of every down matrix, some neurons silent."""
     if source.architecture.is_encoder:
         return {}
     model, generator = source.load(), torch.Generator().manual_seed(5)
     peaks = {}
     for index in range(source.layer_count):
-        for _, down in wiring_of(source.config, index).mlps:
+        for _, down in wiring_of(source.description, index).mlps:
             linear: Any = model.get_submodule(f"{source.architecture.layers}.{index}.{down}")
             drawn = torch.randn(linear.in_features, generator=generator).mul(2).exp()
             drawn[::7] = 0.0
@@ -58,8 +59,8 @@ def peaks_of(source: ModelSource) -> dict[str, Tensor]:
     return peaks
 
 
-def prepared(source: ModelSource, names: tuple[str, ...] = ALL, **options: Any) -> PreparedSource:
-    return PreparedSource(source, names, peaks=peaks_of(source), alpha=0.5, **options)
+def prepared(source: StoredModel, names: tuple[str, ...] = ALL, **options: Any) -> Transformed:
+    return source.then(Prepared(source.description, names, peaks=peaks_of(source), alpha=0.5, **options))
 
 
 def assert_same_function(actual: Any, expected: Any, ids: Tensor) -> None:
@@ -76,11 +77,11 @@ def outcome(findings: tuple[Finding, ...], target: str) -> Finding:
 def test_logits_stay_under_everything_a_family_takes(source_of: SourceOf, family: str, tied: bool) -> None:
     source = source_of(family, tie_word_embeddings=tied, **BIASES.get(family, {}))
     new = prepared(source)
-    assert new.prepared == TAKES[family][tied]
+    assert new.transforms[0].names == TAKES[family][tied]
     for name in ALL:
         finding = outcome(new.findings, f"prepare.{name}")
-        assert (finding.outcome is Outcome.APPLIED) is (name in new.prepared)
-        assert finding.reason or name in new.prepared
+        assert (finding.outcome is Outcome.APPLIED) is (name in new.transforms[0].names)
+        assert finding.reason or name in new.transforms[0].names
     assert_same_function(new.load(), source.load(), tokens(source))
 
 
@@ -90,11 +91,11 @@ def test_each_preparation_alone_changes_what_it_should(source_of: SourceOf, fami
     source = source_of(family, tie_word_embeddings=False)
     names = ("fold", "rotate") if name == "rotate" else (name,)
     new = prepared(source, names)
-    if name not in new.prepared:
+    if name not in new.transforms[0].names:
         assert outcome(new.findings, f"prepare.{name}").reason
         return
     before, after = source.load(), new.load()
-    wiring = wiring_of(source.config, 1)
+    wiring = wiring_of(source.description, 1)
     if name == "rotate":  # what folding changes too is no sign of a rotation
         assert set(wiring.writers) <= changed(source, before, after)
         return
@@ -107,7 +108,7 @@ def test_each_preparation_alone_changes_what_it_should(source_of: SourceOf, fami
     assert_same_function(after, before, tokens(source))
 
 
-def changed(source: ModelSource, before: Any, after: Any) -> set[str]:
+def changed(source: StoredModel, before: Any, after: Any) -> set[str]:
     """Return the modules of layer 1 whose parameters differ."""
     prefix = f"{source.architecture.layers}.1."
     new = after.state_dict()
@@ -131,18 +132,18 @@ def changed(source: ModelSource, before: Any, after: Any) -> set[str]:
     ],
 )
 def test_a_family_says_why_it_cannot(source_of: SourceOf, family: str, name: str, words: str) -> None:
-    found = preparations_of(source_of(family, tie_word_embeddings=True).config, ("fold", name))
+    found = preparations_of(source_of(family, tie_word_embeddings=True).description, ("fold", name))
     assert words in outcome(found.findings, f"prepare.{name}").reason
 
 
 def test_layer_norms_are_folded_only_into_biases(source_of: SourceOf) -> None:
-    found = preparations_of(source_of("starcoder2", use_bias=False).config, ("fold",))
+    found = preparations_of(source_of("starcoder2", use_bias=False).description, ("fold",))
     assert "have no biases" in outcome(found.findings, "prepare.fold").reason
 
 
 def test_gelu_in_opt_cannot_be_scaled(source_of: SourceOf) -> None:
-    config = source_of("opt", activation_function="gelu").config
-    assert "gelu" in outcome(preparations_of(config, ("scale",)).findings, "prepare.scale").reason
+    description = source_of("opt", activation_function="gelu").description
+    assert "gelu" in outcome(preparations_of(description, ("scale",)).findings, "prepare.scale").reason
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -155,7 +156,7 @@ def test_the_final_gain_goes_where_there_is_room(source_of: SourceOf, tied: bool
     model = rotated.load()
     assert bool((model.get_submodule("model.norm").weight == 1).all())
     head = model.get_submodule("lm_head")
-    assert isinstance(head, RotatedHead) is tied is has_rotated_head(source.config, ("fold", "rotate"))
+    assert isinstance(head, RotatedHead) is tied is has_rotated_head(source.description, ("fold", "rotate"))
     if isinstance(head, RotatedHead):
         assert head.head.weight is model.get_submodule("model.embed_tokens").weight
         assert outcome(rotated.findings, "lm_head.rotation").bytes_after == 64 * 64 * 4
@@ -191,7 +192,7 @@ def test_a_prepared_source_describes_the_same_model(source_of: SourceOf) -> None
 
 def test_nothing_asked_for_changes_nothing(source_of: SourceOf) -> None:
     source = source_of("llama")
-    new = PreparedSource(source, ())
+    new = source.then(Prepared(source.description, ()))
     expected = source.load().state_dict()
     assert new.findings == ()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in new.load().state_dict().items())
@@ -202,18 +203,20 @@ def test_bad_requests_are_refused(source_of: SourceOf) -> None:
     peaks = peaks_of(source)
     name = "layers.1.mlp.down_proj"
     with pytest.raises(InputError, match="unknown preparation 'spin'"):
-        PreparedSource(source, ("spin",))
+        source.then(Prepared(source.description, ("spin",)))
     with pytest.raises(InputError, match="add fold"):
-        PreparedSource(source, ("rotate",))
+        source.then(Prepared(source.description, ("rotate",)))
     with pytest.raises(InputError, match="prepared already"):
-        PreparedSource(prepared(source), ("fold",))
+        prepared(source).then(Prepared(source.description, ("fold",)))
     with pytest.raises(InputError, match=f"'{name}' are missing"):
-        PreparedSource(source, ("scale",), peaks={key: peaks[key] for key in peaks if key != name})
+        source.then(
+            Prepared(source.description, ("scale",), peaks={key: peaks[key] for key in peaks if key != name})
+        )
     for bad in (peaks[name][1:], -peaks[name], peaks[name] * float("nan")):
         with pytest.raises(InputError, match="128 finite numbers"):
-            PreparedSource(source, ("scale",), peaks={**peaks, name: bad})
+            source.then(Prepared(source.description, ("scale",), peaks={**peaks, name: bad}))
     with pytest.raises(InputError, match="alpha of nan"):
-        PreparedSource(source, ("scale",), peaks=peaks, alpha=float("nan"))
+        source.then(Prepared(source.description, ("scale",), peaks=peaks, alpha=float("nan")))
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])

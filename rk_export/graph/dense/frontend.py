@@ -21,9 +21,10 @@ from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
-from rk_export.model.decoder_spec import DecoderSpec, activation_of, check_options, decoder_spec
+from rk_export.model.decoder_spec import DecoderSpec, activation_of, check_options
+from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.families import Architecture, architecture_of, empty_canonical_model
+from rk_export.model.families import Architecture
 from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
@@ -54,22 +55,22 @@ class OnnxModule:
     architecture: Architecture
 
 
-def check_supported(config: PretrainedConfig, *, ep: str, dtype: str) -> None:
+def check_supported(description: ModelDescription, *, ep: str, dtype: str) -> None:
     """Refuse, before any weight is read, every model whose export would not be exact.
 
     Raises:
         UnsupportedModelError: The family, one of its options, or the dtype for this execution provider.
     """
-    build_module(config, ep=cast(ExecutionProvider, ep), dtype=cast(Dtype, dtype))
+    build_module(description, ep=cast(ExecutionProvider, ep), dtype=cast(Dtype, dtype))
 
 
 def build_module(
-    config: PretrainedConfig, *, ep: ExecutionProvider, dtype: Dtype, positions: int | None = None
+    description: ModelDescription, *, ep: ExecutionProvider, dtype: Dtype, positions: int | None = None
 ) -> OnnxModule:
     """Build the module tree of a model; weights have shapes only.
 
     Args:
-        config: The model's config.
+        description: Of the model.
         ep: The execution provider.
         dtype: The graph's floats.
         positions: The longest sequence; None takes the config's.
@@ -77,16 +78,16 @@ def build_module(
     Raises:
         UnsupportedModelError: As ``check_supported``.
     """
-    architecture = architecture_of(config)
+    config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
     check_options(config)
-    skeleton = empty_canonical_model(config)
+    skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
     if architecture.is_encoder:
         onnx_config, task = _encoder_config(config), "feature-extraction"
         module: nn.Module = Encoder(onnx_config)
     else:
-        spec = decoder_spec(config)
+        spec = description.decoder
         onnx_config, task = _decoder_config(spec, shapes), "text-generation"
         module = Decoder(spec, onnx_config, _tables(spec, skeleton, positions), _IR_DTYPE[dtype])
     _check_structure(module, shapes)

@@ -13,8 +13,9 @@ from rk_export.methods.basel.selection import Selection, check_selection, select
 from rk_export.options.compress import CompressOptions
 from rk_export.plan import SitePlan
 from rk_export.planning.candidates import Form
-from rk_export.source.stored import ModelSource
-from rk_export.source.tuned import TunedSource
+from rk_export.source.protocol import Source
+from rk_export.source.replaced import Replaced
+from rk_export.source.transformed import Transformed
 
 # Tokens that a sequence of a target task has.
 TASK_LENGTH = 256
@@ -29,13 +30,13 @@ class BasisSelection(Method[BaselOptions]):
         super().__init__(options)
         self._selection: Selection | None = None
 
-    def check(self, source: ModelSource, options: CompressOptions) -> None:
+    def check(self, source: Source, options: CompressOptions) -> None:
         """Refuse encoders, experts, a rank rule that cannot be met, and texts that cannot be used."""
         if options.rank is not None:
             check_selection(source, options.rank, self.options)
         task_tokens(source, self.options)
 
-    def transform(self, work: Work) -> ModelSource:
+    def transform(self, work: Work) -> Transformed:
         """Return the model with the trained values."""
         if work.options.rank is None:
             raise ValueError("basis selection needs a rank rule")
@@ -44,7 +45,7 @@ class BasisSelection(Method[BaselOptions]):
             work.source, tokens, work.options.rank, self.options, device=work.device, state=work.state
         )
         self.findings = (self._selection.finding,)
-        return TunedSource(work.source, self._selection.tensors)
+        return work.source.then(Replaced(self._selection.tensors))
 
     def decide(self, work: Work) -> Decision:
         """Store every matrix at the rank that was left; the second singular value decomposition loses nothing."""
@@ -55,14 +56,14 @@ class BasisSelection(Method[BaselOptions]):
 
         def decided(site: SitePlan) -> SitePlan:
             site = replace(site, quant=options.quant)
-            if rank := ranks.get((site.layer, site.paths[0]), 0):
+            if rank := ranks.get(site.matrices[0], 0):
                 return replace(site, form=form, rank=rank)
             return replace(site, reason="the selected bases are no smaller than the dense matrix")
 
         return Decision(tuple(decided(site) for site in matrices(work.source)))
 
 
-def task_tokens(source: ModelSource, options: BaselOptions) -> Tensor:
+def task_tokens(source: Source, options: BaselOptions) -> Tensor:
     """Return the text of a target task, int64 (sequences, length), at most what the training reads.
 
     Raises:

@@ -19,24 +19,22 @@ from transformers import PreTrainedModel
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.basel.modules import BasisLinear
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.training import BasisTraining
 from rk_export.model.families import Projection
-from rk_export.model.sites import canonical_layers
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.training.distillation import Head
 from rk_export.training.loop import check_tokens
 from rk_export.training.state import StateFile, run_fingerprint
 
 _MOMENT_TOKENS = 16_384  # of the text, for whitened directions
-
-Site = tuple[int, str]  # layer, canonical path of a projection
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,13 @@ class Selection:
     """
 
     tensors: dict[str, Tensor]
-    ranks: dict[Site, int]
+    ranks: dict[MatrixId, int]
     finding: Finding
     losses: tuple[tuple[int, float], ...]
 
 
 def select_basis(
-    source: ModelSource,
+    source: Source,
     tokens: Tensor,
     rank: RankRule,
     options: BaselOptions,
@@ -87,25 +85,25 @@ def select_basis(
     check_selection(source, rank, options)
     check_tokens(source.config, tokens)
     dtype = matmul_dtype(device)
+    inputs = _target_moments(source, tokens, device) if options.bases == "whitened" else {}
     model = source.load()
     choices = (asdict(rank), sorted({**asdict(options), "target": "", "matmul": str(dtype)}.items()))
     file = StateFile(state, run_fingerprint(model, tokens, choices), "basis selection")
     earlier = file.read()
     model.to(device)
-    head = Head(model, source.architecture, device, dtype)
-    inputs = _target_moments(model, source, tokens, device) if options.bases == "whitened" else {}
+    head = Head(model, source.description, device, dtype)
     modules = _decompose(model, source, options, dtype, inputs)
     others = _norms(model, source)
     for tensor in others.values():
         tensor.requires_grad_(True)
-    named = {f"layers.{layer}.{path}": module for (layer, path), module in modules.items()}
+    named = {matrix.name: module for matrix, module in modules.items()}
     training = BasisTraining(model, named, others, head, tokens, rank, options, dtype)
     training.restore(earlier)
     training.run(file)
     return _selection(modules, others, training, options)
 
 
-def check_selection(source: ModelSource, rank: RankRule, options: BaselOptions) -> None:
+def check_selection(source: Source, rank: RankRule, options: BaselOptions) -> None:
     """Refuse, by shapes alone, what basis selection cannot do.
 
     Raises:
@@ -141,50 +139,45 @@ def check_selection(source: ModelSource, rank: RankRule, options: BaselOptions) 
         )
 
 
-def _projections(source: ModelSource) -> Iterator[tuple[int, Projection]]:
+def _projections(source: Source) -> Iterator[tuple[int, Projection]]:
     for layer in range(source.layer_count):
-        for item in source.architecture.projections(source.config, layer):
+        for item in source.description.projections(layer):
             yield layer, item
 
 
-def _sizes(source: ModelSource, new_basis: int) -> list[PairSize]:
-    layers = {layer.index: layer for layer in canonical_layers(source.config)}
-    linears = [layers[index].linear(item.path) for index, item in _projections(source)]
-    return [PairSize(linear.out_features, linear.in_features, new_basis) for linear in linears]
+def _sizes(source: Source, new_basis: int) -> list[PairSize]:
+    return [PairSize(*matrix.shape, new_basis) for matrix in source.description.matrices]
 
 
-def _target_moments(
-    model: PreTrainedModel, source: ModelSource, tokens: Tensor, device: torch.device
-) -> Mapping[Site, Tensor]:
+def _target_moments(source: Source, tokens: Tensor, device: torch.device) -> Mapping[MatrixId, Tensor]:
     """Return the second moment of what every matrix reads on the first of the task's text."""
     sequences = max(1, _MOMENT_TOKENS // tokens.shape[1])
-    statistics = dense_statistics(
-        model, source.architecture, tokens[:sequences], diagonal=True, device=device, gradient_tokens=1
-    )
+    statistics = dense_statistics(source, tokens[:sequences], diagonal=True, device=device, gradient_tokens=1)
     return statistics.second
 
 
 def _decompose(
     model: PreTrainedModel,
-    source: ModelSource,
+    source: Source,
     options: BaselOptions,
     dtype: torch.dtype,
-    inputs: Mapping[Site, Tensor],
-) -> dict[Site, BasisLinear]:
+    inputs: Mapping[MatrixId, Tensor],
+) -> dict[MatrixId, BasisLinear]:
     """Replace every linear layer by its directions, in place; return the new modules."""
     generator = torch.Generator().manual_seed(options.seed)
-    modules: dict[Site, BasisLinear] = {}
+    modules: dict[MatrixId, BasisLinear] = {}
     model.requires_grad_(False)
     for index, item in track(list(_projections(source)), "singular directions, matrices"):
         path = f"{source.architecture.layers}.{index}.{item.path}"
         linear = cast(nn.Linear, model.get_submodule(path))
-        metric = Metric.of(inputs[index, item.path].to(linear.weight.device)) if inputs else None
-        modules[index, item.path] = BasisLinear(linear, options.new_basis, generator, dtype, metric)
-        model.set_submodule(path, modules[index, item.path])
+        matrix = MatrixId(index, item.path)
+        metric = Metric.of(inputs[matrix].to(linear.weight.device)) if inputs else None
+        modules[matrix] = BasisLinear(linear, options.new_basis, generator, dtype, metric)
+        model.set_submodule(path, modules[matrix])
     return modules
 
 
-def _norms(model: PreTrainedModel, source: ModelSource) -> dict[str, Tensor]:
+def _norms(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
     """Return gains and biases of all norms: vectors that belong to no matrix, embedding or head."""
     architecture = source.architecture
     matrices = [name for name, module in model.named_modules() if isinstance(module, BasisLinear)]
@@ -199,15 +192,18 @@ def _norms(model: PreTrainedModel, source: ModelSource) -> dict[str, Tensor]:
 
 
 def _selection(
-    modules: dict[Site, BasisLinear], norms: dict[str, Tensor], training: BasisTraining, options: BaselOptions
+    modules: dict[MatrixId, BasisLinear],
+    norms: dict[str, Tensor],
+    training: BasisTraining,
+    options: BaselOptions,
 ) -> Selection:
     tensors, ranks = {}, {}
-    for (layer, path), module in modules.items():
-        name, size, count = f"layers.{layer}.{path}", module.size, len(module.coefficients)
-        tensors[f"{name}.weight"] = _float32(module.folded())
+    for matrix, module in modules.items():
+        size, count = module.size, len(module.coefficients)
+        tensors[matrix.weight] = _float32(module.folded())
         if module.bias is not None:
-            tensors[f"{name}.bias"] = _float32(module.bias)
-        ranks[layer, path] = count + size.extra if size.pair(count) < size.dense else 0
+            tensors[f"{matrix.name}.bias"] = _float32(module.bias)
+        ranks[matrix] = count + size.extra if size.pair(count) < size.dense else 0
     tensors |= {name: _float32(tensor) for name, tensor in norms.items()}
     finding = _finding(modules, ranks, training, options)
     return Selection(tensors, ranks, finding, tuple(training.losses))
@@ -218,11 +214,14 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _finding(
-    modules: dict[Site, BasisLinear], ranks: dict[Site, int], training: BasisTraining, options: BaselOptions
+    modules: dict[MatrixId, BasisLinear],
+    ranks: dict[MatrixId, int],
+    training: BasisTraining,
+    options: BaselOptions,
 ) -> Finding:
     dense = sum(module.size.dense for module in modules.values())
     stored = sum(module.size.stored(len(module.coefficients)) for module in modules.values())
-    whole = [f"layers.{layer}.{path}" for (layer, path), rank in ranks.items() if rank == 0]
+    whole = [matrix.name for matrix, rank in ranks.items() if rank == 0]
     pairs = [rank for rank in ranks.values() if rank]
     details: dict[str, Any] = {
         "pass": "basel",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rk_export.calibration.dense_statistics import Place
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.pools import Pools, flat_prices, selected
 from rk_export.methods.cap.scores import Score, all_scores
 from rk_export.methods.sparse_sites import Prices
@@ -10,7 +10,7 @@ from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 
 
-def auction_selection(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[Place, Parts]:
+def auction_selection(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:
     """Choose the largest scores of all matrices together.
 
     Args:
@@ -23,7 +23,7 @@ def auction_selection(score: Score, pools: Pools, budget: float, prices: Prices)
     return selected(pools, taken)
 
 
-def selection_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[Place, Parts]:
+def selection_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:
     """Choose the largest scores of every matrix, each with its share of the budget by its dense size."""
     share = budget / sum(pool.parts.shape[0] * pool.parts.shape[1] for pool in pools.values())
     chosen = {}

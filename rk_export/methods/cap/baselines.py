@@ -8,15 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import check_source
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 
 def magnitude(
-    source: ModelSource, keep: float, scope: Literal["global", "matrix"] = "matrix"
-) -> dict[Place, Parts]:
+    source: Source, keep: float, scope: Literal["global", "matrix"] = "matrix"
+) -> dict[MatrixId, Parts]:
     """Keep the entries of largest magnitude.
 
     Args:
@@ -35,7 +36,7 @@ def magnitude(
     return {place: sparse_parts(W, sizes[place] >= limits[place]) for place, W in weights.items()}
 
 
-def wanda(source: ModelSource, keep: float, statistics: DenseStatistics) -> dict[Place, Parts]:
+def wanda(source: Source, keep: float, statistics: DenseStatistics) -> dict[MatrixId, Parts]:
     """Keep in every row the entries of largest |W_ij| √C_jj, the same number in each (2306.11695).
 
     Args:
@@ -61,10 +62,10 @@ def sparse_parts(W: Tensor, mask: Tensor) -> Parts:
     return Parts(*empty_factors(shape, W), indices.to(index_dtype(shape)), W.flatten()[indices])
 
 
-def _weights(source: ModelSource) -> Iterator[tuple[Place, Tensor]]:
-    for layer in loaded_layers(source):
-        for item in source.architecture.projections(source.config, layer.index):
-            yield (layer.index, item.path), layer.linear(item.path).weight.detach().clone()
+def _weights(source: Source) -> Iterator[tuple[MatrixId, Tensor]]:
+    for layer in source.layers():
+        for item in source.description.projections(layer.index):
+            yield MatrixId(layer.index, item.path), layer.linear(item.path).weight.detach().clone()
 
 
 def _limit(sizes: Tensor, keep: float) -> Tensor:

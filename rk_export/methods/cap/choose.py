@@ -7,8 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.auction import auction_selection
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.mixture import cheapest, mixture_selection, offered_mixtures
@@ -28,11 +29,11 @@ from rk_export.methods.sparse_sites import (
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
 def cap_parts(
-    source: ModelSource,
+    source: Source,
     budget: Budget,
     options: CapOptions,
     *,
@@ -41,7 +42,7 @@ def cap_parts(
     device: torch.device,
     prices: Prices | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[Place, Parts]:
+) -> dict[MatrixId, Parts]:
     """Choose rank and sparse entries of every matrix of the decoder layers.
 
     See `CapOptions.selector` for what chooses.
@@ -113,6 +114,8 @@ def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> 
         )
 
 
-def most_probable(pools: Pools, probabilities: Tensor, amount: float, prices: Prices) -> dict[Place, Parts]:
+def most_probable(
+    pools: Pools, probabilities: Tensor, amount: float, prices: Prices
+) -> dict[MatrixId, Parts]:
     """Return the parts of the most probable candidates of a model that the budget buys."""
     return selected(pools, largest_within(probabilities, flat_prices(pools, prices), amount))

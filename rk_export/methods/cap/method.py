@@ -13,13 +13,13 @@ from rk_export.methods.sparse_sites import (
     stored_prices,
 )
 from rk_export.options.compress import CompressOptions
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
 class RankAndSparsity(Method[CapOptions]):
     """Splits matrices into low rank and sparse parts, and spends one budget on the parts of all of them."""
 
-    def check(self, source: ModelSource, options: CompressOptions) -> None:
+    def check(self, source: Source, options: CompressOptions) -> None:
         """Refuse encoders, experts, and budgets that keep nothing or everything."""
         check_source(source, self.options.name)
         amount_of(source, sparse_budget(source, options), stored_prices(options))

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices, check_source
 from rk_export.passes.numerics.auction import Lot, auction
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
 from rk_export.progress import track
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import packed, remembered, unpacked
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,11 @@ class Mixtures:
 
 
 def offered_mixtures(
-    source: ModelSource,
+    source: Source,
     statistics: DenseStatistics,
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[Place, Mixtures]:
+) -> dict[MatrixId, Mixtures]:
     """Return what every matrix of the decoder layers may become; layers that were seen before are read from disk.
 
     Args:
@@ -80,13 +81,15 @@ def offered_mixtures(
         InputError: If the model is an encoder or has experts.
     """
     check_source(source, "cap")
-    offered: dict[Place, Mixtures] = {}
+    offered: dict[MatrixId, Mixtures] = {}
     for layer in track(
         _matrices(source, statistics, device), "offering mixtures, layers", source.layer_count
     ):
         known = layer.remembered("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
         for name, W in layer.weights.items():
-            offered[layer.index, name] = Mixtures((W.shape[0], W.shape[1]), *unpacked(known, name, _OFFERED))
+            offered[MatrixId(layer.index, name)] = Mixtures(
+                (W.shape[0], W.shape[1]), *unpacked(known, name, _OFFERED)
+            )
     return offered
 
 
@@ -115,21 +118,21 @@ def mixtures_of(W: Tensor, sides: TwoSides) -> Mixtures:
     )
 
 
-def cheapest(offered: Mapping[Place, Mixtures], prices: Prices) -> float:
+def cheapest(offered: Mapping[MatrixId, Mixtures], prices: Prices) -> float:
     """Return what the cheapest mixture costs that keeps anything."""
     costs = (mixtures.lot(prices).costs for mixtures in offered.values())
     return min(float(cost[cost > 0].min()) for cost in costs)
 
 
 def mixture_selection(
-    source: ModelSource,
-    offered: Mapping[Place, Mixtures],
+    source: Source,
+    offered: Mapping[MatrixId, Mixtures],
     budget: float,
     prices: Prices,
     statistics: DenseStatistics,
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[Place, Parts]:
+) -> dict[MatrixId, Parts]:
     """Spend a budget over the mixtures of all matrices, and fit those that were bought, layer by layer.
 
     Args:
@@ -147,12 +150,12 @@ def mixture_selection(
         place: (int(mixtures.ranks[index]), int(mixtures.entries[index]))
         for (place, mixtures), index in zip(offered.items(), choice.taken, strict=True)
     }
-    parts: dict[Place, Parts] = {}
+    parts: dict[MatrixId, Parts] = {}
     for layer in track(_matrices(source, statistics, device), "fitting mixtures, layers", source.layer_count):
-        here = {name: bought[layer.index, name] for name in layer.weights}
+        here = {name: bought[MatrixId(layer.index, name)] for name in layer.weights}
         known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, bought=here)
         for name in here:
-            parts[layer.index, name] = Parts(*unpacked(known, name, _PARTS))
+            parts[MatrixId(layer.index, name)] = Parts(*unpacked(known, name, _PARTS))
     return parts
 
 
@@ -161,8 +164,8 @@ def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, sides: 
 
 
 def refitted_parts(
-    source: ModelSource, parts: Mapping[Place, Parts], statistics: DenseStatistics, device: torch.device
-) -> dict[Place, Parts]:
+    source: Source, parts: Mapping[MatrixId, Parts], statistics: DenseStatistics, device: torch.device
+) -> dict[MatrixId, Parts]:
     """Return parts of the same ranks and entries with low-rank parts that are best beside the entries.
 
     What CAP's split put into directions and entries that were left out is lost to both; this makes up for much of
@@ -175,7 +178,7 @@ def refitted_parts(
         device: Where matrices are decomposed; the parts come to the CPU.
     """
     return {
-        (layer.index, name): refitted(W, sides, parts[layer.index, name])
+        (place := MatrixId(layer.index, name)): refitted(W, sides, parts[place])
         for layer in _matrices(source, statistics, device)
         for name, W, sides in layer.sides()
     }
@@ -194,10 +197,11 @@ class _Matrices:
         """Yield every matrix with its curvature; matrices that read the same input share its metric."""
         metrics: dict[int, Metric] = {}
         for name, W in self.weights.items():
-            second = self.statistics.second[self.index, name]
+            place = MatrixId(self.index, name)
+            second = self.statistics.second[place]
             if id(second) not in metrics:
                 metrics[id(second)] = Metric.of(second.to(self.device))
-            gradient = self.statistics.gradients[self.index, name].to(self.device)
+            gradient = self.statistics.gradients[place].to(self.device)
             outputs = Metric.of(gradient * self.statistics.tokens)
             yield name, W.to(self.device), TwoSides(metrics[id(second)], outputs)
 
@@ -220,15 +224,15 @@ class _Matrices:
         """Return what is computed from these matrices depends on, with more of it."""
         digest = hashlib.sha256(str(self.statistics.tokens).encode())
         for name, W in self.weights.items():
-            place = self.index, name
+            place = MatrixId(self.index, name)
             digest.update(f"{name} {tuple(W.shape)}".encode())
             for tensor in (W, self.statistics.second[place], self.statistics.gradients[place]):
                 digest.update(tensor.contiguous().numpy().data)
         return {"matrices": digest.hexdigest(), "device": self.device.type, "version": _VERSION, **more}
 
 
-def _matrices(source: ModelSource, statistics: DenseStatistics, device: torch.device) -> Iterator[_Matrices]:
-    for layer in loaded_layers(source):
-        projections = source.architecture.projections(source.config, layer.index)
+def _matrices(source: Source, statistics: DenseStatistics, device: torch.device) -> Iterator[_Matrices]:
+    for layer in source.layers():
+        projections = source.description.projections(layer.index)
         weights = {item.path: layer.linear(item.path).weight.detach().float() for item in projections}
         yield _Matrices(layer.index, weights, statistics, device)

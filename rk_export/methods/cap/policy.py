@@ -31,15 +31,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import Place
 from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices
 from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
 from rk_export.progress import stage
-from rk_export.source.fingerprints import model_fingerprint
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
 # Of the first probabilities, in nats of worth. SmolLM2 at one half: masks drawn at 0.5, 0.15 and 0.05 lose 3.5, 2.9
@@ -82,7 +81,7 @@ def first_probabilities(pools: Pools, scores: Tensor, prices: Prices, budget: fl
 
 
 def learn(
-    source: ModelSource,
+    source: Source,
     pools: Pools,
     first: Tensor,
     budget: float,
@@ -106,9 +105,8 @@ def learn(
         device: Where the model runs.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
-    model = source.load()
     key = {
-        "model": model_fingerprint(model),
+        "model": source.fingerprint(cache_dir),
         "start": _digest(pools, first, tokens),
         "budget": budget,
         "prices": asdict(prices),
@@ -125,8 +123,9 @@ def learn(
         state = Learned(known["probabilities"], tuple(known["losses"].tolist()))
     if len(state.losses) >= options.steps:
         return state
+    model = source.load()
     layers = model.get_submodule(source.architecture.layers)
-    linears = {(index, path): layers.get_submodule(f"{index}.{path}") for index, path in pools}
+    linears = {place: layers.get_submodule(f"{place.layer}.{place.path}") for place in pools}
     search = _Search(model, linears, pools, budget, prices, options, tokens, device)
     return search.run(first, state, path)
 
@@ -146,7 +145,7 @@ class _Search:
     def __init__(
         self,
         model: PreTrainedModel,
-        linears: Mapping[Place, nn.Module],
+        linears: Mapping[MatrixId, nn.Module],
         pools: Pools,
         budget: float,
         prices: Prices,

@@ -7,7 +7,6 @@ matrix, the directions of a matrix before its entries.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,22 +15,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import Place
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices, check_source, linear_shapes
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
 from rk_export.progress import track
-from rk_export.source.stored import ModelSource, loaded_layers
-from rk_export.tensor_cache import packed, remembered, unpacked
+from rk_export.source.protocol import Source
+from rk_export.tensor_cache import cache_file, packed, read_tensors, remembered, unpacked
 
 CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more are not kept on disk
 # What a dense parameter becomes in the pools at most, by measurement: 8 bytes of an entry, and factors.
 _BYTES_A_PARAMETER = 12
 # Singular values of L below this share of the largest are zeros of the thresholding.
 _RANK_TOLERANCE = 1e-5
-_VERSION = 1
+_VERSION = 2
 _FIELDS = ("up", "down", "indices", "values")
 
 
@@ -76,7 +75,7 @@ class Pool:
         )
 
 
-Pools = Mapping[Place, Pool]
+Pools = Mapping[MatrixId, Pool]
 
 
 def flat_prices(pools: Pools, prices: Prices) -> Tensor:
@@ -84,22 +83,22 @@ def flat_prices(pools: Pools, prices: Prices) -> Tensor:
     return torch.cat([pool.prices(prices) for pool in pools.values()])
 
 
-def by_place(pools: Pools, flat: Tensor) -> dict[Place, Tensor]:
+def by_place(pools: Pools, flat: Tensor) -> dict[MatrixId, Tensor]:
     """Return views of a tensor over all candidates (candidates,), matrix by matrix."""
     return dict(zip(pools, torch.split(flat, [len(pool) for pool in pools.values()]), strict=True))
 
 
-def selected(pools: Pools, taken: Tensor) -> dict[Place, Parts]:
+def selected(pools: Pools, taken: Tensor) -> dict[MatrixId, Parts]:
     """Return the parts that a mask over all candidates, bool (candidates,), leaves."""
     return {place: pools[place].selected(mask) for place, mask in by_place(pools, taken).items()}
 
 
 def make_pools(
-    source: ModelSource,
+    source: Source,
     iterations: int,
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[Place, Pool]:
+) -> dict[MatrixId, Pool]:
     """Split every matrix of the decoder layers, or read the pools of an earlier run, layer by layer.
 
     Args:
@@ -114,28 +113,41 @@ def make_pools(
     check_source(source, "cap")
     parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
     keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
-    pools: dict[Place, Pool] = {}
-    for layer in track(
-        loaded_layers(source), "splitting layers into low rank and sparse", source.layer_count
-    ):
-        paths = [item.path for item in source.architecture.projections(source.config, layer.index)]
-        make = partial(_packed_pools, layer, paths, iterations, device)
-        known = remembered("cap-pools", _key(layer, paths, iterations), make, cache_dir, keep=keep)
-        for name in paths:
-            parts, residual = Parts(*unpacked(known, name, _FIELDS)), float(known[f"{name}|residual"])
-            pools[layer.index, name] = Pool(parts, residual)
+    pools: dict[MatrixId, Pool] = {}
+    for index, known in _remembered(source, iterations, device, cache_dir, keep=keep):
+        for item in source.description.projections(index):
+            parts = Parts(*unpacked(known, item.path, _FIELDS))
+            pools[MatrixId(index, item.path)] = Pool(parts, float(known[f"{item.path}|residual"]))
     return pools
 
 
-def _key(layer: Layer, paths: list[str], iterations: int) -> dict[str, object]:
-    """Return what a layer's pools depend on: the values of its matrices, and how they are split."""
-    digest = hashlib.sha256()
-    for path in paths:
-        weight = layer.linear(path).weight.detach()
-        digest.update(f"{path} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().numpy().data)
-    split = {"iterations": iterations, "start": START, "growth": GROWTH}
-    return {"weights": digest.hexdigest(), **split, "version": _VERSION}
+def _remembered(
+    source: Source,
+    iterations: int,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None,
+    *,
+    keep: bool,
+) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    """Yield the packed pools of every layer; weights are read where an earlier run left none."""
+    key = {
+        "model": source.fingerprint(cache_dir),
+        "iterations": iterations,
+        "start": START,
+        "growth": GROWTH,
+        "version": _VERSION,
+    }
+    files = (
+        cache_file("cap-pools", {**key, "layer": index}, cache_dir) for index in range(source.layer_count)
+    )
+    known = [tensors for file in files if (tensors := read_tensors(file)) is not None]
+    if len(known) == source.layer_count:
+        yield from enumerate(known)
+        return
+    for layer in track(source.layers(), "splitting layers into low rank and sparse", source.layer_count):
+        paths = [item.path for item in source.description.projections(layer.index)]
+        make = partial(_packed_pools, layer, paths, iterations, device)
+        yield layer.index, remembered("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
 
 
 def _packed_pools(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:

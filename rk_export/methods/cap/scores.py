@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rk_export.calibration.dense_statistics import DenseStatistics, Place
+from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.pools import Pool, Pools
 from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
-Score = Callable[[Place, Pool], Tensor]
+Score = Callable[[MatrixId, Pool], Tensor]
 _LEAST = 1e-30
 
 
@@ -27,7 +28,7 @@ def all_scores(score: Score, pools: Pools) -> Tensor:
 def energy_score(prices: Prices) -> Score:
     """Return the score without data: squared norm per price, over the mean square of the matrix."""
 
-    def score(place: Place, pool: Pool) -> Tensor:
+    def score(place: MatrixId, pool: Pool) -> Tensor:
         scale = pool.parts.dense().square().mean().clamp_min(_LEAST)
         return pool.energies() / pool.prices(prices) / scale
 
@@ -41,7 +42,7 @@ def curvature_score(prices: Prices, statistics: DenseStatistics) -> Score:
     of the present choice, and choosing anew, diverges: thousands that share a direction change sides together.
     """
 
-    def score(place: Place, pool: Pool) -> Tensor:
+    def score(place: MatrixId, pool: Pool) -> Tensor:
         sides = Sides.of(statistics, place)
         return 0.5 * sides.tokens * sides.squares(pool.parts) / pool.prices(prices)
 
@@ -51,7 +52,7 @@ def curvature_score(prices: Prices, statistics: DenseStatistics) -> Score:
 def directions_only(score: Score) -> Score:
     """Return a score under which entries are never taken."""
 
-    def of_directions(place: Place, pool: Pool) -> Tensor:
+    def of_directions(place: MatrixId, pool: Pool) -> Tensor:
         found = score(place, pool).clone()
         found[pool.parts.rank :] = -torch.inf
         return found
@@ -74,7 +75,7 @@ class Sides:
     tokens: int
 
     @classmethod
-    def of(cls, statistics: DenseStatistics, place: Place) -> Sides:
+    def of(cls, statistics: DenseStatistics, place: MatrixId) -> Sides:
         """Return the curvature of a matrix."""
         return cls(statistics.second[place], statistics.gradients[place], statistics.tokens)
 

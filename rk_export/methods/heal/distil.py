@@ -20,7 +20,7 @@ from rk_export.methods.heal.shared_products import shared_products
 from rk_export.methods.heal.trainable import trainable
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import Rewritten
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 from rk_export.training.distillation import Head, backward_divergence, dense_head, dense_states, last_hidden
 from rk_export.training.loop import SMALLEST_SCALE, Training, check_tokens, root_mean_square
 from rk_export.training.state import StateFile, TrainingState, run_fingerprint
@@ -45,7 +45,7 @@ class HealResult:
 
 def heal(
     rewritten: Rewritten,
-    source: ModelSource,
+    source: Source,
     tokens: Tensor,
     options: HealOptions,
     *,
@@ -92,7 +92,7 @@ class _Recovery(Training):
     def __init__(
         self,
         rewritten: Rewritten,
-        source: ModelSource,
+        source: Source,
         tokens: Tensor,
         options: HealOptions,
         tensors: dict[str, Tensor],
@@ -102,7 +102,7 @@ class _Recovery(Training):
         self._tokens = tokens[: options.steps * self._batch]
         self._model, self._options, self._tensors, self._dtype = rewritten.model, options, tensors, dtype
         self._device = rewritten.model.device
-        self._head = Head(rewritten.model, rewritten.architecture, self._device, dtype)
+        self._head = Head(rewritten.model, rewritten.description, self._device, dtype)
         self._dense_head = dense_head(source, self._device, dtype)
         self._wanted = dense_states(source, self._tokens, self._device, dtype)
         self._optimize(

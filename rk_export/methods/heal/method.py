@@ -11,7 +11,7 @@ from rk_export.methods.heal.distil import heal
 from rk_export.methods.heal.options import HealOptions
 from rk_export.options.compress import CompressOptions
 from rk_export.rewrite.apply import Rewritten
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
 
 
 class Heal(Method[HealOptions]):
@@ -22,14 +22,14 @@ class Heal(Method[HealOptions]):
         """What it does in its stage, for the log."""
         return f"{self.options.steps} steps towards the dense model"
 
-    def check(self, source: ModelSource, options: CompressOptions) -> None:
+    def check(self, source: Source, options: CompressOptions) -> None:
         """Refuse encoders, and recovery without text."""
         if source.architecture.is_encoder or not options.calibration.uses_text:
             raise InputError(
                 "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
             )
 
-    def recover(self, rewritten: Rewritten, teacher: ModelSource, work: Work) -> Rewritten:
+    def recover(self, rewritten: Rewritten, teacher: Source, work: Work) -> Rewritten:
         """Train in place; the state stays until the bundle is there, so a failed export loses nothing."""
         wanted = self.options.steps * self.options.batch_tokens
         calibration = replace(work.options.calibration, tokens=wanted)

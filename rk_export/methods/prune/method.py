@@ -7,19 +7,20 @@ from rk_export.calibration.redundancy import block_influence
 from rk_export.errors import InputError
 from rk_export.methods.base import Method, Work
 from rk_export.methods.prune.options import PruneOptions
-from rk_export.methods.prune.pruned import PrunedSource, check_blocks, chosen_pruning, kept_width
-from rk_export.model.pruned_config import check_decoder, pruned_config
+from rk_export.methods.prune.pruned import Pruned, check_blocks, chosen_pruning, kept_width
+from rk_export.model.pruned_description import check_decoder, pruned_description
 from rk_export.options.compress import CompressOptions
 from rk_export.plan import Pruning
-from rk_export.source.stored import ModelSource
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transformed
 
 
 class Prune(Method[PruneOptions]):
     """Leaves out whole blocks, FFN neurons and key/value heads."""
 
-    def check(self, source: ModelSource, options: CompressOptions) -> None:
+    def check(self, source: Source, options: CompressOptions) -> None:
         """Refuse what the family cannot lose."""
-        check_decoder(source.config)
+        check_decoder(source.description)
         check_blocks(source.layer_count, self.options)
         if self.options.blocks and not options.calibration.uses_text:
             raise InputError(
@@ -31,19 +32,18 @@ class Prune(Method[PruneOptions]):
         groups: tuple[tuple[int, ...], ...] = ()
         if self.options.kv_groups is not None:
             groups = (tuple(range(self.options.kv_groups)),) * len(kept)
-        pruned_config(source.config, Pruning(kept, kept_width(source, self.options.ffn), groups))
+        pruned_description(source.description, Pruning(kept, kept_width(source, self.options.ffn), groups))
 
-    def transform(self, work: Work) -> ModelSource:
+    def transform(self, work: Work) -> Transformed:
         """Return what is left; a plan says what stays, else calibration text decides, or the weights without it."""
         source, pruning = work.source, work.pruning
         statistics, influence = None, [0.0] * source.layer_count
         if work.tokens is not None:
-            model = source.load()
-            statistics = model_statistics(source, model, work.tokens, work.options, work.device)
+            statistics = model_statistics(source, work.tokens, work.options, work.device)
             if pruning is None and self.options.blocks:
-                influence = block_influence(model, source.architecture, work.tokens, work.device)
+                influence = block_influence(source, work.tokens, work.device)
         pruning = pruning or chosen_pruning(source, self.options, influence, statistics)
-        return PrunedSource(source, pruning, statistics, work.device)
+        return source.then(Pruned(source.description, pruning, statistics, work.device))
 
 
 METHOD = Prune

@@ -7,44 +7,39 @@ plans, graphs and checkpoints see a smaller model of the same family. Widths tha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.errors import InputError
 from rk_export.methods.prune.options import PruneOptions
-from rk_export.model.decoder_spec import decoder_spec
-from rk_export.model.families import empty_model
-from rk_export.model.pruned_config import pruned_config
-from rk_export.model.sites import canonical_layers, plain_sites
+from rk_export.model.description import ModelDescription
+from rk_export.model.pruned_description import pruned_description
+from rk_export.model.sites import plain_sites
 from rk_export.passes.base import Layer, SiteStatistics
 from rk_export.passes.numerics.pruning import largest
 from rk_export.passes.weights.prune_groups import group_scores
 from rk_export.passes.weights.shapes import planned_shape, reshape_layer
 from rk_export.plan import LayerShape, Pruning, SitePlan
 from rk_export.report.records import Finding, Outcome
-from rk_export.source.derived import DerivedSource
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transform
 
 # Widths are rounded down to a multiple of it: kernels and quantization blocks take whole multiples.
 WIDTH_MULTIPLE = 32
 
 
-class PrunedSource(DerivedSource):
-    """A model source without some structures; its layers are numbered anew.
+class Pruned(Transform):
+    """Whole structures left out; the layers that stay are numbered anew.
 
     Args:
-        source: The dense model.
+        description: Of the model.
         pruning: What stays.
-        statistics: Of the dense model, to choose neurons and to make up for what goes; None judges by weights.
+        statistics: Of the model, to choose neurons and to make up for what goes; None judges by weights.
         device: Where that is computed.
 
     Raises:
@@ -53,108 +48,88 @@ class PrunedSource(DerivedSource):
 
     def __init__(
         self,
-        source: ModelSource,
+        description: ModelDescription,
         pruning: Pruning,
         statistics: DenseStatistics | None,
         device: torch.device,
     ) -> None:
-        super().__init__(source)
-        self.config = pruned_config(source.config, pruning)
-        self.variant = f"{source.variant} {pruning}"
-        self.pruning = self._kept = pruning
+        self._before, self._after = description, pruned_description(description, pruning)
+        self.variant, self.pruning = str(pruning), pruning
+        self._kept = pruning
         self._statistics, self._device = statistics, device
-        self._whole_models: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
         self._findings: dict[int, list[Finding]] = {}
 
     @property
-    def findings(self) -> tuple[Finding, ...]:  # type: ignore[override]
-        """What the source says, the blocks that went, and what each layer lost; with errors once it was loaded."""
+    def findings(self) -> tuple[Finding, ...]:
+        """The blocks that went, and what each layer lost; with errors once it was loaded."""
         lost = [
             finding
-            for index in range(self.layer_count)
+            for index in range(self._after.layer_count)
             for finding in self._findings.get(index) or self._planned(index)
         ]
-        return (*super().findings, *self._gone_blocks(), *lost)
+        return (*self._gone_blocks(), *lost)
 
-    def skeleton(self) -> PreTrainedModel:
-        """Return the pruned model without weights."""
-        return empty_model(self.config)
+    def description(self, before: ModelDescription) -> ModelDescription:
+        """Return what is left."""
+        return self._after
 
-    def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
-        """Fill one layer of a skeleton with what stays of its block, in canonical form, and return it."""
-        layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
-        if not self._is_fresh(layer):
-            return layer
-        self.architecture.canonicalize(layer)
-        blocks = self._whole_blocks(model)
-        block = self._kept.blocks[index]
-        empty = copy.deepcopy(blocks[block])
-        whole = self._source.load_layer(self._whole_models[model], block)
-        reduced, findings = self._reduced(whole, index, block)
-        blocks[block] = empty
+    def block(self, index: int) -> int:
+        """Return the block that a layer was."""
+        return self._kept.blocks[index]
+
+    def layer(self, layer: nn.Module, index: int) -> nn.Module:
+        """Return what stays of a block, as an ordinary layer of the smaller model."""
+        block = Layer(self.block(index), layer, self._before.heads.kv_heads)
+        sites, known = _known(self._before, block, self._statistics)
+        reduced, findings = reshape_layer(block, self._shape(index), sites, known, self._device)
+        self._findings[index] = self._renamed(findings, index)
+        left = self._after.layer(index)
         for name, tensor in _tensors(reduced, self._paths(index)).items():
             owner, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-        self._findings[index] = findings
-        return layer
-
-    def _whole_blocks(self, model: PreTrainedModel) -> nn.ModuleList:
-        """Return the blocks of the skeleton that is read for a pruned one."""
-        if model not in self._whole_models:
-            self._whole_models[model] = self._source.skeleton()
-        return cast(nn.ModuleList, self._whole_models[model].get_submodule(self.architecture.layers))
+            setattr(left.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        return left
 
     def _paths(self, index: int) -> list[str]:
-        return [item.path for item in self.architecture.projections(self.config, index)]
-
-    def _reduced(self, whole: nn.Module, index: int, block: int) -> tuple[Layer, list[Finding]]:
-        layer = Layer(block, whole, self.architecture.heads(self._source.config).kv_heads)
-        sites, known = _known(self._source, layer, self._statistics)
-        layer, findings = reshape_layer(layer, self._shape(index), sites, known, self._device)
-        return layer, self._renamed(findings, index)
+        return [item.path for item in self._after.projections(index)]
 
     def _planned(self, index: int) -> list[Finding]:
         """Return what a layer loses as far as shapes alone tell it."""
         if self._shape(index) is None:
             return []
-        layer = next(
-            layer
-            for layer in canonical_layers(self._source.config)
-            if layer.index == self._kept.blocks[index]
-        )
-        sites, _ = _known(self._source, layer, None)
+        number = self.block(index)
+        layer = Layer(number, self._before.layer(number), self._before.heads.kv_heads)
+        sites, _ = _known(self._before, layer, None)
         return self._renamed(planned_shape(layer, self._shape(index), sites)[1], index)
 
     def _shape(self, index: int) -> LayerShape | None:
-        block, width, groups = self._kept.blocks[index], self._kept.ffn_width, self._kept.kv_groups
+        block, width, groups = self.block(index), self._kept.ffn_width, self._kept.kv_groups
         if width is None and not groups:
             return None
         return LayerShape(block, ffn_width=width, kv_groups=groups[index] if groups else None)
 
     def _renamed(self, findings: list[Finding], index: int) -> list[Finding]:
         """Return findings of a block under the number that it has now."""
-        old, new = f"layers.{self._kept.blocks[index]}.", f"layers.{index}."
+        old, new = f"layers.{self.block(index)}.", f"layers.{index}."
         return [replace(finding, target=new + finding.target.removeprefix(old)) for finding in findings]
 
     def _gone_blocks(self) -> list[Finding]:
-        skeleton = empty_model(self._source.config).get_submodule(self.architecture.layers)
         return [
             Finding(
-                f"pruned.block_{number}",
+                f"pruned.block_{layer.index}",
                 Outcome.APPLIED,
-                bytes_before=4 * sum(item.numel() for item in block.parameters()),
+                bytes_before=4 * sum(item.numel() for item in layer.module.parameters()),
                 details={"pass": "prune-blocks"},
             )
-            for number, block in enumerate(skeleton.children())
-            if number not in self._kept.blocks
+            for layer in self._before.layers()
+            if layer.index not in self._kept.blocks
         ]
 
 
 def _known(
-    source: ModelSource, layer: Layer, statistics: DenseStatistics | None
+    description: ModelDescription, layer: Layer, statistics: DenseStatistics | None
 ) -> tuple[list[SitePlan], Mapping[str, SiteStatistics]]:
     """Return a dense layer's matrices as sites, and what is known about them."""
-    sites = plain_sites(layer, source.architecture.projections(source.config, layer.index))
+    sites = plain_sites(layer, description.projections(layer.index))
     return sites, {} if statistics is None else FromDense(statistics).of_sites(layer, sites)
 
 
@@ -173,7 +148,7 @@ def _tensors(layer: Layer, paths: list[str]) -> dict[str, Tensor]:
 
 
 def chosen_pruning(
-    source: ModelSource,
+    source: Source,
     options: PruneOptions,
     influence: list[float],
     statistics: DenseStatistics | None,
@@ -195,8 +170,8 @@ def chosen_pruning(
     groups: tuple[tuple[int, ...], ...] = ()
     if (wanted := options.kv_groups) is not None:
         scores = [
-            group_scores(layer, *_known(source, layer, statistics))
-            for layer in loaded_layers(source)
+            group_scores(layer, *_known(source.description, layer, statistics))
+            for layer in source.layers()
             if layer.index in blocks
         ]
         groups = tuple(tuple(largest(score, min(wanted, len(score))).tolist()) for score in scores)
@@ -215,7 +190,7 @@ def check_blocks(count: int, options: PruneOptions) -> None:
         )
 
 
-def kept_width(source: ModelSource, share: float) -> int | None:
+def kept_width(source: Source, share: float) -> int | None:
     """Return the neurons of every MLP that stay at a share, None for all of them.
 
     Raises:
@@ -223,7 +198,7 @@ def kept_width(source: ModelSource, share: float) -> int | None:
     """
     if share == 1:
         return None
-    present = decoder_spec(source.config).intermediate_size
+    present = source.description.decoder.intermediate_size
     width = int(share * present) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
     if width == 0:
         raise InputError(

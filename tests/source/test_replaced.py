@@ -7,9 +7,8 @@ import torch
 from compressed import SourceOf, logits, tokens
 
 from rk_export.errors import InputError
-from rk_export.source.prepared import PreparedSource
-from rk_export.source.stored import ModelSource
-from rk_export.source.tuned import TunedSource
+from rk_export.source.prepared import Prepared
+from rk_export.source.replaced import Replaced
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mixtral"])
@@ -20,7 +19,7 @@ def test_new_values_are_loaded_in_canonical_layers(source_of: SourceOf, family: 
     dense = source.load()
     old = dense.get_submodule(f"{layers}.1.{path}").weight
     new = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
-    model = TunedSource(source, {name: new}).load()
+    model = source.then(Replaced({name: new})).load()
     found = dict(model.named_parameters())
     for key, parameter in dense.named_parameters():
         expected = new if key == f"{layers}.1.{path}.weight" else parameter
@@ -33,8 +32,8 @@ def test_new_values_are_loaded_in_canonical_layers(source_of: SourceOf, family: 
 def test_outer_tensors_keep_the_models_names(source_of: SourceOf) -> None:
     source = source_of("llama", tie_word_embeddings=True)
     embedding = torch.randn(160, 64)
-    tuned = TunedSource(
-        source, {"model.norm.weight": torch.full((64,), 2.0), "model.embed_tokens.weight": embedding}
+    tuned = source.then(
+        Replaced({"model.norm.weight": torch.full((64,), 2.0), "model.embed_tokens.weight": embedding})
     )
     model = tuned.load()
     assert torch.equal(model.model.norm.weight, torch.full((64,), 2.0))
@@ -46,7 +45,7 @@ def test_outer_tensors_keep_the_models_names(source_of: SourceOf) -> None:
 def test_a_layer_that_is_loaded_twice_keeps_what_was_changed_since(source_of: SourceOf) -> None:
     source = source_of("llama")
     weight = torch.zeros(64, 64)
-    tuned = TunedSource(source, {"layers.0.self_attn.q_proj.weight": weight})
+    tuned = source.then(Replaced({"layers.0.self_attn.q_proj.weight": weight}))
     model = tuned.skeleton()
     projection = tuned.load_layer(model, 0).self_attn.q_proj
     assert torch.equal(projection.weight, weight)
@@ -58,13 +57,13 @@ def test_a_layer_that_is_loaded_twice_keeps_what_was_changed_since(source_of: So
 
 def test_a_prepared_source_stays_prepared(source_of: SourceOf) -> None:
     source = source_of("llama")
-    prepared = PreparedSource(source, ("fold", "rotate"))
+    prepared = source.then(Prepared(source.description, ("fold", "rotate")))
     reference = prepared.load()
     values = {
         "layers.0.mlp.up_proj.weight": 2 * reference.model.layers[0].mlp.up_proj.weight,
         "layers.0.input_layernorm.weight": reference.model.layers[0].input_layernorm.weight,
     }
-    model = TunedSource(prepared, values).load()
+    model = prepared.then(Replaced(values)).load()
     found = dict(model.named_parameters())
     for name, parameter in reference.named_parameters():
         assert torch.equal(
@@ -76,18 +75,17 @@ def test_a_prepared_source_stays_prepared(source_of: SourceOf) -> None:
 
 def test_a_tuned_source_is_wrapped_again(source_of: SourceOf) -> None:
     source, name = source_of("llama"), "layers.0.self_attn.q_proj.weight"
-    first = TunedSource(source, {name: torch.zeros(64, 64), "model.norm.weight": torch.ones(64)})
-    second = TunedSource(first, {name: torch.ones(64, 64)})
+    first = source.then(Replaced({name: torch.zeros(64, 64), "model.norm.weight": torch.ones(64)}))
+    second = first.then(Replaced({name: torch.ones(64, 64)}))
     model = second.load()
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, torch.ones(64, 64))
     assert torch.equal(model.model.norm.weight, torch.ones(64))
-    assert second.source is first
+    assert [type(transform) for transform in second.transforms] == [Replaced, Replaced]
 
 
 def test_the_rest_is_asked_of_the_source(source_of: SourceOf) -> None:
     source = source_of("llama")
-    tuned = TunedSource(source, {})
-    assert isinstance(tuned, ModelSource)
+    tuned = source.then(Replaced({}))
     for name in ("folder", "name", "title", "config", "architecture", "layer_count"):
         assert getattr(tuned, name) is getattr(source, name) or getattr(tuned, name) == getattr(source, name)
     assert tuned.structure() == source.structure()
@@ -101,15 +99,17 @@ def test_the_rest_is_asked_of_the_source(source_of: SourceOf) -> None:
 
 def test_new_values_are_copied(source_of: SourceOf) -> None:
     value = torch.ones(64)
-    model = TunedSource(source_of("llama"), {"model.norm.weight": value}).load()
+    model = source_of("llama").then(Replaced({"model.norm.weight": value})).load()
     value += 1
     assert torch.equal(model.model.norm.weight, torch.ones(64))
 
 
 def test_the_variant_tells_values_apart(source_of: SourceOf) -> None:
     source, name = source_of("llama"), "model.norm.weight"
-    first, same, other = (TunedSource(source, {name: torch.full((64,), value)}) for value in (1.0, 1.0, 2.0))
-    assert first.variant == same.variant != other.variant
+    first, same, other = (
+        source.then(Replaced({name: torch.full((64,), value)})) for value in (1.0, 1.0, 2.0)
+    )
+    assert first.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -126,5 +126,5 @@ def test_tensors_of_another_model_are_refused(
     source_of: SourceOf, name: str, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        TunedSource(source_of("llama"), {name: torch.zeros(shape)}).load()
+        source_of("llama").then(Replaced({name: torch.zeros(shape)})).load()
     assert caught.value.where == name

@@ -1,4 +1,4 @@
-"""A dense model with some tensors replaced: read layer by layer like the source that it wraps."""
+"""Some tensors of a dense model replaced, such as those that were trained for a task."""
 
 from __future__ import annotations
 
@@ -10,59 +10,54 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.source.derived import DerivedSource
-from rk_export.source.stored import ModelSource
+from rk_export.model.description import ModelDescription
+from rk_export.source.transformed import Transform
 
 _LAYERS = "layers."
 
 
-class TunedSource(DerivedSource):
-    """A model source whose layers and outer modules have new values in place of some stored ones.
-
-    Everything else is asked of the source that it wraps, so that a prepared source stays prepared: the new values
-    are put in after its preparations. Plans, shapes and sizes are those of the source.
+class Replaced(Transform):
+    """New values in place of some tensors, as the changes before leave them.
 
     Args:
-        source: Any model source.
         tensors: New values by name: below the layers as `layers.3.self_attn.q_proj.weight`, paths of canonical
             layers, elsewhere as the model names them, such as `model.norm.weight`.
 
     Attributes:
-        variant: A digest of the new values. The files of the folder do not tell two tuned sources apart: what is
-            cached by weights needs it besides.
+        variant: A digest of the new values.
 
     Raises:
-        InputError: If a name is not the model's, or a shape differs; on loading, where it is found.
+        InputError: On loading, if a name is not the model's, or a shape differs.
     """
 
-    def __init__(self, source: ModelSource, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(source)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self.variant = f"{source.variant} {_digest(self._tensors)}"
-        beyond = [name for name in self._tensors if _layer_of(name) >= self.layer_count]
+        self.variant = _digest(self._tensors)
+
+    def description(self, before: ModelDescription) -> ModelDescription:
+        """Return what the model was.
+
+        Raises:
+            InputError: If it has no layer that a tensor is named for.
+        """
+        beyond = [name for name in self._tensors if _layer_of(name) >= before.layer_count]
         if beyond:
             raise InputError("no such layer", where=beyond[0], fix="use tensors of this model")
+        return before
 
-    def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
-        """Fill one layer of a skeleton in float32, in canonical form and with the new values, and return it."""
-        layer: nn.Module = model.get_submodule(f"{self.architecture.layers}.{index}")
-        fresh = self._is_fresh(layer)
-        self._source.load_layer(model, index)
+    def layer(self, layer: nn.Module, index: int) -> nn.Module:
+        """Put the new values of a layer in."""
         prefix = f"{_LAYERS}{index}."
         for name, tensor in self._tensors.items():
-            if fresh and name.startswith(prefix):
+            if name.startswith(prefix):
                 _replace(layer, name.removeprefix(prefix), tensor, name)
         return layer
 
-    def load_rest(self, model: PreTrainedModel) -> None:
-        """Fill embeddings, final norm and lm_head, with the new values."""
-        outer = [name for name in self._tensors if _layer_of(name) < 0]
-        owners = {name: _owner(model, name, name) for name in outer}
-        fresh = {module for module in set(owners.values()) if self._is_fresh(module)}
-        self._source.load_rest(model)
-        for name in outer:
-            if owners[name] in fresh:
-                _replace(model, name, self._tensors[name], name)
+    def rest(self, model: PreTrainedModel) -> None:
+        """Put the new values outside the layers in."""
+        for name, tensor in self._tensors.items():
+            if _layer_of(name) < 0:
+                _replace(model, name, tensor, name)
 
 
 def _layer_of(name: str) -> int:

@@ -1,15 +1,16 @@
-"""The config of a model that lost whole blocks, neurons or key/value heads: an ordinary one of its family."""
+"""The description of a model that lost whole blocks, neurons or key/value heads: an ordinary one of its family."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.model.decoder_spec import decoder_spec
-from rk_export.model.families import architecture_of, empty_canonical_model, has_experts
+from rk_export.model.description import ModelDescription
+from rk_export.model.families import has_experts
 from rk_export.plan import Pruning
 
 # Fields with a value for every block.
@@ -17,32 +18,34 @@ PER_BLOCK = ("layer_types", "no_rope_layers")
 _WIDTH = {"gpt2": "n_inner", "opt": "ffn_dim"}
 
 
-def pruned_config(config: PretrainedConfig, pruning: Pruning) -> PretrainedConfig:
-    """Return the config of what is left.
+def pruned_description(description: ModelDescription, pruning: Pruning) -> ModelDescription:
+    """Return the description of what is left.
 
     Raises:
         InputError: If the family cannot lose it, with the reason.
     """
-    check_decoder(config)
+    check_decoder(description)
+    config = description.config
     if pruning.blocks[-1] >= config.num_hidden_layers:
         raise _refusal(f"there is no block {pruning.blocks[-1]}", "pruning", "name blocks of this model")
     pruned = copy.deepcopy(config)
     _keep_blocks(pruned, config, pruning.blocks)
     if pruning.ffn_width is not None:
-        _narrow(pruned, config, pruning.ffn_width)
+        _narrow(pruned, description, pruning.ffn_width)
     if pruning.kv_groups:
-        _keep_groups(pruned, config, pruning)
-    _check_kinds(pruned, config, pruning)
-    return pruned
+        _keep_groups(pruned, description, pruning)
+    left = replace(description, config=pruned)
+    _check_kinds(left, description, pruning)
+    return left
 
 
-def check_decoder(config: PretrainedConfig) -> None:
+def check_decoder(description: ModelDescription) -> None:
     """Refuse an encoder.
 
     Raises:
         InputError: Says so.
     """
-    if architecture_of(config).is_encoder:
+    if description.architecture.is_encoder:
         raise _refusal("only decoders lose whole structures", "prune", "leave it out")
 
 
@@ -55,26 +58,27 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
             setattr(pruned, name, [values[block] for block in blocks])
 
 
-def _narrow(pruned: Any, config: PretrainedConfig, width: int) -> None:
+def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
+    config = description.config
     if any(has_experts(config, layer) for layer in range(config.num_hidden_layers)):
         raise _refusal(
             "every expert would need neurons of its own choice, from statistics of its own tokens",
             "--prune-ffn",
             "drop it",
         )
-    present = decoder_spec(config).intermediate_size
+    present = description.decoder.intermediate_size
     if width >= present:
         raise _refusal(f"{width} neurons are not fewer than {present}", "--prune-ffn", "give a smaller share")
     setattr(pruned, _WIDTH.get(config.model_type, "intermediate_size"), width)
 
 
-def _keep_groups(pruned: Any, config: PretrainedConfig, pruning: Pruning) -> None:
-    heads, kept = architecture_of(config).heads(config), len(pruning.kv_groups[0])
+def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -> None:
+    heads, kept = description.heads, len(pruning.kv_groups[0])
     if kept >= heads.kv_heads or max(max(groups) for groups in pruning.kv_groups) >= heads.kv_heads:
         raise _refusal(
             f"{kept} key/value heads are not fewer than {heads.kv_heads}", "--prune-heads", "keep fewer"
         )
-    if decoder_spec(config).query_key_norm == "all":
+    if description.decoder.query_key_norm == "all":
         raise _refusal(
             "queries and keys are normalized over all heads together, so those that stay would change",
             "--prune-heads",
@@ -83,11 +87,8 @@ def _keep_groups(pruned: Any, config: PretrainedConfig, pruning: Pruning) -> Non
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
-    built = empty_canonical_model(_single_block(pruned)).get_submodule(architecture_of(config).layers)
-    rows = {
-        role: built.get_submodule(f"0.{path}").out_features
-        for role, path in architecture_of(config).attention
-    }
+    single = replace(description, config=_single_block(pruned))
+    rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
     if (rows["q"], rows["k"]) != (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim):
         raise _refusal(
             "the family ties the width of a head to the number of heads", "--prune-heads", "drop it"
@@ -100,12 +101,12 @@ def _single_block(config: PretrainedConfig) -> PretrainedConfig:
     return single
 
 
-def _check_kinds(pruned: PretrainedConfig, config: PretrainedConfig, pruning: Pruning) -> None:
+def _check_kinds(left: ModelDescription, description: ModelDescription, pruning: Pruning) -> None:
     """Refuse a family that derives a block's kind from its number: the wrong kind would be built."""
-    wanted = tuple(decoder_spec(config).layers[block] for block in pruning.blocks)
-    if decoder_spec(pruned).layers != wanted:
+    wanted = tuple(description.decoder.layers[block] for block in pruning.blocks)
+    if left.decoder.layers != wanted:
         raise _refusal(
-            f"{config.model_type} derives the kind of a block from its number, so none can go",
+            f"{description.model_type} derives the kind of a block from its number, so none can go",
             "--prune-blocks",
             "drop it",
         )

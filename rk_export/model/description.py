@@ -1,0 +1,139 @@
+"""What a model is, worked out once from its config: family, heads, decoder, every matrix by name and shape."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rk_export.matrix_id import MatrixId
+from rk_export.model.decoder_spec import DecoderSpec, decoder_spec
+from rk_export.model.families import (
+    Architecture,
+    HeadLayout,
+    Projection,
+    architecture_of,
+    empty_model,
+    heads_of,
+)
+from rk_export.model.matrices import Matrix
+from rk_export.passes.base import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDescription:
+    """What is known of a model without its weights; a source carries it, and hands it down.
+
+    What costs something is worked out when it is first asked for, and kept: the config must not change any more.
+
+    Args:
+        config: Of a supported family.
+        architecture: The family.
+    """
+
+    config: PretrainedConfig
+    architecture: Architecture
+
+    @property
+    def model_type(self) -> str:
+        """The family's name."""
+        return str(self.config.model_type)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of decoder (or encoder) layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output projection is the token embedding."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    @cached_property
+    def heads(self) -> HeadLayout:
+        """The attention heads, the same in every layer."""
+        return heads_of(self.config)
+
+    @cached_property
+    def decoder(self) -> DecoderSpec:
+        """What the decoder computes.
+
+        Raises:
+            UnsupportedModelError: The config turns on an option that the exported graph does not have.
+        """
+        return decoder_spec(self.config)
+
+    @property
+    def outer_paths(self) -> tuple[str, ...]:
+        """Torch paths of the modules outside the layers: embedding, output projection, final norm and the like."""
+        family = self.architecture
+        return tuple(path for path in (family.embedding, family.lm_head, *family.outer) if path)
+
+    def projections(self, layer: int) -> tuple[Projection, ...]:
+        """Return the rewritable matrices of a layer, in the order of the forward pass."""
+        return self.architecture.projections(self.config, layer)
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every rewritable matrix, layer by layer in the order of the forward pass."""
+        return tuple(
+            self._matrix(MatrixId(index, item.path), item, cast(nn.Linear, layer.get_submodule(item.path)))
+            for index, layer in enumerate(self._canonical_layers)
+            for item in self.projections(index)
+        )
+
+    def _matrix(self, identity: MatrixId, item: Projection, linear: nn.Linear) -> Matrix:
+        return Matrix(
+            identity,
+            item.role,
+            (linear.out_features, linear.in_features),
+            torch_path=identity.below(self.architecture.layers),
+            onnx_path=f"{self.architecture.onnx_layers}.{identity.layer}.{item.onnx_path}",
+        )
+
+    def layers(self) -> Iterator[Layer]:
+        """Yield the layers in canonical form, shapes only; each is the caller's own."""
+        for index in range(self.layer_count):
+            yield Layer(index, self.layer(index), self.heads.kv_heads)
+
+    def layer(self, index: int) -> nn.Module:
+        """Return a layer in canonical form, shapes only; it is the caller's own."""
+        return copy.deepcopy(self._canonical_layers[index])
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the torch model without memory for weights, in Hugging Face's form: the caller's own."""
+        return copy.deepcopy(self._empty)
+
+    def canonical_model(self) -> PreTrainedModel:
+        """Return `skeleton` with every layer in canonical form: the caller's own."""
+        return copy.deepcopy(self.canonical)
+
+    @cached_property
+    def canonical(self) -> PreTrainedModel:
+        """`skeleton` with every layer in canonical form, to look at: it is shared and must not change."""
+        model = self.skeleton()
+        for layer in model.get_submodule(self.architecture.layers).children():
+            self.architecture.canonicalize(layer)
+        return model
+
+    @cached_property
+    def _empty(self) -> PreTrainedModel:
+        return empty_model(self.config)
+
+    @property
+    def _canonical_layers(self) -> list[nn.Module]:
+        return list(self.canonical.get_submodule(self.architecture.layers).children())
+
+
+def describe(config: PretrainedConfig) -> ModelDescription:
+    """Describe the model of a config.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    return ModelDescription(config, architecture_of(config))
