@@ -72,7 +72,7 @@ format: $(READY)
 
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
 test-optimum: $(READY) $(OPTIMUM_READY)
-	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python -m rk_export.evaluation.assets smollm2)" \
+	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python samples/assets smollm2)" \
 		-o out/optimum --groups none --asymmetric
 	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
@@ -83,7 +83,7 @@ $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
-	$(BIN)/python samples/factorize_groupings.py
+	$(BIN)/python samples/measure/factorize_groupings.py
 
 # What becomes of inputs as people bring them: docs/results/inputs.*; fails where a case does not end as expected.
 inputs: $(READY)

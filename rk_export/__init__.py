@@ -18,16 +18,29 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
 from rk_export.methods import METHODS  # noqa: E402  after the variables above
 
 if TYPE_CHECKING:
+    from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
-    from rk_export.commands.compress import compress, dry_run
+    from rk_export.commands.compress import compress, dry_run, rewrite_model
     from rk_export.commands.evaluate import evaluate
     from rk_export.commands.explain import explain
     from rk_export.commands.export import export
     from rk_export.commands.plan import make_plan
     from rk_export.commands.prepare import prepare
     from rk_export.commands.verify import verify
-    from rk_export.errors import RkExportError
-    from rk_export.evaluation.measure import EvalText, SpeedTest
+    from rk_export.errors import (
+        FusionError,
+        InputError,
+        ParityError,
+        ProviderError,
+        RkExportError,
+        UnsupportedModelError,
+    )
+    from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of
+    from rk_export.evaluation.models import evaluate_models
+    from rk_export.evaluation.score_table import score_table
+    from rk_export.evaluation.tasks import load_tasks
+    from rk_export.folders import library_versions
+    from rk_export.model.torch_logits import torch_logits
     from rk_export.options.calibration import CalibrationOptions
     from rk_export.options.compress import CompressOptions
     from rk_export.options.quantization import W8A8, QuantSpec
@@ -36,21 +49,38 @@ if TYPE_CHECKING:
     from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
     from rk_export.report.records import Finding, ParityTier, Report
+    from rk_export.report.render import findings_table, parity_text, text_table
+    from rk_export.rewrite.apply import Rewritten
+    from rk_export.rewrite.sizes import kept_parameters
+    from rk_export.source.stored import StoredModel, open_source
     from rk_export.testing import assert_parity
 
 _HOME = {
+    "quiet_libraries": "rk_export.cli.main",
     "analyze": "rk_export.commands.analyze",
     "compress": "rk_export.commands.compress",
     "dry_run": "rk_export.commands.compress",
+    "rewrite_model": "rk_export.commands.compress",
     "evaluate": "rk_export.commands.evaluate",
     "explain": "rk_export.commands.explain",
     "export": "rk_export.commands.export",
     "make_plan": "rk_export.commands.plan",
     "prepare": "rk_export.commands.prepare",
     "verify": "rk_export.commands.verify",
+    "FusionError": "rk_export.errors",
+    "InputError": "rk_export.errors",
+    "ParityError": "rk_export.errors",
+    "ProviderError": "rk_export.errors",
     "RkExportError": "rk_export.errors",
+    "UnsupportedModelError": "rk_export.errors",
     "EvalText": "rk_export.evaluation.measure",
     "SpeedTest": "rk_export.evaluation.measure",
+    "perplexity_of": "rk_export.evaluation.measure",
+    "evaluate_models": "rk_export.evaluation.models",
+    "score_table": "rk_export.evaluation.score_table",
+    "load_tasks": "rk_export.evaluation.tasks",
+    "library_versions": "rk_export.folders",
+    "torch_logits": "rk_export.model.torch_logits",
     "CalibrationOptions": "rk_export.options.calibration",
     "CompressOptions": "rk_export.options.compress",
     "QuantSpec": "rk_export.options.quantization",
@@ -63,6 +93,13 @@ _HOME = {
     "Finding": "rk_export.report.records",
     "ParityTier": "rk_export.report.records",
     "Report": "rk_export.report.records",
+    "findings_table": "rk_export.report.render",
+    "parity_text": "rk_export.report.render",
+    "text_table": "rk_export.report.render",
+    "Rewritten": "rk_export.rewrite.apply",
+    "kept_parameters": "rk_export.rewrite.sizes",
+    "StoredModel": "rk_export.source.stored",
+    "open_source": "rk_export.source.stored",
     "assert_parity": "rk_export.testing",
 }
 __all__ = [
@@ -72,24 +109,44 @@ __all__ = [
     "CompressOptions",
     "EvalText",
     "Finding",
+    "FusionError",
+    "InputError",
+    "ParityError",
     "ParityTier",
     "Plan",
+    "ProviderError",
     "QuantSpec",
     "RankRule",
     "Report",
+    "Rewritten",
     "RkExportError",
     "Run",
     "SpeedTest",
+    "StoredModel",
     "TextFile",
+    "UnsupportedModelError",
     "analyze",
     "assert_parity",
     "compress",
     "dry_run",
     "evaluate",
+    "evaluate_models",
     "explain",
     "export",
+    "findings_table",
+    "kept_parameters",
+    "library_versions",
+    "load_tasks",
     "make_plan",
+    "open_source",
+    "parity_text",
+    "perplexity_of",
     "prepare",
+    "quiet_libraries",
+    "rewrite_model",
+    "score_table",
+    "text_table",
+    "torch_logits",
     "verify",
 ]
 # The options of a method are public as soon as the method is listed.

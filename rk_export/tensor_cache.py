@@ -18,7 +18,8 @@ from rk_export.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
-CACHE = Path("~/.cache/rk-export")
+# Another place is a matter of the machine, like those of other caches.
+CACHE = Path(os.environ.get("RK_EXPORT_CACHE") or "~/.cache/rk-export")
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -12,11 +12,21 @@ import sys
 import time
 from pathlib import Path
 
-from rk_export import CompressOptions, EvalText, QuantSpec, RankRule, RkExportError, SpeedTest, compress
-from rk_export.cli.main import quiet_libraries
-from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.run import Run
-from rk_export.report.render import text_table
+from assets import smollm2, wiki_text
+
+from rk_export import (
+    CalibrationOptions,
+    CompressOptions,
+    EvalText,
+    QuantSpec,
+    RankRule,
+    RkExportError,
+    Run,
+    SpeedTest,
+    compress,
+    quiet_libraries,
+    text_table,
+)
 from rk_export.runtime import GenerationOptions, Session
 
 logger = logging.getLogger("demo")
@@ -60,8 +70,6 @@ def options() -> CompressOptions:
 
 def fetch(args: argparse.Namespace) -> tuple[Path, EvalText]:
     """Return the model folder and the text to measure perplexity on; both are downloaded once."""
-    from rk_export.evaluation.assets import smollm2, wiki_text
-
     logger.info("fetch: model and text")
     model = args.model or smollm2()
     text = args.text or wiki_text("eval")

@@ -9,14 +9,15 @@ import argparse
 from pathlib import Path
 
 import rk_export
-from rk_export import CompressOptions, QuantSpec, RankRule
-from rk_export.report.render import findings_table, parity_text
+from rk_export import CompressOptions, QuantSpec, RankRule, findings_table, parity_text
 from rk_export.runtime import GenerationOptions, Session
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Compress a model into a bundle and let it continue a prompt."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="HF folder, hub id or .gguf file")
     parser.add_argument("out", type=Path, help="bundle folder, new")
     parser.add_argument("--prompt", default="The harbour was quiet")

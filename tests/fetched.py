@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rk_export.evaluation.assets import smollm2, wiki_text
+from assets import smollm2, wiki_text
 
 __all__ = ["smollm2", "wiki_text"]

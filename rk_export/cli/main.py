@@ -173,7 +173,9 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_base(evaluate)
     evaluate.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts")
     _add_text_arguments(evaluate)
-    evaluate.add_argument("--tasks", help="comma separated: names such as openbookqa, or files NAME.jsonl")
+    evaluate.add_argument(
+        "--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="tasks, NAME.jsonl"
+    )
     evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
     _add_runtime_arguments(evaluate)
     _add_json(evaluate)
@@ -448,13 +450,13 @@ def run_eval(args: argparse.Namespace) -> int:
     from rk_export.evaluation.measure import EvalText
     from rk_export.evaluation.models import evaluate_models
     from rk_export.evaluation.score_table import score_table, scores_json
-    from rk_export.evaluation.task_data import load_tasks
+    from rk_export.evaluation.tasks import load_tasks
 
     texts = [EvalText(path, args.context, args.tokens) for path in args.text]
     runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
     if not args.tasks and len(args.models) == len(texts) == 1:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
-    tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
+    tasks = load_tasks(args.tasks, args.limit)
     scores = evaluate_models(args.models, texts=texts, tasks=tasks, **runtime)
     _print_json(scores_json(scores)) if args.json else show(score_table(scores))
     return 0

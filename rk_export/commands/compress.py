@@ -108,18 +108,46 @@ def _fitting(request: BundleRequest, task: Task) -> BundleRequest:
 
 
 def _recovered(
-    rewritten: Rewritten, inputs: CompressionInputs, probe: Probe, out: Path, stages: Stages
+    rewritten: Rewritten, inputs: CompressionInputs, probe: Probe, out: Path | None, stages: Stages
 ) -> Rewritten:
-    """Return the rewritten model after the methods that recover it, a stage each."""
+    """Return the rewritten model after the methods that recover it, a stage each; no state is kept without `out`."""
     for method in inputs.methods:
         if method.options.stage != "recover":
             continue
         with stages.stage(method.options.name, method.doing):
-            work = replace(inputs.work, state=state_file(out, method.options.name))
+            state = None if out is None else state_file(out, method.options.name)
+            work = replace(inputs.work, state=state)
             rewritten = method.recover(rewritten, inputs.teacher, work)
             logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
             rewritten = replace(rewritten, probe_logits=logits)
     return rewritten
+
+
+def rewrite_model(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | None = None,
+    base: str | Path | None = None,
+    run: Run | None = None,
+) -> Rewritten:
+    """Return the compressed PyTorch model that `compress` would export; nothing is exported or written.
+
+    Args:
+        model: As in `compress`.
+        options: As in `compress`.
+        plan: As in `compress`.
+        base: As in `compress`.
+        run: As in `compress`.
+
+    Raises:
+        RkExportError: As `compress`, parity of an exported graph apart.
+    """
+    task = open_task(model, options, plan, base=base, run=run)
+    before = task.preflight()
+    inputs = task.inputs()
+    rewritten = inputs.rewrite(task.decided(inputs))
+    return _recovered(rewritten, inputs, before.probe, None, Stages())
 
 
 def dry_run(

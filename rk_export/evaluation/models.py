@@ -141,7 +141,7 @@ def evaluate_models(
     Args:
         models: As in `open_candidate`.
         texts: Texts to measure perplexity on.
-        tasks: Tasks to ask; `rk_export.evaluation.tasks.load_tasks` reads them.
+        tasks: Tasks to ask; `load_tasks` reads them.
         base: Base model of the LoRA adapters among the models; None takes the one that each names.
         provider: Execution provider of bundles.
         threads: Threads of ONNX Runtime.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from typing import Any
 from rk_export.errors import InputError
 
 _FIELDS = ("context", "choices", "gold")
+_MADE_BY = (
+    "name .jsonl files, separated by spaces; in a clone of rk-export `python samples/assets tasks` writes "
+    "openbookqa.jsonl, arc_easy.jsonl and others, and prints their folder"
+)
 _FIX = 'write one object a line, like {"context": "2 + 2 =", "choices": ["4", "5"], "gold": 0}'
 
 
@@ -104,6 +109,23 @@ class Task:
         return replace(self, items=tuple(self.items[index] for index in sorted(order[:limit])))
 
 
+def load_tasks(files: Sequence[str | Path], limit: int | None = None, seed: int = 0) -> list[Task]:
+    """Read task files; each task has the name of its file.
+
+    Args:
+        files: Paths of task files.
+        limit: As in `Task.sample`.
+        seed: As in `Task.sample`.
+
+    Raises:
+        InputError: Two files have the same name, or one cannot be used.
+    """
+    tasks = [read_task(Path(file).expanduser()) for file in files]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise InputError("two tasks have the same name", where="--tasks", fix="name each task once")
+    return [task.sample(limit, seed) for task in tasks]
+
+
 def read_task(path: Path) -> Task:
     """Read a task file; empty lines count for nothing.
 
@@ -113,7 +135,7 @@ def read_task(path: Path) -> Task:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
-        raise InputError("no such file", where=str(path), fix=_FIX) from error
+        raise InputError("no such task file", where=str(path), fix=_MADE_BY) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"not a text file in UTF-8 ({error})", where=str(path), fix=_FIX) from error
     items = (_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())

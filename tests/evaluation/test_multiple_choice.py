@@ -275,9 +275,9 @@ def test_eval_compares_models_on_texts_and_tasks(
     ("arguments", "message"),
     [
         ((), "eval: nothing to measure"),
-        (("--tasks", "chess"), "--tasks: 'chess' is no task"),
+        (("--tasks", "openbookqa"), "openbookqa: no such task file"),
         (("--tasks", "TASK", "--limit", 0), "--limit: 0 items cannot be asked"),
-        (("--tasks", "TASK,TASK"), "--tasks: two tasks have the same name"),
+        (("--tasks", "TASK", "TASK"), "--tasks: two tasks have the same name"),
     ],
 )
 def test_impossible_evaluations_are_refused(

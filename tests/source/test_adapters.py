@@ -293,10 +293,12 @@ def test_a_head_of_another_kind_in_the_adapter_is_refused(
 
 
 @pytest.mark.whole
-def test_base_goes_with_adapters_only(cli: Cli, llama: Path, bundle: Path, tmp_path: Path) -> None:
+def test_base_goes_with_adapters_only(
+    cli: Cli, llama: Path, bundle: Path, prose: Path, tmp_path: Path
+) -> None:
     for arguments in (
         ("compress", llama, "-o", tmp_path / "out", "--base", llama),
-        ("eval", bundle, "--base", llama, "--tasks", "openbookqa"),
+        ("eval", bundle, "--base", llama, "--text", prose),
         ("verify", bundle, "--base", llama),
     ):
         ended = cli(*arguments)
