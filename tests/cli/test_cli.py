@@ -230,7 +230,9 @@ def test_analyze(cli: Cli, llama: Path, tmp_path: Path) -> None:
         stacked = torch.cat([model.model.layers[layer].get_submodule(path).weight for path in members[group]])
         expected = torch.linalg.svdvals(stacked.detach()).numpy()
         np.testing.assert_allclose(spectrum.singular_values, expected, rtol=1e-4)
-        assert f"rank {spectrum.chosen_rank} of {len(expected)}" in page
+        full = f"full rank {len(expected)}"
+        chosen = spectrum.chosen_rank
+        assert (full if chosen is None else f"rank {chosen} of {len(expected)}") in page
     names = [f"spectra-{group}.{suffix}" for group in members for suffix in ("svg", "png")]
     assert {path.name for path in out.iterdir()} == {"report.json", "report.html", *names}
     curve = f"stroke: {COLORS[0]}; stroke-width: 1.4"
