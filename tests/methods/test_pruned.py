@@ -88,6 +88,7 @@ def test_what_is_left_is_a_model_of_its_family(source_of: SourceOf, family: str)
     assert torch.allclose(logits(plain, ids), logits(rewritten.model, ids), atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_the_graph_and_its_cache_are_smaller(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
@@ -196,6 +197,7 @@ def test_statistics_are_those_of_the_block_that_stays(llama: Path) -> None:
     )
 
 
+@pytest.mark.whole
 def test_recovery_aims_at_the_whole_model(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +215,7 @@ def test_recovery_aims_at_the_whole_model(
     assert all(tier.passed is not False for tier in report.parity)
 
 
+@pytest.mark.whole
 def test_a_pruned_bundle_is_verified_and_made_again(llama: Path, tmp_path: Path) -> None:
     asked = CompressOptions(
         methods=(PruneOptions(blocks=1, ffn=0.75, kv_groups=1),),

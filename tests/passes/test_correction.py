@@ -102,6 +102,7 @@ def corrected_model(source: StoredModel, members: tuple[str, ...]) -> Rewritten:
     return rewrite(source, replace(plan, sites=sites))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])  # olmo2: norms right behind q, k, o and down
 @pytest.mark.parametrize("members", [("q",), ("q", "k", "v"), ("o", "gate", "up", "down")], ids="-".join)
 def test_the_graph_equals_pytorch(

@@ -329,6 +329,7 @@ def identity_options(groups: tuple[str, ...], bits: str, **changes: object) -> C
     return floats(groups, form="identity", **fields)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("groups", [("qk", "gate_up"), ("qkv", "o", "gate", "down")])
 def test_the_graph_computes_what_pytorch_computes(
@@ -346,6 +347,7 @@ def test_the_graph_computes_what_pytorch_computes(
     assert len(orders) == source.layer_count * len(gathered)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert", "gemma3"])
 def test_other_families(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     """Biases, MLPs without a gate, an encoder, norms of queries and keys."""
@@ -369,6 +371,7 @@ def test_plain_and_identity_of_one_rank_have_the_same_logits(source_of: SourceOf
     assert float((logits(identity, ids) - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 def test_a_checkpoint_comes_back(source_of: SourceOf, tmp_path: Path, renumbering: bool, bits: str) -> None:
     source = source_of("qwen2")
@@ -419,6 +422,7 @@ def test_planned_ranks(source_of: SourceOf) -> None:
         decide_plan(source, identity_options(("qk",), "float", qk="per-head"))
 
 
+@pytest.mark.whole
 def test_a_quantized_block_of_another_format_packs_nothing(source_of: SourceOf, tmp_path: Path) -> None:
     """The pivot block packs with a dense matrix of its own format, and the count is that of the plan."""
     source: StoredModel = source_of("llama")

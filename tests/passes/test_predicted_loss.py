@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from ranking import rank_correlation
 from torch import Tensor
 
 from rk_export.options.quantization import W8A8, QuantSpec
@@ -21,6 +24,7 @@ from rk_export.passes.numerics.predicted_loss import (
 from rk_export.passes.numerics.quantize import quantize_rtn
 
 ROWS, COLUMNS = 48, 64
+FORMATS = [QuantSpec(*choice) for choice in itertools.product((2, 4, 8), (16, 32, 64), (False,))]
 
 
 def _second(size: int, seed: int) -> Tensor:
@@ -80,6 +84,24 @@ def test_rounding_to_nearest_costs_about_what_is_predicted(spec: QuantSpec) -> N
         for seed in range(20)
     )
     assert predicted == pytest.approx(exact, rel=0.35)
+
+
+@pytest.mark.parametrize("compensated", [False, True], ids=["nearest", "gptq"])
+def test_matrices_and_formats_come_out_in_the_predicted_order(compensated: bool) -> None:
+    """Eight matrices of unlike sizes of weights in nine formats, under one curvature."""
+    curvature, predicted, exact = _curvature(), [], []
+    columns = curvature.inputs.compensated if compensated else curvature.inputs.alone
+    for seed in range(8):
+        W = _weight(seed) * 1.3**seed
+        for spec in FORMATS:
+            quantized = (
+                quantize_gptq(W.float(), spec, curvature.inputs.second.float())
+                if compensated
+                else quantize_rtn(W, spec)
+            )
+            predicted.append(rounding_loss(W, spec, curvature, columns))
+            exact.append(_loss(W - quantized.dequantize().double(), curvature))
+    assert rank_correlation(predicted, exact) > 0.97
 
 
 def test_compensation_is_predicted_to_help_as_much_as_it_does() -> None:

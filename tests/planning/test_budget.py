@@ -92,6 +92,7 @@ def test_mean_bits_are_kept(llama: Path) -> None:
     assert 0.9 * 4.7 / 8 < used / matrix_parameters(source) <= 4.7 / 8
 
 
+@pytest.mark.whole
 def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) -> None:
     budget = 190_000
     report = compress(llama, tmp_path / "out", options("size", budget), run=Run(threads=1))
@@ -104,6 +105,7 @@ def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) ->
     assert tiers["g"].max_error == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("arguments", [("--keep", 0.7, "--bits", 8), ("--bits", 4.5), ("--size", "200kB")])
 def test_explain_names_the_runner_up(
     cli: Cli, llama: Path, tmp_path: Path, arguments: tuple[object, ...]
@@ -212,6 +214,7 @@ def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
     assert {site.quant for site in plan.sites} >= {None, W8A8}
 
 
+@pytest.mark.whole
 def test_a_whole_model_is_timed(source_of: SourceOf) -> None:
     source = source_of("llama", max_position_embeddings=1024)
     costs = model_costs(source, source, "decode", threads=1)
@@ -288,6 +291,7 @@ def test_arguments_that_do_not_go_together(
 # --- what surrounds a budget
 
 
+@pytest.mark.whole
 def test_healing_is_in_the_report_and_leaves_no_state(llama: Path, tmp_path: Path) -> None:
     asked = options("keep", 0.7, quant=None, embedding_quant=None, methods=(HealOptions(steps=2),))
     report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
@@ -310,6 +314,7 @@ def test_an_export_that_fails_keeps_the_state_of_the_healing(
     assert (tmp_path / ".out.heal").is_file()
 
 
+@pytest.mark.whole
 def test_w8a8_is_prepared_and_verified(llama: Path, tmp_path: Path) -> None:
     asked = CompressOptions(quant=W8A8, calibration=TEXT)
     report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
@@ -332,6 +337,7 @@ def test_prepare_writes_a_model_with_the_same_logits(cli: Cli, llama: Path, tmp_
     assert cli("prepare", llama, "-o", tmp_path / "out").code == 2
 
 
+@pytest.mark.whole
 def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> None:
     files = {}
     for prefix in (False, True):
@@ -345,6 +351,7 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
     assert tiers["g"].max_error == 0
 
 
+@pytest.mark.whole
 def test_a_file_beyond_the_budget_is_said_aloud(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,7 @@ def test_experts_are_predicted_for(source_of: SourceOf) -> None:
     }
 
 
+@pytest.mark.whole
 def test_the_plan_names_what_was_decided(cli: Cli, llama: Path, tmp_path: Path) -> None:
     """Applying the plan decides nothing again: the bundle is the same."""
     arguments: tuple[Any, ...] = ("--calibration-tokens", 512, "--device", "cpu")

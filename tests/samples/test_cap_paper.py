@@ -12,6 +12,8 @@ from papers.cap import main, workshop
 from rk_export import tensor_cache
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, rank_zero_factors
 
+pytestmark = pytest.mark.whole
+
 
 def test_every_row_page_and_figure(
     llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
