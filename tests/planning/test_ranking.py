@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed import floats, logits
 from ranking import rank_correlation
+from rk_export.planning.currencies import currency_of
 from torch import Tensor
 
 from rk_export import Budget, CalibrationOptions, CompressOptions
@@ -20,7 +21,6 @@ from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
 from rk_export.planning.candidates import Candidate, candidates
-from rk_export.planning.currencies import currency_of
 from rk_export.planning.planner import make_plan
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, loaded_layers
