@@ -1,7 +1,8 @@
 # Every target sets itself up: a virtual environment in .venv, made once and re-used while pyproject.toml is the same.
 #
 #   make demo     compress, export, verify and run a small model; everything it makes is in out/demo
-#   make test     ruff, mypy and all tests
+#   make unit     the tests that run no whole pipeline: a minute or so, before every commit
+#   make test     ruff, mypy and all tests: unit, whole runs on tiny models, real models
 #   make PYTHON=python3.12 ...    another interpreter (3.11 or newer)
 #   make TORCH=torch ...          another PyTorch, e.g. the newest one with CUDA; any pip requirement or options
 
@@ -24,11 +25,13 @@ export ORT_DISABLE_TELEMETRY ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format unit test-optimum results inputs clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help setup demo test lint types format unit suite test-optimum results inputs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format unit test-optimum results inputs clean"
+	@echo "other targets: setup lint types format suite test-optimum results inputs clean"
 
 setup: $(READY)
 
@@ -47,7 +50,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python samples/demo.py
 
-test: lint types unit
+test: lint types suite
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
@@ -56,8 +59,12 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/python -m mypy
 
+# docs/testing.md says what the markers mean.
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
+	$(PYTEST) -m "not whole and not real_model"
+
+suite: $(READY)
+	$(PYTEST) --durations=30
 
 format: $(READY)
 	$(BIN)/python -m ruff format .

@@ -7,13 +7,14 @@ it is done. A pass looks at one site, rewrites it in place, and returns a findin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from rk_export.passes.modules.heads import PaddedHeads, SlicedHeads, without_slots
 from rk_export.passes.modules.sparse import without_sparse
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import LayerShape, SitePlan
 from rk_export.report.records import Finding
 
@@ -56,35 +57,6 @@ class Layer:
             setattr(owner, name, module)
 
 
-@dataclass(frozen=True)
-class InputMoments:
-    """Second moments of what a site's matrices read, taken through the part that is compressed already.
-
-    Args:
-        second: Mean over tokens of x xᵀ, float32 (in, in), x an input in the compressed model.
-        cross: Mean of x₀ xᵀ, (in, in), x₀ the same token's input in the dense model; None where the two agree.
-        tokens: How many tokens were averaged; 0 where the moments were derived from weights alone.
-    """
-
-    second: Tensor
-    cross: Tensor | None = None
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class SiteStatistics:
-    """What is known about a site beside its weights.
-
-    Args:
-        inputs: Moments of the common input.
-        outputs: Role -> mean over tokens of g gᵀ, (out, out), g the loss' gradient by the member's output in the
-            dense model; empty where no gradients were taken.
-    """
-
-    inputs: InputMoments
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)
-
-
 class WeightPass(Protocol):
     """A rewrite of the PyTorch model, one site at a time, without gradients."""
 
@@ -94,8 +66,8 @@ class WeightPass(Protocol):
         """Whether the plan asks this pass to touch the site; pure."""
         ...
 
-    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
-        """Rewrite one site in place; without statistics all inputs and outputs weigh alike."""
+    def rewrite(self, layer: Layer, plan: SitePlan, curvature: Curvature | None) -> Finding:
+        """Rewrite one site in place; without a curvature all inputs and outputs weigh alike."""
         ...
 
 
@@ -103,11 +75,11 @@ def run_weight_pass(
     weight_pass: WeightPass,
     layer: Layer,
     sites: Iterable[SitePlan],
-    statistics: Mapping[str, SiteStatistics],
+    curvatures: Mapping[str, Curvature],
 ) -> list[Finding]:
-    """Run one pass over the sites of one layer; `statistics` by site name."""
+    """Run one pass over the sites of one layer; `curvatures` by site name."""
     return [
-        weight_pass.rewrite(layer, site, statistics.get(site.site))
+        weight_pass.rewrite(layer, site, curvatures.get(site.site))
         for site in sites
         if weight_pass.applies(site)
     ]
@@ -130,7 +102,7 @@ class ShapePass(Protocol):
         layer: Layer,
         shape: LayerShape,
         sites: Sequence[SitePlan],
-        statistics: Mapping[str, SiteStatistics],
+        curvatures: Mapping[str, Curvature],
     ) -> Finding:
         """Rewrite one layer in place.
 
@@ -138,7 +110,7 @@ class ShapePass(Protocol):
             layer: The layer, still dense.
             shape: What it loses.
             sites: Its sites, which say where each role's matrix is.
-            statistics: By site name; a site without an entry is judged by its weights.
+            curvatures: By site name; a site without an entry is judged by its weights.
         """
         ...
 
@@ -153,11 +125,11 @@ def role_paths(sites: Sequence[SitePlan]) -> dict[str, str]:
     }
 
 
-def inputs_of(
-    role: str, sites: Sequence[SitePlan], statistics: Mapping[str, SiteStatistics]
-) -> InputMoments | None:
-    """Return the moments of what a role's matrix reads, or None where they were not taken."""
+def inputs_of_role(
+    role: str, sites: Sequence[SitePlan], curvatures: Mapping[str, Curvature]
+) -> Inputs | None:
+    """Return what is known about what a role's matrix reads, or None where nothing is."""
     for site in sites:
-        if role in site.members and site.site in statistics:
-            return statistics[site.site].inputs
+        if role in site.members and site.site in curvatures:
+            return curvatures[site.site].inputs
     return None

@@ -18,7 +18,8 @@ from rk_export.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
-CACHE = Path("~/.cache/rk-export")
+# Another place is a matter of the machine, like those of other caches.
+CACHE = Path(os.environ.get("RK_EXPORT_CACHE") or "~/.cache/rk-export")
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -66,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         logger.warning("not cached: %s cannot be written: %s", path, error)
 
 
-def remembered(
+def cached(
     kind: str,
     key: Mapping[str, Any],
     make: Callable[[], Mapping[str, Tensor]],
@@ -92,11 +93,11 @@ def remembered(
     return made
 
 
-def packed(items: Mapping[str, object], fields: Sequence[str]) -> dict[str, Tensor]:
+def as_tensors(items: Mapping[str, object], fields: Sequence[str]) -> dict[str, Tensor]:
     """Return the tensors that are fields of named objects, each by name and field."""
     return {f"{name}|{field}": getattr(item, field) for name, item in items.items() for field in fields}
 
 
-def unpacked(tensors: Mapping[str, Tensor], name: str, fields: Sequence[str]) -> tuple[Tensor, ...]:
-    """Return the fields of one of the objects that `packed` took apart."""
+def from_tensors(tensors: Mapping[str, Tensor], name: str, fields: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return the fields of one of the objects that `as_tensors` took apart."""
     return tuple(tensors[f"{name}|{field}"] for field in fields)

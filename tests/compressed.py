@@ -20,14 +20,14 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.plan import Plan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.source.stored import StoredModel
 
 INT4 = QuantSpec(4, 16)
 SourceOf = Callable[..., StoredModel]
-Cache = dict[str, np.ndarray]
+Past = dict[str, np.ndarray]
 
 
 def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
@@ -44,12 +44,12 @@ def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
 
 def compress(source: StoredModel, options: CompressOptions, probe: Tensor | None = None) -> Rewritten:
     """Plan and rewrite."""
-    return rewrite(source, make_plan(source, options), probe=probe)
+    return rewrite(source, decide_plan(source, options), probe=probe)
 
 
 def full_rank_plan(source: StoredModel, group: str, qk: Any = "whole") -> Plan:
     """Return a plan that factorizes one group at the rank at which nothing is lost."""
-    plan = make_plan(source, floats((group,), qk=qk, rank=RankRule("rank", 1)))
+    plan = decide_plan(source, floats((group,), qk=qk, rank=RankRule("rank", 1)))
     model = source.skeleton()
     sites = []
     for site in plan.sites:
@@ -107,9 +107,9 @@ class OnnxModel:
         self,
         input_ids: Tensor,
         mask: Tensor | None = None,
-        past: Cache | None = None,
+        past: Past | None = None,
         **extra: np.ndarray,
-    ) -> tuple[Tensor, Cache]:
+    ) -> tuple[Tensor, Past]:
         """Run the graph; returns logits (or hidden states) and the present cache by the names of the past."""
         ids = input_ids.numpy()
         mask_array = np.ones_like(ids) if mask is None else mask.numpy()

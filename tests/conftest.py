@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import whole_runs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Runtime before rk-export
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 if TYPE_CHECKING:
     from rk_export.options.compress import CompressOptions
@@ -32,6 +35,17 @@ TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['con
 
 # Largest difference over the largest logit, by the float type of the graph.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+
+
+def pytest_collectstart() -> None:
+    """Guard whole runs in the process that imports the tests, before it does; see `whole_runs`."""
+    whole_runs.install()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hold tests to their markers; see `whole_runs`."""
+    whole_runs.enter(item)
 
 
 @pytest.fixture(scope="session")
@@ -132,15 +146,41 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundle of SmolLM2-135M-Instruct in INT4, nothing factorized; for tests marked `real_model`."""
-    from assets import smollm2
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Return what makes a costly folder once for all processes that run tests side by side."""
+    from filelock import FileLock
 
-    from rk_export import CompressOptions, Run, compress
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    folder = tmp_path_factory.mktemp("bundles") / "smollm2-int4"
-    compress(smollm2(), folder, CompressOptions(groups=()), run=Run(threads=2))
-    return folder
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                write(shared / name)
+        return shared / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def off_grid(made_once: MakeOnce) -> Path:
+    """SmolLM2-135M-Instruct with other weights and the same logits; for tests marked `real_model`.
+
+    The packaged weights lie on a 4-bit grid, where every quantizer looks perfect.
+    """
+    from fetched import smollm2
+
+    from rk_export import prepare
+
+    return made_once("off-grid", lambda folder: prepare(smollm2(), folder, seed=7))
+
+
+@pytest.fixture(scope="session")
+def smollm2_int4(made_once: MakeOnce, off_grid: Path) -> Path:
+    """Bundle of `off_grid` as `compress` makes it without any option; for tests marked `real_model`."""
+    from rk_export import Run, compress
+
+    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, run=Run(threads=1)))
 
 
 @pytest.fixture

@@ -22,8 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-
-sys.path += [str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir()]
 from input_cases import CASES
 from input_cases.case import TOLERANCE, Case, Row, run_case
 from transformers.utils import logging as transformers_logging
@@ -66,6 +64,7 @@ def faults(case: Case, row: Row) -> list[str]:
 
 def save(rows: Sequence[Row], folder: Path) -> None:
     """Write the results, in the order of the cases; rows of cases that are gone are dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "inputs.json"
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     by_name = {row["case"]: row for row in known} | {row.case: asdict(row) for row in rows}

@@ -5,7 +5,6 @@ Nothing here is shared with the readers: codes are placed one by one.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoint_files import edit_config
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model, transformers_own
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,8 @@ def save_quantized(
     left = {name: tensor for name, tensor in tensors.items() if not _MATRIX.search(name)}
     save_file({**left, **parts}, path, metadata={"format": "pt"})
     if config is not None:
-        set_config(folder, quantization_config=config)
+        edit_config(folder, quantization_config=config)
     return reference
-
-
-def set_config(folder: Path, **fields: Any) -> None:
-    """Change fields of config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -195,3 +190,35 @@ def fp8_config(block: tuple[int, int] | None) -> dict[str, Any]:
     """Return the quantization config of FP8 with blocks."""
     size = None if block is None else list(block)
     return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size}
+
+
+def small(family: str = "llama", **fields: Any) -> PreTrainedModel:
+    """Return a tiny model of one layer, wide enough for blocks of 128."""
+    return tiny_model(family, **{"num_hidden_layers": 1, "hidden_size": 128, **fields})
+
+
+BITSANDBYTES: dict[str, dict[str, Any]] = {
+    "nf4, double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "packed in bf16": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def save_bitsandbytes(folder: Path, family: str, fields: dict[str, Any]) -> Path:
+    """Write a tiny model that bitsandbytes quantized; return its folder."""
+    small(family).save_pretrained(folder / "floats")
+    transformers_own(folder / "floats", quantization_config=BitsAndBytesConfig(**fields)).save_pretrained(
+        folder / "quantized"
+    )
+    return folder / "quantized"
+
+
+def without(suffix: str) -> Callable[[dict[str, Tensor]], None]:
+    """Return what drops the tensors whose names end so."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(suffix)]:
+            del tensors[name]
+
+    return change

@@ -12,7 +12,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.source.stored import StoredModel
 
 
@@ -32,7 +32,7 @@ def sparse_plan(
     """Return a plan that puts every matrix but experts into the sparse form, and its parts."""
     roles = {item.role for item in source.architecture.projections(source.config, 0)}
     groups = tuple(name for name in SINGLE_GROUPS if name in roles)
-    plan = make_plan(source, replace(options, groups=()))
+    plan = decide_plan(source, replace(options, groups=()))
     parts, sites = {}, []
     for layer in source.layers():
         for site in plan.of_layer(layer.index):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,3 +107,21 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(centre + 0.25 * noise)
     return model
+
+
+def massive(llama: Path, folder: Path) -> Path:
+    """Save the tiny model with one row of the first down_proj 1,000 times larger: a massive activation."""
+    shutil.copytree(llama, folder)
+    model = tiny_model("llama", vocab_size=320)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[5] *= 1000
+    model.save_pretrained(folder)
+    return folder
+
+
+def transformers_own(folder: Path, **config: Any) -> PreTrainedModel:
+    """Return a folder's model as transformers loads it: float32, eager attention, evaluation mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **config
+    )
+    return model.eval()

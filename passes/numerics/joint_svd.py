@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rk_export.options.ranks import Gauge
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.eigen import eigenvalues, gram_matrix, leading_eigenvectors, product
 from rk_export.passes.numerics.metric import Metric
 
@@ -109,6 +110,16 @@ def _gram_subspace(W: Tensor, rank: int, dtype: torch.dtype) -> Subspace:
     if not tall:
         leading = torch.linalg.qr(product(W.T.to(dtype), leading)).Q
     return Subspace(leading, values.to(torch.float64).flip(0).clamp_min(0).sqrt())
+
+
+def factors_under(
+    W: Tensor, rank: int, curvature: Curvature | None, *, gauge: Gauge = "orthogonal"
+) -> Factors:
+    """Return `joint_factors` under a curvature; None weighs all inputs and outputs alike."""
+    if curvature is None:
+        return joint_factors(W, rank, gauge=gauge)
+    inputs, outputs = curvature.inputs.metric, curvature.output_metric
+    return joint_factors(W, rank, gauge=gauge, inputs=inputs, outputs=outputs, cross=curvature.inputs.cross)
 
 
 def joint_factors(

@@ -87,7 +87,7 @@ def index_dtype(shape: tuple[int, int]) -> torch.dtype:
     return torch.int32 if shape[0] * shape[1] <= _INT32_ENTRIES else torch.int64
 
 
-def empty_factors(shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+def rank_zero_factors(shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of rank 0, (out, 0) and (0, in), with the dtype and device of `like`."""
     return like.new_zeros(shape[0], 0), like.new_zeros(0, shape[1])
 

@@ -14,76 +14,81 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rk_export.passes.numerics.joint_svd import joint_factors, whitened_singular_values
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
+from rk_export.passes.numerics.curvature import Curvature
+from rk_export.passes.numerics.eigen import product
+from rk_export.passes.numerics.joint_svd import factors_under, whitened_singular_values
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
 from rk_export.passes.numerics.metric import Metric
 
 
-@dataclass(frozen=True)
-class TwoSides:
-    """The curvature of a matrix (out, in), as metrics; an error E costs ½ |Tᵀ E S|².
-
-    Args:
-        inputs: S Sᵀ, the second moment of the inputs.
-        outputs: T Tᵀ, that of the output gradients, in a scale that gives nats per token.
-    """
-
-    inputs: Metric
-    outputs: Metric
-
-    def loss(self, E: Tensor) -> float:
-        """Return the predicted loss of an error E (out, in)."""
-        return 0.5 * float(self.outputs.rows(self.inputs.columns(E)).square().sum(dtype=torch.float64))
-
-    def weights(self) -> Tensor:
-        """Return what a squared error in each place costs alone, G_ii C_jj (out, in), float32."""
-        return (_diagonal(self.outputs)[:, None] * _diagonal(self.inputs)[None]).to(torch.float32)
+def entry_weights(curvature: Curvature) -> Tensor:
+    """Return what a squared error in each place costs alone, G_ii C_jj of the damped metrics (out, in), float32."""
+    rows, columns = _diagonal(curvature.output_metric), _diagonal(curvature.inputs.metric)
+    return (rows[:, None] * columns[None]).to(torch.float32)
 
 
-def _diagonal(metric: Metric) -> Tensor:
+def _diagonal(metric: Metric | None) -> Tensor:
+    if metric is None:
+        raise ValueError("no gradients were taken")
     squares = [root.square() if root.ndim == 1 else root.square().sum(1) for root in metric.roots]
     return torch.cat([part.to(torch.float64) for part in squares])
 
 
-def mixture_losses(W: Tensor, sides: TwoSides, entries: Sequence[int]) -> Tensor:
+def part_losses(parts: Parts, curvature: Curvature) -> Tensor:
+    """Return what leaving out each part alone costs (parts,): each direction of the low rank, then each entry.
+
+    Args:
+        parts: Of one matrix.
+        curvature: Of that matrix.
+    """
+    up, down = parts.up, parts.down
+    (G,), C = curvature.outputs.values(), curvature.inputs.second
+    weighed = G[:, None] * up if G.ndim == 1 else product(G, up)
+    directions = (weighed * up).sum(0) * (product(down, C) * down).sum(1)
+    rows = (G if G.ndim == 1 else G.diagonal())[parts.indices.long() // parts.shape[1]]
+    columns = C.diagonal()[parts.indices.long() % parts.shape[1]]
+    return 0.5 * curvature.scale * torch.cat([directions, parts.values.square() * rows * columns])
+
+
+def mixture_losses(W: Tensor, curvature: Curvature, entries: Sequence[int]) -> Tensor:
     """Return the predicted loss with each number of entries and every rank (counts, min(out, in) + 1), float64.
 
     Args:
         W: (out, in).
-        sides: The curvature of W.
+        curvature: Of W.
         entries: How many entries are set aside, at most out · in.
     """
-    scores = W.square() * sides.weights()
+    scores = W.square() * entry_weights(curvature)
     rows = []
     for count in entries:
         left = torch.where(largest(scores, count), 0.0, W)
-        energy = whitened_singular_values(left, sides.inputs, sides.outputs).square()
+        energy = whitened_singular_values(left, curvature.inputs.metric, curvature.output_metric).square()
         tails = energy.flip(0).cumsum(0).flip(0)
         rows.append(0.5 * torch.cat([tails, tails.new_zeros(1)]))
     return torch.stack(rows)
 
 
-def fitted_mixture(W: Tensor, sides: TwoSides, rank: int, entries: int, rounds: int = 4) -> Parts:
+def fitted_mixture(W: Tensor, curvature: Curvature, rank: int, entries: int, rounds: int = 4) -> Parts:
     """Return W (out, in) as a factor pair of a rank and a number of entries, fitted by alternation; on the CPU.
 
     Args:
         W: float32.
-        sides: The curvature of W.
+        curvature: Of W.
         rank: From 0 to min(out, in).
         entries: From 0 to out · in.
         rounds: How often entries are chosen anew beside the low rank; the best round counts.
     """
-    weights = sides.weights()
+    weights = entry_weights(curvature)
     mask = largest(W.square() * weights, entries)
     sparse = torch.where(mask, W, 0.0)
     if rank == 0:
-        return _parts(*empty_factors((W.shape[0], W.shape[1]), W), sparse, mask)
-    best = _beside(W, sides, rank, sparse, mask)
+        return _parts(*rank_zero_factors((W.shape[0], W.shape[1]), W), sparse, mask)
+    best = _beside(W, curvature, rank, sparse, mask)
     newest = best
     for _ in range(rounds if entries else 0):
         error = W - newest.up @ newest.down
         mask = largest(error.square() * weights, entries)
-        newest = _beside(W, sides, rank, torch.where(mask, error, 0.0), mask)
+        newest = _beside(W, curvature, rank, torch.where(mask, error, 0.0), mask)
         best = min(best, newest, key=lambda fit: fit.loss)
     return _parts(best.up, best.down, best.sparse, best.mask)
 
@@ -99,19 +104,19 @@ class _Fit:
     loss: float
 
 
-def _beside(W: Tensor, sides: TwoSides, rank: int, sparse: Tensor, mask: Tensor) -> _Fit:
+def _beside(W: Tensor, curvature: Curvature, rank: int, sparse: Tensor, mask: Tensor) -> _Fit:
     left = W - sparse
-    factors = joint_factors(left, rank, gauge="balanced", inputs=sides.inputs, outputs=sides.outputs)
-    return _Fit(factors.up, factors.down, sparse, mask, sides.loss(left - factors.up @ factors.down))
+    factors = factors_under(left, rank, curvature, gauge="balanced")
+    return _Fit(factors.up, factors.down, sparse, mask, curvature.loss(left - factors.up @ factors.down))
 
 
-def refitted(W: Tensor, sides: TwoSides, parts: Parts) -> Parts:
+def refitted(W: Tensor, curvature: Curvature, parts: Parts) -> Parts:
     """Return parts of W (out, in) with the best low-rank part of their rank beside their entries; on the CPU."""
     rank = min(parts.rank, *parts.shape)
     if rank == 0:
         return parts
     left = W - parts.sparse().to(W.device)
-    factors = joint_factors(left, rank, gauge="balanced", inputs=sides.inputs, outputs=sides.outputs)
+    factors = factors_under(left, rank, curvature, gauge="balanced")
     return Parts(factors.up.cpu(), factors.down.cpu(), parts.indices, parts.values)
 
 

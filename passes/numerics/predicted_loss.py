@@ -2,82 +2,29 @@
 
 With C the second moment of a matrix's inputs and G that of the loss' gradients by its outputs, replacing W by
 W + E raises the mean loss by about tr(G E C Eᵀ) / 2: the Kronecker-factored Fisher information (1503.05671).
-In this one currency a singular direction here is comparable with a bit there, which is what a budget needs.
+In this one unit a singular direction here is comparable with a bit there, which is what a budget needs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rk_export.options.quantization import QuantSpec
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import whitened_singular_values
-from rk_export.passes.numerics.metric import Metric
 
 # The mean square of a rounding error that is uniform over a step of the grid.
 _UNIFORM = 1 / 12
 _INT8_LEVELS = 127
 
 
-@dataclass(frozen=True)
-class InputSide:
-    """The inputs of a matrix; matrices that read the same share one object, and what is derived from it.
-
-    Args:
-        second: C (in, in).
-        token_peak: Mean over tokens of the squared largest input, which sets the step of int8 inputs; 0 if unknown.
-    """
-
-    second: Tensor
-    token_peak: float = 0.0
-
-    @cached_property
-    def metric(self) -> Metric:
-        """The damped metric of C."""
-        return Metric.of(self.second)
-
-    @cached_property
-    def alone(self) -> Tensor:
-        """What a unit of squared error in each column costs (in,), float64, where columns are rounded on their own."""
-        return self.second.diagonal().to(torch.float64)
-
-    @cached_property
-    def compensated(self) -> Tensor:
-        """The same where later columns make up for the error of earlier ones (2210.17323).
-
-        Only what they cannot explain is left: the variance of an input given those rounded later, the squared
-        diagonal of a Cholesky factor.
-        """
-        root = Metric.of(self.second.flip(0, 1)).roots[0].to(torch.float64)
-        return root.diagonal().square().flip(0)
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """The two sides of the Fisher information of one stacked matrix W (out, in).
-
-    Args:
-        inputs: What W reads.
-        outputs: G of each member in stacking order, (out_i, out_i) or its diagonal (out_i,).
-    """
-
-    inputs: InputSide
-    outputs: tuple[Tensor, ...]
-
-    @property
-    def output_weights(self) -> Tensor:
-        """The diagonal of G over all members (out,)."""
-        return torch.cat([G if G.ndim == 1 else G.diagonal() for G in self.outputs]).to(torch.float64)
-
-
 def rank_losses(W: Tensor, curvature: Curvature) -> Tensor:
     """Return the predicted loss of the best rank-k approximation for k = 0 ... min(out, in), float64."""
-    outputs = Metric.stacked(Metric.of(G) for G in curvature.outputs)
-    energy = whitened_singular_values(W, curvature.inputs.metric, outputs).square()
+    energy = whitened_singular_values(W, curvature.inputs.metric, curvature.output_metric).square()
     tails = energy.flip(0).cumsum(0).flip(0)
     return 0.5 * torch.cat([tails, tails.new_zeros(1)])
 
@@ -92,8 +39,7 @@ def rounding_loss(W: Tensor, spec: QuantSpec, curvature: Curvature, columns: Ten
         W: The matrix.
         spec: Bits, block size, symmetry and activations.
         curvature: Of the matrix.
-        columns: Cost of a unit of squared error in each column, as the quantizer leaves it: `InputSide.alone` or
-            `compensated`.
+        columns: Cost of a unit of squared error in each column, see `Inputs.column_weights`.
     """
     out_weights = curvature.output_weights.to(torch.float32)
     by_block = _blocks(columns.to(torch.float32)[None], spec.block_size).sum(-1)[0]
@@ -128,20 +74,18 @@ def input_rounding_loss(W: Tensor, block_size: int, peaks: Tensor, out_weights: 
 
 @dataclass(frozen=True)
 class TableCurvature:
-    """What errors of a token embedding that is also the output projection cost, by row and by column.
+    """The curvatures of one stored table (vocabulary, dim), which is read in two ways.
 
     Args:
-        outputs: Mean over tokens of p (1 - p), p the probability of each token (vocabulary,); zeros where the
-            table is no output projection.
-        inputs: Second moment of what the output projection reads (dim, dim).
-        frequencies: Share of each token in the text (vocabulary,); zeros where the table is no embedding.
-        gradients: Mean square of the loss' gradient by the embedding's output (dim,).
+        head: As the output projection: what it reads, and the mean over tokens of p (1 - p), p the probability of
+            each token (vocabulary,); zeros where the table is no output projection.
+        lookup: As the embedding, which multiplies one-hot tokens from the other side: the share of each token in the
+            text (vocabulary,) as the diagonal of its inputs' moment, zeros where the table is no embedding; and the
+            mean square of the loss' gradient by its output (dim,).
     """
 
-    outputs: Tensor
-    inputs: Tensor
-    frequencies: Tensor
-    gradients: Tensor
+    head: Curvature
+    lookup: Curvature
 
 
 def table_loss(table: Tensor, spec: QuantSpec, curvature: TableCurvature, columns: Tensor) -> float:
@@ -159,11 +103,9 @@ def table_loss(table: Tensor, spec: QuantSpec, curvature: TableCurvature, column
         by_block = _blocks(weights.to(torch.float32)[None], spec.block_size).sum(-1)[0]
         return float(rows.to(torch.float32) @ (steps @ by_block))
 
-    return (
-        0.5
-        * _UNIFORM
-        * (weighed(curvature.outputs, columns) + weighed(curvature.frequencies, curvature.gradients))
-    )
+    head, lookup = curvature.head, curvature.lookup
+    as_head = weighed(head.output_weights, columns)
+    return 0.5 * _UNIFORM * (as_head + weighed(lookup.inputs.alone, lookup.output_weights))
 
 
 def _blocks(W: Tensor, block_size: int) -> Tensor:

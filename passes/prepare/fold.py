@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from rk_export.passes.prepare.parameters import put, read, weight
+from rk_export.passes.prepare.parameters import read, set_parameter, weight
 from rk_export.passes.prepare.wiring import Wiring
 
 
@@ -27,11 +27,11 @@ def fold_norm(norm: nn.Module, readers: Iterable[nn.Module], *, unit_offset: boo
             bias = read(reader, "bias")
             if bias is None:
                 raise TypeError(f"{type(reader).__name__} has no bias to take the norm's shift")
-            put(reader, "bias", bias + matrix.double() @ shift.double())
-        put(reader, "weight", matrix * gain)
-    put(norm, "weight", torch.full_like(gain, 1.0 - unit_offset))
+            set_parameter(reader, "bias", bias + matrix.double() @ shift.double())
+        set_parameter(reader, "weight", matrix * gain)
+    set_parameter(norm, "weight", torch.full_like(gain, 1.0 - unit_offset))
     if shift is not None:
-        put(norm, "bias", torch.zeros_like(shift))
+        set_parameter(norm, "bias", torch.zeros_like(shift))
 
 
 def fold_layer(layer: nn.Module, wiring: Wiring, norms: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rk_export.passes.prepare.orthogonal import Orthogonal
-from rk_export.passes.prepare.parameters import put, read, weight
+from rk_export.passes.prepare.parameters import read, set_parameter, weight
 from rk_export.passes.prepare.wiring import Wiring
 
 
@@ -28,15 +28,15 @@ def rotate_values(value: nn.Module, output: nn.Module, rotations: Sequence[Ortho
     count = len(rotations)
     matrix, bias = weight(value), read(value, "bias")
     parts = zip(rotations, matrix.chunk(count), strict=True)
-    put(value, "weight", torch.cat([rotation.left(part) for rotation, part in parts]))
+    set_parameter(value, "weight", torch.cat([rotation.left(part) for rotation, part in parts]))
     if bias is not None:
         shifts = zip(rotations, bias.view(count, 1, -1), strict=True)
-        put(value, "bias", torch.cat([rotation.right(part)[0] for rotation, part in shifts]))
+        set_parameter(value, "bias", torch.cat([rotation.right(part)[0] for rotation, part in shifts]))
     mixed = weight(output)
     head_dim = len(matrix) // count
     columns = zip(rotations, mixed.chunk(count, dim=1), strict=True)
     turned = [rotation.right(part.reshape(-1, head_dim)).view(len(mixed), -1) for rotation, part in columns]
-    put(output, "weight", torch.cat(turned, dim=1))
+    set_parameter(output, "weight", torch.cat(turned, dim=1))
 
 
 def rotate_heads(layer: nn.Module, wiring: Wiring, rotations: Sequence[Orthogonal]) -> None:

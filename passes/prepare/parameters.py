@@ -21,7 +21,7 @@ def weight(module: nn.Module) -> Tensor:
     return value
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by new values in its own dtype; who shared the old one keeps it."""
     old = cast(Tensor, getattr(module, name))
     setattr(module, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=False))

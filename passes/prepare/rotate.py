@@ -11,23 +11,23 @@ from torch import nn
 
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.prepare.orthogonal import Orthogonal
-from rk_export.passes.prepare.parameters import put, read, weight
+from rk_export.passes.prepare.parameters import read, set_parameter, weight
 from rk_export.passes.prepare.wiring import Wiring
 
 
 @torch.no_grad()
 def rotate_reader(module: nn.Module, rotation: Orthogonal) -> None:
     """Let a matrix (out, d), or an embedding table (vocabulary, d), work on the rotated stream: W Q."""
-    put(module, "weight", rotation.right(weight(module)))
+    set_parameter(module, "weight", rotation.right(weight(module)))
 
 
 @torch.no_grad()
 def rotate_writer(module: nn.Module, rotation: Orthogonal) -> None:
     """Let a matrix (d, in) write into the rotated stream: Qᵀ W and Qᵀ b."""
-    put(module, "weight", rotation.left(weight(module)))
+    set_parameter(module, "weight", rotation.left(weight(module)))
     bias = read(module, "bias")
     if bias is not None:
-        put(module, "bias", rotation.right(bias[None])[0])
+        set_parameter(module, "bias", rotation.right(bias[None])[0])
 
 
 def rotate_layer(layer: nn.Module, wiring: Wiring, rotation: Orthogonal) -> None:
@@ -53,7 +53,7 @@ def rotated_tied_head(norm: nn.Module, embedding: nn.Embedding, rotation: Orthog
     gain = weight(norm)
     size = len(gain)
     matrix = rotation.left(gain.double()[:, None] * rotation.matrix().to(gain.device))
-    put(norm, "weight", torch.ones_like(gain))
+    set_parameter(norm, "weight", torch.ones_like(gain))
     middle = nn.Linear(size, size, bias=False, device="meta")
     middle.weight = nn.Parameter(matrix.to(embedding.weight.dtype).contiguous(), requires_grad=False)
     head = nn.Linear(size, embedding.num_embeddings, bias=False, device="meta")

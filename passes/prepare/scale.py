@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.prepare.parameters import put, read, weight
+from rk_export.passes.prepare.parameters import read, set_parameter, weight
 from rk_export.passes.prepare.wiring import Wiring
 
 # Peaks further than this from their geometric mean count as this far: half precision must hold the weights.
@@ -38,10 +38,10 @@ def scale_neurons(up: nn.Module, down: nn.Module, scales: Tensor) -> None:
     """Divide the rows of up by `scales` (n,) and multiply the columns of down, in place."""
     matrix, bias = weight(up), read(up, "bias")
     scales = scales.to(matrix)
-    put(up, "weight", matrix / scales[:, None])
+    set_parameter(up, "weight", matrix / scales[:, None])
     if bias is not None:
-        put(up, "bias", bias / scales)
-    put(down, "weight", weight(down) * scales)
+        set_parameter(up, "bias", bias / scales)
+    set_parameter(down, "weight", weight(down) * scales)
 
 
 def scale_layer(layer: nn.Module, wiring: Wiring, peaks: Mapping[str, Tensor], alpha: float) -> None:

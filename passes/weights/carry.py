@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from rk_export.errors import InputError
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import QuantizedLinear
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.grid import Grid, as_blocks, why_not_carried
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
@@ -36,7 +37,7 @@ class Carry:
         return plan.carried
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, curvature: Curvature | None) -> Finding:
         """Replace the matrices of one site.
 
         Raises:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.modules.quantized import CorrectedLinear, QuantizedLinear, linear_of
 from rk_export.passes.numerics.correction import quantize_corrected
-from rk_export.passes.weights.quantizer import Inputs, Quantizer
+from rk_export.passes.numerics.curvature import Inputs
+from rk_export.passes.weights.quantizer import Quantizer
 
 
 def corrected_linear(
-    linear: nn.Linear, W: Tensor, rank: int, spec: QuantSpec, inputs: Inputs, quantizer: Quantizer
+    linear: nn.Linear, W: Tensor, rank: int, spec: QuantSpec, inputs: Inputs | None, quantizer: Quantizer
 ) -> CorrectedLinear:
     """Return what stands for a linear module whose quantization error is corrected.
 
@@ -20,13 +21,14 @@ def corrected_linear(
         W: The matrix to stand for (out, in), on the device where it is quantized.
         rank: Of the branch, r.
         spec: Bits and blocks of the quantized matrix.
-        inputs: What W multiplies.
+        inputs: What W multiplies; None weighs all columns alike.
         quantizer: How the matrix is rounded.
 
     Raises:
         ValueError: If the rank does not fit the matrix.
     """
-    parts = quantize_corrected(W, rank, lambda rest: quantizer.quantize(rest, spec, inputs), inputs.metric)
+    metric = None if inputs is None else inputs.metric
+    parts = quantize_corrected(W, rank, lambda rest: quantizer.quantize(rest, spec, inputs), metric)
     dtype = linear.weight.dtype
     module = CorrectedLinear(
         QuantizedLinear(parts.matrix, linear.bias),

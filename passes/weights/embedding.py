@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
+from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn, quantized_bytes
 from rk_export.passes.weights.quantize import Quantize
-from rk_export.passes.weights.quantizer import Inputs
 from rk_export.report.records import Finding, Outcome
 
 
@@ -23,7 +23,7 @@ def quantize_embedding(
     head_path: str | None,
     spec: QuantSpec,
     quantize: Quantize,
-    head_inputs: Tensor | None = None,
+    head_inputs: Inputs | None = None,
 ) -> list[Finding]:
     """Quantize the embedding, and the output projection where there is one, with the rotation in front of it.
 
@@ -33,17 +33,17 @@ def quantize_embedding(
         head_path: Torch path of the output projection; None for encoders.
         spec: Bits and blocks of both.
         quantize: The quantizer and its device.
-        head_inputs: Second moment (dim, dim) of what the output projection reads. A tied table is quantized under
-            it: its errors count mostly in the logits.
+        head_inputs: What the output projection reads (dim). A tied table is quantized under its moment: its errors
+            count mostly in the logits.
     """
     embedding = model.get_submodule(embedding_path)
     if not isinstance(embedding, nn.Embedding):
         raise TypeError(f"{embedding_path} is {type(embedding).__name__}")
     head = None if head_path is None else model.get_submodule(head_path)
-    inputs = Inputs(None if head_inputs is None else head_inputs.to(quantize.device))
+    inputs = None if head_inputs is None else head_inputs.to(quantize.device)
     tied = _projection(head) is embedding.weight
     matrix = quantize.quantizer.quantize(
-        embedding.weight.detach().to(quantize.device), spec, inputs if tied else Inputs()
+        embedding.weight.detach().to(quantize.device), spec, inputs if tied else None
     )
     table = QuantizedEmbedding(matrix, embedding_multiplier(embedding)).to(embedding.weight.device)
     model.set_submodule(embedding_path, table)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.options.ranks import Gauge
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember, SharedFactors
 from rk_export.passes.modules.quantized import linear_of as linear_of
-from rk_export.passes.numerics.joint_svd import Factors, joint_factors, orthogonality_defect
+from rk_export.passes.numerics.curvature import Curvature
+from rk_export.passes.numerics.joint_svd import Factors, factors_under, orthogonality_defect
 from rk_export.passes.numerics.ranks import kept_ratio, spectrum
 from rk_export.passes.weights.identity import empty_identity, identity_factors
 from rk_export.passes.weights.neuron_order import obstacle, renumber, renumbered
-from rk_export.passes.weights.site_metric import SiteMetric, site_metrics
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome, Spectrum
 
@@ -24,9 +24,9 @@ from rk_export.report.records import Finding, Outcome, Spectrum
 class Factorize:
     """Replace the members of a site by factor pairs of the planned rank.
 
-    Statistics must have been gathered before the pass touched the layer: the identity form of gate and up
-    renumbers the layer's neurons, and statistics of its later sites are renumbered here. A later pass that reads
-    the same statistics takes them through `aligned`.
+    Curvatures must have been gathered before the pass touched the layer: the identity form of gate and up
+    renumbers the layer's neurons, and curvatures of its later sites are renumbered here. A later pass that reads
+    the same curvatures takes them through `aligned`.
 
     Args:
         gauge: Which factor carries the singular values.
@@ -49,26 +49,27 @@ class Factorize:
     def applies(self, plan: SitePlan) -> bool:
         return plan.form not in ("dense", "sparse")
 
-    def aligned(self, plan: SitePlan, statistics: SiteStatistics | None) -> SiteStatistics | None:
-        """Return a site's statistics in the order in which the layer's neurons are now."""
+    def aligned(self, plan: SitePlan, curvature: Curvature | None) -> Curvature | None:
+        """Return a site's curvature in the order in which the layer's neurons are now."""
         order = self._neuron_orders.get(plan.layer)
-        if statistics is None or order is None:
-            return statistics
-        return renumbered(statistics, plan, order)
+        if curvature is None or order is None:
+            return curvature
+        return renumbered(curvature, plan, order)
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, curvature: Curvature | None) -> Finding:
         members = [layer.linear(path) for path in plan.paths]
         pairs = list(stacked_pairs(layer, plan))
         rows = {role: linear.out_features for role, linear in pairs[0][1].items()}
-        metrics = list(site_metrics(self.aligned(plan, statistics), rows, len(pairs), self.device))
+        known = self.aligned(plan, curvature)
+        known = None if known is None else known.to(self.device)
         parts = [
-            self._factorize(linears, plan.rank, metric)
-            for (_, linears), metric in zip(pairs, metrics, strict=True)
+            self._factorize(linears, plan.rank, None if known is None else known.of_rows(rows, group))
+            for group, (_, linears) in enumerate(pairs)
         ]
         for (target, _), factors in zip(pairs, parts, strict=True):
             self.spectra.append(spectrum(target, factors.singular_values.cpu(), plan.rank))
-        details = self._error_details(parts, metrics)
+        details = self._error_details(parts, known)
         if plan.form == "identity":
             details |= self._install_identity(layer, plan, parts[0])
         else:
@@ -76,16 +77,9 @@ class Factorize:
             install(layer, plan, modules[0] if plan.form == "joint" else GroupedFactors(modules))
         return self._finding(plan, members, parts, details)
 
-    def _factorize(self, rows: dict[str, nn.Linear], rank: int, metric: SiteMetric) -> Factors:
+    def _factorize(self, rows: dict[str, nn.Linear], rank: int, curvature: Curvature | None) -> Factors:
         stacked = torch.cat([linear.weight.to(self.device) for linear in rows.values()])
-        return joint_factors(
-            stacked,
-            rank,
-            gauge=self.gauge,
-            inputs=metric.inputs,
-            outputs=metric.outputs,
-            cross=metric.cross,
-        )
+        return factors_under(stacked, rank, curvature, gauge=self.gauge)
 
     def _install_identity(self, layer: Layer, plan: SitePlan, factors: Factors) -> dict[str, object]:
         """Put the identity form in, neurons renumbered where that saves a Gather; return its details."""
@@ -103,13 +97,11 @@ class Factorize:
             "gather": reason or None,
         }
 
-    def _error_details(self, parts: list[Factors], metrics: list[SiteMetric]) -> dict[str, object]:
-        defects = [
-            orthogonality_defect(factors.down, metric.inputs)
-            for factors, metric in zip(parts, metrics, strict=True)
-        ]
+    def _error_details(self, parts: list[Factors], curvature: Curvature | None) -> dict[str, object]:
+        metric = None if curvature is None else curvature.inputs.metric
+        defects = [orthogonality_defect(factors.down, metric) for factors in parts]
         return {
-            "metric": metrics[0].name,
+            "metric": "none" if curvature is None else curvature.weighed,
             "weighted_error": max(factors.weighted_error for factors in parts),
             "gauge": self.gauge,
             "orthogonality_defect": max(defects) if self.gauge == "orthogonal" else None,

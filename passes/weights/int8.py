@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from rk_export.options.quantization import W8A8
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.int8 import int8_bytes, quantize_rows
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import SitePlan
@@ -30,7 +31,7 @@ class Int8:
         return plan.quant == W8A8
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, curvature: Curvature | None) -> Finding:
         squared_error = squared_norm = 0.0
         before = after = 0
         for path in matrix_paths(layer, plan):

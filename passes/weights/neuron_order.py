@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import linear_of
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.plan import SitePlan
 
 NEURON_ROLES = ("gate", "up")
@@ -51,17 +52,17 @@ def renumber(layer: Layer, plan: SitePlan, paths: Mapping[str, str], order: Tens
         layer.replace(paths[role], permuted)
 
 
-def renumbered(statistics: SiteStatistics, plan: SitePlan, order: Tensor) -> SiteStatistics:
-    """Return statistics that were gathered before the neurons were renumbered as they are afterwards."""
-    inputs = statistics.inputs
+def renumbered(curvature: Curvature, plan: SitePlan, order: Tensor) -> Curvature:
+    """Return a curvature that was gathered before the neurons were renumbered as it is afterwards."""
+    inputs = curvature.inputs
     if plan.members == ("down",):
         cross = None if inputs.cross is None else _permuted(inputs.cross, order)
         inputs = replace(inputs, second=_permuted(inputs.second, order), cross=cross)
     outputs = {
         role: _permuted(moment, order) if role in NEURON_ROLES else moment
-        for role, moment in statistics.outputs.items()
+        for role, moment in curvature.outputs.items()
     }
-    return SiteStatistics(inputs, outputs)
+    return replace(curvature, inputs=inputs, outputs=outputs)
 
 
 def _others(plan: SitePlan, paths: Mapping[str, str]) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rk_export.passes.base import Layer, SiteStatistics, inputs_of
+from rk_export.passes.base import Layer, inputs_of_role
 from rk_export.passes.modules.quantized import linear_of
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.pruning import Reduction, block_costs, refit
 from rk_export.passes.weights.head_slots import (
     attention_paths,
@@ -47,11 +48,11 @@ class PruneGroups:
         layer: Layer,
         shape: LayerShape,
         sites: Sequence[SitePlan],
-        statistics: Mapping[str, SiteStatistics],
+        curvatures: Mapping[str, Curvature],
     ) -> Finding:
         paths, kept = attention_paths(sites), shape.kv_groups or ()
         linears = {role: layer.linear(path) for role, path in paths.items()}
-        o, moments = linears["o"], inputs_of("o", sites, statistics)
+        o, moments = linears["o"], inputs_of_role("o", sites, curvatures)
         W = o.weight.to(self.device)
         H = torch.eye(o.in_features) if moments is None else moments.second
         stay = group_entries(o.in_features, layer.kv_groups, kept).to(self.device)
@@ -69,7 +70,7 @@ class PruneGroups:
         return shape_finding(layer, self.name, removed, inputs.error(W, corrected), **details)
 
 
-def group_scores(layer: Layer, sites: Sequence[SitePlan], statistics: Mapping[str, SiteStatistics]) -> Tensor:
+def group_scores(layer: Layer, sites: Sequence[SitePlan], curvatures: Mapping[str, Curvature]) -> Tensor:
     """Return what dropping each KV group costs, (groups,), comparable within the layer.
 
     With the second moment of the output projection's input: the squared error of its output after the
@@ -77,7 +78,7 @@ def group_scores(layer: Layer, sites: Sequence[SitePlan], statistics: Mapping[st
     """
     paths = attention_paths(sites)
     o, v = layer.linear(paths["o"]), layer.linear(paths["v"])
-    moments = inputs_of("o", sites, statistics)
+    moments = inputs_of_role("o", sites, curvatures)
     if moments is not None:
         return block_costs(o.weight, moments.second.to(o.weight.device), layer.kv_groups)
     groups, dim = layer.kv_groups, v.out_features // layer.kv_groups

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rk_export.passes.base import Layer, SiteStatistics, inputs_of, role_paths
+from rk_export.passes.base import Layer, inputs_of_role, role_paths
 from rk_export.passes.modules.quantized import linear_of
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.pruning import Reduction, eliminate_columns, largest, neuron_norms, refit
 from rk_export.passes.weights.reduced import rows_of, shape_finding, weight_bytes
 from rk_export.plan import LayerShape, SitePlan
@@ -44,11 +45,11 @@ class PruneWidth:
         layer: Layer,
         shape: LayerShape,
         sites: Sequence[SitePlan],
-        statistics: Mapping[str, SiteStatistics],
+        curvatures: Mapping[str, Curvature],
     ) -> Finding:
         paths, width = mlp_paths(sites), shape.ffn_width or 0
         linears = {role: layer.linear(path) for role, path in paths.items()}
-        down, moments = linears["down"], inputs_of("down", sites, statistics)
+        down, moments = linears["down"], inputs_of_role("down", sites, curvatures)
         W = down.weight.to(self.device)
         if moments is None:
             H = torch.eye(down.in_features, device=self.device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rk_export.passes.modules.quantized import QuantizedLinear
+from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.quantize import quantized_bytes
-from rk_export.passes.weights.quantizer import Inputs
 
 
 @dataclass
@@ -29,14 +29,14 @@ class QuantizationTally:
         self.after += quantized_bytes(rows, columns, quantized.spec, scale_bytes)
         self.after += sum(_float_bytes(part) for part in branch)
 
-    def compare(self, target: Tensor, quantized: Tensor, inputs: Inputs) -> None:
+    def compare(self, target: Tensor, quantized: Tensor, inputs: Inputs | None) -> None:
         """Count the error of a matrix, or of a pair's product, both (out, in)."""
         difference = quantized - target
-        self.squared_error += Inputs().square(difference)
-        self.squared_norm += Inputs().square(target)
-        if inputs.second is not None:
-            self.weighted_squared_error += inputs.square(difference)
-            self.weighted_squared_norm += inputs.square(target)
+        self.squared_error += _square(difference)
+        self.squared_norm += _square(target)
+        if inputs is not None:
+            self.weighted_squared_error += inputs.mean_square(difference)
+            self.weighted_squared_norm += inputs.mean_square(target)
 
     @property
     def error(self) -> float:
@@ -48,6 +48,10 @@ class QuantizationTally:
         """The relative error of the outputs."""
         norm = self.weighted_squared_norm
         return (self.weighted_squared_error / norm) ** 0.5 if norm else 0.0
+
+
+def _square(matrix: Tensor) -> float:
+    return float(matrix.double().square().sum())
 
 
 def _float_bytes(linear: nn.Linear) -> int:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import IdentityFactors, JointFactors, JointMember
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.numerics.identity_form import refit_up
 from rk_export.passes.weights.correction import corrected_linear
 from rk_export.passes.weights.factorize import factors_path
 from rk_export.passes.weights.quantization_tally import QuantizationTally
-from rk_export.passes.weights.quantizer import Inputs, Quantizer, QuantizerName
+from rk_export.passes.weights.quantizer import Quantizer, QuantizerName
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
 
@@ -40,7 +41,7 @@ class Quantize:
         scale_dtype: Float type of the stored scales.
         device: Where the rounding runs.
         quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also makes up for each
-            column's error; the last two weigh by the statistics and refit the second factor of a pair.
+            column's error; the last two weigh by the curvature and refit the second factor of a pair.
     """
 
     name = "quantize"
@@ -56,10 +57,10 @@ class Quantize:
         return plan.quant is not None and plan.quant.activations == 16 and not plan.carried
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, curvature: Curvature | None) -> Finding:
         if plan.quant is None:
             raise ValueError(f"{plan.site} has no quantization planned")
-        inputs = Inputs.of(statistics, self.device)
+        inputs = None if curvature is None else curvature.inputs.to(self.device)
         work = _Work(self.quantizer.on(inputs), plan.quant, inputs, self.device)
         first = layer.at(plan.paths[0])
         if isinstance(first, JointMember):
@@ -72,13 +73,12 @@ class Quantize:
 
     def quantize(self, linear: nn.Linear, spec: QuantSpec, inputs: Inputs | None = None) -> QuantizedLinear:
         """Return the quantized counterpart of a linear module, on the module's device."""
-        known = inputs or Inputs()
-        work = _Work(self.quantizer.on(known), spec, known, self.device)
-        return work.module(linear, work.moved(linear.weight), known)
+        work = _Work(self.quantizer.on(inputs), spec, inputs, self.device)
+        return work.module(linear, work.moved(linear.weight), inputs)
 
     def _finding(self, plan: SitePlan, work: _Work) -> Finding:
         details: dict[str, Any] = {"pass": self.name, **work.spec.details(), "quantizer": work.quantizer.name}
-        if work.inputs.second is not None:
+        if work.inputs is not None:
             details["weighted_error"] = work.tally.weighted_error
         if plan.correction:
             details["correction"] = plan.correction
@@ -100,20 +100,21 @@ class _Work:
     Args:
         quantizer: What is used.
         spec: Bits and blocks.
-        inputs: What is known about the site's common input.
+        inputs: What is known about the site's common input; None weighs all columns alike.
         device: Where the rounding runs.
         tally: Bytes and errors so far.
     """
 
     quantizer: Quantizer
     spec: QuantSpec
-    inputs: Inputs
+    inputs: Inputs | None
     device: torch.device
     tally: QuantizationTally = field(default_factory=QuantizationTally)
 
     def quantize_dense(self, linear: nn.Linear, correction: int) -> nn.Module:
         """Return what stands for a dense matrix, with a branch of a rank that corrects it unless that is 0."""
-        target = self.inputs.aimed(self.moved(linear.weight))
+        target = self.moved(linear.weight)
+        target = target if self.inputs is None else self.inputs.aimed(target)
         if not correction:
             module = self.module(linear, target, self.inputs)
             self.tally.count(linear, module)
@@ -136,8 +137,9 @@ class _Work:
         self.tally.count(first, down)
         if isinstance(pair, IdentityFactors):
             self.tally.compare(A, A_q, self.inputs)  # the pivots are outputs themselves
-        refit = None if self.quantizer.name == "rtn" else refit_up(A, A_q, self.inputs.metric)
-        behind = self.inputs.behind(A_q)
+        metric = None if self.inputs is None else self.inputs.metric
+        refit = None if self.quantizer.name == "rtn" else refit_up(A, A_q, metric)
+        behind = None if self.inputs is None else self.inputs.behind(A_q)
         for (role, linear), B in zip(seconds.items(), Bs, strict=True):
             up = self.module(linear, B if refit is None else B @ refit, behind)
             self.tally.count(linear, up)
@@ -156,7 +158,7 @@ class _Work:
         """Return a weight on the device where the rounding runs, float32."""
         return weight.detach().to(self.device, torch.float32)
 
-    def module(self, linear: nn.Linear, W: Tensor, inputs: Inputs) -> QuantizedLinear:
+    def module(self, linear: nn.Linear, W: Tensor, inputs: Inputs | None) -> QuantizedLinear:
         """Return W (out, in) quantized, with the bias and on the device of the module that it stands for."""
         matrix = self.quantizer.quantize(W, self.spec, inputs)
         return QuantizedLinear(matrix, linear.bias).to(linear.weight.device)

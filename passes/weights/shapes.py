@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from rk_export.passes.base import Layer, ShapePass, SiteStatistics, role_paths
+from rk_export.passes.base import Layer, ShapePass, role_paths
 from rk_export.passes.modules.heads import HeadSlots
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.weights.head_slots import (
     attention_paths,
     head_slots,
@@ -28,7 +29,7 @@ def reshape_layer(
     layer: Layer,
     shape: LayerShape | None,
     sites: Sequence[SitePlan],
-    statistics: Mapping[str, SiteStatistics],
+    curvatures: Mapping[str, Curvature],
     device: torch.device,
 ) -> tuple[Layer, list[Finding]]:
     """Shrink a layer in place; return it with the KV groups that it has now, and the findings.
@@ -37,14 +38,14 @@ def reshape_layer(
         layer: The layer, dense.
         shape: What it loses; None for nothing.
         sites: Its sites.
-        statistics: Of the dense layer, by site name.
+        curvatures: Of the dense layer, by site name.
         device: Where the choices and corrections are computed.
     """
     if shape is None:
         return layer, []
     passes: tuple[ShapePass, ...] = (PruneWidth(device), PruneGroups(device), TruncateValues(device))
     findings = [
-        shape_pass.rewrite(layer, shape, sites, statistics)
+        shape_pass.rewrite(layer, shape, sites, curvatures)
         for shape_pass in passes
         if shape_pass.applies(shape)
     ]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.matrix_id import MatrixId
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import JointFactors, JointMember
 from rk_export.passes.modules.quantized import linear_of
 from rk_export.passes.modules.sparse import SparseSum
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.factorize import factors_path
 from rk_export.plan import SitePlan
@@ -40,7 +41,7 @@ class Sparse:
         return plan.form == "sparse"
 
     @torch.no_grad()
-    def rewrite(self, layer: Layer, plan: SitePlan, statistics: SiteStatistics | None) -> Finding:
+    def rewrite(self, layer: Layer, plan: SitePlan, curvature: Curvature | None) -> Finding:
         (path,), (role,) = plan.paths, plan.members
         linear, parts = layer.linear(path), self.parts[plan.matrices[0]]
         values = parts.values.to(VALUE_DTYPE).to(linear.weight)

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.base import Layer, SiteStatistics, inputs_of
+from rk_export.passes.base import Layer, inputs_of_role
 from rk_export.passes.modules.heads import HeadSlots
 from rk_export.passes.modules.quantized import linear_of
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.value_heads import NarrowValues, narrow_values, value_moments
 from rk_export.passes.weights.head_slots import (
     attention_paths,
@@ -49,12 +50,12 @@ class TruncateValues:
         layer: Layer,
         shape: LayerShape,
         sites: Sequence[SitePlan],
-        statistics: Mapping[str, SiteStatistics],
+        curvatures: Mapping[str, Curvature],
     ) -> Finding:
         paths, width = attention_paths(sites), shape.value_dim or 0
         slots = head_slots(layer, paths)
         v, o = layer.linear(paths["v"]), layer.linear(paths["o"])
-        weighed_by, H = self._moments(layer, shape, sites, statistics)
+        weighed_by, H = self._moments(layer, shape, sites, curvatures)
         groups, dim = slots["v"].heads, slots["v"].width
         narrow = narrow_values(o.weight.to(self.device), H, groups, dim, width)
         smaller = _narrow_linears(v, o, narrow, slots)
@@ -68,13 +69,13 @@ class TruncateValues:
         layer: Layer,
         shape: LayerShape,
         sites: Sequence[SitePlan],
-        statistics: Mapping[str, SiteStatistics],
+        curvatures: Mapping[str, Curvature],
     ) -> tuple[str, Tensor]:
         """Return the second moment of what o reads, the pruned groups left out, and where it comes from."""
         paths = attention_paths(sites)
         slots = head_slots(layer, paths)
         v = layer.linear(paths["v"])
-        attended, hidden = inputs_of("o", sites, statistics), inputs_of("v", sites, statistics)
+        attended, hidden = inputs_of_role("o", sites, curvatures), inputs_of_role("v", sites, curvatures)
         if attended is not None and v.bias is None:
             H = attended.second.to(self.device)
             kept = shape.kv_groups or range(layer.kv_groups)

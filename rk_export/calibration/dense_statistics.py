@@ -1,16 +1,19 @@
-"""What is known about every matrix of a dense model, and what an error in one of them costs."""
+"""What is known about every matrix of a dense model: the store that curvatures are taken from."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rk_export.device import CPU
 from rk_export.matrix_id import MatrixId
 from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature, Inputs
+from rk_export.plan import SitePlan
 
 _KINDS = ("second", "peaks", "gradients")
 _TOKEN_PEAKS = "token_peaks"
@@ -26,8 +29,7 @@ class DenseStatistics:
         peaks: Largest magnitude of each feature that the matrix reads, float32 (in,); shared likewise.
         token_peaks: Mean over tokens of the square of a token's largest magnitude, which sets the step of int8 inputs.
         gradients: Sum over tokens of g gᵀ, g the gradient of the mean loss by the matrix' output, float32
-            (out, out), or its diagonal (out,): an error ΔW of the matrix costs ½ tokens tr(G ΔW C ΔWᵀ) nats a token
-            (1503.05671), G this and C `second`. Empty where nothing ran back.
+            (out, out), or its diagonal (out,); times `tokens` it is the G of `Curvature`. Empty where nothing ran back.
         tokens: Predicted tokens that the loss is the mean of.
     """
 
@@ -36,6 +38,56 @@ class DenseStatistics:
     token_peaks: Mapping[MatrixId, float]
     gradients: Mapping[MatrixId, Tensor]
     tokens: int
+
+    def at(self, place: MatrixId) -> Curvature:
+        """Return the curvature of one matrix.
+
+        Raises:
+            KeyError: If no token reached the matrix.
+        """
+        (curvature,) = self.of_groups([{place.path: place}])
+        if curvature is None:
+            raise KeyError(place)
+        return curvature
+
+    def of_sites(self, sites: Iterable[SitePlan], device: torch.device = CPU) -> Iterator[Curvature | None]:
+        """Yield the curvature of each site of a layer; None for experts and where no token came."""
+        groups = (
+            {} if "expert" in site.members else dict(zip(site.members, site.matrices, strict=True))
+            for site in sites
+        )
+        return self.of_groups(groups, device)
+
+    def of_groups(
+        self, groups: Iterable[Mapping[str, MatrixId]], device: torch.device = CPU
+    ) -> Iterator[Curvature | None]:
+        """Yield the curvature of each group of matrices that read the same; None for groups that are not known.
+
+        Groups that read the same share the object of their inputs, and with it what is derived from them. Ask for one
+        layer at a time: that is kept as long as the curvatures.
+
+        Args:
+            groups: The matrices of each by role, in stacking order.
+            device: Where the curvatures are used.
+        """
+        known = self.gradients or self.second
+        shared: dict[int, Inputs] = {}
+        for group in groups:
+            places = list(group.values())
+            if not places or any(place not in known for place in places):
+                yield None
+                continue
+            key = id(self.second[places[0]])
+            if key not in shared:
+                shared[key] = self._inputs(places[0], device)
+            outputs = {
+                role: self.gradients[place].to(device) for role, place in group.items() if self.gradients
+            }
+            yield Curvature(shared[key], outputs, self.tokens)
+
+    def _inputs(self, place: MatrixId, device: torch.device) -> Inputs:
+        peak = self.token_peaks.get(place, 0.0)
+        return Inputs(self.second[place].to(device), token_peak=peak, tokens=self.tokens)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors, each once, named by kind, layer and the paths that share it."""

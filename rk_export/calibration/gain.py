@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics, role_paths
+from rk_export.passes.base import Layer, role_paths
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import SitePlan
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class _Moments:
 @torch.no_grad()
 def gain_statistics(
     layer: Layer, sites: Sequence[SitePlan], description: ModelDescription
-) -> dict[str, SiteStatistics]:
+) -> dict[str, Curvature]:
     """Estimate the input moments of a dense layer's sites.
 
     Two steps are approximations. o reads averages of values over tokens: they are taken to have the values' own
@@ -54,7 +55,7 @@ def gain_statistics(
         description: Of its model.
 
     Returns:
-        Statistics by site name, with `tokens` 0. Sites that no norm stands in front of have none, and neither
+        Curvatures by site name, with `tokens` 0. Sites that no norm stands in front of have none, and neither
         have experts; both are logged.
     """
     roles = role_paths(sites)
@@ -69,7 +70,7 @@ def gain_statistics(
     found = {}
     for site in sites:
         if site.members[0] in known:
-            found[site.site] = SiteStatistics(InputMoments(known[site.members[0]]))
+            found[site.site] = Curvature(Inputs(known[site.members[0]]))
         else:
             logger.info("%s: no statistics, no norm's gain tells what it reads", site.site)
     return found

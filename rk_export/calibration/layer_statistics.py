@@ -14,14 +14,15 @@ from rk_export.calibration.gain import gain_statistics
 from rk_export.calibration.streamed_moments import CalibrationStreams
 from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.plan import SitePlan
 
-BySite = dict[str, SiteStatistics]
+BySite = dict[str, Curvature]
 
 
 class LayerStatistics(Protocol):
-    """Statistics by site name, asked for layer by layer; sites that nothing is known about are absent."""
+    """Curvatures by site name, asked for layer by layer; sites that nothing is known about are absent."""
 
     def begin(self, model: PreTrainedModel) -> None:
         """Look at the model while its embedding is still dense."""
@@ -30,7 +31,7 @@ class LayerStatistics(Protocol):
         """Take note that the embedding is what it will be."""
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
-        """Return the statistics of a layer that is still dense."""
+        """Return the curvatures of a layer that is still dense."""
         ...
 
     def rewritten(self, index: int) -> None:
@@ -74,20 +75,8 @@ class FromDense(Stationary):
     known: DenseStatistics
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
-        known = self.known
-        return {
-            site.site: SiteStatistics(
-                InputMoments(known.second[site.matrices[0]], None, known.tokens),
-                {
-                    role: known.gradients[matrix] * known.tokens
-                    for role, matrix in zip(site.members, site.matrices, strict=True)
-                    if known.gradients
-                },
-            )
-            for site in sites
-            if "expert" not in site.members
-            and all(matrix in (known.gradients or known.second) for matrix in site.matrices)
-        }
+        found = zip(sites, self.known.of_sites(sites), strict=True)
+        return {site.site: curvature for site, curvature in found if curvature is not None}
 
 
 @dataclass
@@ -114,7 +103,7 @@ class FromPrefix:
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
         gradients = self.dense.of_sites(layer, sites)
         return {
-            name: replace(seen, outputs=gradients[name].outputs) if name in gradients else seen
+            name: replace(gradients[name], inputs=seen.inputs) if name in gradients else seen
             for name, seen in self._present().observe(layer.index, layer, sites).items()
         }
 

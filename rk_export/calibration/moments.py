@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor, nn
 
-from rk_export.passes.base import InputMoments
+from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.eigen import product
 
 
@@ -80,7 +80,7 @@ class InputSum:
             part = product(flat_other.T, flat)
             self._cross = part if self._cross is None else self._cross.add_(part)
 
-    def moments(self) -> InputMoments:
+    def moments(self) -> Inputs:
         """Return the means over tokens, on the CPU.
 
         Raises:
@@ -88,11 +88,11 @@ class InputSum:
         """
         second = self._second.mean()
         cross = None if self._cross is None else self._cross.cpu() / self._second.tokens
-        return InputMoments(second, cross, self._second.tokens)
+        return Inputs(second, cross, tokens=self._second.tokens)
 
 
 @contextmanager
-def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect what modules read while a layer runs: name -> (..., in), in the order of the calls."""
     seen: dict[str, Tensor] = {}
 

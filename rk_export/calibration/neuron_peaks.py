@@ -7,9 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from rk_export.calibration.moments import inputs_of
+from rk_export.calibration.moments import recorded_inputs
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered, text_key
+from rk_export.tensor_cache import cached, text_key
 
 # Peaks settle with little text.
 SHORT_TEXT = 2048
@@ -42,7 +42,7 @@ def neuron_peaks(
         **text_key(tokens),
         "device": device.type,
     }
-    return dict(remembered("neuron-peaks", key, lambda: _peaks(source, tokens, device), cache_dir))
+    return dict(cached("neuron-peaks", key, lambda: _peaks(source, tokens, device), cache_dir))
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def _peaks(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Te
         if matrix.role == "down" or (matrix.role == "expert" and matrix.id.path.endswith("down_proj"))
     }
     for ids in torch.split(tokens, max(1, SHORT_TEXT // tokens.shape[1])):
-        with inputs_of(modules) as inputs:
+        with recorded_inputs(modules) as inputs:
             model(input_ids=ids.to(device), use_cache=False)
         for name, x in inputs.items():
             peak = x.flatten(0, -2).abs().amax(0).float().cpu()

@@ -1,4 +1,4 @@
-"""What is noted about the matrices of a whole model while text runs through it."""
+"""What is recorded about the matrices of a whole model while text runs through it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rk_export.calibration.moments import MomentSum
 from rk_export.matrix_id import MatrixId
 
-Note = Callable[[MatrixId, Tensor, Tensor], None]
+Recorder = Callable[[MatrixId, Tensor, Tensor], None]
 
 
 class InputRecorder:
@@ -25,7 +25,7 @@ class InputRecorder:
         self._reader: dict[MatrixId, MatrixId] = {}
         self._last: tuple[Tensor, MatrixId] | None = None
 
-    def note(self, place: MatrixId, x: Tensor, output: Tensor) -> None:
+    def record(self, place: MatrixId, x: Tensor, output: Tensor) -> None:
         """Add an input (..., in), unless the matrix that ran before read it too."""
         if self._last is None or self._last[0] is not x:
             self._last = x, place
@@ -61,26 +61,26 @@ class GradientRecorder:
     def __init__(self, *, diagonal: bool) -> None:
         self._sums: defaultdict[MatrixId, MomentSum] = defaultdict(lambda: MomentSum(diagonal=diagonal))
 
-    def note(self, place: MatrixId, x: Tensor, output: Tensor) -> None:
+    def record(self, place: MatrixId, x: Tensor, output: Tensor) -> None:
         """Add the gradient by an output (..., out) once it flows back."""
         output.register_hook(self._sums[place].add)  # type: ignore[no-untyped-call]
 
     def moments(self, predicted: int) -> dict[MatrixId, Tensor]:
         """Return the sum over tokens of g gᵀ, (out, out) or (out,), g the gradient of the mean over `predicted` tokens.
 
-        The gradients that were noted are of the sum over those tokens.
+        The gradients that were recorded are of the sum over those tokens.
         """
         return {place: item.total() / predicted**2 for place, item in self._sums.items()}
 
 
 @contextmanager
-def noted(modules: Mapping[MatrixId, nn.Module], *notes: Note) -> Iterator[None]:
-    """Let matrices be noted whenever they run."""
+def recording(modules: Mapping[MatrixId, nn.Module], *recorders: Recorder) -> Iterator[None]:
+    """Let recorders see the inputs and outputs of matrices whenever they run."""
 
     def watch(place: MatrixId) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def call(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            for note in notes:
-                note(place, arguments[0], output)
+            for record in recorders:
+                record(place, arguments[0], output)
 
         return call
 

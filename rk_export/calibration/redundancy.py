@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.model.families import Architecture
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered, text_key
+from rk_export.tensor_cache import cached, text_key
 
 _TOGETHER = 2048  # tokens
 _VERSION = 1  # raise when other numbers come out
@@ -44,7 +44,7 @@ def block_influence(
         found = _influence(source.shared(), source.architecture, tokens, device)
         return {"influence": torch.tensor(found, dtype=torch.float64)}
 
-    found: list[float] = remembered("block-influence", key, make, cache_dir)["influence"].tolist()
+    found: list[float] = cached("block-influence", key, make, cache_dir)["influence"].tolist()
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
-from rk_export.calibration.recorders import GradientRecorder, InputRecorder, noted
+from rk_export.calibration.recorders import GradientRecorder, InputRecorder, recording
 from rk_export.calibration.self_text import draw
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
@@ -98,9 +98,9 @@ def dense_statistics(
     sequences = max(1, gradient_tokens // tokens.shape[1]) if gradient_tokens else 0
     predicted = 0
     if sequences:
-        with noted(modules, inputs.note, gradients.note):
+        with recording(modules, inputs.record, gradients.record):
             predicted = _run_back(model, architecture, tokens[:sequences], passes)
-    with noted(modules, inputs.note):
+    with recording(modules, inputs.record):
         _run_forward(model, tokens[sequences:], passes)
     statistics = DenseStatistics(
         inputs.second(),
@@ -130,7 +130,7 @@ def output_weights(
     _check_decoder(architecture)
     modules = _matrices(model, architecture, device)
     gradients = GradientRecorder(diagonal=True)
-    with noted(modules, gradients.note):
+    with recording(modules, gradients.record):
         passes = _Passes(True, tokens.numel(), "model", 0, matmul_dtype(device))
         predicted = _run_back(model, architecture, tokens, passes)
     return {place: moment * predicted for place, moment in gradients.moments(predicted).items()}

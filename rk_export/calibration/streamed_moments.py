@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.moments import InputSum, common_reader, inputs_of, readers
+from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
 from rk_export.calibration.self_text import LENGTH, self_text
 from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import SitePlan
 from rk_export.source.protocol import Source
 from rk_export.text import known_tokens
@@ -106,13 +107,13 @@ class CalibrationStreams:
             if self._cross and torch.equal(chunk.hidden[DENSE], chunk.hidden[COMPRESSED]):
                 chunk.hidden[COMPRESSED] = chunk.hidden[DENSE]  # one run serves both
 
-    def observe(self, index: int, layer: Layer, sites: Sequence[SitePlan]) -> dict[str, SiteStatistics]:
+    def observe(self, index: int, layer: Layer, sites: Sequence[SitePlan]) -> dict[str, Curvature]:
         """Run a layer that is still dense on both versions' hidden states, and advance the dense version.
 
         Experts get moments of the compressed version only: the two versions may route a token differently.
 
         Returns:
-            Statistics by site name. A site whose matrices read different inputs, or no token at all, has none,
+            Curvatures by site name. A site whose matrices read different inputs, or no token at all, has none,
             which is logged.
         """
         modules = {path: layer.at(path) for site in sites for path in site.paths}
@@ -141,14 +142,14 @@ class CalibrationStreams:
 
         The second is empty where the two agree, or where the dense version is not carried.
         """
-        with inputs_of(modules) as inputs:
+        with recorded_inputs(modules) as inputs:
             output = chunk.run(COMPRESSED, index)
         if not self._cross:
             return inputs, {}
         if chunk.hidden[DENSE] is chunk.hidden[COMPRESSED]:
             chunk.hidden[DENSE] = output
             return inputs, {}
-        with inputs_of(modules) as dense:
+        with recorded_inputs(modules) as dense:
             chunk.advance(DENSE, index)
         return inputs, dense
 
@@ -158,13 +159,13 @@ class CalibrationStreams:
 
 
 def _by_site(
-    sites: Sequence[SitePlan], reader_of: Mapping[str, str], moments: Mapping[str, InputMoments]
-) -> dict[str, SiteStatistics]:
+    sites: Sequence[SitePlan], reader_of: Mapping[str, str], moments: Mapping[str, Inputs]
+) -> dict[str, Curvature]:
     found = {}
     for site in sites:
         shared = moments.get(common_reader(site.paths, reader_of) or "")
         if shared is not None:
-            found[site.site] = SiteStatistics(shared)
+            found[site.site] = Curvature(shared)
             continue
         reached = any(path in reader_of for path in site.paths)
         reason = "its matrices read different inputs" if reached else "no token reached it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,13 @@ from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered, text_key
+from rk_export.tensor_cache import cached, text_key
 
 CHUNK = 512  # tokens of one pass
 _VERSION = 1  # raise when other numbers come out: cached ones of an older version are then computed again
-_FIELDS = tuple(field.name for field in fields(TableCurvature))
 
 
 def table_curvature(
@@ -58,11 +57,12 @@ def table_curvature(
     }
 
     def make() -> Mapping[str, Tensor]:
-        curvature = _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
-        return {name: getattr(curvature, name) for name in _FIELDS}
+        return _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
 
-    known = remembered("table-curvature", key, make, cache_dir)
-    return TableCurvature(**{name: known[name] for name in _FIELDS})
+    known = cached("table-curvature", key, make, cache_dir)
+    head = Curvature(Inputs(known["inputs"]), {"lm_head": known["outputs"]})
+    lookup = Curvature(Inputs(known["frequencies"]), {"embedding": known["gradients"]})
+    return TableCurvature(head, lookup)
 
 
 def _gathered(
@@ -72,7 +72,7 @@ def _gathered(
     device: torch.device,
     *,
     gradients: bool,
-) -> TableCurvature:
+) -> dict[str, Tensor]:
     if architecture.lm_head is None:
         raise ValueError("an encoder has no output projection")
     model.requires_grad_(False).to(device)
@@ -91,7 +91,7 @@ def _gathered(
     finally:
         for handle in handles:
             handle.remove()
-    return recorder.curvature()
+    return recorder.means()
 
 
 class _Recorder:
@@ -125,13 +125,18 @@ class _Recorder:
         labels = torch.multinomial(probabilities, 1, generator=_generator(probabilities.device))[:, 0]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
 
-    def curvature(self) -> TableCurvature:
-        """Return the means over tokens."""
+    def means(self) -> dict[str, Tensor]:
+        """Return the means over tokens, as they are cached."""
         tokens = float(self._counts.sum())
         inputs = self._inputs.mean()
         if inputs is None:
             raise ValueError("no tokens were seen")
-        return TableCurvature(self._outputs / tokens, inputs, self._counts / tokens, self._gradients / tokens)
+        return {
+            "outputs": self._outputs / tokens,
+            "inputs": inputs,
+            "frequencies": self._counts / tokens,
+            "gradients": self._gradients / tokens,
+        }
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -53,7 +53,7 @@ def _planned(task: Task) -> tuple[Source, Plan]:
     options = task.options
     reads_text = options.budget is not None or options.allocation != "uniform" or options.methods
     if task.plan is None and not reads_text:
-        return task.source, planner.make_plan(task.source, options, device=task.device)
+        return task.source, planner.decide_plan(task.source, options, device=task.device)
     if task.plan is not None and task.plan.pruning is None:
         return task.source, task.plan
     inputs = task.inputs()

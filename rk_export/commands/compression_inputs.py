@@ -97,7 +97,7 @@ class CompressionInputs:
             self.source,
             plan,
             statistics=self.layer_statistics(),
-            table_inputs=None if self.table is None else self.table.inputs,
+            table_inputs=None if self.table is None else self.table.head.inputs,
             parts=parts,
             probe=probe,
             device=self.work.device,

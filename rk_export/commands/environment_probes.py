@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rk_export.errors import ProviderError, RkExportError
 
-Probe = Literal["cpu", "cuda", "torch", "export"]
+ProbeName = Literal["cpu", "cuda", "torch", "export"]
 
 _SECONDS = 180  # a cold import of PyTorch from a network drive takes a minute
 _LIBRARY_ERROR = re.compile(r"with error: (.+)")
@@ -42,7 +42,7 @@ class Trial:
     failure: str = ""
 
 
-def try_out(probe: Probe) -> Trial:
+def try_out(probe: ProbeName) -> Trial:
     """Run a probe in a new interpreter with this one's import path; never raises for what goes wrong there.
 
     Args:

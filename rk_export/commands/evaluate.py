@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rk_export.evaluation.measure import EvalText, check_text, perplexity_of
-from rk_export.evaluation.models import open_candidate
+from rk_export.evaluation.models import open_evaluated
 from rk_export.evaluation.perplexity import PerplexityResult
 from rk_export.runtime.providers import Provider
 
@@ -21,7 +21,7 @@ def evaluate(
     """Return the perplexity of a dense model or checkpoint in PyTorch, or of a bundle in ONNX Runtime.
 
     Args:
-        model: As in `rk_export.evaluation.models.open_candidate`.
+        model: As in `rk_export.evaluation.models.open_evaluated`.
         text: What to measure on.
         base: As in `compress`.
         provider: Execution provider, of a bundle.
@@ -30,6 +30,6 @@ def evaluate(
     Raises:
         InputError: If the model or the text cannot be used.
     """
-    candidate = open_candidate(model, "--text", base=base, provider=provider, threads=threads)
-    check_text(text, candidate.folder, candidate.max_length, candidate.rows)
-    return perplexity_of(candidate.load(), text, candidate.folder)
+    opened = open_evaluated(model, "--text", base=base, provider=provider, threads=threads)
+    check_text(text, opened.folder, opened.max_length, opened.rows)
+    return perplexity_of(opened.load(), text, opened.folder)

@@ -12,8 +12,8 @@ from rk_export.graph.build import build_graph, save_graph
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.compress import CompressOptions
 from rk_export.planning import planner
+from rk_export.planning.budget_units import TIMED_FORMATS
 from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
-from rk_export.planning.currencies import TIMED_FORMATS
 from rk_export.rewrite.apply import rewrite
 from rk_export.runtime import bench
 from rk_export.source.protocol import Source
@@ -43,13 +43,13 @@ def model_costs(dense: Source, source: Source, phase: Phase, threads: int | None
             threads=threads or cpu_count() or 1,
         ).rows[0]
     speed = result.prefill_median if phase == "prefill" else result.decode_median
-    products = sum(table.price(rows, columns, None) for rows, columns in shapes)
+    products = sum(table.milliseconds(rows, columns, None) for rows, columns in shapes)
     return replace(table, rest=max(0.0, 1e3 * TOKENS[phase] / speed - products))
 
 
 def _write_dense(source: Source, folder: Path) -> None:
     """Write a model's dense graph and what a session needs beside it."""
-    rewritten = rewrite(source, planner.make_plan(source, _DENSE))
+    rewritten = rewrite(source, planner.decide_plan(source, _DENSE))
     graph, _ = build_graph(rewritten)
     save_graph(graph, folder)
     write_configs(folder, rewritten, source.folder, source.origin[1])

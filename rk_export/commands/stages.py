@@ -76,7 +76,7 @@ class Task:
         costs, budget = None, inputs.options.budget
         if budget is not None and budget.kind == "speed_up":
             costs = model_costs(inputs.dense, inputs.source, budget.phase, self.threads)
-        return planner.make_plan(
+        return planner.decide_plan(
             inputs.source,
             inputs.options,
             statistics=inputs.statistics,

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvaluatedModel:
     """A model to be evaluated, its weights not yet loaded.
 
     Args:
@@ -67,14 +67,14 @@ class ModelScores:
     tasks: dict[str, TaskResult]
 
 
-def open_candidate(
+def open_evaluated(
     model: str | Path,
     option: str,
     *,
     base: str | Path | None = None,
     provider: Provider = "auto",
     threads: int | None = None,
-) -> Candidate:
+) -> EvaluatedModel:
     """Return a dense model or checkpoint, to run in PyTorch, or a bundle, to run in ONNX Runtime.
 
     Args:
@@ -101,14 +101,16 @@ def open_candidate(
         def session_logits() -> LogitsFn:
             return Session.from_pretrained(folder, provider=provider, threads=threads).prefill_logits
 
-        return Candidate(str(model), folder, *_bundle_limits(folder), session_logits)
+        return EvaluatedModel(str(model), folder, *_bundle_limits(folder), session_logits)
     if folder.is_dir() and is_checkpoint(folder):
         config = read_config(folder)
         limits = _limits(config, option)
-        return Candidate(str(model), folder, *limits, lambda: torch_logits(load_pretrained(folder).model))
+        return EvaluatedModel(
+            str(model), folder, *limits, lambda: torch_logits(load_pretrained(folder).model)
+        )
     source = open_source(model, base)
     limits = _limits(source.config, option)
-    return Candidate(str(model), source.folder, *limits, lambda: torch_logits(source.load()))
+    return EvaluatedModel(str(model), source.folder, *limits, lambda: torch_logits(source.load()))
 
 
 def _limits(config: PretrainedConfig, option: str) -> tuple[int, int, int | None]:
@@ -139,7 +141,7 @@ def evaluate_models(
     """Measure every model on every text and task; one model is in memory at a time.
 
     Args:
-        models: As in `open_candidate`.
+        models: As in `open_evaluated`.
         texts: Texts to measure perplexity on.
         tasks: Tasks to ask; `load_tasks` reads them.
         base: Base model of the LoRA adapters among the models; None takes the one that each names.
@@ -153,15 +155,15 @@ def evaluate_models(
     if not texts and not tasks:
         raise InputError("nothing to measure", where="eval", fix="give --text FILE or --tasks NAME")
     option = "--text" if texts else "--tasks"
-    candidates = [
-        open_candidate(model, option, base=_base_of(model, models, base), provider=provider, threads=threads)
+    opened = [
+        open_evaluated(model, option, base=_base_of(model, models, base), provider=provider, threads=threads)
         for model in models
     ]
-    for candidate in candidates:
-        TextCodec(candidate.folder / TOKENIZER_FILE)
+    for model in opened:
+        TextCodec(model.folder / TOKENIZER_FILE)
         for text in texts:
-            check_text(text, candidate.folder, candidate.max_length, candidate.rows)
-    return [_scores(candidate, texts, tasks) for candidate in candidates]
+            check_text(text, model.folder, model.max_length, model.rows)
+    return [_scores(model, texts, tasks) for model in opened]
 
 
 def _base_of(model: str | Path, models: Sequence[str | Path], base: str | Path | None) -> str | Path | None:
@@ -170,18 +172,15 @@ def _base_of(model: str | Path, models: Sequence[str | Path], base: str | Path |
     return base if model in adapters or not adapters else None
 
 
-def _scores(candidate: Candidate, texts: Sequence[EvalText], tasks: Sequence[Task]) -> ModelScores:
-    logger.info("evaluating %s", candidate.name)
-    logits = candidate.load()
-    encoder = PairEncoder(TextCodec(candidate.folder / TOKENIZER_FILE), candidate.rows)
-    ask = partial(score_task, max_length=candidate.max_length, rotary_switch=candidate.rotary_switch)
+def _scores(model: EvaluatedModel, texts: Sequence[EvalText], tasks: Sequence[Task]) -> ModelScores:
+    logger.info("evaluating %s", model.name)
+    logits = model.load()
+    encoder = PairEncoder(TextCodec(model.folder / TOKENIZER_FILE), model.rows)
+    ask = partial(score_task, max_length=model.max_length, rotary_switch=model.rotary_switch)
     names = short_names([str(text.path) for text in texts])
     return ModelScores(
-        candidate.name,
-        {
-            name: perplexity_of(logits, text, candidate.folder)
-            for name, text in zip(names, texts, strict=True)
-        },
+        model.name,
+        {name: perplexity_of(logits, text, model.folder) for name, text in zip(names, texts, strict=True)},
         {task.name: ask(logits, task, encoder) for task in tasks},
     )
 

@@ -14,7 +14,7 @@ from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning.currencies import table_count
+from rk_export.planning.budget_units import table_count
 from rk_export.planning.fixed_parts import fixed_parts, in_words
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size

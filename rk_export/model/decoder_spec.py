@@ -118,7 +118,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
         UnsupportedModelError: The config turns on an option that the exported graph does not have.
     """
     family = config.model_type
-    check_options(config)
+    check_expressible(config)
     heads = heads_of(config)
     _check_heads(heads, is_rotated=not has_learned_positions(config))
     return DecoderSpec(
@@ -151,7 +151,7 @@ def has_learned_positions(config: PretrainedConfig) -> bool:
     return config.model_type in _LEARNED_POSITIONS
 
 
-def check_options(config: PretrainedConfig) -> None:
+def check_expressible(config: PretrainedConfig) -> None:
     """Refuse options of a decoder or an encoder that the exported graph does not have.
 
     Raises:

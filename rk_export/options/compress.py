@@ -25,7 +25,7 @@ SHORTEST_CONTEXT = 64
 
 # Whether matrices that come quantized are quantized anew, or keep their codes.
 Recompute = Literal["all", "none"]
-Provider = Literal["cpu", "cuda", "portable"]
+GraphTarget = Literal["cpu", "cuda", "portable"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CompressOptions:
     gauge: Gauge = "orthogonal"
     quant: QuantSpec | None = QuantSpec(4, 32)
     embedding_quant: QuantSpec | None = QuantSpec(8, 32)
-    ep: Provider = "cpu"
+    ep: GraphTarget = "cpu"
     accuracy_level: int = 4
     form: Literal["plain", "identity"] | None = None
     prepare: tuple[str, ...] | None = None

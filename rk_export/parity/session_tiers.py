@@ -11,6 +11,7 @@ from rk_export.parity.comparison import compare
 from rk_export.parity.probe import DECODE_FROM, Crossing, Probe
 from rk_export.report.records import ParityTier
 from rk_export.runtime import EncoderSession, Session
+from rk_export.runtime.generate import left_padded
 
 LEVEL_TIER = "ONNX Runtime, level 0 vs as shipped"
 
@@ -92,17 +93,6 @@ def _padded_logits(session: Session, prompts: tuple[tuple[int, ...], ...]) -> tu
     batch = session.prefill_logits(ids, mask)[:, -1:]
     rows = [session.prefill_logits(np.array([prompt], dtype=np.int64))[:, -1:] for prompt in prompts]
     return np.concatenate(rows), batch
-
-
-def left_padded(prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and mask, int64 (prompts, longest), padded on the left with token 0."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), longest), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
 
 
 def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float | None) -> ParityTier:

@@ -1,4 +1,4 @@
-"""What may become of one site: every form, rank and format on a menu, with its price and its predicted loss."""
+"""What may become of one site: every form, rank and format of a search space, with its cost and predicted loss."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Literal
 
 from torch import Tensor
 
-from rk_export.options.quantization import QuantSpec
-from rk_export.passes.numerics.predicted_loss import Curvature, rank_losses, rounding_loss
+from rk_export.passes.numerics.curvature import Curvature
+from rk_export.passes.numerics.predicted_loss import rank_losses, rounding_loss
 from rk_export.plan import SitePlan
-from rk_export.planning.stored_bytes import Shape, stored_shapes
+from rk_export.planning.stored_bytes import Format, Shape, stored_shapes
 
 Form = Literal["joint", "identity"]
-Format = QuantSpec | None  # None: floats
-# Price of one stored (rows, columns) matrix in a format, in the budget's unit.
-Price = Callable[[int, int, Format], float]
+# Cost of one stored (rows, columns) matrix in a format, in the budget's unit.
+Cost = Callable[[int, int, Format], float]
 
 # A factor pair is rounded twice, once on each side; either error is as large as that of the dense matrix.
 _ROUNDINGS_OF_A_PAIR = 2
 
 
 @dataclass(frozen=True)
-class Menu:
+class SearchSpace:
     """What the planner may choose from.
 
     Args:
@@ -34,7 +33,7 @@ class Menu:
         rank_step: Ranks are multiples of it.
         compensated: The quantizer spreads each column's error over the columns to come (2210.17323).
         kv_groups: Number of key-value heads.
-        price: What a stored matrix costs.
+        cost: What a stored matrix costs.
         factorized: Groups of roles that may become factor pairs.
     """
 
@@ -45,7 +44,7 @@ class Menu:
     rank_step: int
     compensated: bool
     kv_groups: int
-    price: Price
+    cost: Cost
     factorized: frozenset[tuple[str, ...]]
 
 
@@ -80,7 +79,7 @@ def format_title(spec: Format) -> str:
 
 
 def candidates(
-    site: SitePlan, W: Tensor, shapes: Sequence[Shape], curvature: Curvature | None, menu: Menu
+    site: SitePlan, W: Tensor, shapes: Sequence[Shape], curvature: Curvature | None, space: SearchSpace
 ) -> list[Candidate]:
     """Return what a dense site may become; without a curvature all that can be said is that it costs bytes.
 
@@ -88,68 +87,68 @@ def candidates(
         site: The site, dense; names and members are taken from it.
         W: Its members stacked, (out, in).
         shapes: (out, in) of each member.
-        curvature: Of W; None offers the menu's format for that case only, at no predicted loss.
-        menu: What to choose from.
+        curvature: Of W; None offers the space's format for that case only, at no predicted loss.
+        space: What to choose from.
     """
 
-    def priced(plan: SitePlan, loss: float) -> Candidate:
-        matrices = stored_shapes(plan, shapes, menu.kv_groups)
-        cost = sum(menu.price(rows, columns, plan.quant) for rows, columns in matrices)
+    def costed(plan: SitePlan, loss: float) -> Candidate:
+        matrices = stored_shapes(plan, shapes, space.kv_groups)
+        cost = sum(space.cost(rows, columns, plan.quant) for rows, columns in matrices)
         return Candidate(plan, cost, loss)
 
     dense = replace(site, form="dense", rank=0)
     if curvature is None:
-        return [priced(replace(dense, quant=menu.unweighed), 0.0)]
-    rounding = _rounding_losses(W, curvature, menu)
-    result = [priced(replace(dense, quant=spec), rounding[spec]) for spec in menu.formats]
-    if site.members in menu.factorized:
-        result += [priced(plan, loss) for plan, loss in _pairs(site, W, curvature, menu, rounding)]
+        return [costed(replace(dense, quant=space.unweighed), 0.0)]
+    rounding = _rounding_losses(W, curvature, space)
+    result = [costed(replace(dense, quant=spec), rounding[spec]) for spec in space.formats]
+    if site.members in space.factorized:
+        result += [costed(plan, loss) for plan, loss in _pairs(site, W, curvature, space, rounding)]
     return result
 
 
-def least_price(site: SitePlan, shapes: Sequence[Shape], menu: Menu) -> float:
+def least_cost_of(site: SitePlan, shapes: Sequence[Shape], space: SearchSpace) -> float:
     """Return what the cheapest thing costs that a site may become; weights and losses do not count.
 
     Args:
         site: The site, dense.
         shapes: (out, in) of each member.
-        menu: What to choose from.
+        space: What to choose from.
     """
-    formats = {*menu.formats, menu.unweighed}
-    prices = [sum(menu.price(rows, columns, spec) for rows, columns in shapes) for spec in formats]
-    if site.members in menu.factorized:
-        smallest = [replace(site, form=form, rank=menu.rank_step) for form in menu.forms]
-        prices += [
+    formats = {*space.formats, space.unweighed}
+    costs = [sum(space.cost(rows, columns, spec) for rows, columns in shapes) for spec in formats]
+    if site.members in space.factorized:
+        smallest = [replace(site, form=form, rank=space.rank_step) for form in space.forms]
+        costs += [
             sum(
-                menu.price(rows, columns, spec)
-                for rows, columns in stored_shapes(pair, shapes, menu.kv_groups)
+                space.cost(rows, columns, spec)
+                for rows, columns in stored_shapes(pair, shapes, space.kv_groups)
             )
             for pair in smallest
-            for spec in menu.pair_formats
+            for spec in space.pair_formats
         ]
-    return min(prices)
+    return min(costs)
 
 
-def _rounding_losses(W: Tensor, curvature: Curvature, menu: Menu) -> dict[Format, float]:
+def _rounding_losses(W: Tensor, curvature: Curvature, space: SearchSpace) -> dict[Format, float]:
     losses: dict[Format, float] = {None: 0.0}
-    for spec in {*menu.formats, *menu.pair_formats}:
+    for spec in {*space.formats, *space.pair_formats}:
         if spec is not None:
             # Rows of int8 matrices are rounded to nearest.
-            compensated = menu.compensated and spec.activations == 16
-            columns = curvature.inputs.compensated if compensated else curvature.inputs.alone
+            compensated = space.compensated and spec.activations == 16
+            columns = curvature.inputs.column_weights(compensated=compensated)
             losses[spec] = rounding_loss(W, spec, curvature, columns)
     return losses
 
 
 def _pairs(
-    site: SitePlan, W: Tensor, curvature: Curvature, menu: Menu, rounding: dict[Format, float]
+    site: SitePlan, W: Tensor, curvature: Curvature, space: SearchSpace, rounding: dict[Format, float]
 ) -> Iterator[tuple[SitePlan, float]]:
     by_rank = rank_losses(W, curvature).tolist()
     rows, columns = W.shape
     largest = min(rows, columns)
-    for form in menu.forms:
+    for form in space.forms:
         top = min(largest, rows - 1) if form == "identity" else rows * columns // (rows + columns)
-        for rank in range(menu.rank_step, top + 1, menu.rank_step):
-            for spec in menu.pair_formats:
+        for rank in range(space.rank_step, top + 1, space.rank_step):
+            for spec in space.pair_formats:
                 plan = replace(site, form=form, rank=rank, quant=spec)
                 yield plan, by_rank[rank] + _ROUNDINGS_OF_A_PAIR * rounding[spec]

@@ -17,8 +17,8 @@ from scipy.optimize import nnls
 
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.graph.token_scales import TokenScales
+from rk_export.planning.stored_bytes import Format
 
-Format = QuantSpec | None  # None: floats
 Phase = Literal["prefill", "decode"]
 TOKENS: dict[Phase, int] = {"prefill": 512, "decode": 1}
 # What timing a whole model takes: a prompt of one prefill, and tokens decoded after it.
@@ -42,7 +42,7 @@ class CostTable:
     coefficients: Mapping[Format, tuple[float, float, float]]
     rest: float = 0.0
 
-    def price(self, rows: int, columns: int, spec: Format) -> float:
+    def milliseconds(self, rows: int, columns: int, spec: Format) -> float:
         """Return the milliseconds of one (rows, columns) product."""
         fixed, by_sizes, by_entries = self.coefficients[spec]
         return fixed + by_sizes * (rows + columns) + by_entries * rows * columns

@@ -28,17 +28,17 @@ from rk_export.passes.numerics.ranks import break_even_rank, rank_of_energy, ran
 from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning.budget import Table, spend, too_small
-from rk_export.planning.candidates import least_price
+from rk_export.planning.budget import EmbeddingTable, spend, too_small
+from rk_export.planning.budget_units import budget_unit, table_count
+from rk_export.planning.candidates import least_cost_of
 from rk_export.planning.carried import carried_sites
 from rk_export.planning.cost_table import CostTable
-from rk_export.planning.currencies import currency_of, table_count
 from rk_export.planning.spectral_plan import spectral_plan
 from rk_export.progress import track
 from rk_export.source.protocol import Source
 
 
-def make_plan(
+def decide_plan(
     source: Source,
     options: CompressOptions,
     *,
@@ -89,23 +89,23 @@ def _budgeted_plan(
 ) -> Plan:
     if statistics is None:
         raise ValueError("a budget needs the statistics of the dense model")
-    currency = currency_of(source, options, _rank_step(source, options), costs)
+    unit = budget_unit(source, options, _rank_step(source, options), costs)
     table = None
-    if currency.tables and curvature is not None:
-        table = Table(embedding_weight(source), curvature, table_count(source))
+    if unit.tables and curvature is not None:
+        table = EmbeddingTable(embedding_weight(source), curvature, table_count(source))
     layers = (
         (layer, dense_sites(layer, source.description.projections(layer.index), options))
         for layer in track(source.layers(), "predicting losses, layers", source.layer_count)
     )
-    bought = spend(layers, currency, statistics, table, device)
+    spent = spend(layers, unit, statistics, table, device)
     if table is not None:
-        options = replace(options, embedding_quant=bought.table)
+        options = replace(options, embedding_quant=spent.table)
     return Plan(
         source.config.model_type,
         source.structure(),
         options,
-        bought.sites,
-        predicted_loss=bought.predicted_loss,
+        spent.sites,
+        predicted_loss=spent.predicted_loss,
     )
 
 
@@ -116,19 +116,19 @@ def check_size(source: Source, options: CompressOptions) -> None:
         InputError: Lists what the smallest model consists of.
     """
     options = with_default_groups(source, options)
-    currency = currency_of(source, options, _rank_step(source, options))
+    unit = budget_unit(source, options, _rank_step(source, options))
     least, sites, shapes = 0.0, [], []
     for layer in source.description.layers():
         for site in dense_sites(layer, source.description.projections(layer.index), options):
             linears = [layer.linear(path) for path in site.paths]
             sites.append(site)
             shapes.append([(linear.out_features, linear.in_features) for linear in linears])
-            least += least_price(site, shapes[-1], currency.menu)
+            least += least_cost_of(site, shapes[-1], unit.space)
     vocabulary, width = source.config.vocab_size, source.config.hidden_size
-    tables = [currency.menu.price(vocabulary, width, spec) for spec in currency.tables]
+    tables = [unit.space.cost(vocabulary, width, spec) for spec in unit.tables]
     least += table_count(source) * min(tables)
-    if least > (amount := currency.amount(sites, shapes)):
-        raise too_small(currency, least, amount)
+    if least > (amount := unit.amount(sites, shapes)):
+        raise too_small(unit, least, amount)
 
 
 def _rank_step(source: Source, options: CompressOptions) -> int:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rk_export.calibration.moments import inputs_of, readers
+from rk_export.calibration.moments import readers, recorded_inputs
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
@@ -29,13 +29,8 @@ from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
 from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.numerics.predicted_loss import (
-    Curvature,
-    InputSide,
-    block_peaks,
-    input_rounding_loss,
-    rounding_loss,
-)
+from rk_export.passes.numerics.curvature import Curvature, Inputs
+from rk_export.passes.numerics.predicted_loss import block_peaks, input_rounding_loss, rounding_loss
 from rk_export.passes.prepare.parameters import read, weight
 from rk_export.passes.prepare.scale import neuron_scales
 from rk_export.passes.prepare.wiring import Wiring
@@ -43,7 +38,7 @@ from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.prepared import LayerPreparation
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered, text_key
+from rk_export.tensor_cache import cached, text_key
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +128,7 @@ def choose_preparations(
         losses = [_total(costs, names) for names in combinations]
         return {"losses": torch.tensor(losses, dtype=torch.float64)}
 
-    losses = remembered("preparations", key, make, cache_dir)["losses"].tolist()
+    losses = cached("preparations", key, make, cache_dir)["losses"].tolist()
     totals = dict(zip(combinations, losses, strict=True))
     best = min(totals, key=totals.__getitem__)
     if totals[best] > (1 - WORTH_IT) * totals[()]:
@@ -204,7 +199,7 @@ def _costs(
     costs: defaultdict[tuple[str, State], float] = defaultdict(float)
     for index, layer in enumerate(track(layers, "predicting what reparameterizations save, layers")):
         projections = source.description.projections(index)
-        with inputs_of({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
+        with recorded_inputs({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
             streams.advance(DENSE, index)
         trial = _Trial(index, layer, wiring_of(source.description, index), preparation, rounding, seen)
         reached = [item for item in projections if item.path in seen and (index, item.path) in weights]
@@ -242,7 +237,7 @@ class _Trial:
         self._index, self._layer, self._wiring = index, layer, wiring
         self._preparation, self._rounding = preparation, rounding
         self._seen, self._reader = seen, readers(seen)
-        self._sides: dict[tuple[str, State], tuple[InputSide, Tensor]] = {}
+        self._known: dict[tuple[str, State], tuple[Inputs, Tensor]] = {}
 
     def costs(
         self, roles: Mapping[str, str], weights: Mapping[MatrixId, Tensor]
@@ -271,15 +266,16 @@ class _Trial:
 
     def _cost(self, path: str, state: State, W: Tensor, weights: Tensor) -> float:
         spec = self._rounding.spec
-        side, peaks = self._side(path, state)
+        inputs, peaks = self._inputs(path, state)
         outputs = self._output_weights(path, state, weights)
-        columns = side.compensated if self._rounding.compensated and spec.activations == 16 else side.alone
-        loss = rounding_loss(W, spec, Curvature(side, (outputs,)), columns)
+        compensated = self._rounding.compensated and spec.activations == 16
+        columns = inputs.column_weights(compensated=compensated)
+        loss = rounding_loss(W, spec, Curvature(inputs, {path: outputs}), columns)
         if self._rounding.int8_inputs and spec.activations == 16:
             loss += input_rounding_loss(W, spec.block_size, peaks, outputs)
         return loss
 
-    def _side(self, path: str, state: State) -> tuple[InputSide, Tensor]:
+    def _inputs(self, path: str, state: State) -> tuple[Inputs, Tensor]:
         """Return what a matrix reads in a state: its second moment, and the mean squared peak of each block."""
         if path == self._wiring.output:
             state &= {"rotate-heads"}
@@ -288,12 +284,12 @@ class _Trial:
         else:
             state -= {"rotate-heads", "scale"}
         key = (self._reader[path], state)
-        if key not in self._sides:
+        if key not in self._known:
             y = self._read(path, state, self._seen[path].flatten(0, -2).float())
             peak = float(y.abs().amax(1).square().mean())
-            side = InputSide(y.T @ y / len(y), peak)
-            self._sides[key] = side, block_peaks(y, self._rounding.spec.block_size)
-        return self._sides[key]
+            inputs = Inputs(y.T @ y / len(y), token_peak=peak)
+            self._known[key] = inputs, block_peaks(y, self._rounding.spec.block_size)
+        return self._known[key]
 
     def _norm_of(self, path: str) -> str | None:
         return next((norm for norm, paths in self._wiring.norms.items() if path in paths), None)

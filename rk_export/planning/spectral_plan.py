@@ -16,12 +16,10 @@ from rk_export.model.sites import default_multiple, dense_sites
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import GROUPS
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.joint_svd import singular_values, whitened_singular_values
-from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.predicted_loss import Curvature
 from rk_export.passes.numerics.ranks import round_rank
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning.budget import InputSides
 from rk_export.progress import track
 from rk_export.source.protocol import Source
 
@@ -59,14 +57,14 @@ def _sites(
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
     grouped = {GROUPS[group] for group in options.groups or ()}
-    sides = None if statistics is None else InputSides(statistics, device)
     for layer in track(source.layers(), "spectra of layers", source.layer_count):
-        for site in dense_sites(layer, source.description.projections(layer.index), options):
+        sites = dense_sites(layer, source.description.projections(layer.index), options)
+        known = [None] * len(sites) if statistics is None else statistics.of_sites(sites, device)
+        for site, curvature in zip(sites, known, strict=True):
             if site.members not in grouped:
                 yield site, None
                 continue
             stacked = torch.cat([layer.linear(path).weight for path in site.paths]).to(device)
-            curvature = None if sides is None else sides.curvature(site)
             yield site, RankSite(_spectrum(stacked, curvature), stacked.shape[1], stacked.shape[0])
 
 
@@ -74,8 +72,7 @@ def _spectrum(W: Tensor, curvature: Curvature | None) -> Tensor:
     """Return the singular values of W (out, in), whitened on both sides where a curvature is known."""
     if curvature is None:
         return singular_values(W)
-    outputs = Metric.stacked(Metric.of(G) for G in curvature.outputs)
-    return whitened_singular_values(W, curvature.inputs.metric, outputs)
+    return whitened_singular_values(W, curvature.inputs.metric, curvature.output_metric)
 
 
 def _ranked(site: SitePlan, shape: RankSite, wanted: int, options: CompressOptions) -> SitePlan:

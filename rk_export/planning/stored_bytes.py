@@ -10,6 +10,7 @@ from rk_export.passes.numerics.quantize import quantized_bytes
 from rk_export.plan import SitePlan
 
 Shape = tuple[int, int]  # (out, in)
+Format = QuantSpec | None  # of a stored matrix; None: floats
 FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 
 
@@ -31,7 +32,7 @@ def stored_shapes(site: SitePlan, shapes: Sequence[Shape], kv_groups: int) -> li
     return [(pairs * site.rank, columns), (others, site.rank)]
 
 
-def matrix_bytes(rows: int, columns: int, quant: QuantSpec | None, float_bytes: int) -> int:
+def matrix_bytes(rows: int, columns: int, quant: Format, float_bytes: int) -> int:
     """Return the stored bytes of a (rows, columns) matrix, scales and zero points included."""
     if quant is None:
         return rows * columns * float_bytes

@@ -15,7 +15,8 @@ from rk_export.device import CPU
 from rk_export.matrix_id import MatrixId
 from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
-from rk_export.passes.base import Layer, SiteStatistics, WeightPass, run_weight_pass
+from rk_export.passes.base import Layer, WeightPass, run_weight_pass
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.carry import Carry
 from rk_export.passes.weights.embedding import quantize_embedding
@@ -69,7 +70,7 @@ def rewrite(
     plan: Plan,
     *,
     statistics: LayerStatistics | None = None,
-    table_inputs: Tensor | None = None,
+    table_inputs: Inputs | None = None,
     parts: Mapping[MatrixId, Parts] | None = None,
     probe: Tensor | None = None,
     device: torch.device = CPU,
@@ -80,7 +81,7 @@ def rewrite(
         source: The dense model.
         plan: What to do to each site.
         statistics: Of each layer's sites; None weighs all inputs and outputs alike.
-        table_inputs: Second moment (dim, dim) of what the output projection reads, to quantize it under.
+        table_inputs: What the output projection reads, to quantize it under its moment.
         parts: Low rank and sparse parts of the matrices whose sites have the sparse form.
         probe: Tokens (batch, length) that run through the dense, factorized and quantized layers alongside,
             for the parity tiers and the per-layer errors; None skips that.
@@ -156,14 +157,14 @@ class _LayerPasses:
         self._sparse = Sparse(parts)
         self._rounding: tuple[WeightPass, ...] = (carry, quantize, Int8(self._device))
         self._layer: Layer | None = None
-        self._known: dict[str, SiteStatistics] = {}
+        self._known: dict[str, Curvature] = {}
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
         """Spectra of what was factorized so far."""
         return tuple(self._joint.spectra)
 
-    def factorize(self, layer: Layer, known: dict[str, SiteStatistics]) -> list[Finding]:
+    def factorize(self, layer: Layer, known: dict[str, Curvature]) -> list[Finding]:
         """Reshape and factorize a dense layer."""
         sites = self._plan.of_layer(layer.index)
         layer, reshaped = reshape_layer(layer, self._plan.shape_of(layer.index), sites, known, self._device)
@@ -183,9 +184,9 @@ class _LayerPasses:
         sites = self._plan.of_layer(self._layer.index)
         # The identity form may have renumbered the FFN's neurons.
         aligned = {
-            site.site: statistics
+            site.site: curvature
             for site in sites
-            if (statistics := self._joint.aligned(site, self._known.get(site.site))) is not None
+            if (curvature := self._joint.aligned(site, self._known.get(site.site))) is not None
         }
         return [
             finding
@@ -232,15 +233,15 @@ class _Carried:
             return {}
         quantized = self._modules()
         logits = {QUANTIZED: self._streams.finish(QUANTIZED)}
-        self._put(self._dense_outer)
+        self._set_outer(self._dense_outer)
         logits |= {version: self._streams.finish(version) for version in (DENSE, FACTORIZED)}
-        self._put(quantized)
+        self._set_outer(quantized)
         return logits
 
     def _modules(self) -> dict[str, nn.Module]:
         return {path: self._model.get_submodule(path) for path in self._outer}
 
-    def _put(self, modules: dict[str, nn.Module]) -> None:
+    def _set_outer(self, modules: dict[str, nn.Module]) -> None:
         for path, module in modules.items():
             self._model.set_submodule(path, module)
 

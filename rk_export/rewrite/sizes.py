@@ -14,7 +14,7 @@ from rk_export.passes.weights.shapes import planned_shape
 from rk_export.passes.weights.sparse import ENTRY_BYTES
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.fixed_parts import fixed_bytes, fixed_findings, graph_bytes
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes, stored_shapes
 from rk_export.report.records import Finding, Outcome, SizeSummary
 from rk_export.rewrite.apply import Rewritten
@@ -46,7 +46,7 @@ def least_bytes(source: Source, options: CompressOptions) -> int:
     """
     by_shapes = options.allocation == "uniform" and (options.rank_rule.kind != "energy" or not options.groups)
     if by_shapes and options.budget is None and all(method.sized_by_shapes for method in options.methods):
-        return planned_bytes(source, make_plan(source, options))
+        return planned_bytes(source, decide_plan(source, options))
     return round(fixed_bytes(source.description, options)) - graph_bytes(source.description)
 
 

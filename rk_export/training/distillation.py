@@ -19,7 +19,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.progress import track
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import remembered
+from rk_export.tensor_cache import cached
 
 DENSE = "dense"
 
@@ -108,7 +108,7 @@ def dense_states(source: Source, tokens: Tensor, device: torch.device, dtype: to
         "dtype": str(dtype),
         "device": device.type,
     }
-    return remembered("dense-states", key, lambda: {"states": _run_dense(source, tokens, device, dtype)})[
+    return cached("dense-states", key, lambda: {"states": _run_dense(source, tokens, device, dtype)})[
         "states"
     ]
 

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rk_export import InputError
+from rk_export import InputError, tensor_cache
 
 logger = logging.getLogger(__name__)
 
-CACHE = Path("~/.cache/rk-export/assets")
+CACHE = tensor_cache.CACHE / "assets"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_tokenizers import CHATML, write_json, write_tokenizer
+from fetched import smollm2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime_models import TinyDecoder, byte_tokenizer
@@ -18,36 +20,13 @@ from rk_export.errors import InputError
 from rk_export.runtime import Session
 from rk_export.runtime.chat import ChatTemplate
 from rk_export.runtime.text import TextCodec
+from rk_export.source.stored import open_source
 from rk_export.source.tokenizer_files import copy_tokenizer
 
 USER = [{"role": "user", "content": "How much is 2 < 3?"}]
 TALK = [*USER, {"role": "assistant", "content": " yes "}, {"role": "user", "content": "Ça 🍎"}]
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
-CHATML = (
-    "{%- if tools %}<tools>{{ tools | tojson(indent=1) }}{% endif -%}"
-    "{%- for message in messages %}{{ bos_token if loop.first }}<|im_start|>{{ message.role }}\n"
-    "{{ message.content | trim }}<|im_end|>\n{% endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>{% endif %}{% endif %}"
-)
 NAMES = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ image_token }}|{{ messages[0].content }}"
-
-
-def write_tokenizer(folder: Path, template: str | None = CHATML, **config: Any) -> Path:
-    """Write a byte tokenizer with ChatML's tokens, which puts <bos> in front, and a tokenizer_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<|im_end|>"}
-    values |= {"chat_template": template} if template is not None else {}
-    write_json(folder / "tokenizer_config.json", {**values, **config})
-    return folder
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def same(source: Path, folder: Path, messages: list[dict[str, Any]], **arguments: Any) -> str:
@@ -300,13 +279,8 @@ def test_a_session_passes_arguments_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("model", ["smollm2"])
-def test_real_tokenizer(tmp_path: Path, model: str) -> None:
-    import assets
-
-    from rk_export.source.stored import open_source
-
-    source = open_source(getattr(assets, model)()).folder
+def test_real_tokenizer(tmp_path: Path) -> None:
+    source = open_source(smollm2()).folder
     same(source, tmp_path / "out", TALK)
     same(source, tmp_path / "out", USER)
     shutil.rmtree(tmp_path / "out")

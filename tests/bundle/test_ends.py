@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import CHATML, write_json, write_tokenizer
 from conftest import Cli
+from fetched import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_models import EOS, TinyDecoder, byte_tokenizer
-from test_chat_template import CHATML, write_json, write_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -255,6 +256,7 @@ def _transformers_ends(folder: Path) -> set[int]:
     return ends
 
 
+@pytest.mark.whole
 def test_a_bundle_ends_where_only_the_tokenizer_says_so(cli: Cli, tmp_path: Path) -> None:
     source, out = tokenizer_only(tmp_path / "source"), tmp_path / "out"
     ended = cli("export", source, "-o", out)
@@ -264,6 +266,7 @@ def test_a_bundle_ends_where_only_the_tokenizer_says_so(cli: Cli, tmp_path: Path
     assert Session.from_pretrained(out, provider="cpu").config.eos_ids == {2, IM_END}
 
 
+@pytest.mark.whole
 def test_a_checkpoint_keeps_the_ends_of_the_generation_config(cli: Cli, tmp_path: Path) -> None:
     source = with_generation([7, 8])(tmp_path / "source")
     arguments = (
@@ -282,6 +285,7 @@ def test_a_checkpoint_keeps_the_ends_of_the_generation_config(cli: Cli, tmp_path
         assert read_ends(tmp_path / out).ids == (7, 8, EOS, IM_END)
 
 
+@pytest.mark.whole
 def test_every_runtime_ends_at_the_token_that_only_the_tokenizer_names(cli: Cli, tmp_path: Path) -> None:
     """The model is made to meet its end: the tokenizer names a token that greedy decoding is known to write."""
     genai = pytest.importorskip("onnxruntime_genai")
@@ -427,9 +431,7 @@ def test_stop_tokens_outside_the_vocabulary(session: Session) -> None:
 
 
 @pytest.mark.real_model
-def test_real_chat_model_ends_at_its_turn(tmp_path: Path) -> None:
-    from assets import smollm2
-
+def test_real_chat_model_ends_at_its_turn() -> None:
     source = open_source(smollm2())
     ends = check_ends(source.folder, source.config)
     tokenizer = AutoTokenizer.from_pretrained(source.folder)

@@ -16,6 +16,8 @@ from rk_export.parity.probe import make_probe
 
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: pip install 'rk-export[genai]'")
 
+pytestmark = pytest.mark.whole
+
 Together = Callable[[Path, Sequence[Sequence[int]], int], list[list[int]]]
 
 NEW_TOKENS = 24

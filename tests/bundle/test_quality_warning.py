@@ -26,6 +26,7 @@ def test_divergence_is_that_of_torch() -> None:
     assert divergence(dense, other) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.whole
 def test_a_ruined_model_says_so_first(cli: Cli, llama: Path, tmp_path: Path) -> None:
     ended = cli(
         *("compress", llama, "-o", tmp_path / "out", "--keep", 0.1, "--uniform", "--rank-multiple", 1),
@@ -41,6 +42,7 @@ def test_a_ruined_model_says_so_first(cli: Cli, llama: Path, tmp_path: Path) -> 
     assert page.index("far from the dense one") < page.index("Summary")
 
 
+@pytest.mark.whole
 def test_a_close_model_says_nothing(llama: Path, tmp_path: Path) -> None:
     options = tiny_options(groups=(), rank=None, quant=QuantSpec(8, 32))
     report = compress(llama, tmp_path / "out", options, run=Run(threads=1))

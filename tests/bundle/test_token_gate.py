@@ -52,6 +52,7 @@ def strange_text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_export_says_which_tokens_have_no_row(extended_bundle: Path) -> None:
     report = json.loads((extended_bundle / "report.json").read_text(encoding="utf-8"))
     (notice,) = (notice for notice in report["notices"] if "no row" in notice)
@@ -59,11 +60,13 @@ def test_export_says_which_tokens_have_no_row(extended_bundle: Path) -> None:
     assert notice.endswith(f"1, namely '{EXTRA}' ({VOCABULARY})")
 
 
+@pytest.mark.whole
 def test_export_says_nothing_where_all_have(bundle: Path) -> None:
     report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
     assert not any("no row" in notice for notice in report["notices"])
 
 
+@pytest.mark.whole
 def test_commands_name_the_token(cli: Cli, extended: Path, extended_bundle: Path, strange_text: Path) -> None:
     named = f"token {VOCABULARY} ('{EXTRA}') is outside the model's vocabulary of {VOCABULARY}"
     for arguments in (
@@ -84,6 +87,7 @@ def test_commands_name_the_token(cli: Cli, extended: Path, extended_bundle: Path
     assert not (strange_text.parent / "out").exists()
 
 
+@pytest.mark.whole
 def test_tasks_are_refused_too(cli: Cli, extended: Path, extended_bundle: Path, tmp_path: Path) -> None:
     item = {"context": f"Which {EXTRA}?", "choices": ["one", "two"], "gold": 0}
     (tmp_path / "strange.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")
@@ -156,6 +160,7 @@ def test_cached_positions_count(session: Session) -> None:
         session.forward(np.ones((1, 1), np.int64), past=full)
 
 
+@pytest.mark.whole
 def test_rows_are_those_of_the_graph(tmp_path: Path, bundle: Path) -> None:
     """Whatever the config says: here it promises more. Quantized tables are found too."""
     folder = TinyDecoder().write(tmp_path)
@@ -183,6 +188,7 @@ def test_pytorch_models_have_the_same_gate(source_of: Callable[..., Any], family
             logits(np.array(ids))
 
 
+@pytest.mark.whole
 def test_bench_refuses_what_does_not_fit(cli: Cli, bundle: Path) -> None:
     ended = cli("bench", bundle, "--provider", "cpu")
     assert ended.code == 2

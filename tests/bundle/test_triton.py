@@ -14,6 +14,8 @@ from rk_export import compress, export
 from rk_export.bundle.triton import triton_repository
 from rk_export.options.run import Run
 
+pytestmark = pytest.mark.whole
+
 ENTRY = re.compile(
     r'^(input|output) \[ \{ name: "([^"]+)", data_type: TYPE_(\w+), dims: \[ ([^\]]*) \] \} \]$', re.M
 )

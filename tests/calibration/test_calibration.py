@@ -19,13 +19,14 @@ from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import RankRule
 from rk_export.options.texts import TextFile
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.plan import SitePlan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.source.stored import StoredModel, open_source
 
 SourceOf = Callable[..., StoredModel]
-Statistics = list[dict[str, SiteStatistics]]
+Statistics = list[dict[str, Curvature]]
 FAMILIES = ("llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "bert")
 
 
@@ -44,7 +45,7 @@ def disturb(module: nn.Module, seed: int) -> None:
 
 def sites_of(source: StoredModel, index: int) -> tuple[SitePlan, ...]:
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
-    return make_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
+    return decide_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
 
 
 def gather(source: StoredModel, tokens: Tensor, *, embedding: bool = False, **options: Any) -> Statistics:

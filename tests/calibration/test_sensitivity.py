@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranking import rank_correlation
 from second_order import loss_increase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -93,6 +94,43 @@ def test_statistics_are_those_of_autograd(
         assert float((found.gradients[place] - expected).norm() / expected.norm()) < 2e-3, role
 
 
+def random_error(linear: nn.Linear, scale: float, seed: int = 0) -> Tensor:
+    """Return an error of a weight, relative to the weight's standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * linear.weight.detach().std() * torch.randn(linear.weight.shape, generator=generator)
+
+
+@torch.no_grad()
+def divergence_with(model: PreTrainedModel, tokens: Tensor, linear: nn.Linear, error: Tensor) -> float:
+    """Return how far an error of one matrix takes a model from its distribution, in nats per token."""
+    dense = model(input_ids=tokens).logits.double().log_softmax(-1)
+    kept = linear.weight.clone()
+    linear.weight += error
+    other = model(input_ids=tokens).logits.double().log_softmax(-1)
+    linear.weight.copy_(kept)
+    return float((dense.exp() * (dense - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi3"])
+def test_predicted_losses_order_errors_as_they_turn_out(
+    source_of: SourceOf, tmp_path: Path, family: str
+) -> None:
+    """Three errors of every matrix, from a hundredth to a twentieth of its weights."""
+    source = source_of(family)
+    tokens = tokens_for(source, 32, 32)
+    found = gather(source, tmp_path, tokens=tokens)
+    model = source.load()
+    predicted, measured = [], []
+    for seed, scale in enumerate((0.01, 0.025, 0.05)):
+        for place in found.gradients:
+            linear = matrix(model, source, place)
+            error = random_error(linear, scale, seed)
+            predicted.append(loss_increase(found.gradients[place], error, found.second[place], found.tokens))
+            measured.append(divergence_with(model, tokens, linear, error))
+    assert len(predicted) >= 30
+    assert rank_correlation(predicted, measured) > 0.95
+
+
 @pytest.mark.parametrize("place", [Q, (0, "self_attn.o_proj"), (1, "mlp.gate_proj"), DOWN])
 def test_predicted_loss_is_the_real_divergence(
     source_of: SourceOf, tmp_path: Path, place: tuple[int, str]
@@ -103,14 +141,8 @@ def test_predicted_loss_is_the_real_divergence(
     found = gather(source, tmp_path, tokens=tokens)
     assert found.tokens == tokens.numel()
     model = source.load()
-    linear = matrix(model, source, place)
-    generator = torch.Generator().manual_seed(0)
-    error = 0.01 * linear.weight.std() * torch.randn(linear.weight.shape, generator=generator)
-    with torch.no_grad():
-        dense = model(input_ids=tokens).logits.double().log_softmax(-1)
-        linear.weight += error
-        other = model(input_ids=tokens).logits.double().log_softmax(-1)
-    divergence = float((dense.exp() * (dense - other)).sum(-1).mean())
+    error = random_error(matrix(model, source, place), 0.01)
+    divergence = divergence_with(model, tokens, matrix(model, source, place), error)
     predicted = loss_increase(found.gradients[place], error, found.second[place], found.tokens)
     assert predicted == pytest.approx(divergence, rel=0.3)
     diagonal = loss_increase(found.gradients[place].diagonal(), error, found.second[place], found.tokens)

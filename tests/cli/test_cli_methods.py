@@ -86,6 +86,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("method", NAMED)
 def test_a_method_ends_in_a_verified_bundle(
     cli: Cli, llama: Path, task: Path, tmp_path: Path, method: str
@@ -108,6 +109,7 @@ def test_a_method_ends_in_a_verified_bundle(
     assert "rank" in done(cli("explain", out)).out
 
 
+@pytest.mark.whole
 def test_a_plan_of_sparse_parts_is_applied_and_guarded(cli: Cli, llama: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     search = ("--method", "cap", "--keep", 0.6, "--steps", 2, "--calibration-tokens", 512)
@@ -130,6 +132,7 @@ def test_dry_runs_say_what_would_go(cli: Cli, llama: Path, tmp_path: Path) -> No
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("size", "extra"), [(480_000, ()), (340_000, ("--bits", 8))])
 @pytest.mark.parametrize("selector", ["policy", "pools", "auction", "wanda", "magnitude"])
 def test_a_size_is_met_by_the_files(

@@ -218,6 +218,7 @@ def test_group_that_matches_nothing(refused: Refused, tmp_path: Path, out: Path)
     assert "gate_up" not in message.partition("Fix: ")[2]
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_for_and_absent(refused: Refused, llama: Path, bundle: Path, out: Path) -> None:
     assert refused("compress", llama, "-o", out, "--device", "cuda").startswith("--device: ")
@@ -288,12 +289,14 @@ def test_missing_plan(refused: Refused, llama: Path, tmp_path: Path, out: Path) 
 # --- the output
 
 
+@pytest.mark.whole
 def test_existing_output_is_kept(refused: Refused, llama: Path, own_bundle: Path) -> None:
     assert "--force" in refused("compress", llama, "-o", own_bundle, *SMALL)
     assert "--force" in refused("analyze", llama, "-o", own_bundle)
     assert "--force" in refused("plan", llama, "-o", own_bundle / "plan.json")
 
 
+@pytest.mark.whole
 def test_force_replaces_it(cli: Cli, llama: Path, own_bundle: Path) -> None:
     old = (own_bundle / "model.onnx.data").read_bytes()
     (own_bundle / "left-over").write_text("x", encoding="utf-8")
@@ -323,6 +326,7 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
+@pytest.mark.whole
 def test_failure_in_the_middle(
     refused: Refused, llama: Path, own_bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +335,7 @@ def test_failure_in_the_middle(
         assert refused("compress", llama, "-o", output, *SMALL, "--force") == "missing\nFix: report it\n"
 
 
+@pytest.mark.whole
 def test_interruption_in_the_middle(
     cli: Cli, llama: Path, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +345,7 @@ def test_interruption_in_the_middle(
     assert contents(own_bundle.parent) == before
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota"), OSError("64 requested and 0 written")],
@@ -377,6 +383,7 @@ def test_disk_known_to_be_too_small(
 # --- the bundle
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["model.onnx.data", "model.onnx", "tokenizer.json", "plan.json"])
 def test_one_flipped_byte(refused: Refused, own_bundle: Path, name: str) -> None:
     data = bytearray((own_bundle / name).read_bytes())
@@ -386,18 +393,21 @@ def test_one_flipped_byte(refused: Refused, own_bundle: Path, name: str) -> None
     assert message.startswith(f"{own_bundle / name}: corrupted: its checksum differs")
 
 
+@pytest.mark.whole
 def test_truncated_file(refused: Refused, own_bundle: Path) -> None:
     path = own_bundle / "model.onnx.data"
     path.write_bytes(path.read_bytes()[:-1])
     assert refused("verify", own_bundle).startswith(f"{path}: corrupted: ")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["model.onnx.data", "genai_config.json"])
 def test_missing_file(refused: Refused, own_bundle: Path, name: str) -> None:
     (own_bundle / name).unlink()
     assert refused("verify", own_bundle).startswith(f"{own_bundle / name}: listed in the manifest")
 
 
+@pytest.mark.whole
 def test_running_half_a_bundle(refused: Refused, own_bundle: Path) -> None:
     (own_bundle / "model.onnx.data").unlink()
     assert refused("run", own_bundle, "-p", "hello").startswith(str(own_bundle / "model.onnx"))
@@ -412,6 +422,7 @@ def test_folder_that_is_no_bundle(refused: Refused, tmp_path: Path, command: tup
     assert refused(name, tmp_path / "empty", *options).startswith(str(tmp_path / "empty"))
 
 
+@pytest.mark.whole
 def test_verification_against_another_model(refused: Refused, bundle: Path, tmp_path: Path) -> None:
     tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "other")
     message = refused("verify", bundle, "--against", tmp_path / "other")
@@ -421,6 +432,7 @@ def test_verification_against_another_model(refused: Refused, bundle: Path, tmp_
 # --- text and prompts
 
 
+@pytest.mark.whole
 def test_text_that_is_none(refused: Refused, bundle: Path, tmp_path: Path) -> None:
     empty, binary, lone = tmp_path / "empty", tmp_path / "binary", tmp_path / "lone"
     empty.write_text(" \n", encoding="utf-8")
@@ -433,6 +445,7 @@ def test_text_that_is_none(refused: Refused, bundle: Path, tmp_path: Path) -> No
     assert "at least 2" in refused(*evaluate, lone)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -479,20 +492,24 @@ def test_encoder_has_no_perplexity(refused: Refused, tmp_path: Path, out: Path, 
         assert refused(*command, "--text", prose).startswith("--text: bert is an encoder")
 
 
+@pytest.mark.whole
 def test_prompt_longer_than_the_context(refused: Refused, bundle: Path) -> None:
     assert "leave no room in a context of 128" in refused("run", bundle, "-p", "word " * 200)
 
 
+@pytest.mark.whole
 def test_empty_prompt(refused: Refused, bundle: Path) -> None:
     assert refused("run", bundle, "-p", "").startswith("prompt 0: it has no tokens")
 
 
+@pytest.mark.whole
 def test_chat_without_a_template(refused: Refused, own_bundle: Path) -> None:
     (own_bundle / "chat_template.jinja").unlink()
     message = refused("run", own_bundle, "-p", "hello", "--chat")
     assert message.startswith(f"{own_bundle / 'chat_template.jinja'}: no chat template")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "arguments",
     [

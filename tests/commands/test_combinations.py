@@ -25,6 +25,8 @@ from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import Budget, RankRule
 from rk_export.options.texts import TextFile
 
+pytestmark = pytest.mark.whole
+
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 

@@ -44,6 +44,7 @@ def test_force_never_replaces_a_folder_around_the_model(cli: Cli, prepared: Path
     assert (inner / "model.safetensors").is_file()
 
 
+@pytest.mark.whole
 def test_a_checkpoint_is_not_exported_over_itself(cli: Cli, llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     assert cli("compress", llama, "-o", tmp_path / "out", *DENSE, "--checkpoint", folder).code == 0

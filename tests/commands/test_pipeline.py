@@ -26,6 +26,8 @@ from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import cuda_obstacle
 from rk_export.source.stored import open_source
 
+pytestmark = pytest.mark.whole
+
 FORMS: dict[str, dict[str, Any]] = {
     "floats": {"quant": None, "embedding_quant": None},
     "dense INT4": {"groups": ()},

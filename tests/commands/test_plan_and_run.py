@@ -14,6 +14,8 @@ from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.report.records import Report
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:

@@ -71,11 +71,13 @@ def files_after(code: str, home: Path, **variables: str) -> list[Path]:
     return [path for path in home.rglob("*") if path.is_file()]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("code", [generating, running, probing, deploying], ids=lambda code: code.__name__)
 def test_nothing_is_recorded(code: Callable[[Path], str], bundle: Path, tmp_path: Path) -> None:
     assert files_after(code(bundle), tmp_path / "home") == []
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not GENAI, reason="needs the extra: pip install 'rk-export[genai]'")
 def test_genai_records_nothing_either(bundle: Path, tmp_path: Path) -> None:
     speeds = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
@@ -84,6 +86,7 @@ def test_genai_records_nothing_either(bundle: Path, tmp_path: Path) -> None:
     assert files_after(sample("deploy_genai", bundle), tmp_path / "sample") == []
 
 
+@pytest.mark.whole
 def test_a_user_who_wants_it_gets_it(bundle: Path, tmp_path: Path) -> None:
     found = files_after(opening(bundle), tmp_path / "home", ORT_DISABLE_TELEMETRY="0")
     if not found:

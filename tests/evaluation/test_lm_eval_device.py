@@ -15,6 +15,8 @@ import pytest
 from rk_export.errors import InputError, ProviderError
 from rk_export.runtime import providers
 
+pytestmark = pytest.mark.whole
+
 OURS = "rk_export.evaluation.lm_eval_model"
 
 

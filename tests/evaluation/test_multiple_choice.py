@@ -68,6 +68,7 @@ def test_padded_batches_score_as_single_rows_do(
     assert [one.greedy for one in found] == [greedy for _, greedy in expected]
 
 
+@pytest.mark.whole
 def test_a_bundle_scores_batches_as_single_rows(bundle: Path) -> None:
     logits = Session.from_pretrained(bundle, provider="cpu", threads=1, accuracy_level=0).prefill_logits
     asked = random_continuations(20, 300)
@@ -239,6 +240,7 @@ def task_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_eval_compares_models_on_texts_and_tasks(
     cli: Cli, llama: Path, bundle: Path, prose: Path, task_file: Path, tmp_path: Path
 ) -> None:

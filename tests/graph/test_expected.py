@@ -38,10 +38,11 @@ def int4(source_of: SourceOf) -> Rewritten:
 def test_the_dense_decoder_declares_its_attention_and_its_sums_with_norms(
     source_of: SourceOf, family: str, norms: int
 ) -> None:
-    module = build_module(source_of(family).config, ep="cpu", dtype="fp32").module
+    module = build_module(source_of(family).description, ep="cpu", dtype="fp32").module
     assert declared(module) == Counter({ATTENTION: LAYERS, SKIP_NORM: norms})
 
 
+@pytest.mark.whole
 def test_a_form_that_declares_more_than_it_emits_is_an_error(
     int4: Rewritten, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_form_that_declares_more_than_it_emits_is_an_error(
     assert caught.value.where == "MatMulNBits"
 
 
+@pytest.mark.whole
 def test_products_that_nobody_declared_are_an_error(int4: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizedProjection, "products", lambda self, source: ())
     with pytest.raises(FusionError, match="planned 0, found 4") as caught:
@@ -58,6 +60,7 @@ def test_products_that_nobody_declared_are_an_error(int4: Rewritten, monkeypatch
     assert caught.value.where == "packed projections"
 
 
+@pytest.mark.whole
 def test_marks_lost_on_the_way_are_an_error(int4: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projections, "mark", lambda value, site: value)
     with pytest.raises(FusionError, match="planned 4, found 0") as caught:
@@ -98,6 +101,7 @@ class Negated(DenseProjection):
         return op.Neg(op.MatMul(x, self.weight))
 
 
+@pytest.mark.whole
 def test_a_new_form_declares_itself_in_its_own_module(
     source_of: SourceOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.passes.modules.factors import JointMember
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 
 BOUND = 1e-4
@@ -70,6 +70,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
 
 
+@pytest.mark.whole
 def test_one_pass_equals_pytorch(exported: Exported) -> None:
     ids = tokens_for(exported, 2, 12)
     expected = exported.expected(ids)
@@ -77,6 +78,7 @@ def test_one_pass_equals_pytorch(exported: Exported) -> None:
     assert float(expected.abs().max()) > 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("batch", "ends"), [(2, (6, 7, 8, 9, 10, 11, 12)), (1, (5, 9, 10, 12))])
 def test_cached_decode_equals_one_pass(exported: Exported, batch: int, ends: tuple[int, ...]) -> None:
     """Token by token; a single row in pieces too, which GroupQueryAttention does not take in batches."""
@@ -91,6 +93,7 @@ def test_cached_decode_equals_one_pass(exported: Exported, batch: int, ends: tup
     assert_close(torch.cat(parts, dim=1), exported.expected(ids))
 
 
+@pytest.mark.whole
 def test_padded_rows_equal_single_rows(exported: Exported) -> None:
     """Padding stands in front in a decoder, prefill and decode, and behind in an encoder."""
     ids, short = tokens_for(exported, 2, 12), 7
@@ -122,6 +125,7 @@ def tokens_for(exported: Exported, batch: int, length: int) -> Tensor:
     return torch.randint(3, vocabulary, (batch, length), generator=generator)
 
 
+@pytest.mark.whole
 def test_the_fusions_found_are_those_planned(exported: Exported) -> None:
     fusions = exported.onnx.fusions
     assert all(fusion.found == fusion.planned for fusion in fusions)
@@ -139,6 +143,7 @@ def test_the_fusions_found_are_those_planned(exported: Exported) -> None:
     assert packed == (layers if dense and not normed else 0)
 
 
+@pytest.mark.whole
 def test_the_interface_is_that_of_genai(exported: Exported) -> None:
     inputs = {value.name: value for value in exported.onnx.session.get_inputs()}
     outputs = {value.name: value for value in exported.onnx.session.get_outputs()}
@@ -161,6 +166,7 @@ def test_the_interface_is_that_of_genai(exported: Exported) -> None:
     assert [value.name for value in exported.onnx.session.get_overridable_initializers()] == ["logits_start"]
 
 
+@pytest.mark.whole
 def test_the_file_is_valid_and_stores_no_weight_twice(exported: Exported) -> None:
     """The file is as large as the PyTorch state, but for the rotary tables and small constants."""
     onnx.checker.check_model(exported.onnx.folder / "model.onnx")
@@ -172,6 +178,7 @@ def test_the_file_is_valid_and_stores_no_weight_twice(exported: Exported) -> Non
     assert 0 < sum(sizes.values()) - rotary <= 1.02 * stored + 1024
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", FORMATS)
 def test_every_group_exports(source_of: SourceOf, tmp_path: Path, group: str, bits: str) -> None:
@@ -183,6 +190,7 @@ def test_every_group_exports(source_of: SourceOf, tmp_path: Path, group: str, bi
     assert model.fusion("shared down-projection").found == source.layer_count
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_all_matrices_factorized_separately(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
@@ -196,6 +204,7 @@ def test_all_matrices_factorized_separately(source_of: SourceOf, tmp_path: Path,
     assert model.fusion("shared down-projection").found == len(roles) * source.layer_count
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_multi_query_and_multi_head_attention_per_head(
     source_of: SourceOf, tmp_path: Path, kv_heads: int
@@ -211,6 +220,7 @@ def test_multi_query_and_multi_head_attention_per_head(
 TABLES = [QuantSpec(8, 128), QuantSpec(4, 16, symmetric=False), QuantSpec(2, 256)]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("family", "spec"),
     [*(("llama", spec) for spec in TABLES), ("gemma3", TABLES[0])],
@@ -232,10 +242,11 @@ def test_quantized_tables(
     assert sum(shape is not None and shape[0] == 160 for shape in shapes) == (1 if tied else 2)
 
 
+@pytest.mark.whole
 def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
     """A plan edited by hand: other bits for one matrix, one layer left in floats."""
     source = source_of("llama")
-    plan = make_plan(source, floats(("qk",), rank=RankRule("rank", 16), quant=INT4))
+    plan = decide_plan(source, floats(("qk",), rank=RankRule("rank", 16), quant=INT4))
     sites = []
     for site in plan.sites:
         quant = (
@@ -252,6 +263,7 @@ def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
     assert_close(model.run(ids)[0], logits(rewritten.model, ids))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
@@ -263,6 +275,7 @@ def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) ->
     assert_close(model.run(ids, logits_start=np.array([9]))[0], everything[:, 9:])
 
 
+@pytest.mark.whole
 def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     for level in (0, 4):
@@ -275,6 +288,7 @@ def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, 
         assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_half_precision_graphs_run_on_cpu(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     """The portable graph in the bound of tier c for fp16; the cuda graph has the same operators and types."""

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from mobius.components import Linear
+from rope_configs import LINEAR, LLAMA3, LONGROPE, YARN
 from tiny_models import DECODERS, FAMILIES, tiny_config, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
@@ -29,24 +30,6 @@ LENGTH = 24
 # Tokens a call: GroupQueryAttention takes several tokens after a cache for one row only.
 ONE_BY_ONE, IN_CHUNKS = (14,) + (1,) * 10, (7, 3, 1, 1, 4, 1, 1, 6)
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [2.0 + 0.5 * i for i in range(8)],
-    "partial_rotary_factor": 1.0,
-    "original_max_position_embeddings": 17,
-}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -27,6 +27,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", OPTIONS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_runtime_folds_every_cast(source_of: SourceOf, tmp_path: Path, form: str, tied: bool) -> None:
@@ -66,6 +67,7 @@ def test_the_summary_counts_two_bytes_a_scale(source_of: SourceOf) -> None:
     assert size_summary(source, rewritten, None).compressed_bytes == sum(packed.values()) + floats_left
 
 
+@pytest.mark.whole
 def test_wider_scales_stay_as_they_are(source_of: SourceOf) -> None:
     """A checkpoint of an older version holds float32 scales."""
     rewritten = compress(source_of("llama"), OPTIONS["dense"])

@@ -25,6 +25,8 @@ from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.runtime.graph_proto import graph_bytes
 
+pytestmark = pytest.mark.whole
+
 RANK_8 = RankRule("rank", 8)
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "qwen3", "mixtral", "bert")
 # Two exact computations of a rounded input may round it differently. Measured over these models: up to 0.11 of

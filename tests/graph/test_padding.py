@@ -60,6 +60,7 @@ def step_mask(form: str, prompt: Tensor, steps: int) -> Tensor:
     return (torch.arange(prompt.shape[1] + steps) < ends).to(torch.int64)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", ["left", "right", "slots"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_padded_rows_equal_single_rows(exported: Exported, family: str, form: str) -> None:
@@ -76,6 +77,7 @@ def test_padded_rows_equal_single_rows(exported: Exported, family: str, form: st
         assert_close(logits_of_row, logits(model, row[None])[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt"])
 def test_a_hole_in_a_prompt_hides_its_keys(exported: Exported, family: str) -> None:
     graph, model = exported(family)
@@ -88,6 +90,7 @@ def test_a_hole_in_a_prompt_hides_its_keys(exported: Exported, family: str) -> N
     assert_close(actual[mask == 1], expected[mask == 1])
 
 
+@pytest.mark.whole
 def test_a_row_of_zeros_disturbs_no_other_row(exported: Exported) -> None:
     graph, model = exported("llama")
     prompt = rows()[0][None, :LONGEST]
@@ -100,6 +103,7 @@ def test_a_row_of_zeros_disturbs_no_other_row(exported: Exported) -> None:
     assert_close(torch.cat([first[0], later[0]]), logits(model, rows()[0][None, : LONGEST + 1])[0])
 
 
+@pytest.mark.whole
 def test_padding_in_half_precision(source_of: SourceOf, tmp_path: Path) -> None:
     rewritten = compress(source_of("llama"), floats((), ep="portable"))
     half = OnnxModel(rewritten, tmp_path)
@@ -111,6 +115,7 @@ def test_padding_in_half_precision(source_of: SourceOf, tmp_path: Path) -> None:
         assert difference <= 5e-3 * np.abs(alone.numpy()).max()
 
 
+@pytest.mark.whole
 def test_the_batch_has_the_name_that_transformers_js_looks_for(exported: Exported) -> None:
     graph, _ = exported("llama")
     values = (*graph.session.get_inputs(), *graph.session.get_outputs())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import VOCABULARY
-from test_adapters import edit, trained
+from peft_adapters import edit_adapter, trained
 from tiny_models import tiny_model
 
 from input_cases.case import Build, Case, Given
@@ -30,7 +30,9 @@ def adapted(
         base, adapter = folder / "base", folder / "adapter"
         tiny_model(family, **tied).save_pretrained(base)
         model = trained(base, adapter, **fields)
-        edit(adapter, **(changes or {}), **({} if named else {"base_model_name_or_path": "../elsewhere"}))
+        edit_adapter(
+            adapter, **(changes or {}), **({} if named else {"base_model_name_or_path": "../elsewhere"})
+        )
         return Given(adapter, model.merge_and_unload, base=None if named else base)
 
     return build
@@ -68,7 +70,7 @@ def in_one_folder(folder: Path) -> Given:
     """An adapter in the folder of its base model."""
     given = adapted()(folder)
     shutil.copytree(folder / "base", given.model, dirs_exist_ok=True)
-    edit(given.model, base_model_name_or_path="nowhere/at-all")
+    edit_adapter(given.model, base_model_name_or_path="nowhere/at-all")
     return given
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export import CompressOptions, Run, compress, export
 from rk_export.errors import RkExportError
@@ -195,14 +195,6 @@ def largest_error(session: Session, model: PreTrainedModel, length: int) -> floa
         expected = model(input_ids=ids).logits.float().numpy()
     found = session.prefill_logits(ids.numpy())
     return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def transformers_own(folder: Path) -> PreTrainedModel:
-    """Return a folder's model as transformers loads it."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
 
 
 def _plain(text: str, given: Given, folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_checkpoint_forms import inside, multimodal, prefixed, sharded
+from checkpoint_files import inside, multimodal, prefixed, sharded
 
 from input_cases.case import Case
 from input_cases.folders import (

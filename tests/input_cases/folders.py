@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import VOCABULARY, trained_tokenizer
-from safetensors.torch import load_file
-from test_checkpoint_forms import (
+from checkpoint_files import (
     Edit,
     Tensors,
     edit_config,
@@ -19,11 +17,13 @@ from test_checkpoint_forms import (
     sharded,
     with_head,
 )
-from test_remote_code import Planted
-from tiny_models import tiny_model
+from conftest import VOCABULARY, trained_tokenizer
+from planted_code import Planted
+from safetensors.torch import load_file
+from tiny_models import tiny_model, transformers_own
 from transformers import AutoModel
 
-from input_cases.case import Build, Given, transformers_own
+from input_cases.case import Build, Given
 
 Change = Callable[[Path], object]
 

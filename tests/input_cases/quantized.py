@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint_files import edit_config
 from compressed_models import arguments, compressed, compressed_config
 from quantized_models import (
     AWQ_CONFIG,
+    BITSANDBYTES,
     Quantizer,
     awq,
     change_tensors,
@@ -16,13 +18,13 @@ from quantized_models import (
     fp8_config,
     gptq,
     gptq_config,
+    save_bitsandbytes,
     save_quantized,
-    set_config,
+    without,
 )
-from test_quantized_sources import BITSANDBYTES, save_bitsandbytes, without
-from tiny_models import tiny_model
+from tiny_models import tiny_model, transformers_own
 
-from input_cases.case import Build, Case, Given, transformers_own
+from input_cases.case import Build, Case, Given
 from rk_export import CompressOptions
 from rk_export.options.calibration import CalibrationOptions
 
@@ -71,7 +73,7 @@ def losing(suffix: str) -> Change:
 def floats_under_a_config(folder: Path) -> Given:
     """Matrices in floats under a quantization_config."""
     tiny_model("llama").save_pretrained(folder / "model")
-    set_config(folder / "model", quantization_config=gptq_config())
+    edit_config(folder / "model", quantization_config=gptq_config())
     return Given(folder / "model")
 
 

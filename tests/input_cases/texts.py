@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chat_tokenizers import write_tokenizer
 from conftest import VOCABULARY, tiny_options, trained_tokenizer
+from hub_snapshots import snapshot
+from longrope_models import CONTEXT, FIELDS, prompt
+from rope_configs import LINEAR, LLAMA3, SHORT_YARN, YARN
 from runtime_models import byte_tokenizer
-from test_accuracy_levels import massive
-from test_chat_template import write_tokenizer
-from test_context import SHORT_YARN
-from test_frontend import LINEAR, LLAMA3, YARN
-from test_hub_cache import snapshot
-from test_longrope import CONTEXT, FIELDS, prompt
-from tiny_models import tiny_model
+from tiny_models import massive, tiny_model, transformers_own
 
-from input_cases.case import Build, Case, Given, transformers_own
+from input_cases.case import Build, Case, Given
 from input_cases.folders import changed, config, saved
 from rk_export import CompressOptions
 

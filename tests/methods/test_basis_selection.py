@@ -21,7 +21,7 @@ from rk_export.methods.basel.selection import Selection, select_basis
 from rk_export.methods.basel.training import BasisTraining
 from rk_export.options.ranks import SINGLE_GROUPS, RankRule
 from rk_export.passes.numerics.joint_svd import joint_factors
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.replaced import Replaced
@@ -132,7 +132,7 @@ def test_factor_pairs_of_those_ranks_compute_the_same(source_of: SourceOf, famil
     source = source_of(family)
     selection = selected(source)
     tuned_source = source.then(Replaced(selection.tensors))
-    plan = make_plan(tuned_source, floats(SINGLE_GROUPS, rank=RankRule("rank", 1), rank_multiple=1))
+    plan = decide_plan(tuned_source, floats(SINGLE_GROUPS, rank=RankRule("rank", 1), rank_multiple=1))
     sites = tuple(replace(site, rank=selection.ranks[site.layer, site.paths[0]]) for site in plan.sites)
     assert all(site.form == "joint" for site in sites)
     rewritten = rewrite(tuned_source, replace(plan, sites=sites))

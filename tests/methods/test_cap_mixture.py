@@ -1,4 +1,4 @@
-"""Our auction over mixtures: what a matrix may become, what it costs, and that it beats the candidates' choice."""
+"""Our allocation over mixtures: what a matrix may become, what it costs, and that it beats the candidates' choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.methods.cap import mixture as cap_mixture
-from rk_export.methods.cap.auction import auction_selection
 from rk_export.methods.cap.choose import cap_parts
 from rk_export.methods.cap.mixture import (
     Mixtures,
@@ -28,12 +27,11 @@ from rk_export.methods.cap.mixture import (
 )
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.pools import make_pools
-from rk_export.methods.cap.scores import curvature_score
+from rk_export.methods.cap.scores import curvature_score, largest_scores
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.options.ranks import Budget
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.mixed import TwoSides
 from rk_export.source.stored import StoredModel
 
 SourceOf = Callable[..., StoredModel]
@@ -68,14 +66,14 @@ def _predicted(
     return total
 
 
-def _identity(rows: int, columns: int) -> TwoSides:
-    return TwoSides(Metric.of(torch.eye(columns)), Metric.of(torch.eye(rows)))
+def _identity(rows: int, columns: int) -> Curvature:
+    return Curvature(Inputs(torch.eye(columns)), {"m": torch.eye(rows)})
 
 
 def test_mixtures_cost_no_more_than_the_dense_matrix_and_lose_less_the_more_they_hold() -> None:
     W: Tensor = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     mixtures = mixtures_of(W, _identity(20, 30))
-    costs = mixtures.lot(PARAMETERS).costs
+    costs = mixtures.choices(PARAMETERS).costs
     assert costs.max() == 600
     assert (int(mixtures.ranks[0]), int(mixtures.entries[0]), float(mixtures.losses[0])) == (0, 600, 0.0)
     alone = mixtures.entries == 0
@@ -86,9 +84,9 @@ def test_mixtures_cost_no_more_than_the_dense_matrix_and_lose_less_the_more_they
 def test_in_bytes_a_full_sparse_matrix_costs_its_columns() -> None:
     one = torch.zeros(1, dtype=torch.float64)
     mixtures = Mixtures((4, 5), torch.tensor([0]), torch.tensor([20]), one)
-    assert mixtures.lot(BYTES).costs.tolist() == [40.0]
+    assert mixtures.choices(BYTES).costs.tolist() == [40.0]
     fewer = Mixtures((4, 5), torch.tensor([2]), torch.tensor([10]), one)
-    assert fewer.lot(BYTES).costs.tolist() == [2 * 9 * 4 + 10 * 3]
+    assert fewer.choices(BYTES).costs.tolist() == [2 * 9 * 4 + 10 * 3]
 
 
 @pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
@@ -109,7 +107,7 @@ def test_mixtures_lose_less_than_cap_s_candidates_and_refitting_helps_those(
 ) -> None:
     pools = make_pools(source, 8, CPU, tmp_path)
     budget = 0.5 * _numbers(source)
-    from_pools = auction_selection(curvature_score(PARAMETERS, statistics), pools, budget, PARAMETERS)
+    from_pools = largest_scores(curvature_score(PARAMETERS, statistics), pools, budget, PARAMETERS)
     refitted = refitted_parts(source, from_pools, statistics, CPU)
     offered = offered_mixtures(source, statistics, CPU, tmp_path)
     mixed = mixture_selection(source, offered, budget, PARAMETERS, statistics, CPU, tmp_path)

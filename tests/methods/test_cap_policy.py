@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rk_export.methods.cap import policy as cap_policy
 from rk_export.methods.cap.options import CapOptions
-from rk_export.methods.cap.policy import first_probabilities, learn, put, reinforce
+from rk_export.methods.cap.policy import first_probabilities, learn, reinforce, set_weight
 from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices, make_pools
 from rk_export.methods.cap.scores import all_scores, energy_score
 from rk_export.methods.sparse_sites import PARAMETERS, linear_shapes
@@ -80,9 +80,9 @@ def test_masks_are_put_into_the_model(pools: Pools) -> None:
     pool = pools[Q]
     mask = torch.rand(len(pool), generator=torch.Generator().manual_seed(3)) < 0.4
     linear = nn.Linear(pool.parts.shape[1], pool.parts.shape[0], bias=False).requires_grad_(False)
-    put(linear, pool, mask)
+    set_weight(linear, pool, mask)
     torch.testing.assert_close(linear.weight, pool.selected(mask).dense())
-    put(linear, pool, torch.zeros_like(mask))
+    set_weight(linear, pool, torch.zeros_like(mask))
     assert not linear.weight.any()
 
 

@@ -65,6 +65,7 @@ def test_a_budget_that_the_pools_cannot_meet(
     assert budget[0] in refusal(cli, *arguments, out=tmp_path / "out")
 
 
+@pytest.mark.whole
 def test_a_basel_bundle_cannot_be_made_again(cli: Cli, llama: Path, task: Path, tmp_path: Path) -> None:
     steps = ("--steps", 2, "--new-basis", 4)
     made = cli(

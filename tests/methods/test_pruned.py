@@ -29,7 +29,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.plan import Plan, Pruning
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.source.prepared import Prepared
@@ -52,13 +52,13 @@ def options(prune: PruneOptions | None = None, **changes: Any) -> CompressOption
     return CompressOptions(**{**fields, **changes}, methods=() if prune is None else (prune,))
 
 
-def plan_of(ground: CompressionInputs) -> Plan:
-    return replace(make_plan(ground.source, ground.options), pruning=ground.source.pruning)
+def plan_of(inputs: CompressionInputs) -> Plan:
+    return replace(decide_plan(inputs.source, inputs.options), pruning=inputs.source.pruning)
 
 
 def rewritten_of(source: StoredModel, asked: CompressOptions) -> Rewritten:
-    ground = compression_inputs(source, asked)
-    return ground.rewrite(plan_of(ground))
+    inputs = compression_inputs(source, asked)
+    return inputs.rewrite(plan_of(inputs))
 
 
 @torch.no_grad()
@@ -88,6 +88,7 @@ def test_what_is_left_is_a_model_of_its_family(source_of: SourceOf, family: str)
     assert torch.allclose(logits(plain, ids), logits(rewritten.model, ids), atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_the_graph_and_its_cache_are_smaller(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
@@ -95,14 +96,14 @@ def test_the_graph_and_its_cache_are_smaller(source_of: SourceOf, tmp_path: Path
     pruning = Pruning(tuple(range(1, count)), 96)
     if family not in NO_HEADS:
         pruning = replace(pruning, kv_groups=((1,),) * (count - 1))
-    ground = compression_inputs(source, options(PruneOptions(blocks=1)), pruning=pruning)
-    rewritten = ground.rewrite(plan_of(ground))
+    inputs = compression_inputs(source, options(PruneOptions(blocks=1)), pruning=pruning)
+    rewritten = inputs.rewrite(plan_of(inputs))
     graph, _ = build_graph(rewritten)
     save_graph(graph, tmp_path)
-    inputs = {item.name: item for item in onnx.load(tmp_path / "model.onnx").graph.input}
-    caches = [name for name in inputs if name.startswith("past_key_values") and name.endswith("key")]
+    graph_inputs = {item.name: item for item in onnx.load(tmp_path / "model.onnx").graph.input}
+    caches = [name for name in graph_inputs if name.startswith("past_key_values") and name.endswith("key")]
     assert len(caches) == count - 1
-    heads = inputs[caches[0]].type.tensor_type.shape.dim[1].dim_value
+    heads = graph_inputs[caches[0]].type.tensor_type.shape.dim[1].dim_value
     assert heads == (source.description.heads.kv_heads if family in NO_HEADS else 1)
 
 
@@ -115,8 +116,8 @@ def test_a_dropped_block_is_left_out_exactly(source_of: SourceOf) -> None:
     wanted.set_submodule("model.layers", nn.ModuleList([layers[0], layers[2], layers[3]]))
     wanted.config.num_hidden_layers = 3
     wanted.config.layer_types = [source.config.layer_types[block] for block in (0, 2, 3)]
-    ground = compression_inputs(source, options(PruneOptions(blocks=1)), pruning=Pruning((0, 2, 3)))
-    found = ground.rewrite(plan_of(ground)).model
+    inputs = compression_inputs(source, options(PruneOptions(blocks=1)), pruning=Pruning((0, 2, 3)))
+    found = inputs.rewrite(plan_of(inputs)).model
     assert found.config.layer_types == wanted.config.layer_types
     for number, layer in enumerate(wanted.get_submodule("model.layers").children()):
         layer.get_submodule("self_attn").layer_idx = number  # type: ignore[assignment]
@@ -196,6 +197,7 @@ def test_statistics_are_those_of_the_block_that_stays(llama: Path) -> None:
     )
 
 
+@pytest.mark.whole
 def test_recovery_aims_at_the_whole_model(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +215,7 @@ def test_recovery_aims_at_the_whole_model(
     assert all(tier.passed is not False for tier in report.parity)
 
 
+@pytest.mark.whole
 def test_a_pruned_bundle_is_verified_and_made_again(llama: Path, tmp_path: Path) -> None:
     asked = CompressOptions(
         methods=(PruneOptions(blocks=1, ffn=0.75, kv_groups=1),),
@@ -273,10 +276,10 @@ def test_what_cannot_go_is_refused(
 
 def test_a_plan_of_another_pruning_is_refused(source_of: SourceOf) -> None:
     source = source_of("llama")
-    ground = compression_inputs(source, options(PruneOptions(ffn=0.75)))
-    plan = replace(plan_of(ground), pruning=Pruning((0, 1), 64))
+    inputs = compression_inputs(source, options(PruneOptions(ffn=0.75)))
+    plan = replace(plan_of(inputs), pruning=Pruning((0, 1), 64))
     with pytest.raises(InputError, match="other blocks, neurons or heads"):
-        ground.rewrite(plan)
+        inputs.rewrite(plan)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,6 @@ def test_a_pruning_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
 
 
 def test_plans_keep_the_pruning_in_json(source_of: SourceOf) -> None:
-    ground = compression_inputs(source_of("llama"), options(PruneOptions(ffn=0.75, kv_groups=1)))
-    plan = plan_of(ground)
+    inputs = compression_inputs(source_of("llama"), options(PruneOptions(ffn=0.75, kv_groups=1)))
+    plan = plan_of(inputs)
     assert Plan.from_json(plan.to_json()) == plan

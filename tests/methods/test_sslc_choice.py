@@ -15,7 +15,7 @@ from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.baselines import wanda
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
-from rk_export.methods.sslc.choose import RANK_SHARES, offered, sslc_parts, targets
+from rk_export.methods.sslc.choose import RANK_SHARES, candidates_of, sslc_parts, targets
 from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget, RankRule
@@ -85,14 +85,14 @@ def test_it_loses_less_than_wanda_and_more_stages_lose_less(
     assert four < one < 0.8 * baseline
 
 
-def test_offers_lose_less_the_more_they_hold(source: StoredModel, statistics: DenseStatistics) -> None:
+def test_candidates_lose_less_the_more_they_hold(source: StoredModel, statistics: DenseStatistics) -> None:
     for place, target in targets(source, statistics, CPU):
-        offer = offered(target, 0.5, statistics.gradients[place])
-        assert len(set(offer.ranks.tolist())) == len(RANK_SHARES)
-        for rank in set(offer.ranks.tolist()):
-            mine = offer.ranks == rank
-            assert (offer.entries[mine][1:] >= offer.entries[mine][:-1]).all()
-            assert (offer.losses[mine][1:] <= offer.losses[mine][:-1]).all()
+        found = candidates_of(target, 0.5, statistics.gradients[place])
+        assert len(set(found.ranks.tolist())) == len(RANK_SHARES)
+        for rank in set(found.ranks.tolist()):
+            mine = found.ranks == rank
+            assert (found.entries[mine][1:] >= found.entries[mine][:-1]).all()
+            assert (found.losses[mine][1:] <= found.losses[mine][:-1]).all()
 
 
 def test_diagonals_of_output_curvature_are_enough(source: StoredModel, tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import edit_config
 from conftest import Cli
 
 from rk_export.errors import InputError
@@ -36,8 +36,7 @@ def test_a_value_that_no_model_can_have(
     llama: Path, tmp_path: Path, values: dict[str, Any], reason: str
 ) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    edit_config(folder, **values)
     with pytest.raises(InputError) as caught:
         open_source(folder)
     assert reason in caught.value.what
@@ -47,8 +46,7 @@ def test_a_value_that_no_model_can_have(
 
 def test_the_command_line_ends_with_a_message(cli: Cli, llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "bogus"}))
+    edit_config(folder, hidden_act="bogus")
     for command in (("export", folder), ("compress", folder), ("compress", folder, "--dry-run")):
         ended = cli(*command, "-o", tmp_path / "out")
         assert (ended.code, ended.out) == (2, "")

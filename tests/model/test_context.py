@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli, tiny_options, trained_tokenizer
-from test_frontend import LINEAR, LONGROPE, YARN
+from rope_configs import LINEAR, LONGROPE, SHORT_YARN, YARN
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,7 +24,6 @@ from rk_export.options.run import Run
 from rk_export.plan import Plan
 from rk_export.runtime import Session
 
-SHORT_YARN = {**YARN, "original_max_position_embeddings": 128}  # made for 512, the config says 128
 LONG_PHI3 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 17}
 MIXED = {
     "full_attention": {**SHORT_YARN, "rope_theta": 1e6},
@@ -103,6 +102,7 @@ def assert_context(bundle: Path, model: Path, context: int) -> None:
         session.generate([list(map(int, ids[0]))])
 
 
+@pytest.mark.whole
 def test_yarn_is_exported_with_the_length_that_it_is_made_for(yarn: Path, tmp_path: Path, cli: Cli) -> None:
     ended = cli("export", yarn, "-o", tmp_path / "out", "--context-length", 512, "--threads", 1)
     assert ended.code == 0, ended.err
@@ -111,6 +111,7 @@ def test_yarn_is_exported_with_the_length_that_it_is_made_for(yarn: Path, tmp_pa
     assert (refused.code, "give at most 512" in refused.err) == (2, True)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("context", [64, 300])
 def test_any_rotary_model_takes_a_shorter_or_longer_context(
     llama: Path, tmp_path: Path, context: int
@@ -121,6 +122,7 @@ def test_any_rotary_model_takes_a_shorter_or_longer_context(
     assert any("longer than" in notice for notice in report.notices) is (context > 128)
 
 
+@pytest.mark.whole
 def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Path, cli: Cli) -> None:
     options = tiny_options(quant=None, embedding_quant=None, groups=())
     compress(llama, tmp_path / "a", options, checkpoint=tmp_path / "kept", run=Run(threads=1))
@@ -129,6 +131,7 @@ def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Pa
     assert_context(tmp_path / "b", llama, 200)
 
 
+@pytest.mark.whole
 def test_learned_positions_can_be_shorter(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "out", context_length=70, run=Run(threads=1))

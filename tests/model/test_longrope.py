@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from longrope_models import CONTEXT, FIELDS, LONGROPE, SWITCH, prompt
 from tiny_models import tiny_model
 
 from rk_export import export, verify
@@ -19,21 +19,6 @@ from rk_export.options.run import Run
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.decoder import Decoder
 from rk_export.source.stored import open_source
-
-SWITCH, CONTEXT = 40, 128
-LONGROPE: dict[str, Any] = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [3.0 + 2.5 * i for i in range(8)],
-    "partial_rotary_factor": 1.0,
-    "original_max_position_embeddings": SWITCH,
-}
-FIELDS = {
-    "rope_parameters": LONGROPE,
-    "original_max_position_embeddings": SWITCH,
-    "max_position_embeddings": CONTEXT,
-}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +32,6 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def session(phi: Path) -> Session:
     return Session.from_pretrained(phi / "bundle", provider="cpu", threads=1)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(3, 160, length)]
 
 
 def transformers_tokens(ids: list[int], new_tokens: int) -> list[int]:
@@ -71,6 +52,7 @@ def same(mine: list[int], theirs: list[int]) -> bool:
     return mine == theirs[: len(mine)] and (len(mine) == len(theirs) or mine[-1] == 2)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("length", [30, SWITCH - 1, SWITCH, SWITCH + 1, 60])
 def test_tokens_are_those_of_transformers(session: Session, length: int) -> None:
     ids = prompt(length, seed=length)
@@ -78,6 +60,7 @@ def test_tokens_are_those_of_transformers(session: Session, length: int) -> None
     assert same(ours(session, [ids], 40)[0], theirs)
 
 
+@pytest.mark.whole
 def test_rows_of_a_batch_get_the_tokens_they_get_alone(session: Session) -> None:
     """Rows that stay short, cross at different steps, cross together, and are long from the start."""
     rows = [prompt(length, seed) for seed, length in enumerate([10, 30, 30, 35, SWITCH, SWITCH + 1, 60])]
@@ -86,6 +69,7 @@ def test_rows_of_a_batch_get_the_tokens_they_get_alone(session: Session) -> None
     assert all(same(mine, transformers_tokens(row, 20)) for mine, row in zip(together, rows, strict=True))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("shared", [True, False])
 def test_decoder_steps_over_the_switch(session: Session, shared: bool) -> None:
     """With a shared buffer and with a growing cache, every step has the logits of the whole text before it."""
@@ -101,6 +85,7 @@ def test_decoder_steps_over_the_switch(session: Session, shared: bool) -> None:
     del session.__dict__["_shares_cache"]
 
 
+@pytest.mark.whole
 def test_what_needs_both_rotations_is_refused(session: Session) -> None:
     ids = np.array([prompt(SWITCH + 2)])
     _, past = session.forward(ids[:, : SWITCH - 1])
@@ -119,6 +104,7 @@ def test_what_needs_both_rotations_is_refused(session: Session) -> None:
         decoder.step(both[:, SWITCH])
 
 
+@pytest.mark.whole
 def test_other_runtimes_are_told_the_length(phi: Path, session: Session) -> None:
     genai = json.loads((phi / "bundle" / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == SWITCH
@@ -129,6 +115,7 @@ def test_other_runtimes_are_told_the_length(phi: Path, session: Session) -> None
     assert session.max_length == CONTEXT
 
 
+@pytest.mark.whole
 def test_continuations_are_scored_under_their_own_rotation(phi: Path, session: Session) -> None:
     """Rows of both sides of the switch, of one task, in PyTorch and in the bundle."""
     lengths = (12, SWITCH - 2, SWITCH, SWITCH + 3, 70)
@@ -143,6 +130,7 @@ def test_continuations_are_scored_under_their_own_rotation(phi: Path, session: S
     assert np.abs(np.array(mixed) - alone).max() > 1e-2, "the switch matters here"
 
 
+@pytest.mark.whole
 def test_parity_crosses_the_switch(phi: Path) -> None:
     report = json.loads((phi / "bundle" / "report.json").read_text(encoding="utf-8"))
     across = {tier["tier"]: tier for tier in report["parity"] if f"at {SWITCH} tokens" in tier["note"]}
@@ -151,6 +139,7 @@ def test_parity_crosses_the_switch(phi: Path) -> None:
     assert across["e"]["max_error"] < 1e-4 * across["e"]["scale"]
 
 
+@pytest.mark.whole
 def test_parity_notices_a_cache_that_keeps_the_short_rotation(
     phi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +158,7 @@ def _step_without_looking_back(decoder: Decoder) -> np.ndarray:
     return np.array(logits[:, 0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("switch", [5, 9, 31, 32, 33, CONTEXT - 1, CONTEXT, 2 * CONTEXT])
 def test_parity_holds_wherever_the_switch_lies(tmp_path: Path, switch: int) -> None:
     """Below, inside and above the lengths that parity measures at, and where the model never gets to it."""
@@ -183,6 +173,7 @@ def test_parity_holds_wherever_the_switch_lies(tmp_path: Path, switch: int) -> N
     assert len(crossed) == (2 if switch < CONTEXT else 0)
 
 
+@pytest.mark.whole
 def test_genai_follows_the_switch_of_phi3(tmp_path: Path) -> None:
     """At 4096, the length of every published Phi-3, onnxruntime-genai computes the cache anew itself."""
     og = pytest.importorskip("onnxruntime_genai")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from test_frontend import LINEAR, LLAMA3, LONGROPE, YARN
+from rope_configs import LINEAR, LLAMA3, LONGROPE, YARN
 from tiny_models import tiny_config
 from transformers import PretrainedConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_models import tiny_model
 
@@ -29,6 +30,7 @@ def in_floats(model: Path, bundle: Path, prepare: tuple[str, ...] = ()) -> dict[
     return {tier.tier: tier for tier in compress(model, bundle, options, run=Run(threads=1)).parity}
 
 
+@pytest.mark.whole
 def test_exact_reparameterizations_of_a_saturated_attention_pass(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "model")
     model = tiny_model("llama", vocab_size=320)
@@ -43,6 +45,7 @@ def test_exact_reparameterizations_of_a_saturated_attention_pass(llama: Path, tm
     assert all(tier.passed is not False for tier in tiers.values())
 
 
+@pytest.mark.whole
 def test_a_cache_that_rounds_more_than_prefill_does_passes(tmp_path: Path) -> None:
     """The bound follows the largest error of the tiers that it is for: here only that of tier e is a large one."""
     model = tiny_model("gemma3", vocab_size=320)

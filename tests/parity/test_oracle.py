@@ -64,6 +64,7 @@ def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_verification_against_a_model_reads_it_anew(
     llama: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_verification_against_a_model_reads_it_anew(
         rk_export.verify(bundle, llama, provider="cpu", run=Run(threads=1))
 
 
+@pytest.mark.whole
 def test_a_model_too_large_for_transformers_says_so(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -182,6 +184,7 @@ def test_a_tensor_that_transformers_misses_is_named(llama: Path) -> None:
 # --- tier p: the untouched model against the prepared one
 
 
+@pytest.mark.whole
 def test_a_broken_reparameterization_shows_in_its_tier_alone(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +205,7 @@ def test_a_broken_reparameterization_shows_in_its_tier_alone(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Path) -> None:
     options = tiny_options(prepare=("fold", "rotate", "rotate-heads"))
     report = rk_export.compress(llama, tmp_path / "out", options, run=Run(threads=1))
@@ -211,6 +215,7 @@ def test_exact_reparameterizations_pass_and_are_named(llama: Path, tmp_path: Pat
     assert tier.note.startswith("fold, rotate, rotate-heads; ")
 
 
+@pytest.mark.whole
 def test_a_checkpoint_says_what_it_cannot_show(llama: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     rk_export.compress(llama, tmp_path / "first", tiny_options(), checkpoint=saved, run=Run(threads=1))

@@ -30,7 +30,7 @@ from rk_export.parity.preflight import preflight
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.parity.tiers import method_tiers, runtime_tiers
 from rk_export.plan import Plan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.runtime import Session
@@ -87,7 +87,7 @@ def test_method_tiers_tell_factorization_and_quantization_apart(llama: Path) -> 
     before = preflight(source, tiny_options())
 
     def errors(**changes: object) -> list[float]:
-        plan = make_plan(source, tiny_options(**changes))
+        plan = decide_plan(source, tiny_options(**changes))
         rewritten = rewrite(source, plan, probe=torch.from_numpy(before.probe.batch))
         tiers = list(method_tiers(rewritten, before))
         assert [(tier.tier, tier.passed) for tier in tiers] == [
@@ -182,11 +182,13 @@ def no_mask(model: onnx.ModelProto) -> None:
         node.input[10] = ""
 
 
+@pytest.mark.whole
 def test_the_undamaged_bundle_passes(own_bundle: Path, rewritten: Rewritten, probe: Probe) -> None:
     damage(own_bundle, lambda model: None)
     assert failed_tiers(own_bundle, rewritten, probe) == ""
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("change", "failed"),
     [(wrong_scale, "cg"), (outlier_channel, "cdg"), (wrong_cache, "eg"), (no_mask, "f")],
@@ -199,6 +201,7 @@ def test_a_fault_shows_in_its_tier(
     assert failed_tiers(own_bundle, rewritten, probe) == failed
 
 
+@pytest.mark.whole
 def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -> None:
     """One neuron a thousand times as loud: its block of inputs is coarse, in the runtime as in the emulation."""
     model = tiny_model("llama")
@@ -218,6 +221,7 @@ def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -
     assert (tier.max_error, tier.bound, tier.note) == (0, 1e-4, "no inputs are rounded to int8")
 
 
+@pytest.mark.whole
 def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
     golden = from_json(Golden, check_manifest(own_bundle)["golden"], "golden")
     damage(own_bundle, wrong_scale)
@@ -227,6 +231,7 @@ def test_a_bundle_alone_shows_faults_too(own_bundle: Path) -> None:
     assert tiers[-2].top1_agreement == 1 - tiers[-2].max_error / tiers[-2].scale
 
 
+@pytest.mark.whole
 def test_left_padding_is_measured_as_shipped_too(
     own_bundle: Path, rewritten: Rewritten, probe: Probe
 ) -> None:
@@ -248,6 +253,7 @@ def test_left_padding_is_measured_as_shipped_too(
     assert measured()["h"].relative_error > 100 * sound["h"].relative_error
 
 
+@pytest.mark.whole
 def test_no_bundle_is_left_when_parity_fails(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +280,7 @@ def test_require_parity_names_what_failed() -> None:
 # --- the assertion for users' tests
 
 
+@pytest.mark.whole
 def test_assert_parity_returns_what_it_judged(llama: Path, bundle: Path) -> None:
     assert "".join(tier.tier for tier in assert_parity(bundle)) == "defg"
     assert "".join(tier.tier for tier in assert_parity(bundle, llama)) == "0pcdefg"
@@ -282,6 +289,7 @@ def test_assert_parity_returns_what_it_judged(llama: Path, bundle: Path) -> None
     assert "".join(tier.tier for tier in assert_parity(bundle, llama, tier=["g", "c"])) == "cg"
 
 
+@pytest.mark.whole
 def test_assert_parity_with_a_bound_of_ones_own(llama: Path, bundle: Path) -> None:
     (tier,) = assert_parity(bundle, llama, tier="a", bound=1e6)
     assert (tier.bound, tier.passed) == (1e6, True)

@@ -83,6 +83,7 @@ def test_what_travels_with_a_bundle_comes_back(tmp_path: Path) -> None:
     assert [len(start) for start in golden.starts] == [32] * 8 + [100 - BEFORE]
 
 
+@pytest.mark.whole
 def test_a_wrong_window_shows_only_beyond_the_common_prompts(tmp_path: Path) -> None:
     """The window of 100 lies beyond the 32 tokens of a prompt and the 64 new ones."""
     model, out = tmp_path / "model", tmp_path / "out"

@@ -13,15 +13,16 @@ from compressed import OnnxModel, SourceOf, floats, logits, tokens
 from torch import Tensor, nn
 
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
+from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import CorrectedLinear
 from rk_export.passes.numerics.correction import quantize_corrected
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import quantize_rtn
 from rk_export.passes.weights.quantize import Quantize
 from rk_export.plan import SitePlan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import planned_findings
@@ -74,7 +75,7 @@ def test_the_pass_installs_and_reports_the_branch(known: bool) -> None:
     module.o_proj = nn.Linear(64, 48)
     dense, bias = module.o_proj.weight.detach().clone(), module.o_proj.bias
     plan = SitePlan("layers.0.o", 0, ("o",), ("o_proj",), "dense", 0, INT2, correction=6)
-    statistics = {plan.site: SiteStatistics(InputMoments(second_moment(64)))} if known else {}
+    statistics = {plan.site: Curvature(Inputs(second_moment(64)))} if known else {}
     quantize = Quantize(torch.float16, CPU, "gptq")
     (finding,) = run_weight_pass(quantize, Layer(0, module, 1), [plan], statistics)
 
@@ -94,13 +95,14 @@ def test_the_pass_installs_and_reports_the_branch(known: bool) -> None:
 
 def corrected_model(source: StoredModel, members: tuple[str, ...]) -> Rewritten:
     """Rewrite a source with the matrices of some roles corrected at rank 4, the others plainly quantized."""
-    plan = make_plan(source, floats(quant=QuantSpec(4, 16), embedding_quant=QuantSpec(8, 16)))
+    plan = decide_plan(source, floats(quant=QuantSpec(4, 16), embedding_quant=QuantSpec(8, 16)))
     sites = tuple(
         replace(site, correction=4) if set(site.members) & set(members) else site for site in plan.sites
     )
     return rewrite(source, replace(plan, sites=sites))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])  # olmo2: norms right behind q, k, o and down
 @pytest.mark.parametrize("members", [("q",), ("q", "k", "v"), ("o", "gate", "up", "down")], ids="-".join)
 def test_the_graph_equals_pytorch(

@@ -14,9 +14,10 @@ from rk_export.errors import InputError
 from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import IdentityFactors
 from rk_export.passes.modules.quantized import linear_of
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.identity_form import identity_form, refit_up
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.metric import Metric
@@ -24,7 +25,7 @@ from rk_export.passes.numerics.pivoting import exchange, greedy_groups
 from rk_export.passes.numerics.ranks import break_even_rank, kept_ratio, rank_of_ratio
 from rk_export.passes.weights.factorize import Factorize
 from rk_export.plan import SitePlan
-from rk_export.planning.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, decide_plan
 from rk_export.rewrite import apply as rewriting
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
@@ -244,7 +245,7 @@ def test_later_sites_read_their_statistics_in_the_new_order() -> None:
     """Gate and up renumber the neurons, then down is factorized under moments taken before."""
     X = randn(400, 16, seed=5) * torch.linspace(0.05, 3, 16, dtype=torch.float64)
     X0 = X + 0.1 * randn(400, 16, seed=6)
-    down = SiteStatistics(InputMoments(X.T @ X / 400, X0.T @ X / 400))
+    down = Curvature(Inputs(X.T @ X / 400, X0.T @ X / 400))
     x, outputs = randn(5, 12, seed=3), []
     for mlp in (MLP, None):
         layer, joint = Layer(0, GatedMlp(), 1), Factorize("orthogonal", CPU, mlp)
@@ -261,7 +262,7 @@ def test_later_sites_read_their_statistics_in_the_new_order() -> None:
 def test_gradient_moments_weigh_the_members() -> None:
     moments = {role: randn(16, 16, seed=seed) for seed, role in enumerate(("gate", "up"))}
     X = randn(100, 12, seed=8)
-    statistics = SiteStatistics(InputMoments(X.T @ X / 100), {role: G @ G.T for role, G in moments.items()})
+    statistics = Curvature(Inputs(X.T @ X / 100), {role: G @ G.T for role, G in moments.items()})
     diagonal = replace(statistics, outputs={role: G.diagonal() for role, G in statistics.outputs.items()})
     errors = []
     for given in (statistics, diagonal):
@@ -291,7 +292,7 @@ def test_gradient_moments_per_kv_group() -> None:
     dense = {role: module.get_submodule(role).weight.detach() for role in G}  # type: ignore[union-attr]
     plan = replace(site(("q", "k"), "joint", 3, "qk"), form="per_head")
     layer = Layer(0, module, 2)
-    statistics = SiteStatistics(InputMoments(torch.eye(12).double()), outputs)
+    statistics = Curvature(Inputs(torch.eye(12).double()), outputs)
     Factorize("orthogonal", CPU).rewrite(layer, plan, statistics)
     second = list(module.get_submodule("qk_factors").pairs())[1]  # type: ignore[operator]
     W = torch.cat([dense["q"][8:], dense["k"][4:]])
@@ -328,6 +329,7 @@ def identity_options(groups: tuple[str, ...], bits: str, **changes: object) -> C
     return floats(groups, form="identity", **fields)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("groups", [("qk", "gate_up"), ("qkv", "o", "gate", "down")])
 def test_the_graph_computes_what_pytorch_computes(
@@ -345,6 +347,7 @@ def test_the_graph_computes_what_pytorch_computes(
     assert len(orders) == source.layer_count * len(gathered)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert", "gemma3"])
 def test_other_families(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     """Biases, MLPs without a gate, an encoder, norms of queries and keys."""
@@ -368,6 +371,7 @@ def test_plain_and_identity_of_one_rank_have_the_same_logits(source_of: SourceOf
     assert float((logits(identity, ids) - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 def test_a_checkpoint_comes_back(source_of: SourceOf, tmp_path: Path, renumbering: bool, bits: str) -> None:
     source = source_of("qwen2")
@@ -395,7 +399,7 @@ def stored(rewritten: Rewritten, target: str) -> int:
 def test_planned_sizes_are_those_that_come_out(source_of: SourceOf, bits: str) -> None:
     source = source_of("llama")
     options = identity_options(("qk", "gate_up"), bits)
-    plan = make_plan(source, options)
+    plan = decide_plan(source, options)
     rewritten = compress(source, options)
     planned = {finding.target: finding.bytes_after for finding in planned_findings(source, plan)}
     for planned_site in plan.sites:
@@ -405,23 +409,24 @@ def test_planned_sizes_are_those_that_come_out(source_of: SourceOf, bits: str) -
 
 def test_planned_ranks(source_of: SourceOf) -> None:
     source = source_of("llama")
-    plan = make_plan(source, identity_options(("qk",), "float", rank_multiple=1))
+    plan = decide_plan(source, identity_options(("qk",), "float", rank_multiple=1))
     (first, *_) = plan.sites
     assert (first.form, first.rank) == ("identity", rank_of_ratio(0.8, 64, 96, identity=True))
     check_plan(source, plan)
-    o_plan = make_plan(source, identity_options(("o",), "float", rank=RankRule("rank", 63)))
+    o_plan = decide_plan(source, identity_options(("o",), "float", rank=RankRule("rank", 63)))
     check_plan(source, o_plan)
     sites = tuple(replace(item, rank=64) if item.form == "identity" else item for item in o_plan.sites)
     with pytest.raises(InputError, match="exceeds the full rank 63"):
         check_plan(source, replace(o_plan, sites=sites))
     with pytest.raises(InputError, match="takes q and k whole"):
-        make_plan(source, identity_options(("qk",), "float", qk="per-head"))
+        decide_plan(source, identity_options(("qk",), "float", qk="per-head"))
 
 
+@pytest.mark.whole
 def test_a_quantized_block_of_another_format_packs_nothing(source_of: SourceOf, tmp_path: Path) -> None:
     """The pivot block packs with a dense matrix of its own format, and the count is that of the plan."""
     source: StoredModel = source_of("llama")
-    plan = make_plan(source, identity_options(("qk",), "int4"))
+    plan = decide_plan(source, identity_options(("qk",), "int4"))
     for v_format, packs in ((INT4, 2), (QuantSpec(8, 32), 1)):
         sites = tuple(
             replace(item, quant=v_format) if item.members == ("v",) else item for item in plan.sites

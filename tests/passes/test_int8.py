@@ -21,7 +21,7 @@ from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.int8 import Int8
 from rk_export.passes.weights.quantize import Quantize, matrix_paths
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, decide_plan
 from rk_export.rewrite.sizes import kept_parameters, planned_findings
 from rk_export.source.stored import StoredModel
 
@@ -147,7 +147,7 @@ def test_weight_only_sites_are_left_alone() -> None:
 def test_sizes_are_known_before_the_work(source_of: SourceOf) -> None:
     source = source_of("qwen2")
     options = floats(("qk",), rank=RANK_8, quant=W8A8)
-    planned = {finding.target: finding for finding in planned_findings(source, make_plan(source, options))}
+    planned = {finding.target: finding for finding in planned_findings(source, decide_plan(source, options))}
     rewritten = compress(source, options)
     done = [finding for finding in rewritten.findings if (finding.details or {}).get("pass") == "int8"]
     assert len(done) == 2 * 6
@@ -158,7 +158,7 @@ def test_sizes_are_known_before_the_work(source_of: SourceOf) -> None:
 
 
 def int8_plan(source: StoredModel) -> Plan:
-    return make_plan(source, floats(quant=W8A8))
+    return decide_plan(source, floats(quant=W8A8))
 
 
 @pytest.mark.parametrize("ep", ["cuda", "portable"])

@@ -7,7 +7,7 @@ import platform
 
 import pytest
 import torch
-from test_quantize import run_node
+from ort_nodes import run_node
 from torch import Tensor, nn
 
 from rk_export.options.quantization import W8A8, QuantSpec

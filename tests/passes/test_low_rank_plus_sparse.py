@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rk_export.passes.numerics.low_rank_plus_sparse import (
     Parts,
-    empty_factors,
     index_dtype,
+    rank_zero_factors,
     scattered,
     split_columns,
 )
@@ -35,7 +35,7 @@ def test_dense_is_the_product_and_the_entries() -> None:
 
 def test_either_part_may_be_empty() -> None:
     S, indices, values = _sparse()
-    up, down = empty_factors(SHAPE, values)
+    up, down = rank_zero_factors(SHAPE, values)
     torch.testing.assert_close(Parts(up, down, indices, values).dense(), S)
     nothing = Parts(up, down, indices[:0], values[:0])
     assert not nothing.dense().any()
@@ -46,7 +46,7 @@ def test_either_part_may_be_empty() -> None:
     "indices", [[3, 1], [1, 1], [-1, 2], [0, 20]], ids=["descending", "twice", "negative", "beyond"]
 )
 def test_indices_that_are_no_ascending_places_are_refused(indices: list[int]) -> None:
-    up, down = empty_factors(SHAPE, torch.zeros(1))
+    up, down = rank_zero_factors(SHAPE, torch.zeros(1))
     with pytest.raises(ValueError, match="ascending places"):
         Parts(up, down, torch.tensor(indices), torch.ones(2))
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from ranking import rank_correlation
 from torch import Tensor
 
 from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.gptq import quantize_gptq
 from rk_export.passes.numerics.int8 import int8_product, quantize_rows
-from rk_export.passes.numerics.joint_svd import joint_factors
-from rk_export.passes.numerics.metric import DAMPING, Metric
+from rk_export.passes.numerics.joint_svd import factors_under
+from rk_export.passes.numerics.metric import DAMPING
 from rk_export.passes.numerics.predicted_loss import (
-    Curvature,
-    InputSide,
     TableCurvature,
     rank_losses,
     rounding_loss,
@@ -22,6 +24,7 @@ from rk_export.passes.numerics.predicted_loss import (
 from rk_export.passes.numerics.quantize import quantize_rtn
 
 ROWS, COLUMNS = 48, 64
+FORMATS = [QuantSpec(*choice) for choice in itertools.product((2, 4, 8), (16, 32, 64), (False,))]
 
 
 def _second(size: int, seed: int) -> Tensor:
@@ -33,8 +36,8 @@ def _second(size: int, seed: int) -> Tensor:
 
 
 def _curvature() -> Curvature:
-    halves = tuple(_second(ROWS // 2, seed) for seed in (1, 2))
-    return Curvature(InputSide(_second(COLUMNS, 3)), halves)
+    halves = {role: _second(ROWS // 2, seed) for seed, role in ((1, "q"), (2, "k"))}
+    return Curvature(Inputs(_second(COLUMNS, 3)), halves)
 
 
 def _weight(seed: int = 0) -> Tensor:
@@ -42,7 +45,8 @@ def _weight(seed: int = 0) -> Tensor:
 
 
 def _loss(E: Tensor, curvature: Curvature) -> float:
-    return 0.5 * float(torch.trace(torch.block_diag(*curvature.outputs) @ E @ curvature.inputs.second @ E.T))
+    G = torch.block_diag(*curvature.outputs.values())
+    return 0.5 * float(torch.trace(G @ E @ curvature.inputs.second @ E.T))
 
 
 def _damped(curvature: Curvature) -> Curvature:
@@ -51,14 +55,14 @@ def _damped(curvature: Curvature) -> Curvature:
     def damped(C: Tensor) -> Tensor:
         return C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
 
-    return Curvature(InputSide(damped(curvature.inputs.second)), tuple(damped(G) for G in curvature.outputs))
+    outputs = {role: damped(G) for role, G in curvature.outputs.items()}
+    return Curvature(Inputs(damped(curvature.inputs.second)), outputs)
 
 
 @pytest.mark.parametrize("rank", [1, 20, 47])
 def test_the_rank_curve_is_the_quadratic_form_of_the_factors(rank: int) -> None:
     W, curvature = _weight(), _curvature()
-    outputs = Metric.stacked(Metric.of(G) for G in curvature.outputs)
-    factors = joint_factors(W, rank, inputs=curvature.inputs.metric, outputs=outputs)
+    factors = factors_under(W, rank, curvature)
     exact = _loss(W - factors.up @ factors.down, _damped(curvature))
     assert float(rank_losses(W, curvature)[rank]) == pytest.approx(exact, rel=1e-6)
 
@@ -82,6 +86,24 @@ def test_rounding_to_nearest_costs_about_what_is_predicted(spec: QuantSpec) -> N
     assert predicted == pytest.approx(exact, rel=0.35)
 
 
+@pytest.mark.parametrize("compensated", [False, True], ids=["nearest", "gptq"])
+def test_matrices_and_formats_come_out_in_the_predicted_order(compensated: bool) -> None:
+    """Eight matrices of unlike sizes of weights in nine formats, under one curvature."""
+    curvature, predicted, exact = _curvature(), [], []
+    columns = curvature.inputs.compensated if compensated else curvature.inputs.alone
+    for seed in range(8):
+        W = _weight(seed) * 1.3**seed
+        for spec in FORMATS:
+            quantized = (
+                quantize_gptq(W.float(), spec, curvature.inputs.second.float())
+                if compensated
+                else quantize_rtn(W, spec)
+            )
+            predicted.append(rounding_loss(W, spec, curvature, columns))
+            exact.append(_loss(W - quantized.dequantize().double(), curvature))
+    assert rank_correlation(predicted, exact) > 0.97
+
+
 def test_compensation_is_predicted_to_help_as_much_as_it_does() -> None:
     spec, curvature = QuantSpec(4, 32), _curvature()
     columns = curvature.inputs.compensated
@@ -102,7 +124,7 @@ def test_int8_inputs_cost_about_what_is_predicted() -> None:
     x = torch.randn(4096, COLUMNS, generator=generator)
     peak = float(x.abs().amax(1).square().mean())
     C, G = (x.T @ x / len(x)).double(), torch.ones(ROWS, dtype=torch.float64)
-    curvature = Curvature(InputSide(C, peak), (G,))
+    curvature = Curvature(Inputs(C, token_peak=peak), {"m": G})
     matrix = quantize_rows(W)
     error = int8_product(x, matrix.codes, matrix.scales) - x @ W.T
     exact = 0.5 * float(error.double().square().sum(1).mean())
@@ -116,9 +138,10 @@ def test_a_table_is_weighed_as_projection_and_as_embedding() -> None:
     inputs = _second(64, 7)
     outputs, frequencies = torch.rand(500), torch.rand(500)
     gradients = torch.rand(64)
-    curvature = TableCurvature(outputs, inputs, frequencies, gradients)
+    head = Curvature(Inputs(inputs), {"lm_head": outputs})
+    lookup = Curvature(Inputs(frequencies), {"embedding": gradients})
     E = (table - quantize_rtn(table, spec).dequantize()).double()
-    head = float((outputs.double()[:, None] * E.square() * inputs.diagonal()).sum())
-    lookup = float((frequencies.double()[:, None] * E.square() * gradients.double()).sum())
-    predicted = table_loss(table, spec, curvature, inputs.diagonal())
-    assert predicted == pytest.approx(0.5 * (head + lookup), rel=0.2)
+    as_head = float((outputs.double()[:, None] * E.square() * inputs.diagonal()).sum())
+    as_lookup = float((frequencies.double()[:, None] * E.square() * gradients.double()).sum())
+    predicted = table_loss(table, spec, TableCurvature(head, lookup), inputs.diagonal())
+    assert predicted == pytest.approx(0.5 * (as_head + as_lookup), rel=0.2)

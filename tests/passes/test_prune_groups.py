@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.pruning import Reduction, block_costs, refit
 from rk_export.passes.weights.prune_groups import PruneGroups, group_scores
 from rk_export.plan import LayerShape, SitePlan
@@ -41,11 +42,11 @@ def attended() -> Tensor:
     return random(TOKENS, 20) @ random(20, HEADS * DIM, seed=1) + 0.5 * random(TOKENS, HEADS * DIM, seed=2)
 
 
-def moments(z: Tensor) -> dict[str, SiteStatistics]:
-    return {"layers.1.o": SiteStatistics(InputMoments(z.T @ z / len(z), tokens=len(z)))}
+def moments(z: Tensor) -> dict[str, Curvature]:
+    return {"layers.1.o": Curvature(Inputs(z.T @ z / len(z), tokens=len(z)))}
 
 
-def prune(layer: Layer, kept: tuple[int, ...], statistics: dict[str, SiteStatistics]) -> dict[str, object]:
+def prune(layer: Layer, kept: tuple[int, ...], statistics: dict[str, Curvature]) -> dict[str, object]:
     finding = PruneGroups(torch.device("cpu")).rewrite(
         layer, LayerShape(1, kv_groups=kept), sites(), statistics
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.pruning import Reduction, eliminate_columns, largest, neuron_norms, refit
 from rk_export.passes.weights.prune_width import PruneWidth
 from rk_export.plan import LayerShape, SitePlan
@@ -138,7 +139,7 @@ def test_a_pruned_mlp_computes_the_best_of_its_neurons(gated: bool, bias: bool, 
     hidden = neurons(layer, x)
     dense = layer.linear("down")
     expected = dense(hidden)
-    statistics = {"layers.3.down": SiteStatistics(InputMoments(moment(hidden), tokens=TOKENS))}
+    statistics = {"layers.3.down": Curvature(Inputs(moment(hidden), tokens=TOKENS))}
     finding = PruneWidth(torch.device(device)).rewrite(
         layer, LayerShape(3, ffn_width=14), sites_of(layer), statistics
     )

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics, run_weight_pass
+from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import QuantizedLinear
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.quantize import NO_STATISTICS, Quantize
-from rk_export.passes.weights.quantizer import Inputs, QuantizerName
+from rk_export.passes.weights.quantizer import QuantizerName
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding
 
@@ -38,7 +39,7 @@ def site(form: Any, spec: QuantSpec = INT4, rank: int = 16) -> SitePlan:
     return SitePlan("layers.0.qk", 0, ("q", "k"), ("q_proj", "k_proj"), form, rank, spec)
 
 
-def layer_of(plan: SitePlan, statistics: dict[str, SiteStatistics]) -> Layer:
+def layer_of(plan: SitePlan, statistics: dict[str, Curvature]) -> Layer:
     """Return a layer whose site is factorized as planned."""
     torch.manual_seed(0)
     module = nn.Module()
@@ -48,8 +49,8 @@ def layer_of(plan: SitePlan, statistics: dict[str, SiteStatistics]) -> Layer:
     return layer
 
 
-def statistics_of(second: Tensor, cross: Tensor | None = None) -> dict[str, SiteStatistics]:
-    return {"layers.0.qk": SiteStatistics(InputMoments(second, cross))}
+def statistics_of(second: Tensor, cross: Tensor | None = None) -> dict[str, Curvature]:
+    return {"layers.0.qk": Curvature(Inputs(second, cross))}
 
 
 def outputs(layer: Layer, x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def outputs(layer: Layer, x: Tensor) -> Tensor:
 
 
 def quantized(
-    layer: Layer, plan: SitePlan, name: QuantizerName, statistics: dict[str, SiteStatistics]
+    layer: Layer, plan: SitePlan, name: QuantizerName, statistics: dict[str, Curvature]
 ) -> tuple[Layer, Finding]:
     copy = Layer(0, deepcopy(layer.module), layer.kv_groups)
     # A copied member still reads the factors of the original.

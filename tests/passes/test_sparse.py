@@ -44,6 +44,7 @@ def test_gaps_decode_to_the_places_and_padding_is_zero(places: set[int]) -> None
     assert len(set(found.tolist())) == len(found)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_graph_computes_the_sum(source_of: SourceOf, tmp_path: Path, family: str, rank: int) -> None:
@@ -82,6 +83,7 @@ def test_biases_stay(source_of: SourceOf, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.whole
 def test_factors_are_quantized_and_entries_are_not(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     plan, parts = sparse_plan(source, floats(quant=INT4), 32, 200)
@@ -94,6 +96,7 @@ def test_factors_are_quantized_and_entries_are_not(source_of: SourceOf, tmp_path
     assert exported.fusion("MatMulNBits").found == 2 * len(parts)
 
 
+@pytest.mark.whole
 def test_full_columns_are_a_dense_product_of_their_inputs(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     plan, parts = sparse_plan(source, floats(), 4, 0)
@@ -121,6 +124,7 @@ def test_full_columns_are_a_dense_product_of_their_inputs(source_of: SourceOf, t
     assert (exported.run(ids)[0] - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.whole
 def test_the_file_holds_three_bytes_an_entry(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     sizes = []
@@ -161,6 +165,7 @@ def test_a_checkpoint_keeps_both_parts(source_of: SourceOf, tmp_path: Path) -> N
     assert torch.equal(logits(again.model, ids), logits(rewritten.model, ids))
 
 
+@pytest.mark.whole
 def test_nothing_left_of_a_matrix_is_zero_in_both(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     plan, parts = sparse_plan(source, floats(), 0, 0)

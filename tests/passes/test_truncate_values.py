@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rk_export.passes.base import InputMoments, Layer, SiteStatistics
+from rk_export.passes.base import Layer
 from rk_export.passes.modules.heads import PaddedHeads, SlicedHeads
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.value_heads import narrow_values, value_moments
 from rk_export.passes.weights.prune_groups import PruneGroups
 from rk_export.passes.weights.truncate_values import TruncateValues
@@ -59,13 +60,12 @@ def inputs() -> Tensor:
     return random(TOKENS // 10, 10, HIDDEN, seed=3) * torch.linspace(0.2, 2, HIDDEN) + 0.5
 
 
-def statistics_of(layer: Layer, *, attended: bool = True) -> dict[str, SiteStatistics]:
+def statistics_of(layer: Layer, *, attended: bool = True) -> dict[str, Curvature]:
     x = inputs()
     flat, read = x.flatten(0, 1), attend(layer, x)[0].flatten(0, 1)
     taken = {"v": flat, "o": read} if attended else {"v": flat}
     return {
-        f"layers.1.{role}": SiteStatistics(InputMoments(z.T @ z / len(z), tokens=len(z)))
-        for role, z in taken.items()
+        f"layers.1.{role}": Curvature(Inputs(z.T @ z / len(z), tokens=len(z))) for role, z in taken.items()
     }
 
 
@@ -76,7 +76,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 METRICS = ["attention output", "input", "weights"]
 
 
-def statistics_by(metric: str, layer: Layer) -> dict[str, SiteStatistics]:
+def statistics_by(metric: str, layer: Layer) -> dict[str, Curvature]:
     return {} if metric == "weights" else statistics_of(layer, attended=metric == "attention output")
 
 

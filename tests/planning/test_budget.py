@@ -1,4 +1,4 @@
-"""Budgets from the command line to the bundle, on tiny models: what is bought fits, is verified and is explained."""
+"""Budgets from the command line to the bundle, on tiny models: what is chosen fits, is verified and is explained."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import GROUPS, Budget
 from rk_export.options.run import Run
-from rk_export.passes.numerics.predicted_loss import Curvature, InputSide
+from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning import planner
 from rk_export.planning.budget import spend
-from rk_export.planning.candidates import Candidate, Menu, candidates
+from rk_export.planning.budget_units import TIMED_FORMATS, WEIGHT_FORMATS, budget_unit
+from rk_export.planning.candidates import Candidate, SearchSpace, candidates
 from rk_export.planning.cost_table import CostTable, measure_costs
-from rk_export.planning.currencies import TIMED_FORMATS, WEIGHT_FORMATS, currency_of
 from rk_export.source.stored import StoredModel, open_source
 
 TEXT = CalibrationOptions("self", tokens=1024)
@@ -92,6 +92,7 @@ def test_mean_bits_are_kept(llama: Path) -> None:
     assert 0.9 * 4.7 / 8 < used / matrix_parameters(source) <= 4.7 / 8
 
 
+@pytest.mark.whole
 def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) -> None:
     budget = 190_000
     report = compress(llama, tmp_path / "out", options("size", budget), run=Run(threads=1))
@@ -104,6 +105,7 @@ def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) ->
     assert tiers["g"].max_error == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("arguments", [("--keep", 0.7, "--bits", 8), ("--bits", 4.5), ("--size", "200kB")])
 def test_explain_names_the_runner_up(
     cli: Cli, llama: Path, tmp_path: Path, arguments: tuple[object, ...]
@@ -126,18 +128,18 @@ def test_too_small_a_budget_says_what_the_smallest_model_takes(llama: Path) -> N
 
 def test_matrices_without_statistics_get_the_format_that_was_asked_for(source_of: SourceOf) -> None:
     source, asked = source_of("mixtral"), options("bits", 5, quant=QuantSpec(4, 16))
-    ground = compression_inputs(source, asked)
-    assert ground.statistics is not None
+    inputs = compression_inputs(source, asked)
+    assert inputs.statistics is not None
     layers = (
         (layer, dense_sites(layer, source.architecture.projections(source.config, layer.index), asked))
         for layer in source.layers()
     )
-    bought = spend(layers, currency_of(source, asked, 8), ground.statistics, None, torch.device("cpu"))
-    formats = {site.quant for site in bought.sites if site.site.endswith("experts")}
+    spent = spend(layers, budget_unit(source, asked, 8), inputs.statistics, None, torch.device("cpu"))
+    formats = {site.quant for site in spent.sites if site.site.endswith("experts")}
     assert formats == {QuantSpec(4, 16)}
 
 
-def menu_of(price: Callable[[int, int, Any], float], **changes: Any) -> Menu:
+def space_of(cost: Callable[[int, int, Any], float], **changes: Any) -> SearchSpace:
     fields = {
         "formats": WEIGHT_FORMATS,
         "unweighed": None,
@@ -146,22 +148,22 @@ def menu_of(price: Callable[[int, int, Any], float], **changes: Any) -> Menu:
         "rank_step": 4,
         "compensated": False,
         "kv_groups": 1,
-        "price": price,
+        "cost": cost,
         "factorized": frozenset({GROUPS["o"]}),
     }
-    return Menu(**{**fields, **changes})
+    return SearchSpace(**{**fields, **changes})
 
 
-def only_o(menu: Menu) -> list[Candidate]:
+def only_o(space: SearchSpace) -> list[Candidate]:
     generator = torch.Generator().manual_seed(0)
     W, X = torch.randn(24, 32, generator=generator), torch.randn(100, 32, generator=generator)
-    curvature = Curvature(InputSide(X.T @ X / 100, 5.0), (torch.ones(24),))
+    curvature = Curvature(Inputs(X.T @ X / 100, token_peak=5.0), {"o": torch.ones(24)})
     site = SitePlan("layers.0.o", 0, ("o",), ("o_proj",), "dense", 0, None)
-    return candidates(site, W, [(24, 32)], curvature, menu)
+    return candidates(site, W, [(24, 32)], curvature, space)
 
 
 def test_more_bits_and_more_rank_lose_less() -> None:
-    found = only_o(menu_of(lambda rows, columns, spec: rows * columns))
+    found = only_o(space_of(lambda rows, columns, spec: rows * columns))
     dense = {item.plan.quant: item.loss for item in found if item.plan.form == "dense"}
     assert dense[None] == 0
     assert dense[QuantSpec(8, 32)] < dense[QuantSpec(4, 32)] < dense[QuantSpec(2, 32, symmetric=False)]
@@ -176,7 +178,7 @@ def test_more_bits_and_more_rank_lose_less() -> None:
 
 
 def test_groups_that_were_not_asked_for_stay_dense() -> None:
-    found = only_o(menu_of(lambda rows, columns, spec: rows * columns, factorized=frozenset()))
+    found = only_o(space_of(lambda rows, columns, spec: rows * columns, factorized=frozenset()))
     assert {item.plan.form for item in found} == {"dense"}
 
 
@@ -185,15 +187,15 @@ def test_groups_that_were_not_asked_for_stay_dense() -> None:
 
 def test_prices_follow_the_fit() -> None:
     table = CostTable("prefill", {None: (1.0, 0.5, 0.25)})
-    assert table.price(2, 4, None) == 1 + 0.5 * 6 + 0.25 * 8
+    assert table.milliseconds(2, 4, None) == 1 + 0.5 * 6 + 0.25 * 8
 
 
 def test_products_are_timed_in_every_format() -> None:
     table = measure_costs([(64, 64), (512, 256)], TIMED_FORMATS, "decode", threads=1)
     assert set(table.coefficients) == set(TIMED_FORMATS)
-    assert all(table.price(512, 256, spec) > 0 for spec in TIMED_FORMATS)
+    assert all(table.milliseconds(512, 256, spec) > 0 for spec in TIMED_FORMATS)
     floats = measure_costs([(64, 64), (2048, 1024)], (None,), "prefill", threads=1)
-    assert floats.price(2048, 1024, None) > 4 * floats.price(256, 256, None)
+    assert floats.milliseconds(2048, 1024, None) > 4 * floats.milliseconds(256, 256, None)
 
 
 def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
@@ -201,8 +203,8 @@ def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
     per_entry = {None: 8.0, W8A8: 2.0, TIMED_FORMATS[0]: 6.0, TIMED_FORMATS[1]: 7.0}
     costs = CostTable("prefill", {spec: (0.0, 0.0, time) for spec, time in per_entry.items()}, rest=1e5)
     asked = options("speed_up", 1.5)
-    ground = compression_inputs(source, asked)
-    plan = planner.make_plan(ground.source, asked, statistics=ground.statistics, costs=costs)
+    inputs = compression_inputs(source, asked)
+    plan = planner.decide_plan(inputs.source, asked, statistics=inputs.statistics, costs=costs)
     dense = 8 * matrix_parameters(source) + costs.rest
     spent = costs.rest + sum(
         per_entry[site.quant] * stored_parameters(source, replace(plan, sites=(site,))) for site in plan.sites
@@ -212,6 +214,7 @@ def test_a_speed_up_is_bought_in_time(llama: Path) -> None:
     assert {site.quant for site in plan.sites} >= {None, W8A8}
 
 
+@pytest.mark.whole
 def test_a_whole_model_is_timed(source_of: SourceOf) -> None:
     source = source_of("llama", max_position_embeddings=1024)
     costs = model_costs(source, source, "decode", threads=1)
@@ -288,6 +291,7 @@ def test_arguments_that_do_not_go_together(
 # --- what surrounds a budget
 
 
+@pytest.mark.whole
 def test_healing_is_in_the_report_and_leaves_no_state(llama: Path, tmp_path: Path) -> None:
     asked = options("keep", 0.7, quant=None, embedding_quant=None, methods=(HealOptions(steps=2),))
     report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
@@ -310,6 +314,7 @@ def test_an_export_that_fails_keeps_the_state_of_the_healing(
     assert (tmp_path / ".out.heal").is_file()
 
 
+@pytest.mark.whole
 def test_w8a8_is_prepared_and_verified(llama: Path, tmp_path: Path) -> None:
     asked = CompressOptions(quant=W8A8, calibration=TEXT)
     report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
@@ -332,6 +337,7 @@ def test_prepare_writes_a_model_with_the_same_logits(cli: Cli, llama: Path, tmp_
     assert cli("prepare", llama, "-o", tmp_path / "out").code == 2
 
 
+@pytest.mark.whole
 def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> None:
     files = {}
     for prefix in (False, True):
@@ -345,10 +351,11 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
     assert tiers["g"].max_error == 0
 
 
+@pytest.mark.whole
 def test_a_file_beyond_the_budget_is_said_aloud(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rk_export.planning.currencies.fixed_parts", lambda *_: ())
+    monkeypatch.setattr("rk_export.planning.budget_units.fixed_parts", lambda *_: ())
     report = compress(llama, tmp_path / "out", options("size", 150_000), run=Run(threads=1))
     assert any(notice.startswith("the files take") for notice in report.notices)
 
@@ -364,10 +371,10 @@ def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rk_export.calibration.model_statistics.GRADIENT_LIMIT", 0)
-    ground = compression_inputs(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
-    assert ground.statistics is not None
-    assert {gradient.ndim for gradient in ground.statistics.gradients.values()} == {1}
-    assert [finding.target for finding in ground.findings] == ["metric"]
+    inputs = compression_inputs(open_source(llama), options("keep", 0.9, quant=None, embedding_quant=None))
+    assert inputs.statistics is not None
+    assert {gradient.ndim for gradient in inputs.statistics.gradients.values()} == {1}
+    assert [finding.target for finding in inputs.findings] == ["metric"]
 
 
 def test_without_gradients_every_matrix_counts_by_its_relative_error(llama: Path) -> None:

@@ -100,6 +100,7 @@ TOGETHER = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("bits", "size", "symmetric"),
     [(4, 32, True), (4, -1, False), (8, 64, False)],
@@ -133,6 +134,7 @@ PACKED = arguments(4, "channel", symmetric=True)
 INT8 = arguments(8, "channel", symmetric=True)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("family", "config", "quantize"),
     [
@@ -160,6 +162,7 @@ def test_every_matrix_is_carried_over(
     assert all(tier.passed is not False for tier in tiers.values())
 
 
+@pytest.mark.whole
 def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> None:
     def quantize(name: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return gptq(act_order="down" in name, symmetric=True)(name, matrix)
@@ -178,6 +181,7 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.whole
 def test_a_checkpoint_of_carried_codes_exports_the_same(tmp_path: Path) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
     options = CompressOptions(**OPTIONS)
@@ -197,6 +201,7 @@ def test_a_plan_of_carried_codes_needs_the_quantized_checkpoint(tmp_path: Path) 
         compress(tmp_path / "floats", tmp_path / "bundle", plan=plan, run=Run(threads=1))
 
 
+@pytest.mark.whole
 def test_an_output_projection_on_a_grid_is_said_to_lose_its_codes(tmp_path: Path) -> None:
     reference = save_quantized(small(vocab_size=192), tmp_path / "model", gptq_config(), gptq())
     parts, _ = gptq()("lm_head", reference.lm_head.weight.detach())
@@ -243,6 +248,7 @@ def test_fp8_has_no_codes(tmp_path: Path, cli: Cli) -> None:
     assert "the model is stored as FP8 with scales" in ended.err
 
 
+@pytest.mark.whole
 def test_the_command_line_carries_codes_over(tmp_path: Path, cli: Cli) -> None:
     save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
     ended = cli(

@@ -19,7 +19,7 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget
 from rk_export.options.run import Run
 from rk_export.planning.fixed_parts import fixed_parts
-from rk_export.planning.planner import make_plan as plan_of
+from rk_export.planning.planner import decide_plan as plan_of
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import StoredModel
@@ -28,6 +28,7 @@ CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add
 SIZED = CompressOptions(calibration=CalibrationOptions("self", tokens=1024))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ep", ["cpu", "portable"])
 def test_planned_bytes_are_those_of_the_graph(source_of: object, family: str, ep: str) -> None:
@@ -53,6 +54,7 @@ def test_every_kind_has_its_own_name(source_of: object) -> None:
     assert "rotary frequencies" not in kinds["gpt2"] | kinds["bert"]
 
 
+@pytest.mark.whole
 def test_lines_of_the_dry_run_and_of_the_report(llama: Path, tmp_path: Path, cli: Cli) -> None:
     shown = cli(
         "compress", llama, "-o", tmp_path / "out", "--dry-run", "--groups", "none", "--metric", "none"
@@ -113,6 +115,7 @@ def test_an_output_that_will_not_fit_is_refused_before_work(
     assert "200 are free" in ended.err
 
 
+@pytest.mark.whole
 def test_a_checkpoint_that_will_not_fit_is_refused(
     llama: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,13 +17,13 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
-from rk_export.planning.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, decide_plan
 
 # Shapes of the tiny llama: hidden 64, q 64, k and v 32, gate and up 128.
 
 
 def site_of(options: CompressOptions, source_of: SourceOf, name: str, family: str = "llama") -> SitePlan:
-    plan = make_plan(source_of(family), options)
+    plan = decide_plan(source_of(family), options)
     return next(site for site in plan.sites if site.site == name)
 
 
@@ -58,9 +58,9 @@ def test_an_explicit_rank_is_taken_as_it_is(source_of: SourceOf) -> None:
 def test_a_rank_beyond_full_is_refused(
     source_of: SourceOf, groups: tuple[str, ...], qk: Any, largest: int
 ) -> None:
-    make_plan(source_of("llama"), floats(groups, qk=qk, rank=RankRule("rank", largest)))
+    decide_plan(source_of("llama"), floats(groups, qk=qk, rank=RankRule("rank", largest)))
     with pytest.raises(InputError, match=f"rank {largest + 1} exceeds {largest}") as caught:
-        make_plan(source_of("llama"), floats(groups, qk=qk, rank=RankRule("rank", largest + 1)))
+        decide_plan(source_of("llama"), floats(groups, qk=qk, rank=RankRule("rank", largest + 1)))
     assert caught.value.where == "--rank"
 
 
@@ -133,7 +133,7 @@ def test_rounding_suits_size_and_block(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    plan = make_plan(source, CompressOptions(rank=RankRule("keep", 0.95)))
+    plan = decide_plan(source, CompressOptions(rank=RankRule("keep", 0.95)))
     assert (plan.model_type, plan.structure) == (source.config.model_type, source.structure())
     for index in range(source.layer_count):
         planned = [path for site in plan.of_layer(index) for path in site.paths]
@@ -150,14 +150,14 @@ def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> 
 )
 def test_a_group_that_matches_nothing_is_refused(source_of: SourceOf, family: str, group: str) -> None:
     with pytest.raises(InputError, match=f"'{group}' matches nothing") as caught:
-        make_plan(source_of(family), floats((group,)))
+        decide_plan(source_of(family), floats((group,)))
     assert caught.value.where == "--groups"
     assert "qk" in (caught.value.fix or "")
     assert group not in (caught.value.fix or "").replace(",", "").split()
 
 
 def test_a_plan_of_another_model_is_refused(source_of: SourceOf) -> None:
-    plan = make_plan(source_of("llama"), floats(("qk",)))
+    plan = decide_plan(source_of("llama"), floats(("qk",)))
     check_plan(source_of("llama"), plan)
     for other in (source_of("qwen2"), source_of("llama", num_hidden_layers=1)):
         with pytest.raises(InputError, match="made for another model"):
@@ -177,7 +177,7 @@ def test_an_edit_that_fits_no_matrix_is_refused(
     source_of: SourceOf, change: dict[str, Any], what: str
 ) -> None:
     source = source_of("llama")
-    plan = make_plan(source, floats(("qk",), rank=RankRule("rank", 8)))
+    plan = decide_plan(source, floats(("qk",), rank=RankRule("rank", 8)))
     sites = tuple(replace(site, **change) if site.site == "layers.1.qk" else site for site in plan.sites)
     with pytest.raises(InputError, match=what) as caught:
         check_plan(source, replace(plan, sites=sites))
@@ -187,7 +187,7 @@ def test_an_edit_that_fits_no_matrix_is_refused(
 @pytest.mark.parametrize("edit", ["dropped", "twice", "other layer"])
 def test_an_edit_that_loses_or_doubles_a_matrix_is_refused(source_of: SourceOf, edit: str) -> None:
     source = source_of("llama")
-    plan = make_plan(source, floats(("qk",), rank=RankRule("rank", 8)))
+    plan = decide_plan(source, floats(("qk",), rank=RankRule("rank", 8)))
     sites = {
         "dropped": plan.sites[1:],
         "twice": (*plan.sites, plan.sites[0]),

@@ -13,7 +13,7 @@ from conftest import Cli
 from tiny_models import tiny_model
 from torch import Tensor
 
-from rk_export.calibration.moments import inputs_of
+from rk_export.calibration.moments import recorded_inputs
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
 from rk_export.options.compress import PREPARATIONS
@@ -62,7 +62,7 @@ def inputs(source: StoredModel, tokens: Tensor, layer: int) -> tuple[dict[str, T
         item.path: module.get_submodule(item.path)
         for item in source.architecture.projections(source.config, layer)
     }
-    with inputs_of(modules) as seen:
+    with recorded_inputs(modules) as seen:
         model(input_ids=tokens, use_cache=False)
     return dict(seen), {path: weight(part) for path, part in modules.items()}
 
@@ -159,6 +159,7 @@ def test_experts_are_predicted_for(source_of: SourceOf) -> None:
     }
 
 
+@pytest.mark.whole
 def test_the_plan_names_what_was_decided(cli: Cli, llama: Path, tmp_path: Path) -> None:
     """Applying the plan decides nothing again: the bundle is the same."""
     arguments: tuple[Any, ...] = ("--calibration-tokens", 512, "--device", "cpu")

@@ -16,7 +16,7 @@ from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.adaptive_ranks import DENSE
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.source.stored import StoredModel, open_source
 
 IDS = torch.arange(3, 40)[None]
@@ -45,11 +45,11 @@ def test_cut_is_what_rewrite_computes(
         embedding_quant=None,
         calibration=CalibrationOptions(metric, tokens=512),
     )
-    ground = compression_inputs(source, options)
-    rewritten, model = ground.rewrite(make_plan(source, options)).model, source.load()
+    inputs = compression_inputs(source, options)
+    rewritten, model = inputs.rewrite(decide_plan(source, options)).model, source.load()
     expected, dense = logits(rewritten), logits(model)
     ladder = RankLadder.of(
-        model, source.architecture, groups, per_head=qk == "per-head", statistics=ground.statistics
+        model, source.architecture, groups, per_head=qk == "per-head", statistics=inputs.statistics
     )
     ranks = ladder.ranks_of_ratio(0.7)
     with ladder.cut(ranks):

@@ -17,7 +17,7 @@ from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import ALLOCATIONS, RankRule
 from rk_export.plan import Plan
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import StoredModel, open_source
 
@@ -35,7 +35,7 @@ OPTIONS = CompressOptions(
 
 
 def plan_of(source: StoredModel, **changes: Any) -> Plan:
-    return make_plan(source, replace(OPTIONS, **changes))
+    return decide_plan(source, replace(OPTIONS, **changes))
 
 
 def kept(source: StoredModel, plan: Plan) -> float:
@@ -81,7 +81,7 @@ def test_a_metric_whitens_the_spectra(llama: Path) -> None:
     asked = replace(OPTIONS, allocation="effective-rank", calibration=CalibrationOptions(tokens=512))
     known = compression_inputs(source, asked).statistics
     assert known is not None
-    plans = [make_plan(source, asked, statistics=statistics) for statistics in (None, known)]
+    plans = [decide_plan(source, asked, statistics=statistics) for statistics in (None, known)]
     ranks = [[site.rank for site in plan.sites] for plan in plans]
     assert ranks[0] != ranks[1]
     assert 0.47 < kept(source, plans[1]) <= 0.5

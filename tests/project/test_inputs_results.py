@@ -11,8 +11,8 @@ import pytest
 from input_cases import CASES
 from input_cases.case import Row, run_case
 from input_cases.texts import SAMPLED
+from longrope_models import SWITCH
 from measure_inputs import RESULTS, faults, page
-from test_longrope import SWITCH
 
 BY_NAME = {case.name: case for case in CASES}
 # A refusal of files, one of an adapter, and one model that is read and compared.
@@ -48,6 +48,7 @@ def test_the_page_is_made_from_the_rows(results: dict[str, Any]) -> None:
     assert (RESULTS / "inputs.md").read_text(encoding="utf-8") == page(results)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", CHEAP)
 def test_a_case_still_ends_so(results: dict[str, Any], tmp_path: Path, name: str) -> None:
     expected = next(row for row in results["rows"] if row["case"] == name)

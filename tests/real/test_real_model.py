@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli
+from fetched import smollm2, wiki_text
 
 from rk_export.report.records import Report
 
@@ -16,8 +17,6 @@ MEGABYTE = 10**6
 
 
 def test_joint_factorization_of_q_and_k(cli: Cli, tmp_path: Path) -> None:
-    from assets import smollm2, wiki_text
-
     paper = ("--groups", "qk", "--keep", 0.9, "--uniform", "--metric", "none")
     options = (*paper, "--bits", 16, "--device", "cpu", "--threads", 2)
     text = ("--text", wiki_text("eval"), "--tokens", 5120, "--context", 512)

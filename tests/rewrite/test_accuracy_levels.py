@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from conftest import tiny_options
-from tiny_models import tiny_model
+from tiny_models import massive, tiny_model
 
 from rk_export import compress
 from rk_export.options.run import Run
 from rk_export.passes.modules.quantized import QuantizedLinear
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Report
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import open_source
-
-
-def massive(llama: Path, folder: Path) -> Path:
-    """Save the tiny model with one row of the first down_proj 1,000 times larger: a massive activation."""
-    shutil.copytree(llama, folder)
-    model = tiny_model("llama", vocab_size=320)
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight[5] *= 1000
-    model.save_pretrained(folder)
-    return folder
 
 
 def levels(bundle: Path) -> dict[str, int]:
@@ -41,6 +30,7 @@ def levels(bundle: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("metric_none", [True, False])
 def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metric_none: bool) -> None:
     options = tiny_options(groups=(), rank=None) if metric_none else None
@@ -55,6 +45,7 @@ def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metr
     assert Report.load(tmp_path / "out" / "report.json").findings == report.findings
 
 
+@pytest.mark.whole
 def test_what_keeps_floats_is_what_the_report_names(bundle: Path) -> None:
     """Speed is kept elsewhere: level 4 stays the rule."""
     found = levels(bundle)
@@ -72,7 +63,7 @@ def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path:
     source = open_source(massive(llama, tmp_path / "model"))
     options = tiny_options(groups=(), rank=None)
     probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
-    rewritten = choose_levels(rewrite(source, make_plan(source, options), probe=probe), probe)
+    rewritten = choose_levels(rewrite(source, decide_plan(source, options), probe=probe), probe)
     layer = rewritten.model.get_submodule("model.layers.0.self_attn")
     flags = {
         name: module.reads_floats
@@ -82,6 +73,7 @@ def test_matrices_that_read_the_same_are_decided_together(llama: Path, tmp_path:
     assert flags["q_proj"] == flags["k_proj"] == flags["v_proj"] is True
 
 
+@pytest.mark.whole
 def test_second_factors_of_a_pair_are_decided_together(tmp_path: Path) -> None:
     """Near the bound one of them alone would pass it; the graph packs them all the same."""
     tiny_model("smollm3").save_pretrained(tmp_path / "model")
@@ -94,5 +86,5 @@ def test_other_levels_are_left_alone(llama: Path, tmp_path: Path) -> None:
     probe = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
     for changes in ({"accuracy_level": 0}, {"ep": "portable"}):
         options = tiny_options(groups=(), rank=None, **changes)
-        rewritten = rewrite(source, make_plan(source, options))
+        rewritten = rewrite(source, decide_plan(source, options))
         assert choose_levels(rewritten, probe) is rewritten

@@ -62,6 +62,7 @@ def test_a_loaded_model_has_the_same_logits(
     assert set(stored) == {name for name in names if not (tied and name.startswith(head))}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["per-head", "quantized"])
 def test_a_loaded_model_exports_the_same_initializers(

@@ -20,7 +20,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
-from rk_export.planning.planner import check_plan, make_plan
+from rk_export.planning.planner import check_plan, decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.rewrite.sizes import kept_parameters, planned_findings
@@ -38,7 +38,7 @@ FORMATS = {"float": None, "int4": INT4}
 
 
 def shaped_plan(source: StoredModel, options: CompressOptions, shapes: tuple[LayerShape, ...]) -> Plan:
-    return replace(make_plan(source, options), shapes=shapes)
+    return replace(decide_plan(source, options), shapes=shapes)
 
 
 def shaped(source: StoredModel, shapes: tuple[LayerShape, ...], options: CompressOptions) -> Rewritten:
@@ -64,6 +64,7 @@ CASES = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_the_graph_and_the_checkpoint_compute_what_pytorch_does(
@@ -95,6 +96,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= BOUND * float(expected.abs().max())
 
 
+@pytest.mark.whole
 def test_a_padded_and_a_plain_member_of_one_pair_count_it_once(source_of: SourceOf, tmp_path: Path) -> None:
     """The values are narrower and padded, the queries and keys are not; all three read one down-projection."""
     source = source_of("llama")
@@ -105,6 +107,7 @@ def test_a_padded_and_a_plain_member_of_one_pair_count_it_once(source_of: Source
     assert model.fusion("packed query, key and value").found == 0
 
 
+@pytest.mark.whole
 def test_half_precision_graphs_pad_and_slice(
     source_of: SourceOf, tmp_path: Path, tolerance: dict[str, float]
 ) -> None:
@@ -158,6 +161,7 @@ FACTORIZED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("form", FACTORIZED)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -286,6 +290,7 @@ def test_a_rank_beyond_the_reduced_matrix_is_refused(source_of: SourceOf) -> Non
         check_plan(source, plan)
 
 
+@pytest.mark.whole
 def test_eight_bit_blocks_wider_than_a_reduced_matrix(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     spec = QuantSpec(8, 128, symmetric=False)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from measure import bench_factorization as benchmark
 
+pytestmark = pytest.mark.whole
+
 
 def test_results_are_written_and_the_errors_agree(tmp_path: Path) -> None:
     assert benchmark.main(["--scale", "64", "--repeats", "2", "--out", str(tmp_path)]) == 0

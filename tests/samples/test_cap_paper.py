@@ -10,7 +10,9 @@ import torch
 from papers.cap import main, workshop
 
 from rk_export import tensor_cache
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, rank_zero_factors
+
+pytestmark = pytest.mark.whole
 
 
 def test_every_row_page_and_figure(
@@ -47,7 +49,7 @@ def test_every_row_page_and_figure(
 
 
 def test_bytes_take_the_cheaper_of_columns_and_entries() -> None:
-    factors = empty_factors((300, 4), torch.zeros(1))
+    factors = rank_zero_factors((300, 4), torch.zeros(1))
     full = torch.arange(0, 1200, 4)  # the first column
     parts = Parts(*factors, full, torch.ones(300))
     assert workshop.stored_bytes(parts) == 300 * 2 + 4

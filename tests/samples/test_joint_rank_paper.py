@@ -16,6 +16,8 @@ from papers.joint_rank.study import Study
 from rk_export import EvalText, open_source, perplexity_of, torch_logits
 from rk_export.device import matmul_dtype, matmuls_in
 
+pytestmark = pytest.mark.whole
+
 
 @dataclass(frozen=True)
 class Run:

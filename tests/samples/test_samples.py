@@ -15,6 +15,8 @@ from rk_export.folders import check_manifest
 from rk_export.report.records import Report
 from rk_export.runtime import Generation, GenerationOptions, Session
 
+pytestmark = pytest.mark.whole
+
 SAMPLES = Path(__file__).parents[2] / "samples"
 SHORT = sorted(SAMPLES.glob("*.py"))
 SCRIPTS = [

@@ -66,7 +66,6 @@ def test_code_is_description_and_function() -> None:
 
 
 def test_a_text_is_prepared_once(package: Path) -> None:
-    first = gsm8k_text("train").read_bytes()
+    first = {part: gsm8k_text(part).read_bytes() for part in ("train", "eval")}
     (package / task_texts._GSM8K).unlink()
-    assert gsm8k_text("train").read_bytes() == first
-    assert gsm8k_text("eval").is_file()
+    assert {part: gsm8k_text(part).read_bytes() for part in first} == first

@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cli
+from peft_adapters import ATTENTION, edit_adapter, peft, trained
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tiny_models import tiny_model, transformers_own
 
 from rk_export.errors import InputError
 from rk_export.source.stored import open_source
 
-peft = pytest.importorskip("peft")
-
 IDS = torch.arange(3, 27).reshape(2, 12)
-ATTENTION = ["q_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +34,6 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folders[key]
 
     return base
-
-
-def reference(folder: Path) -> PreTrainedModel:
-    """Return the base model as transformers loads it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
-
-
-def trained(base: Path, adapter: Path, **fields: Any) -> Any:
-    """Save an adapter whose every trainable value is random; return peft's model of it."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, **fields})
-    model = peft.get_peft_model(reference(base), config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                centre = parameter if "magnitude" in name else 0.0
-                parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(adapter)
-    return peft.PeftModel.from_pretrained(reference(base), adapter).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -104,7 +81,7 @@ def test_merged_equals_peft(base_of: Callable[..., Path], tmp_path: Path, kind: 
     family, fields = KINDS[kind]
     model = trained(base_of(family), tmp_path / "adapter", **fields)
     changed = logits(model)
-    assert float((changed - logits(reference(base_of(family)))).abs().max()) > 1e-2, (
+    assert float((changed - logits(transformers_own(base_of(family)))).abs().max()) > 1e-2, (
         "the adapter does nothing"
     )
     expected = logits(model.merge_and_unload())
@@ -126,7 +103,7 @@ def test_pairs_of_single_experts(base_of: Callable[..., Path], tmp_path: Path) -
     tensors = load_file(summed / "model.safetensors")
     tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + 2 * B @ A
     save_file(tensors, summed / "model.safetensors", metadata={"format": "pt"})
-    assert relative_error(adapter, logits(reference(summed)), base) < 1e-5
+    assert relative_error(adapter, logits(transformers_own(summed)), base) < 1e-5
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -179,7 +156,7 @@ def test_another_base_than_the_named_one_is_said(
     base_of: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained(base_of("llama"), tmp_path / "adapter")
-    edit(tmp_path / "adapter", base_model_name_or_path="org/another-model")
+    edit_adapter(tmp_path / "adapter", base_model_name_or_path="org/another-model")
     open_source(tmp_path / "adapter", base_of("llama"))
     assert "names org/another-model as its base model" in caplog.text
 
@@ -203,17 +180,17 @@ def test_a_tie_that_the_adapter_keeps_stays(base_of: Callable[..., Path], tmp_pa
 
 def test_half_precision_adapter_and_base(base_of: Callable[..., Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
-    reference(base_of("llama")).to(torch.bfloat16).save_pretrained(base)
+    transformers_own(base_of("llama")).to(torch.bfloat16).save_pretrained(base)
     trained(base, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}, path)
-    model = peft.PeftModel.from_pretrained(reference(base), tmp_path / "adapter").eval()
+    model = peft.PeftModel.from_pretrained(transformers_own(base), tmp_path / "adapter").eval()
     assert relative_error(tmp_path / "adapter", logits(model.merge_and_unload()), base) < 1e-5
 
 
 def test_a_resized_vocabulary(base_of: Callable[..., Path], tmp_path: Path) -> None:
     base = base_of("llama")
-    grown = reference(base)
+    grown = transformers_own(base)
     grown.resize_token_embeddings(168, mean_resizing=False)
     model = peft.get_peft_model(grown, peft.LoraConfig(r=4, target_modules=ATTENTION))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
@@ -226,7 +203,7 @@ def test_the_base_is_given_named_or_in_the_same_folder(base_of: Callable[..., Pa
     adapter = tmp_path / "adapter"
     expected = logits(trained(base_of("llama"), adapter))
     assert relative_error(adapter, expected) < 1e-5
-    edit(adapter, base_model_name_or_path="../base")
+    edit_adapter(adapter, base_model_name_or_path="../base")
     with pytest.raises(InputError, match="give --base MODEL"):
         open_source(adapter)
     assert relative_error(adapter, expected, base_of("llama")) < 1e-5
@@ -254,14 +231,9 @@ def test_what_is_cached_depends_on_the_adapter(base_of: Callable[..., Path], tmp
     trained(base_of("llama"), tmp_path / "adapter")
     prints = {open_source(base_of("llama")).fingerprint()}
     prints.add(open_source(tmp_path / "adapter").fingerprint())
-    edit(tmp_path / "adapter", lora_alpha=9)
+    edit_adapter(tmp_path / "adapter", lora_alpha=9)
     prints.add(open_source(tmp_path / "adapter").fingerprint())
     assert len(prints) == 3
-
-
-def edit(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +258,7 @@ def test_adapters_that_are_refused(
     base_of: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], what: str
 ) -> None:
     trained(base_of("llama"), tmp_path / "adapter")
-    edit(tmp_path / "adapter", **changes)
+    edit_adapter(tmp_path / "adapter", **changes)
     with pytest.raises(InputError) as caught:
         open_source(tmp_path / "adapter", base_of("llama"))
     assert what in caught.value.what
@@ -320,6 +292,7 @@ def test_a_head_of_another_kind_in_the_adapter_is_refused(
         open_source(tmp_path / "adapter")
 
 
+@pytest.mark.whole
 def test_base_goes_with_adapters_only(
     cli: Cli, llama: Path, bundle: Path, prose: Path, tmp_path: Path
 ) -> None:
@@ -333,9 +306,10 @@ def test_base_goes_with_adapters_only(
         assert "--base: goes with" in ended.err
 
 
+@pytest.mark.whole
 def test_an_adapter_through_the_command_line(cli: Cli, llama: Path, tmp_path: Path) -> None:
     trained(llama, tmp_path / "adapter")
-    edit(tmp_path / "adapter", base_model_name_or_path="nowhere/at-all")
+    edit_adapter(tmp_path / "adapter", base_model_name_or_path="nowhere/at-all")
     out, base = tmp_path / "out", ("--base", llama)
     assert "--base MODEL" in cli("export", tmp_path / "adapter", "-o", out).err
     ended = cli("export", tmp_path / "adapter", "-o", out, *base, "--threads", 1)

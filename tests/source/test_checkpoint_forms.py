@@ -11,6 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import (
+    EMBEDDING,
+    Edit,
+    Tensors,
+    edit_config,
+    edit_tensors,
+    inside,
+    multimodal,
+    prefixed,
+    sharded,
+    with_head,
+)
 from conftest import Cli
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
@@ -21,8 +33,6 @@ from rk_export.runtime import Session
 from rk_export.source.prepared import Prepared
 from rk_export.source.stored import StoredModel, open_source
 
-Tensors = dict[str, torch.Tensor]
-Edit = Callable[[Tensors], Tensors]
 Folder = Callable[..., Path]
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -35,21 +45,6 @@ def saved(source_of: Callable[..., StoredModel], tmp_path: Path) -> Folder:
         return Path(shutil.copytree(source_of(family, **fields).folder, tmp_path / "model"))
 
     return folder
-
-
-def edit_tensors(folder: Path, edit: Edit) -> None:
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save_file(
-        {name: tensor.clone().contiguous() for name, tensor in edit(tensors).items()},
-        path,
-        metadata={"format": "pt"},
-    )
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -87,15 +82,6 @@ def refusal(folder: Path, load: bool = False) -> str:
 # --- ties
 
 TIED = ["llama", "gemma2", "gpt2", "opt", "starcoder2", "mixtral"]
-EMBEDDING = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
-
-
-def with_head(folder: Path, family: str, factor: float) -> Path:
-    """Store a head beside the embedding that config.json ties it to."""
-    embedding = EMBEDDING.get(family, "model.embed_tokens.weight")
-    noise = torch.randn(160, 64, generator=torch.Generator().manual_seed(5))
-    edit_tensors(folder, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding] + factor * noise})
-    return folder
 
 
 @pytest.mark.parametrize("family", TIED)
@@ -128,6 +114,7 @@ def test_a_tied_model_may_store_the_head_alone(saved: Folder, family: str) -> No
     assert assert_same(folder).config.tie_word_embeddings is True
 
 
+@pytest.mark.whole
 def test_a_tied_head_of_another_kind_reaches_the_graph(
     cli: Cli, llama: Path, tmp_path: Path, tolerance: dict[str, float]
 ) -> None:
@@ -151,22 +138,6 @@ def test_an_untied_model_needs_its_head(saved: Folder) -> None:
 
 
 # --- names
-
-
-def prefixed(prefix: str) -> Edit:
-    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def inside(part: str) -> Edit:
-    """Put a part into the names below every layer, as wrappers of single layers do."""
-    return lambda tensors: {
-        name.replace(".self_attn.", f".{part}.self_attn."): t for name, t in tensors.items()
-    }
-
-
-def multimodal(tensors: Tensors) -> Tensors:
-    """Name tensors as a multimodal model of transformers 5 does."""
-    return {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
 
 
 NAMES: dict[str, Edit] = {
@@ -384,16 +355,6 @@ def test_numbers_without_scales_are_refused(saved: Folder, kind: torch.dtype) ->
 
 
 # --- files
-
-
-def sharded(folder: Path, count: int = 3, stem: str = "model", first: int = 1) -> list[Path]:
-    """Distribute the tensors over numbered shards, without an index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    paths = [folder / f"{stem}-{first + i:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for i, path in enumerate(paths):
-        save_file({name: tensors[name] for name in sorted(tensors)[i::count]}, path)
-    return paths
 
 
 @pytest.mark.parametrize(("stem", "first"), [("model", 1), ("pytorch_model", 1), ("model", 0)])

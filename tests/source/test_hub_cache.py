@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from conftest import Cli
+from hub_snapshots import snapshot
 from onnx.external_data_helper import set_external_data
 from runtime_models import TinyDecoder
 
 from rk_export.options.run import Run
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.testing import assert_parity
-
-
-def snapshot(folder: Path, cache: Path, *, nested: bool = False) -> Path:
-    """Store a bundle as the Hub's cache does: each file a link to a blob of another name."""
-    place = cache / "snapshots" / "0123abc"
-    blobs = cache / "blobs"
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = hashlib.sha256(str(file).encode()).hexdigest()
-        blob = blobs / (file.suffix.lstrip(".") if nested else "") / name
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, blob)
-        link = place / file.relative_to(folder)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        levels = len(link.parent.relative_to(cache).parts)
-        link.symlink_to(Path(*[".."] * levels) / blob.relative_to(cache))
-    return place
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["one folder of blobs", "several"])
@@ -82,6 +65,7 @@ def test_links_in_a_folder_beside_a_graph_that_is_none(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.prefill_logits(ids), logits)
 
 
+@pytest.mark.whole
 def test_commands_on_a_snapshot(cli: Cli, bundle: Path, tmp_path: Path) -> None:
     linked = snapshot(bundle, tmp_path / "models--someone--some-model")
     assert (linked / "model.onnx.data").is_symlink()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import edit_config
 from conftest import Cli
 
 DENSE = ("--bits", 16, "--groups", "none", "--metric", "none", "--device", "cpu")
@@ -17,12 +18,6 @@ DENSE = ("--bits", 16, "--groups", "none", "--metric", "none", "--device", "cpu"
 def model(llama: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model whose config.json a test may change."""
     return Path(shutil.copytree(llama, tmp_path / "model"))
-
-
-def edit(model: Path, **changes: Any) -> None:
-    """Change entries of config.json."""
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rotary(kind: str, **more: Any) -> dict[str, Any]:
@@ -57,7 +52,7 @@ def rotary(kind: str, **more: Any) -> dict[str, Any]:
 def test_an_impossible_entry_is_refused_by_name(
     cli: Cli, model: Path, tmp_path: Path, entry: str, value: Any, what: str
 ) -> None:
-    edit(model, **{entry: value})
+    edit_config(model, **{entry: value})
     for extra in (("--dry-run",), ()):
         ended = cli("compress", model, "-o", tmp_path / "out", *DENSE, *extra)
         assert (ended.code, what in ended.err, "\nFix: " in ended.err) == (2, True, True), ended.err

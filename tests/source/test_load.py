@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import edit_config
 from compressed import SourceOf, logits, tokens
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
@@ -117,11 +117,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def refusal(folder: Path, *, load: bool = True) -> RkExportError:

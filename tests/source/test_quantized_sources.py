@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import edit_config
 from compressed_models import arguments, compressed, compressed_config
 from quantized_models import (
     AWQ_CONFIG,
+    BITSANDBYTES,
     Quantizer,
     awq,
     bit_stream,
@@ -21,14 +23,14 @@ from quantized_models import (
     gptq,
     gptq_config,
     random_codes,
+    save_bitsandbytes,
     save_quantized,
-    set_config,
+    small,
+    without,
 )
-from tiny_models import tiny_model
+from tiny_models import transformers_own
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
     CompressedTensorsConfig,
     FineGrainedFP8Config,
     PreTrainedModel,
@@ -45,10 +47,6 @@ from rk_export.source.weight_files import open_tensors
 
 TOLERANCE = 1e-6
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def small(family: str = "llama", **fields: Any) -> PreTrainedModel:
-    return tiny_model(family, **{"num_hidden_layers": 1, "hidden_size": 128, **fields})
 
 
 def check_equal(folder: Path, reference: PreTrainedModel) -> None:
@@ -102,7 +100,7 @@ def test_gptq_modules_with_rules_of_their_own(tmp_path: Path) -> None:
 
     config = gptq_config(dynamic={r"+:.*\.down_proj": {"bits": 8, "group_size": 64}})
     check_equal(tmp_path, save_quantized(small(), tmp_path, config, quantize))
-    set_config(tmp_path, quantization_config=gptq_config())
+    edit_config(tmp_path, quantization_config=gptq_config())
     with pytest.raises(InputError, match=r"down_proj.qzeros.* 8 bits a code, the config says 4"):
         open_source(tmp_path)
 
@@ -157,7 +155,7 @@ def test_biases_of_zeros_that_the_model_does_not_have_are_left_out(tmp_path: Pat
 @pytest.mark.parametrize("stated", ["gptq", [1], 4, {}])
 def test_a_malformed_quantization_config_is_refused(tmp_path: Path, stated: Any) -> None:
     save_quantized(small(), tmp_path, None, gptq())
-    set_config(tmp_path, quantization_config=stated)
+    edit_config(tmp_path, quantization_config=stated)
     with pytest.raises(InputError, match=r"config\.json"):
         open_source(tmp_path)
 
@@ -243,12 +241,6 @@ def test_fp8(tmp_path: Path, block: tuple[int, int] | None) -> None:
     check_equal(tmp_path, save_quantized(small(), tmp_path, fp8_config(block), fp8(block)))
 
 
-def transformers_own(folder: Path, **config: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", **config
-    )
-
-
 @pytest.mark.parametrize("form", ["pack-quantized", "int-quantized", "float-quantized"])
 def test_compressed_tensors_as_transformers_decompresses_them(tmp_path: Path, form: str) -> None:
     kind = "float" if form == "float-quantized" else "int"
@@ -267,22 +259,6 @@ def test_fp8_as_transformers_dequantizes_it(tmp_path: Path, block: tuple[int, in
     check_equal(tmp_path, transformers_own(tmp_path, quantization_config=config))
 
 
-BITSANDBYTES: dict[str, dict[str, Any]] = {
-    "nf4, double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "packed in bf16": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
-    "int8": {"load_in_8bit": True},
-}
-
-
-def save_bitsandbytes(folder: Path, family: str, fields: dict[str, Any]) -> Path:
-    small(family).save_pretrained(folder / "floats")
-    transformers_own(folder / "floats", quantization_config=BitsAndBytesConfig(**fields)).save_pretrained(
-        folder / "quantized"
-    )
-    return folder / "quantized"
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("fields", BITSANDBYTES.values(), ids=BITSANDBYTES.keys())
 def test_bitsandbytes_as_transformers_dequantizes_it(
@@ -297,14 +273,6 @@ def test_bitsandbytes_without_its_package(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(InputError, match="install bitsandbytes"):
         open_source(folder)
-
-
-def without(suffix: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith(suffix)]:
-            del tensors[name]
-
-    return change
 
 
 def replaced(suffix: str, by: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -437,7 +405,7 @@ def test_bitsandbytes_without_a_part(tmp_path: Path, suffix: str) -> None:
 
 def test_floats_under_a_quantization_config_are_refused(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
-    set_config(tmp_path, quantization_config=gptq_config())
+    edit_config(tmp_path, quantization_config=gptq_config())
     with pytest.raises(InputError, match="remove quantization_config"):
         open_source(tmp_path)
 
@@ -457,6 +425,7 @@ def test_what_runs_quantized_in_the_original_is_said(
     assert "the cache, which the original rounds" in caplog.text
 
 
+@pytest.mark.whole
 def test_a_quantized_source_is_exported_and_compressed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

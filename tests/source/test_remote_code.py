@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import change_json
 from conftest import Cli
+from planted_code import Planted
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from rk_export.errors import InputError
@@ -22,44 +24,6 @@ from rk_export.training.state import StateFile
 ROOT = Path(__file__).parents[2]
 KINDS = ("config", "model", "tokenizer", "generation", "decoding")
 SMALL = ("--groups", "none", "--bits", 16, "--device", "cpu", "--threads", 1)
-
-
-class Planted:
-    """A folder with planted code, and whether anything ran it or asked about it."""
-
-    def __init__(self, folder: Path, marker: Path) -> None:
-        self.folder, self.marker = folder, marker
-        self.questions: list[str] = []
-
-    def plant(self, kind: str) -> Path:
-        """Name code in the file of this kind and lay it beside; return the file that a refusal should name."""
-        files = {"config": "config", "model": "config", "tokenizer": "tokenizer_config"}
-        autos = {"config": "AutoConfig", "model": "AutoModelForCausalLM", "generation": "GenerationConfig"}
-        if kind == "decoding":
-            return self._write_code(self.folder / "custom_generate" / "generate.py", "generate")
-        self._write_code(self.folder / f"{kind}_evil.py", "Evil")
-        path = self.folder / f"{files.get(kind, 'generation_config')}.json"
-        named = f"{kind}_evil.Evil"
-        edit(
-            path,
-            auto_map={autos[kind]: named} if kind in autos else {"AutoTokenizer": [named, named]},
-        )
-        return path
-
-    def _write_code(self, path: Path, name: str) -> Path:
-        path.parent.mkdir(exist_ok=True)
-        lines = [f"open({str(self.marker)!r}, 'w').close()", f"class {name}:", "    pass"]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path
-
-    @property
-    def is_untouched(self) -> bool:
-        return not self.marker.exists() and not self.questions
-
-
-def edit(path: Path, **changes: Any) -> None:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(data | changes), encoding="utf-8")
 
 
 @pytest.fixture
@@ -106,7 +70,7 @@ def test_transformers_runs_such_code_when_it_is_trusted(model: Planted, kind: st
 
 def test_transformers_asks_where_it_has_no_class_of_its_own(model: Planted) -> None:
     model.plant("config")
-    edit(model.folder / "config.json", model_type="evil")
+    change_json(model.folder / "config.json", model_type="evil")
     with pytest.raises(AttributeError):
         AutoConfig.from_pretrained(model.folder)
     assert model.questions
@@ -132,6 +96,7 @@ def commands(bundle: Path, prose: Path, tmp_path: Path) -> Callable[[Path], Iter
     return of
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_refuses_it(
@@ -143,7 +108,7 @@ def test_every_command_refuses_it(
     model_type: str,
 ) -> None:
     guilty = model.plant(kind)
-    edit(model.folder / "config.json", model_type=model_type)
+    change_json(model.folder / "config.json", model_type=model_type)
     for command in commands(model.folder):
         ended = cli(*command)
         assert ended.code == 2, ended.err
@@ -158,7 +123,7 @@ def test_every_command_refuses_it(
 def test_a_compressed_checkpoint_is_refused_too(
     cli: Cli, model: Planted, prose: Path, tmp_path: Path, kind: str
 ) -> None:
-    edit(model.folder / "config.json", rk_export={"version": 1})
+    change_json(model.folder / "config.json", rk_export={"version": 1})
     guilty = model.plant(kind)
     for command in (
         ("export", model.folder, "-o", tmp_path / "out"),
@@ -170,6 +135,7 @@ def test_a_compressed_checkpoint_is_refused_too(
     assert model.is_untouched
 
 
+@pytest.mark.whole
 def test_bundles_run_without_looking_at_code(
     cli: Cli, own_bundle: Path, prose: Path, plant_in: Plant
 ) -> None:
@@ -185,6 +151,7 @@ def test_bundles_run_without_looking_at_code(
     assert planted.is_untouched
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "options",
     [
@@ -237,7 +204,7 @@ def test_each_form_is_found(model: Planted, file: str, changes: dict[str, Any], 
     path = model.folder / file
     if not path.exists():
         path.write_text("{}", encoding="utf-8")
-    edit(path, **changes)
+    change_json(path, **changes)
     with pytest.raises(InputError) as caught:
         open_source(model.folder)
     assert caught.value.where == str(path)
@@ -257,7 +224,9 @@ def test_all_entries_are_named_at_once(model: Planted) -> None:
 
 def test_what_the_fix_says_works(model: Planted) -> None:
     model.plant("config")
-    edit(model.folder / "config.json", auto_map={})  # nothing is named any more; the code may lie there
+    change_json(
+        model.folder / "config.json", auto_map={}
+    )  # nothing is named any more; the code may lie there
     assert open_source(model.folder).config.model_type == "llama"
     assert model.is_untouched
 
@@ -265,7 +234,7 @@ def test_what_the_fix_says_works(model: Planted) -> None:
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", "eager", "sdpa", "unheard_of"])
 def test_the_kernel_that_a_file_asks_for_is_no_part_of_the_model(model: Planted, kernel: str) -> None:
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        edit(model.folder / "config.json", **{key: kernel})
+        change_json(model.folder / "config.json", **{key: kernel})
     assert open_source(model.folder).skeleton().config._attn_implementation == "sdpa"
 
 

@@ -180,6 +180,7 @@ def bundle(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.whole
 def test_the_manifest_lists_every_file_and_the_versions(bundle: Path) -> None:
     manifest = check_manifest(bundle)
     assert manifest["source"] == "tiny"
@@ -191,6 +192,7 @@ def test_the_manifest_lists_every_file_and_the_versions(bundle: Path) -> None:
     assert check_manifest(bundle)["source"] == "again"
 
 
+@pytest.mark.whole
 def test_a_damaged_bundle_is_refused_with_the_file_named(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +210,7 @@ def test_a_damaged_bundle_is_refused_with_the_file_named(
         check_manifest(bundle)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("text", "message"),
     [

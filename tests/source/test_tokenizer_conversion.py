@@ -125,6 +125,7 @@ def test_a_special_token_that_only_the_config_names_is_kept_whole(tmp_path: Path
     )
 
 
+@pytest.mark.whole
 def test_a_class_that_makes_other_tokens_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "</s>": 3}, [], unk_token="<unk>"))
     plain.normalizer = normalizers.Lowercase()

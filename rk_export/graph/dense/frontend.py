@@ -21,7 +21,7 @@ from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
-from rk_export.model.decoder_spec import DecoderSpec, activation_of, check_options
+from rk_export.model.decoder_spec import DecoderSpec, activation_of, check_expressible
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.families import Architecture
@@ -80,7 +80,7 @@ def build_module(
     """
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
-    check_options(config)
+    check_expressible(config)
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
     if architecture.is_encoder:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import check_source
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
 from rk_export.source.protocol import Source
 
 
@@ -59,7 +59,7 @@ def sparse_parts(W: Tensor, mask: Tensor) -> Parts:
     """Return the entries of W (out, in) that a mask, bool (out, in), keeps, beside a low-rank part of rank 0."""
     shape = (W.shape[0], W.shape[1])
     indices = mask.flatten().nonzero()[:, 0]
-    return Parts(*empty_factors(shape, W), indices.to(index_dtype(shape)), W.flatten()[indices])
+    return Parts(*rank_zero_factors(shape, W), indices.to(index_dtype(shape)), W.flatten()[indices])
 
 
 def _weights(source: Source) -> Iterator[tuple[MatrixId, Tensor]]:

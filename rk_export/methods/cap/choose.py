@@ -10,13 +10,12 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.cap.auction import auction_selection
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.mixture import cheapest, mixture_selection, offered_mixtures
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.policy import first_probabilities, learn
 from rk_export.methods.cap.pools import Pools, flat_prices, make_pools, selected
-from rk_export.methods.cap.scores import all_scores, curvature_score, energy_score
+from rk_export.methods.cap.scores import all_scores, curvature_score, energy_score, largest_scores
 from rk_export.methods.sparse_sites import (
     Prices,
     amount_of,
@@ -80,7 +79,7 @@ def cap_parts(
         )
         parts = most_probable(pools, learned.probabilities, amount, prices)
     elif options.selector == "pools":
-        parts = auction_selection(score, pools, amount, prices)
+        parts = largest_scores(score, pools, amount, prices)
     elif options.selector == "magnitude":
         parts = magnitude(source, share_of_entries(source, amount, prices))
     elif statistics is None:

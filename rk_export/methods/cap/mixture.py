@@ -1,9 +1,9 @@
-"""Our own choice of rank and sparsity: one auction over mixtures that are fitted anew, not over CAP's candidates.
+"""Our own choice of rank and sparsity: one allocation over mixtures that are fitted anew, not over CAP's candidates.
 
 CAP (2505.03801) splits a matrix once and then leaves parts of the split out, which no longer fit what remains.
 Here every matrix offers mixtures, a number of entries with a rank, each priced, and with the loss that the
 curvature predicts for the best low-rank part beside those entries; one budget is spent over all of them, and the
-mixtures that were bought are fitted.
+mixtures that were chosen are fitted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices, check_source
-from rk_export.passes.numerics.auction import Lot, auction
+from rk_export.passes.numerics.allocation import SiteChoices, allocate
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
-from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.mixed import TwoSides, fitted_mixture, mixture_losses, refitted
+from rk_export.passes.numerics.mixed import fitted_mixture, mixture_losses, refitted
 from rk_export.progress import track
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import packed, remembered, unpacked
+from rk_export.tensor_cache import as_tensors, cached, from_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,11 @@ class Mixtures:
     entries: Tensor
     losses: Tensor
 
-    def lot(self, prices: Prices) -> Lot:
+    def choices(self, prices: Prices) -> SiteChoices:
         """Return the mixtures with their prices."""
         pairs = zip(self.ranks.tolist(), self.entries.tolist(), strict=True)
         costs = [prices.total(self.shape, rank, entries) for rank, entries in pairs]
-        return Lot(np.array(costs), self.losses.numpy().astype(np.float64))
+        return SiteChoices(np.array(costs), self.losses.numpy().astype(np.float64))
 
 
 def offered_mixtures(
@@ -85,24 +85,24 @@ def offered_mixtures(
     for layer in track(
         _matrices(source, statistics, device), "offering mixtures, layers", source.layer_count
     ):
-        known = layer.remembered("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
+        known = layer.cached("mixtures", _OFFERED, _offer, cache_dir, densities=DENSITIES, ranks=RANKS)
         for name, W in layer.weights.items():
             offered[MatrixId(layer.index, name)] = Mixtures(
-                (W.shape[0], W.shape[1]), *unpacked(known, name, _OFFERED)
+                (W.shape[0], W.shape[1]), *from_tensors(known, name, _OFFERED)
             )
     return offered
 
 
-def _offer(name: str, W: Tensor, sides: TwoSides) -> Mixtures:
-    return mixtures_of(W, sides)
+def _offer(name: str, W: Tensor, curvature: Curvature) -> Mixtures:
+    return mixtures_of(W, curvature)
 
 
-def mixtures_of(W: Tensor, sides: TwoSides) -> Mixtures:
+def mixtures_of(W: Tensor, curvature: Curvature) -> Mixtures:
     """Return what W (out, in) may become: a grid of entries and ranks below the dense price, and the dense matrix."""
     rows, columns = W.shape
     size, direction = rows * columns, rows + columns
     counts = [round(density * size) for density in DENSITIES]
-    losses = mixture_losses(W, sides, counts).cpu()
+    losses = mixture_losses(W, curvature, counts).cpu()
     ranks, entries, found = [0], [size], [0.0]
     for count, by_rank in zip(counts, losses, strict=True):
         top = min(rows, columns, (size - count) // direction)
@@ -120,7 +120,7 @@ def mixtures_of(W: Tensor, sides: TwoSides) -> Mixtures:
 
 def cheapest(offered: Mapping[MatrixId, Mixtures], prices: Prices) -> float:
     """Return what the cheapest mixture costs that keeps anything."""
-    costs = (mixtures.lot(prices).costs for mixtures in offered.values())
+    costs = (mixtures.choices(prices).costs for mixtures in offered.values())
     return min(float(cost[cost > 0].min()) for cost in costs)
 
 
@@ -133,7 +133,7 @@ def mixture_selection(
     device: torch.device,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[MatrixId, Parts]:
-    """Spend a budget over the mixtures of all matrices, and fit those that were bought, layer by layer.
+    """Spend a budget over the mixtures of all matrices, and fit the chosen ones, layer by layer.
 
     Args:
         source: The dense model.
@@ -144,23 +144,23 @@ def mixture_selection(
         device: Where matrices are decomposed; the parts come to the CPU.
         cache_dir: The cache, where fitted layers are kept; ``~/.cache/rk-export`` when None.
     """
-    choice = auction([mixtures.lot(prices) for mixtures in offered.values()], budget)
-    logger.info("mixtures: predicted loss %.4f", choice.loss)
-    bought = {
+    allocated = allocate([mixtures.choices(prices) for mixtures in offered.values()], budget)
+    logger.info("mixtures: predicted loss %.4f", allocated.loss)
+    chosen = {
         place: (int(mixtures.ranks[index]), int(mixtures.entries[index]))
-        for (place, mixtures), index in zip(offered.items(), choice.taken, strict=True)
+        for (place, mixtures), index in zip(offered.items(), allocated.taken, strict=True)
     }
     parts: dict[MatrixId, Parts] = {}
     for layer in track(_matrices(source, statistics, device), "fitting mixtures, layers", source.layer_count):
-        here = {name: bought[MatrixId(layer.index, name)] for name in layer.weights}
-        known = layer.remembered("fitted", _PARTS, partial(_fitted, here), cache_dir, bought=here)
+        here = {name: chosen[MatrixId(layer.index, name)] for name in layer.weights}
+        known = layer.cached("fitted", _PARTS, partial(_fitted, here), cache_dir, chosen=here)
         for name in here:
-            parts[MatrixId(layer.index, name)] = Parts(*unpacked(known, name, _PARTS))
+            parts[MatrixId(layer.index, name)] = Parts(*from_tensors(known, name, _PARTS))
     return parts
 
 
-def _fitted(bought: Mapping[str, tuple[int, int]], name: str, W: Tensor, sides: TwoSides) -> Parts:
-    return fitted_mixture(W, sides, *bought[name])
+def _fitted(chosen: Mapping[str, tuple[int, int]], name: str, W: Tensor, curvature: Curvature) -> Parts:
+    return fitted_mixture(W, curvature, *chosen[name])
 
 
 def refitted_parts(
@@ -178,9 +178,9 @@ def refitted_parts(
         device: Where matrices are decomposed; the parts come to the CPU.
     """
     return {
-        (place := MatrixId(layer.index, name)): refitted(W, sides, parts[place])
+        (place := MatrixId(layer.index, name)): refitted(W, curvature, parts[place])
         for layer in _matrices(source, statistics, device)
-        for name, W, sides in layer.sides()
+        for name, W, curvature in layer.curvatures()
     }
 
 
@@ -193,32 +193,29 @@ class _Matrices:
     statistics: DenseStatistics
     device: torch.device
 
-    def sides(self) -> Iterator[tuple[str, Tensor, TwoSides]]:
-        """Yield every matrix with its curvature; matrices that read the same input share its metric."""
-        metrics: dict[int, Metric] = {}
-        for name, W in self.weights.items():
-            place = MatrixId(self.index, name)
-            second = self.statistics.second[place]
-            if id(second) not in metrics:
-                metrics[id(second)] = Metric.of(second.to(self.device))
-            gradient = self.statistics.gradients[place].to(self.device)
-            outputs = Metric.of(gradient * self.statistics.tokens)
-            yield name, W.to(self.device), TwoSides(metrics[id(second)], outputs)
+    def curvatures(self) -> Iterator[tuple[str, Tensor, Curvature]]:
+        """Yield every matrix with its curvature."""
+        groups = [{name: MatrixId(self.index, name)} for name in self.weights]
+        known = self.statistics.of_groups(groups, self.device)
+        for (name, W), curvature in zip(self.weights.items(), known, strict=True):
+            if curvature is None:
+                raise KeyError(f"no token reached {name} of layer {self.index}")
+            yield name, W.to(self.device), curvature
 
-    def remembered(
+    def cached(
         self,
         kind: str,
         fields: Sequence[str],
-        make: Callable[[str, Tensor, TwoSides], object],
+        make: Callable[[str, Tensor, Curvature], object],
         cache_dir: str | os.PathLike[str] | None,
         **more: object,
     ) -> Mapping[str, Tensor]:
         """Return what is made of every matrix, or was made of it in an earlier run, packed by its fields."""
 
         def made() -> Mapping[str, Tensor]:
-            return packed({name: make(name, W, sides) for name, W, sides in self.sides()}, fields)
+            return as_tensors({name: make(name, W, known) for name, W, known in self.curvatures()}, fields)
 
-        return remembered(f"cap-{kind}", self.key(**more), made, cache_dir)
+        return cached(f"cap-{kind}", self.key(**more), made, cache_dir)
 
     def key(self, **more: object) -> dict[str, object]:
         """Return what is computed from these matrices depends on, with more of it."""

@@ -19,10 +19,10 @@ class CapOptions(MethodOptions):
 
     Args:
         iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
-        selector: `policy` is the paper's policy gradient over the parts of the split, `pools` an auction of the same
-            parts by predicted gain per price. `auction`, ours, leaves the split aside and spends the budget on
-            mixtures of rank and entries that are fitted anew. `wanda` (2306.11695) and `magnitude` keep entries only,
-            as many in every row or matrix.
+        selector: `policy` is the paper's policy gradient over the parts of the split, `pools` takes of the same
+            parts those of largest predicted gain per price. `auction`, ours, leaves the split aside and spends the
+            budget on mixtures of rank and entries that are fitted anew. `wanda` (2306.11695) and `magnitude` keep
+            entries only, as many in every row or matrix.
         steps: Updates of the policy, one forward pass each.
         learning_rate: Of the policy.
         window: Losses that the moving baseline averages.

@@ -164,7 +164,7 @@ class _Search:
     @torch.no_grad()
     def run(self, first: Tensor, state: Learned, path: Path) -> Learned:
         """Take the steps that are missing."""
-        self._put(largest_within(first.to(self._device), self._prices, self._budget))
+        self._set_weights(largest_within(first.to(self._device), self._prices, self._budget))
         start = [self._loss(batch) for batch in self._batches]
         s, losses = state.probabilities.to(self._device), list(state.losses)
         steps, window = self._options.steps, self._options.window
@@ -189,19 +189,19 @@ class _Search:
         for part, probabilities in zip(torch.split(mask, _CHUNK), torch.split(s, _CHUNK), strict=True):
             uniform = torch.rand(len(part), generator=generator, device=self._device)
             torch.lt(uniform, probabilities, out=part)
-        self._put(mask)
+        self._set_weights(mask)
         return mask
 
-    def _put(self, mask: Tensor) -> None:
+    def _set_weights(self, mask: Tensor) -> None:
         """Put the matrices that a mask (candidates,) leaves into the model."""
         for place, here in by_place(self._pools, mask).items():
-            put(self._linears[place], self._pools[place], here)
+            set_weight(self._linears[place], self._pools[place], here)
 
     def _loss(self, ids: Tensor) -> float:
         return next_token_loss(self._model, ids.to(self._device))
 
 
-def put(linear: nn.Module, pool: Pool, mask: Tensor) -> None:
+def set_weight(linear: nn.Module, pool: Pool, mask: Tensor) -> None:
     """Set a linear module's weight to U diag(m) V + S∘m, in place.
 
     Args:

@@ -23,7 +23,7 @@ from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
 from rk_export.progress import track
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import cache_file, packed, read_tensors, remembered, unpacked
+from rk_export.tensor_cache import as_tensors, cache_file, cached, from_tensors, read_tensors
 
 CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more are not kept on disk
 # What a dense parameter becomes in the pools at most, by measurement: 8 bytes of an entry, and factors.
@@ -114,14 +114,14 @@ def make_pools(
     parameters = sum(rows * columns for rows, columns in linear_shapes(source).values())
     keep = parameters * _BYTES_A_PARAMETER <= CACHE_LIMIT
     pools: dict[MatrixId, Pool] = {}
-    for index, known in _remembered(source, iterations, device, cache_dir, keep=keep):
+    for index, known in _cached_pools(source, iterations, device, cache_dir, keep=keep):
         for item in source.description.projections(index):
-            parts = Parts(*unpacked(known, item.path, _FIELDS))
+            parts = Parts(*from_tensors(known, item.path, _FIELDS))
             pools[MatrixId(index, item.path)] = Pool(parts, float(known[f"{item.path}|residual"]))
     return pools
 
 
-def _remembered(
+def _cached_pools(
     source: Source,
     iterations: int,
     device: torch.device,
@@ -129,7 +129,7 @@ def _remembered(
     *,
     keep: bool,
 ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-    """Yield the packed pools of every layer; weights are read where an earlier run left none."""
+    """Yield the pools of every layer as tensors; weights are read where an earlier run left none."""
     key = {
         "model": source.fingerprint(cache_dir),
         "iterations": iterations,
@@ -146,14 +146,14 @@ def _remembered(
         return
     for layer in track(source.layers(), "splitting layers into low rank and sparse", source.layer_count):
         paths = [item.path for item in source.description.projections(layer.index)]
-        make = partial(_packed_pools, layer, paths, iterations, device)
-        yield layer.index, remembered("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
+        make = partial(_pool_tensors, layer, paths, iterations, device)
+        yield layer.index, cached("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
 
 
-def _packed_pools(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:
+def _pool_tensors(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:
     made = dict(_layer_pools(layer, paths, iterations, device))
     residuals = {f"{name}|residual": torch.tensor(pool.residual) for name, pool in made.items()}
-    return packed({name: pool.parts for name, pool in made.items()}, _FIELDS) | residuals
+    return as_tensors({name: pool.parts for name, pool in made.items()}, _FIELDS) | residuals
 
 
 def _layer_pools(

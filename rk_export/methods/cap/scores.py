@@ -1,19 +1,22 @@
-"""What a candidate of CAP's pools (2505.03801) is worth for its price: by its energy, or by the loss' curvature."""
+"""What a candidate of CAP's pools (2505.03801) is worth for its price, by its energy or by the loss' curvature.
+
+The candidates of largest score within a budget are a choice that needs no search.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.cap.pools import Pool, Pools
+from rk_export.methods.cap.pools import Pool, Pools, flat_prices, selected
 from rk_export.methods.sparse_sites import Prices
-from rk_export.passes.numerics.eigen import product
+from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.numerics.mixed import part_losses
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
 Score = Callable[[MatrixId, Pool], Tensor]
@@ -43,8 +46,7 @@ def curvature_score(prices: Prices, statistics: DenseStatistics) -> Score:
     """
 
     def score(place: MatrixId, pool: Pool) -> Tensor:
-        sides = Sides.of(statistics, place)
-        return 0.5 * sides.tokens * sides.squares(pool.parts) / pool.prices(prices)
+        return part_losses(pool.parts, statistics.at(place)) / pool.prices(prices)
 
     return score
 
@@ -60,31 +62,25 @@ def directions_only(score: Score) -> Score:
     return of_directions
 
 
-@dataclass(frozen=True)
-class Sides:
-    """The curvature of one matrix.
+def largest_scores(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:
+    """Choose the largest scores of all matrices together.
 
     Args:
-        second: C (in, in).
-        gradient: G (out, out), or its diagonal (out,).
-        tokens: As in `DenseStatistics`.
+        score: Per price, see above.
+        pools: The candidates, on the CPU.
+        budget: What those kept may cost.
+        prices: Of the candidates.
     """
+    taken = largest_within(all_scores(score, pools), flat_prices(pools, prices), budget)
+    return selected(pools, taken)
 
-    second: Tensor
-    gradient: Tensor
-    tokens: int
 
-    @classmethod
-    def of(cls, statistics: DenseStatistics, place: MatrixId) -> Sides:
-        """Return the curvature of a matrix."""
-        return cls(statistics.second[place], statistics.gradients[place], statistics.tokens)
-
-    def squares(self, parts: Parts) -> Tensor:
-        """Return tr(G X C Xᵀ) of every candidate X (candidates,): each direction's, then each entry's."""
-        up, down = parts.up, parts.down
-        G, C = self.gradient, self.second
-        weighed = G[:, None] * up if G.ndim == 1 else product(G, up)
-        directions = (weighed * up).sum(0) * (product(down, C) * down).sum(1)
-        rows = (G if G.ndim == 1 else G.diagonal())[parts.indices.long() // parts.shape[1]]
-        columns = C.diagonal()[parts.indices.long() % parts.shape[1]]
-        return torch.cat([directions, parts.values.square() * rows * columns])
+def largest_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:
+    """Choose the largest scores of every matrix, each with its share of the budget by its dense size."""
+    share = budget / sum(pool.parts.shape[0] * pool.parts.shape[1] for pool in pools.values())
+    chosen = {}
+    for place, pool in pools.items():
+        rows, columns = pool.parts.shape
+        taken = largest_within(score(place, pool), pool.prices(prices), share * rows * columns)
+        chosen[place] = pool.selected(taken)
+    return chosen

@@ -20,7 +20,8 @@ from rk_export.methods.prune.options import PruneOptions
 from rk_export.model.description import ModelDescription
 from rk_export.model.pruned_description import pruned_description
 from rk_export.model.sites import plain_sites
-from rk_export.passes.base import Layer, SiteStatistics
+from rk_export.passes.base import Layer
+from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.pruning import largest
 from rk_export.passes.weights.prune_groups import group_scores
 from rk_export.passes.weights.shapes import planned_shape, reshape_layer
@@ -127,7 +128,7 @@ class Pruned(Transform):
 
 def _known(
     description: ModelDescription, layer: Layer, statistics: DenseStatistics | None
-) -> tuple[list[SitePlan], Mapping[str, SiteStatistics]]:
+) -> tuple[list[SitePlan], Mapping[str, Curvature]]:
     """Return a dense layer's matrices as sites, and what is known about them."""
     sites = plain_sites(layer, description.projections(layer.index))
     return sites, {} if statistics is None else FromDense(statistics).of_sites(layer, sites)

@@ -1,7 +1,7 @@
 """From a budget to sparse and low-rank parts of every matrix (SSLC, 2510.26446), by one allocation over predicted loss.
 
-Every matrix offers some ranks, each beside many numbers of entries, priced, and with the loss that the curvature
-predicts for what goes. One auction spends the budget over all of them, and what it buys is fitted.
+Every matrix may have some ranks, each beside many numbers of entries, with its cost and the loss that the curvature
+predicts for what goes. The budget is allocated over all of them, and what was chosen is fitted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices, amount_of, check_source, log_choice, share_of_entries
 from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.ranks import Budget
-from rk_export.passes.numerics.auction import Lot, auction
+from rk_export.passes.numerics.allocation import SiteChoices, allocate
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.pruning import damped
 from rk_export.passes.numerics.sslc import Target, dropped_losses, falling_counts
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Shares of a matrix' parameters that its low-rank part may take.
 RANK_SHARES = (0.0, 0.03)
-COUNTS = 49  # numbers of entries on offer beside each rank
+COUNTS = 49  # numbers of entries to choose from beside each rank
 # Share of itself by which every diagonal entry of a second moment is raised: least squares over thousands of tokens
 # would else fit what only these tokens say.
 DAMPING = 0.3
@@ -71,18 +71,19 @@ def sslc_parts(
     def tracked(what: str) -> Iterable[tuple[MatrixId, Target]]:
         return track(targets(source, statistics, device), what, len(source.description.matrices))
 
-    offers = {
-        place: offered(target, share, statistics.gradients[place].to(device) * statistics.tokens)
+    candidates = {
+        place: candidates_of(target, share, statistics.gradients[place].to(device) * statistics.tokens)
         for place, target in tracked("pricing matrices")
     }
-    choice = auction([item.lot(prices) for item in offers.values()], amount)
-    logger.info("sslc: predicted loss %.4f", choice.loss)
-    bought = {
-        place: item.at(index) for (place, item), index in zip(offers.items(), choice.taken, strict=True)
+    allocated = allocate([item.choices(prices) for item in candidates.values()], amount)
+    logger.info("sslc: predicted loss %.4f", allocated.loss)
+    chosen = {
+        place: item.at(index)
+        for (place, item), index in zip(candidates.items(), allocated.taken, strict=True)
     }
     parts = {}
     for place, target in tracked("fitting matrices"):
-        rank, entries = bought[place]
+        rank, entries = chosen[place]
         counts = falling_counts(target.W.numel(), entries, options.stages)
         parts[place] = target.fitted(counts, rank).parts()
     log_choice(parts)
@@ -106,14 +107,14 @@ def targets(
 
 
 @dataclass(frozen=True)
-class Offer:
+class Candidates:
     """What one matrix may become.
 
     Args:
         shape: (out, in).
-        ranks: (offers,), integers.
-        entries: (offers,), integers.
-        losses: Predicted, nats per token (offers,), float64.
+        ranks: (candidates,), integers.
+        entries: (candidates,), integers.
+        losses: Predicted, nats per token (candidates,), float64.
     """
 
     shape: tuple[int, int]
@@ -121,17 +122,17 @@ class Offer:
     entries: np.ndarray[tuple[int], np.dtype[np.int64]]
     losses: np.ndarray[tuple[int], np.dtype[np.float64]]
 
-    def lot(self, prices: Prices) -> Lot:
-        """Return the offers with their prices."""
+    def choices(self, prices: Prices) -> SiteChoices:
+        """Return the candidates with their costs."""
         pairs = zip(self.ranks.tolist(), self.entries.tolist(), strict=True)
-        return Lot(np.array([prices.total(self.shape, *pair) for pair in pairs]), self.losses)
+        return SiteChoices(np.array([prices.total(self.shape, *pair) for pair in pairs]), self.losses)
 
     def at(self, index: int) -> tuple[int, int]:
         """Return rank and entries of one of them."""
         return int(self.ranks[index]), int(self.entries[index])
 
 
-def offered(target: Target, share: float, gradient: Tensor) -> Offer:
+def candidates_of(target: Target, share: float, gradient: Tensor) -> Candidates:
     """Return what a matrix may become where the budget holds a share of all entries.
 
     Predictions hold for small errors, so none strays far: between half that share and halfway to all.
@@ -150,7 +151,7 @@ def offered(target: Target, share: float, gradient: Tensor) -> Offer:
         losses = 0.5 * dropped_losses(target.start(rank, int(share * size)).sparse, costs, counts)
         found += [(rank, *point) for point in zip(counts, losses.tolist(), strict=True)]
     ranks, entries, predicted = (np.array(column) for column in zip(*found, strict=True))
-    return Offer(shape, ranks, entries, predicted)
+    return Candidates(shape, ranks, entries, predicted)
 
 
 def _diagonal(gradient: Tensor) -> Tensor:

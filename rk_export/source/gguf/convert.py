@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from rk_export import tensor_cache
 from rk_export.folders import AtomicFolder, check_free_space
 from rk_export.progress import track
 from rk_export.source.gguf.config import config_of
@@ -30,7 +31,7 @@ from rk_export.source.gguf.tokenizer import WHOLE_WORDS_FIRST, check_tokenizer, 
 
 logger = logging.getLogger(__name__)
 
-CACHE = Path("~/.cache/rk-export/gguf")
+CACHE = tensor_cache.CACHE / "gguf"
 # Raise what changes: cached folders of an older format are then made again, the others stay.
 _FORMAT, _FORMAT_OF_WHOLE_WORDS = 2, 3
 

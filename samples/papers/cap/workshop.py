@@ -28,13 +28,20 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.choose import most_probable
 from rk_export.methods.cap.mixture import Mixtures, mixture_selection, offered_mixtures, refitted_parts
 from rk_export.methods.cap.policy import Learned, first_probabilities, learn
 from rk_export.methods.cap.pools import Pools, make_pools
-from rk_export.methods.cap.scores import Score, all_scores, curvature_score, directions_only, energy_score
+from rk_export.methods.cap.scores import (
+    Score,
+    all_scores,
+    curvature_score,
+    directions_only,
+    energy_score,
+    largest_of_each,
+    largest_scores,
+)
 from rk_export.methods.sparse_sites import PARAMETERS, Prices, amount_of, linear_shapes, over_dense
 from rk_export.methods.sslc.choose import sslc_parts
 from rk_export.passes.numerics.gaps import encode_gaps
@@ -121,7 +128,7 @@ class Workshop:
 
     @cached_property
     def mixtures(self) -> dict[MatrixId, Mixtures]:
-        """What every matrix may become in our auction."""
+        """What every matrix may become in our allocation."""
         return offered_mixtures(self.source, self.statistics, self.device)
 
     def score(self, name: str) -> Score:
@@ -155,11 +162,11 @@ class Workshop:
         if method in SEARCHES:
             return most_probable(self.pools, self.learned(method, keep).probabilities, amount, PARAMETERS)
         if method in SEARCHES.values():
-            return auction_selection(self.score(method), self.pools, amount, PARAMETERS)
+            return largest_scores(self.score(method), self.pools, amount, PARAMETERS)
         if method == "split-each":
-            return selection_of_each(self.score(ENERGY), self.pools, amount, PARAMETERS)
+            return largest_of_each(self.score(ENERGY), self.pools, amount, PARAMETERS)
         if method == "low-rank-pool":
-            return auction_selection(directions_only(self.score(AUCTION)), self.pools, amount, PARAMETERS)
+            return largest_scores(directions_only(self.score(AUCTION)), self.pools, amount, PARAMETERS)
         if method == MIXTURE:
             return mixture_selection(
                 self.source, self.mixtures, amount, PARAMETERS, self.statistics, self.device

@@ -24,10 +24,9 @@ from rk_export.model.families import Architecture, heads_of
 from rk_export.model.sites import dense_sites
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite
-from rk_export.passes.numerics.joint_svd import Factors, joint_factors
+from rk_export.passes.numerics.joint_svd import Factors, factors_under
 from rk_export.passes.numerics.ranks import rank_of_ratio
 from rk_export.passes.weights.factorize import stacked_pairs
-from rk_export.passes.weights.site_metric import site_metrics
 from rk_export.plan import SitePlan
 
 logger = logging.getLogger(__name__)
@@ -171,10 +170,10 @@ def _pairs_of(layer: Layer, sites: Iterable[SitePlan], known: BySite) -> Iterato
         parts = list(stacked_pairs(layer, site))
         rows = {role: linear.out_features for role, linear in parts[0][1].items()}
         device = parts[0][1][site.members[0]].weight.device
-        metrics = site_metrics(known.get(site.site), rows, len(parts), device)
-        for (target, linears), metric in zip(parts, metrics, strict=True):
+        curvature = known.get(site.site)
+        curvature = None if curvature is None else curvature.to(device)
+        for group, (target, linears) in enumerate(parts):
             dense = torch.cat([linear.weight for linear in linears.values()])
-            factors = joint_factors(
-                dense, min(dense.shape), inputs=metric.inputs, outputs=metric.outputs, cross=metric.cross
-            )
+            own = None if curvature is None else curvature.of_rows(rows, group)
+            factors = factors_under(dense, min(dense.shape), own)
             yield LadderPair(target, tuple(linears.values()), dense, factors)

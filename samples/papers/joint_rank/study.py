@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rk_export import CalibrationOptions, CompressOptions, EvalText, RankRule, StoredModel
 from rk_export.calibration.dense_statistics import DenseStatistics
-from rk_export.calibration.recorders import InputRecorder, noted
+from rk_export.calibration.recorders import InputRecorder, recording
 from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.matrix_id import MatrixId
@@ -113,7 +113,7 @@ class Study:
         }
         ids = torch.as_tensor(tokens_of(self.text.path, self.source.folder)[: self.protocol.short_tokens])
         recorder = InputRecorder()
-        with noted(modules, recorder.note), torch.no_grad(), matmuls_in(matmul_dtype(CPU), CPU):
+        with recording(modules, recorder.record), torch.no_grad(), matmuls_in(matmul_dtype(CPU), CPU):
             for window in torch.split(ids, self.protocol.context):
                 self.model(input_ids=window[None], use_cache=False)
         return recorder.second()

@@ -1,4 +1,4 @@
-"""The auction over CAP's pools: scores against the loss they predict, budgets, baselines."""
+"""The largest scores of CAP's pools: scores against the loss they predict, budgets, baselines."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.cap.auction import auction_selection, selection_of_each
 from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.pools import Pool, Pools, pool_of
-from rk_export.methods.cap.scores import curvature_score, directions_only, energy_score
+from rk_export.methods.cap.scores import (
+    curvature_score,
+    directions_only,
+    energy_score,
+    largest_of_each,
+    largest_scores,
+)
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.rpca import rpca
@@ -78,11 +83,11 @@ def test_the_energys_score_is_relative_to_the_matrix() -> None:
 
 
 @pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
-def test_the_auction_spends_the_budget_on_the_largest_scores(prices: Prices) -> None:
+def test_the_choice_spends_the_budget_on_the_largest_scores(prices: Prices) -> None:
     pools = _pools()
     score = curvature_score(prices, _statistics(_shapes(pools)))
     total = sum(float(pool.prices(prices).sum()) for pool in pools.values())
-    chosen = auction_selection(score, pools, 0.4 * total, prices)
+    chosen = largest_scores(score, pools, 0.4 * total, prices)
     spent = sum(cost_of(parts, prices) for parts in chosen.values())
     assert 0.4 * total - 32 * prices.number < spent <= 0.4 * total
     kept, lost = [], []
@@ -98,7 +103,7 @@ def test_the_auction_spends_the_budget_on_the_largest_scores(prices: Prices) -> 
 def test_directions_alone() -> None:
     pools = _pools()
     score = directions_only(curvature_score(PARAMETERS, _statistics(_shapes(pools))))
-    chosen = auction_selection(score, pools, 60, PARAMETERS)
+    chosen = largest_scores(score, pools, 60, PARAMETERS)
     assert sum(parts.entries for parts in chosen.values()) == 0
     assert 0 < sum(parts.parameters for parts in chosen.values()) <= 60
 
@@ -106,7 +111,7 @@ def test_directions_alone() -> None:
 def test_every_matrix_may_have_its_own_share() -> None:
     pools = _pools()
     numbers = sum(rows * columns for rows, columns in _shapes(pools).values())
-    chosen = selection_of_each(energy_score(PARAMETERS), pools, 0.3 * numbers, PARAMETERS)
+    chosen = largest_of_each(energy_score(PARAMETERS), pools, 0.3 * numbers, PARAMETERS)
     for parts in chosen.values():
         share = parts.parameters / (parts.shape[0] * parts.shape[1])
         assert 0.28 <= share <= 0.3

@@ -1,4 +1,4 @@
-"""What a budget is counted in (parameters, bytes, milliseconds of this machine) and what it may buy."""
+"""What a budget is counted in (parameters, bytes, milliseconds of this machine), and what it chooses from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import GROUPS, Budget
 from rk_export.plan import SitePlan
-from rk_export.planning.candidates import Form, Format, Menu, Price
+from rk_export.planning.candidates import Cost, Form, SearchSpace
 from rk_export.planning.cost_table import CostTable
 from rk_export.planning.fixed_parts import FixedPart, fixed_parts
-from rk_export.planning.stored_bytes import FLOAT_BYTES, Shape, matrix_bytes
+from rk_export.planning.stored_bytes import FLOAT_BYTES, Format, Shape, matrix_bytes
 from rk_export.report.humanize import size
 from rk_export.source.protocol import Source
 
@@ -42,21 +42,21 @@ TIMED_FORMATS: tuple[Format, ...] = (QuantSpec(4, 32, symmetric=False), QuantSpe
 
 
 @dataclass(frozen=True)
-class Currency:
-    """A unit with its menu.
+class BudgetUnit:
+    """What a budget is counted in, and the search space that goes with it.
 
     Args:
         budget: What was asked for.
-        unit: parameters, bytes or ms.
-        menu: What a site may become, and what that costs.
-        tables: Formats of the embedding that are bought from the same budget; empty where it is no part of it.
+        name: parameters, bytes or ms.
+        space: What a site may become, and what that costs.
+        tables: Formats of the embedding that share the budget; empty where it is no part of it.
         fixed: What the model costs beside the sites and the embedding.
         parts: What `fixed` consists of, in a budget of bytes.
     """
 
     budget: Budget
-    unit: str
-    menu: Menu
+    name: str
+    space: SearchSpace
     tables: tuple[Format, ...] = ()
     fixed: float = 0.0
     parts: tuple[FixedPart, ...] = ()
@@ -72,13 +72,13 @@ class Currency:
         if kind == "size":
             return value - self.fixed
         if kind == "speed_up":
-            floats = sum(self.menu.price(rows, columns, None) for site in shapes for rows, columns in site)
+            floats = sum(self.space.cost(rows, columns, None) for site in shapes for rows, columns in site)
             return (self.fixed + floats) / value - self.fixed
         parameters = [sum(rows * columns for rows, columns in site) for site in shapes]
         if kind == "bits":
             return value / 8 * sum(parameters)
         return sum(
-            count * (value if site.members in self.menu.factorized else 1)
+            count * (value if site.members in self.space.factorized else 1)
             for site, count in zip(sites, parameters, strict=True)
         )
 
@@ -90,10 +90,10 @@ def in_words(cost: float, unit: str) -> str:
     return f"{cost:.3g} {unit}" if unit == "ms" else f"{cost:,.0f} {unit}"
 
 
-def currency_of(
+def budget_unit(
     source: Source, options: CompressOptions, rank_step: int, costs: CostTable | None = None
-) -> Currency:
-    """Return the currency of a budget.
+) -> BudgetUnit:
+    """Return the unit of a budget.
 
     Args:
         source: The dense model.
@@ -115,33 +115,33 @@ def currency_of(
     if options.form is not None:
         forms = ("identity",) if options.form == "identity" else ("joint",)
 
-    def menu(
+    def space(
         formats: tuple[Format, ...],
         pairs: tuple[Format, ...],
-        price: Price,
+        cost: Cost,
         unweighed: Format = options.quant,
-    ) -> Menu:
-        return Menu(
-            formats, unweighed, pairs, forms, rank_step, options.quantizer == "gptq", kv_groups, price, groups
+    ) -> SearchSpace:
+        return SearchSpace(
+            formats, unweighed, pairs, forms, rank_step, options.quantizer == "gptq", kv_groups, cost, groups
         )
 
     if budget.kind == "keep":
         one = (options.quant,)
-        return Currency(budget, "parameters", menu(one, one, lambda rows, columns, _: rows * columns))
+        return BudgetUnit(budget, "parameters", space(one, one, lambda rows, columns, _: rows * columns))
     if budget.kind == "speed_up":
         if costs is None:
             raise ValueError("a speed-up needs measured times")
         timed = TIMED_FORMATS if options.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
-        return Currency(budget, "ms", menu(timed, timed, costs.price, timed[0]), fixed=costs.rest)
-    in_bytes = menu(
+        return BudgetUnit(budget, "ms", space(timed, timed, costs.milliseconds, timed[0]), fixed=costs.rest)
+    in_bytes = space(
         WEIGHT_FORMATS,
         PAIR_FORMATS,
         lambda rows, columns, spec: matrix_bytes(rows, columns, spec, float_bytes),
     )
     if budget.kind == "bits":
-        return Currency(budget, "bytes", in_bytes)
+        return BudgetUnit(budget, "bytes", in_bytes)
     parts = fixed_parts(source.description, options)
-    return Currency(budget, "bytes", in_bytes, TABLE_FORMATS, sum(part.bytes for part in parts), parts)
+    return BudgetUnit(budget, "bytes", in_bytes, TABLE_FORMATS, sum(part.bytes for part in parts), parts)
 
 
 def table_count(source: Source) -> int:
