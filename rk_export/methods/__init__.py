@@ -11,6 +11,7 @@ from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.heal.options import HealOptions
 from rk_export.methods.joint_rank.options import JointRankOptions
 from rk_export.methods.prune.options import PruneOptions
+from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.method import MethodOptions
 
 METHODS: tuple[type[MethodOptions], ...] = (
@@ -18,5 +19,6 @@ METHODS: tuple[type[MethodOptions], ...] = (
     JointRankOptions,
     BaselOptions,
     CapOptions,
+    SslcOptions,
     HealOptions,
 )

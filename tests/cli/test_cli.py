@@ -66,6 +66,7 @@ PUBLIC = {
     "RkExportError",
     "Run",
     "SpeedTest",
+    "SslcOptions",
     "TextFile",
     "UnsupportedModelError",
     "W8A8",

@@ -95,7 +95,7 @@ def test_a_method_ends_in_a_verified_bundle(
         "joint-rank": (),
         "basel": ("--target", task, "--steps", 4, "--new-basis", 4),
         "cap": ("--steps", 2, "--calibration-tokens", 512),
-    }[method]
+    }.get(method, ("--calibration-tokens", 512))
     out = tmp_path / "out"
     done(cli("compress", llama, "-o", out, "--method", method, "--keep", 0.6, *own))
     done(cli("verify", out))

@@ -1,9 +1,9 @@
 """Global rank and sparsity optimization (2505.03801) against its parts and against pruning, by perplexity.
 
 For each kept share of the linear layers' parameters: CAP as published (policy gradient), what its search starts
-from, low rank alone, our allocation over mixtures that are fitted anew, and pruning by magnitude and by Wanda
-(2306.11695). All methods that use data see the same calibration text. Nothing is quantized or exported: matrices
-are replaced in the PyTorch model, which is evaluated.
+from, low rank alone, our allocation over mixtures that are fitted anew, SSLC (2510.26446) under one allocation with
+refitted entries, and pruning by magnitude and by Wanda (2306.11695). All methods that use data see the same
+calibration text. Nothing is quantized or exported: matrices are replaced in the PyTorch model, which is evaluated.
 
     python samples/papers/cap/main.py                      all rows that are not in the results yet
     python samples/papers/cap/main.py --rows 'policy@*'    some of them

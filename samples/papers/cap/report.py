@@ -9,9 +9,21 @@ from typing import Any
 
 from measure import harness
 from measure.harness import Results, Row, Rows
-from papers.cap.workshop import AUCTION, DENSE, KEPT, MIXTURE, POLICY, SEARCHES, SINGLE, TITLES, WHOLE, wanted
+from papers.cap.workshop import (
+    AUCTION,
+    DENSE,
+    KEPT,
+    MIXTURE,
+    POLICY,
+    SEARCHES,
+    SINGLE,
+    SSLC,
+    TITLES,
+    WHOLE,
+    wanted,
+)
 
-DRAWN = (POLICY, AUCTION, MIXTURE)  # in the picture of the allocation
+DRAWN = (POLICY, AUCTION, MIXTURE, SSLC)  # in the picture of the allocation
 HEAD = ("asked", "method", "kept", "of it low rank", "bytes", "perplexity", "nll ± s.e.", "above dense")
 
 

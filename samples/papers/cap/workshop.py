@@ -20,6 +20,7 @@ from rk_export import (
     CompressOptions,
     EvalText,
     Run,
+    SslcOptions,
     StoredModel,
     rewrite_model,
 )
@@ -42,6 +43,7 @@ from rk_export.methods.cap.scores import (
     largest_scores,
 )
 from rk_export.methods.sparse_sites import PARAMETERS, Prices, amount_of, linear_shapes, over_dense
+from rk_export.methods.sslc.choose import sslc_parts
 from rk_export.passes.numerics.gaps import encode_gaps
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, split_columns
 
@@ -50,6 +52,7 @@ KEPT = (0.8, 0.5)
 ENERGY_KEPT = 0.5
 DENSE, WHOLE = "dense", "split"
 POLICY, AUCTION, BLIND_POLICY, ENERGY, MIXTURE = "policy", "auction", "policy-energy", "energy", "mixture"
+SSLC = "sslc"
 TITLES = {
     DENSE: "dense",
     WHOLE: "RPCA split, all of it",
@@ -61,6 +64,7 @@ TITLES = {
     ENERGY: "CAP's candidates by energy (that policy's start)",
     "split-each": "CAP's candidates by energy, each matrix alike",
     MIXTURE: "rk-export: auction over fitted mixtures",
+    SSLC: "SSLC under one allocation, entries refitted",
     "low-rank-pool": "low rank alone: CAP's directions by curvature",
     "low-rank-svd": "low rank alone: SVD under curvature, planned",
     "magnitude-global": "magnitude, all matrices together",
@@ -166,6 +170,14 @@ class Workshop:
         if method == MIXTURE:
             return mixture_selection(
                 self.source, self.mixtures, amount, PARAMETERS, self.statistics, self.device
+            )
+        if method == SSLC:
+            return sslc_parts(
+                self.source,
+                Budget("keep", keep),
+                SslcOptions(),
+                statistics=self.statistics,
+                device=self.device,
             )
         if method == "wanda":
             return wanda(self.source, keep, self.statistics)
