@@ -99,8 +99,8 @@ def test_the_json_round_trip_is_exact(tmp_path: Path) -> None:
 def test_options_survive_json(
     groups: tuple[str, ...] | None, rank: RankRule, quant: QuantSpec | None, multiple: int | None
 ) -> None:
-    options = Recipe(groups=groups, rank=rank, quant=quant, embedding_quant=quant, rank_multiple=multiple)
-    plan = dataclasses.replace(PLAN, options=options)
+    recipe = Recipe(groups=groups, rank=rank, quant=quant, embedding_quant=quant, rank_multiple=multiple)
+    plan = dataclasses.replace(PLAN, recipe=recipe)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -126,7 +126,7 @@ Edit = Callable[[dict[str, Any]], Any]
     [
         lambda data: data.pop("rk_export_plan"),
         lambda data: data.update(rk_export_plan=2),
-        lambda data: data.pop("options"),
+        lambda data: data.pop("recipe"),
         lambda data: data.pop("structure"),
         lambda data: data["recipe"].update(speed=9),
         lambda data: data["recipe"]["rank"].update(kind="half"),
