@@ -13,7 +13,7 @@ from ranking import rank_correlation
 from rk_export.planning.currencies import currency_of
 from torch import Tensor
 
-from rk_export import Budget, CalibrationOptions, CompressOptions
+from rk_export import Budget, CalibrationOptions, Recipe
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.model.sites import dense_sites
@@ -27,9 +27,7 @@ from rk_export.source.stored import ModelSource, loaded_layers
 
 CPU = torch.device("cpu")
 RANK_STEP = 32
-BUDGET = CompressOptions(
-    budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self")
-)
+BUDGET = Recipe(budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self"))
 
 
 @dataclass(frozen=True)
