@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import joint_factors
-from rk_export.passes.numerics.low_rank_plus_sparse import Parts, empty_factors, index_dtype
+from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import largest
 
@@ -200,7 +200,7 @@ class Target:
         """
         W, everywhere = self.W, torch.ones_like(self.W, dtype=torch.bool)
         if not rank:
-            return Fit(*empty_factors((W.shape[0], W.shape[1]), W), W, everywhere)
+            return Fit(*rank_zero_factors((W.shape[0], W.shape[1]), W), W, everywhere)
         aside = W * largest(W.square() * self.costs, entries)
         fit = Fit(*best_low_rank(W - aside, self.C, rank), W, everywhere)
         return replace(fit, sparse=W - fit.low_rank)
