@@ -10,7 +10,6 @@ import pytest
 import torch
 from compressed import floats, logits
 from ranking import rank_correlation
-from rk_export.planning.currencies import currency_of
 from torch import Tensor
 
 from rk_export import Budget, CalibrationOptions, Recipe
@@ -20,8 +19,9 @@ from rk_export.model.sites import dense_sites
 from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import InputSides
+from rk_export.planning.budget_units import budget_unit
 from rk_export.planning.candidates import Candidate, candidates
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.stored import ModelSource, loaded_layers
 
@@ -40,7 +40,7 @@ class Outcome:
 
 def menus(source: ModelSource, sides: InputSides) -> list[list[Candidate]]:
     """Return what a budget of bytes may buy for every site; the dense matrix in floats, which loses nothing, is out."""
-    menu = currency_of(source, BUDGET, RANK_STEP).menu
+    menu = budget_unit(source, BUDGET, RANK_STEP).menu
     found = []
     for layer in loaded_layers(source):
         for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), BUDGET):
@@ -76,7 +76,7 @@ def outcomes(
         cache_dir=cache,
     )
     wanted = logits(source.load(), tokens).double().log_softmax(-1)
-    plan = make_plan(source, floats())
+    plan = decide_plan(source, floats())
 
     def divergence(candidate: Candidate) -> float:
         rewritten = rewrite(source, alone(plan, candidate.plan), statistics=FromDense(statistics))
