@@ -1,10 +1,11 @@
 """How the library is built, in figures: modules and lines, import layers, the widest module, what a method touches.
 
-    python tests/measure_structure.py                  measures this tree and adds it to the results
+    python tests/measure_structure.py                               measures this tree, counts included
     python tests/measure_structure.py --tree OLDER --name before    another checkout, as it stands
+    python tests/measure_structure.py --seconds unit=80 gate=900    notes what `time make unit` and the gate showed
 
-Writes ``docs/results/structure.json``, one entry a tree, and the tables of ``structure.md`` from it. What one run reads
-and builds is counted by ``tests/run_counts.py``; times are those of the commands that the page names.
+Writes ``docs/results/structure.json``, one entry a tree, and ``structure.md`` from it. What one compression reads and
+builds is counted by ``tests/run_counts.py``, which knows the names of this tree only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -149,16 +150,129 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
+def page(found: dict[str, Any]) -> str:
+    """Return the page of the results."""
+    before, after = found["before"], found["after"]
+    rows = [
+        ("modules", before["modules"], after["modules"]),
+        ("lines, docstrings included", before["lines"], after["lines"]),
+        *((f"modules in {name}", *_in_folder(before, after, name)) for name in _folders(before, after)),
+        ("import layers of folders", before["import layers of folders"], after["import layers of folders"]),
+        ("import layers of modules", before["import layers of modules"], after["import layers of modules"]),
+        ("widest module: its imports of ours", _widest(before), _widest(after)),
+        (
+            "largest module, lines",
+            *(tree["lines of a module, median and largest"][1] for tree in (before, after)),
+        ),
+        (
+            "median module, lines",
+            *(tree["lines of a module, median and largest"][0] for tree in (before, after)),
+        ),
+        (
+            "longest function, lines",
+            *(tree["lines of a function, median and largest"][1] for tree in (before, after)),
+        ),
+        (
+            "modules outside methods that name one",
+            *(tree["modules that name a method"] for tree in (before, after)),
+        ),
+        *_times(found),
+    ]
+    lines = [
+        HEAD.format(before=before["commit"], after=after["commit"]),
+        "",
+        *_table(("", "before", "after"), rows),
+        "",
+    ]
+    lines += ["## What one compression reads and builds", "", COUNTED, "", *_counts(found["counts"]), ""]
+    return "\n".join([*lines, METHOD])
+
+
+HEAD = """# Structure
+
+Made by `python tests/measure_structure.py`. Before is commit {before}, one folder of modules; after is the packages of
+[architecture.md](../architecture.md), measured at {after}. Numbers with the folders of both: [structure.json](structure.json).
+"""
+COUNTED = """`python tests/run_counts.py`: `compress` of a Llama of two layers and 21 tensors, without a cache. What transformers reads for
+tier 0 is left out. Before was counted by the same counters on the names of that commit. With a cache the counts of after are
+the same, no file is hashed and no whole model is kept; the pruned run keeps one for tier a.
+"""
+METHOD = """## What a method touches
+
+SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one folder, `rk_export/methods/sslc/` with four files of
+254 lines, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`, the package's
+line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON, `rk_export.SslcOptions`, report and model
+card followed; the names of public classes and of methods stand in two tests that list them. Documentation is a paragraph in
+`docs/methods.md` and three lines in `docs/cli.md`. Before, twelve modules outside the methods' own named `basel` or `cap`.
+[cap.md](cap.md) compares SSLC with Wanda and CAP.
+"""
+
+
+def _in_folder(before: dict[str, Any], after: dict[str, Any], name: str) -> tuple[int, int]:
+    return before["modules by folder"].get(name, 0), after["modules by folder"].get(name, 0)
+
+
+def _folders(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return sorted(
+        {**before["modules by folder"], **after["modules by folder"]}, key=lambda name: name.lower()
+    )
+
+
+def _widest(tree: dict[str, Any]) -> str:
+    name, imports = tree["widest module"]
+    return f"{imports} (`{name}`)"
+
+
+def _times(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    named = {"unit": "`make unit`, seconds", "gate": "the gate on a clean clone, seconds"}
+    return [
+        (named[name], found["before"].get("seconds", {}).get(name, "–"), found["after"]["seconds"][name])
+        for name in named
+        if name in found["after"].get("seconds", {})
+    ]
+
+
+def _counts(counts: dict[str, Any]) -> list[str]:
+    runs = list(counts["after"])
+    names = [name for name in counts["before"][runs[0]] if name != "tensors"]
+    rows = [
+        (name, *(f"{counts['before'][run][name]} → {counts['after'][run].get(name, 0)}" for run in runs))
+        for name in names
+    ]
+    return _table(("", *runs), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
 def main() -> int:
     """Measure one tree and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout (default: this one)")
     parser.add_argument("--name", default="after", help="name of its entry (default after)")
+    parser.add_argument(
+        "--seconds", nargs="+", default=[], metavar="NAME=SECONDS", help="times to note with it"
+    )
     args = parser.parse_args()
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    found[args.name] = {**found.get(args.name, {}), **measure(args.tree)}
+    entry = found.setdefault(args.name, {})
+    if args.seconds:
+        entry.setdefault("seconds", {}).update(
+            (name, int(value)) for name, _, value in (one.partition("=") for one in args.seconds)
+        )
+    else:
+        entry |= measure(args.tree)
+    if args.tree == ROOT and not args.seconds:
+        from run_counts import measured
+
+        counts = {run: both["empty"] for run, both in measured().items()}
+        found.setdefault("counts", {})[args.name] = counts
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    json.dump(found[args.name], sys.stdout, indent=1)
+    if {"before", "after", "counts"} <= found.keys():
+        RESULTS.with_suffix(".md").write_text(page(found), encoding="utf-8")
+    json.dump(entry, sys.stdout, indent=1)
     return 0
 
 
