@@ -154,58 +154,55 @@ def page(found: dict[str, Any]) -> str:
     """Return the page of the results."""
     before, after = found["before"], found["after"]
     rows = [
-        ("modules", before["modules"], after["modules"]),
-        ("lines, docstrings included", before["lines"], after["lines"]),
+        *_same(before, after, "modules", "lines"),
         *((f"modules in {name}", *_in_folder(before, after, name)) for name in _folders(before, after)),
-        ("import layers of folders", before["import layers of folders"], after["import layers of folders"]),
-        ("import layers of modules", before["import layers of modules"], after["import layers of modules"]),
+        *_same(before, after, "import layers of folders", "import layers of modules"),
         ("widest module: its imports of ours", _widest(before), _widest(after)),
-        (
-            "largest module, lines",
-            *(tree["lines of a module, median and largest"][1] for tree in (before, after)),
-        ),
-        (
-            "median module, lines",
-            *(tree["lines of a module, median and largest"][0] for tree in (before, after)),
-        ),
-        (
-            "longest function, lines",
-            *(tree["lines of a function, median and largest"][1] for tree in (before, after)),
-        ),
-        (
-            "modules outside methods that name one",
-            *(tree["modules that name a method"] for tree in (before, after)),
-        ),
+        *_sizes(before, after, "module"),
+        *_sizes(before, after, "function"),
+        ("modules outside methods that name one", before[NAMING], after[NAMING]),
         *_times(found),
     ]
-    lines = [
-        HEAD.format(before=before["commit"], after=after["commit"]),
-        "",
-        *_table(("", "before", "after"), rows),
-        "",
-    ]
-    lines += ["## What one compression reads and builds", "", COUNTED, "", *_counts(found["counts"]), ""]
-    return "\n".join([*lines, METHOD])
+    head = HEAD.format(before=before["commit"], after=after["commit"])
+    counts = _counts(found["counts"])
+    return "\n".join([head, *_table(("", "before", "after"), rows), "", COUNTED, *counts, "", METHOD])
 
 
+NAMING = "modules that name a method"
 HEAD = """# Structure
 
 Made by `python tests/measure_structure.py`. Before is commit {before}, one folder of modules; after is the packages of
-[architecture.md](../architecture.md), measured at {after}. Numbers with the folders of both: [structure.json](structure.json).
+[architecture.md](../architecture.md), measured at {after}. Lines count docstrings. The same as data:
+[structure.json](structure.json).
 """
-COUNTED = """`python tests/run_counts.py`: `compress` of a Llama of two layers and 21 tensors, without a cache. What transformers reads for
-tier 0 is left out. Before was counted by the same counters on the names of that commit. With a cache the counts of after are
-the same, no file is hashed and no whole model is kept; the pruned run keeps one for tier a.
+COUNTED = """## What one compression reads and builds
+
+`python tests/run_counts.py`: `compress` of a Llama of two layers and 21 tensors, without a cache. What transformers
+reads for tier 0 is left out. Before was counted by the same counters on the names of that commit. With a cache the counts
+of after are the same, no file is hashed and no whole model is kept; the pruned run keeps one for tier a.
 """
 METHOD = """## What a method touches
 
-SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one folder, `rk_export/methods/sslc/` with four files of
-254 lines, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`, the package's
-line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON, `rk_export.SslcOptions`, report and model
-card followed; the names of public classes and of methods stand in two tests that list them. Documentation is a paragraph in
+SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one folder, `rk_export/methods/sslc/` with four
+files, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`, the package's
+line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON, `rk_export.SslcOptions`, report and
+model card followed. Two tests that list public classes and methods got a word each. Documentation is a paragraph in
 `docs/methods.md` and three lines in `docs/cli.md`. Before, twelve modules outside the methods' own named `basel` or `cap`.
 [cap.md](cap.md) compares SSLC with Wanda and CAP.
 """
+
+
+def _same(before: dict[str, Any], after: dict[str, Any], *names: str) -> list[tuple[str, Any, Any]]:
+    return [(name, before[name], after[name]) for name in names]
+
+
+def _sizes(before: dict[str, Any], after: dict[str, Any], what: str) -> list[tuple[str, Any, Any]]:
+    """Return the rows of median and largest lines of a module or a function."""
+    sizes = [tree[f"lines of a {what}, median and largest"] for tree in (before, after)]
+    return [
+        (f"{name} {what}, lines", *(size[at] for size in sizes))
+        for at, name in enumerate(("median", "largest"))
+    ]
 
 
 def _in_folder(before: dict[str, Any], after: dict[str, Any], name: str) -> tuple[int, int]:
