@@ -177,18 +177,19 @@ Made by `python tests/measure_structure.py`. Before is commit {before}, one fold
 """
 COUNTED = """## What one compression reads and builds
 
-`python tests/run_counts.py`: `compress` of a Llama of two layers and 21 tensors, without a cache. What transformers
-reads for tier 0 is left out. Before was counted by the same counters on the names of that commit. With a cache the counts
-of after are the same, no file is hashed and no whole model is kept; the pruned run keeps one for tier a.
+`python tests/run_counts.py`: `compress` of a Llama of two layers and 21 tensors, without a cache. What
+transformers reads for tier 0 is left out. Before was counted by the same counters on the names of that commit.
+With a cache the counts of after are the same, no file is hashed and no whole model is kept; the pruned run keeps
+one for tier a.
 """
 METHOD = """## What a method touches
 
-SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one folder, `rk_export/methods/sslc/` with four
-files, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`, the package's
-line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON, `rk_export.SslcOptions`, report and
-model card followed. Two tests that list public classes and methods got a word each. Documentation is a paragraph in
-`docs/methods.md` and three lines in `docs/cli.md`. Before, twelve modules outside the methods' own named `basel` or `cap`.
-[cap.md](cap.md) compares SSLC with Wanda and CAP.
+SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one folder, `rk_export/methods/sslc/` with
+four files, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`,
+the package's line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON,
+`rk_export.SslcOptions`, report and model card followed. Two tests that list public classes and methods got a word
+each. Documentation is a paragraph in `docs/methods.md` and three lines in `docs/cli.md`. Before, twelve modules
+outside the methods' own named `basel` or `cap`. [cap.md](cap.md) compares SSLC with Wanda and CAP.
 """
 
 
