@@ -38,8 +38,8 @@ class Outcome:
     divergence: float
 
 
-def offers(source: Source, statistics: DenseStatistics) -> list[list[Candidate]]:
-    """Return what a budget may choose for every site; the dense matrix in floats, which loses nothing, is out."""
+def search_spaces(source: Source, statistics: DenseStatistics) -> list[list[Candidate]]:
+    """Return what a budget of bytes chooses from at every site; the dense matrix in floats, is left out."""
     space = budget_unit(source, BUDGET, RANK_STEP).space
     found = []
     for layer in source.layers():
@@ -83,7 +83,7 @@ def outcomes(
         found: Tensor = logits(rewritten.model, tokens).double().log_softmax(-1)
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
-    sites = offers(source, statistics)
+    sites = search_spaces(source, statistics)
     return [[Outcome(candidate, divergence(candidate)) for candidate in site] for site in sites]
 
 
