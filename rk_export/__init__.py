@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from rk_export.folders import library_versions
     from rk_export.model.torch_logits import torch_logits
     from rk_export.options.calibration import CalibrationOptions
-    from rk_export.options.compress import CompressOptions
     from rk_export.options.quantization import W8A8, QuantSpec
     from rk_export.options.ranks import Budget, RankRule
+    from rk_export.options.recipe import Recipe
     from rk_export.options.run import Run
     from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
@@ -82,7 +82,7 @@ _HOME = {
     "library_versions": "rk_export.folders",
     "torch_logits": "rk_export.model.torch_logits",
     "CalibrationOptions": "rk_export.options.calibration",
-    "CompressOptions": "rk_export.options.compress",
+    "Recipe": "rk_export.options.recipe",
     "QuantSpec": "rk_export.options.quantization",
     "W8A8": "rk_export.options.quantization",
     "Budget": "rk_export.options.ranks",
@@ -106,7 +106,6 @@ __all__ = [
     "W8A8",
     "Budget",
     "CalibrationOptions",
-    "CompressOptions",
     "EvalText",
     "Finding",
     "FusionError",
@@ -117,6 +116,7 @@ __all__ = [
     "ProviderError",
     "QuantSpec",
     "RankRule",
+    "Recipe",
     "Report",
     "Rewritten",
     "RkExportError",

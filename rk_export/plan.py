@@ -12,8 +12,8 @@ from rk_export.atomic import atomic_file
 from rk_export.errors import FieldError, InputError
 from rk_export.json_codec import Float, from_json, load_json, to_json
 from rk_export.matrix_id import MatrixId
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
+from rk_export.options.recipe import Recipe
 
 PLAN_MARK = "rk_export_plan"
 PLAN_VERSION = 1
@@ -187,7 +187,7 @@ class Plan:
     Args:
         model_type: The architecture, as in the model's config.
         structure: Fingerprint of the config's shapes; a plan applies to equal structures only.
-        options: What was asked for.
+        recipe: What was asked for.
         sites: What was decided, site by site.
         shapes: The layers that lose dimensions, each once.
         predicted_loss: Increase of the mean loss that a budget's planner predicted, in nats per token; None where
@@ -197,7 +197,7 @@ class Plan:
 
     model_type: str
     structure: str
-    options: CompressOptions
+    recipe: Recipe
     sites: tuple[SitePlan, ...]
     shapes: tuple[LayerShape, ...] = ()
     predicted_loss: Float | None = None

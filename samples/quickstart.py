@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import rk_export
-from rk_export import CompressOptions, QuantSpec, RankRule, findings_table, parity_text
+from rk_export import QuantSpec, RankRule, Recipe, findings_table, parity_text
 from rk_export.runtime import GenerationOptions, Session
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     # What to do: joint rank-k factors for [W_q; W_k], INT4 with zero points, embedding and head in INT8.
-    options = CompressOptions(
+    recipe = Recipe(
         groups=("qk",),
         rank=RankRule("keep", 0.95),
         quant=QuantSpec(bits=4, block_size=32, symmetric=False),
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
     # A plan says what will happen to each matrix. It can be saved, read, edited and applied again.
-    plan = rk_export.make_plan(args.model, options)
+    plan = rk_export.make_plan(args.model, recipe)
     print(findings_table(rk_export.dry_run(args.model, plan=plan).findings[:8]))
 
     # compress raises ParityError, and leaves no bundle, unless ONNX Runtime computes what PyTorch computes.

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Fusion
@@ -30,7 +30,7 @@ SourceOf = Callable[..., StoredModel]
 Past = dict[str, np.ndarray]
 
 
-def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
+def floats(groups: tuple[str, ...] = (), **options: Any) -> Recipe:
     """Return options that quantize nothing and compute in floats."""
     fields = {
         "quant": None,
@@ -39,12 +39,12 @@ def floats(groups: tuple[str, ...] = (), **options: Any) -> CompressOptions:
         "calibration": CalibrationOptions("none"),
         "quantizer": "rtn",
     }
-    return CompressOptions(groups=groups, **{**fields, **options})
+    return Recipe(groups=groups, **{**fields, **options})
 
 
-def compress(source: StoredModel, options: CompressOptions, probe: Tensor | None = None) -> Rewritten:
+def compress(source: StoredModel, recipe: Recipe, probe: Tensor | None = None) -> Rewritten:
     """Plan and rewrite."""
-    return rewrite(source, decide_plan(source, options), probe=probe)
+    return rewrite(source, decide_plan(source, recipe), probe=probe)
 
 
 def full_rank_plan(source: StoredModel, group: str, qk: Any = "whole") -> Plan:

@@ -21,7 +21,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Ru
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 if TYPE_CHECKING:
-    from rk_export.options.compress import CompressOptions
+    from rk_export.options.recipe import Recipe
     from rk_export.source.stored import StoredModel
 
 SENTENCES = [
@@ -117,12 +117,12 @@ def trained_tokenizer() -> Any:
     return tokenizer
 
 
-def tiny_options(**changes: Any) -> CompressOptions:
+def tiny_options(**changes: Any) -> Recipe:
     """Return options that factorize and quantize every matrix of the tiny model."""
     from rk_export.options.calibration import CalibrationOptions
-    from rk_export.options.compress import CompressOptions
     from rk_export.options.quantization import QuantSpec
     from rk_export.options.ranks import RankRule
+    from rk_export.options.recipe import Recipe
 
     fields = {
         "groups": ("qk", "gate_up"),
@@ -132,7 +132,7 @@ def tiny_options(**changes: Any) -> CompressOptions:
         "calibration": CalibrationOptions("none"),
         "quantizer": "rtn",
     }
-    return CompressOptions(**{**fields, **changes})
+    return Recipe(**{**fields, **changes})
 
 
 @pytest.fixture(scope="session")

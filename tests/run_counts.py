@@ -22,8 +22,8 @@ from typing import Any
 from rk_export import compress, tensor_cache
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.source import tensor_files
 
@@ -41,14 +41,14 @@ KEPT = ("rk_export.source.memory", "Memory", "hold")
 WEIGHTS = ".safetensors"
 
 
-def counts_of_one_compress(model_folder: Path, options: CompressOptions) -> dict[str, int]:
+def counts_of_one_compress(model_folder: Path, recipe: Recipe) -> dict[str, int]:
     """Compress a model into a temporary folder and return how often each step was taken.
 
     What transformers reads for tier 0 is not counted: it is the reference that is not ours.
 
     Args:
         model_folder: A Hugging Face folder.
-        options: What to do.
+        recipe: What to do.
     """
     counts: Counter[str] = Counter()
     reads: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def counts_of_one_compress(model_folder: Path, options: CompressOptions) -> dict
         _counted_method(counts),
         _counted_files(counts, reads),
     ):
-        compress(model_folder, Path(folder) / "out", options, run=Run(device="cpu", threads=1))
+        compress(model_folder, Path(folder) / "out", recipe, run=Run(device="cpu", threads=1))
     counts["tensor reads"] = sum(reads.values())
     counts["most reads of one tensor"] = max(reads.values())
     counts["tensors"] = len(reads)
@@ -147,10 +147,10 @@ def _counted_files(counts: Counter[str], reads: Counter[str]) -> Iterator[None]:
         tensor_files.safe_open = opens
 
 
-def runs() -> dict[str, CompressOptions]:
+def runs() -> dict[str, Recipe]:
     """Return the options of the three compressions that are counted: INT4, W8A8, one of two blocks pruned."""
     calibration = CalibrationOptions("self", tokens=512)
-    int4 = CompressOptions(calibration=calibration, quant=QuantSpec(4, 32))
+    int4 = Recipe(calibration=calibration, quant=QuantSpec(4, 32))
     return {
         "int4": int4,
         "w8a8": replace(int4, quant=W8A8),

@@ -8,8 +8,8 @@ import torch
 
 from rk_export.matrix_id import MatrixId
 from rk_export.methods.sparse_sites import Prices
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import SINGLE_GROUPS
+from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
@@ -27,12 +27,12 @@ def parts_of(W: torch.Tensor, rank: int, entries: int) -> Parts:
 
 
 def sparse_plan(
-    source: StoredModel, options: CompressOptions, rank: int, entries: int
+    source: StoredModel, recipe: Recipe, rank: int, entries: int
 ) -> tuple[Plan, dict[MatrixId, Parts]]:
     """Return a plan that puts every matrix but experts into the sparse form, and its parts."""
     roles = {item.role for item in source.architecture.projections(source.config, 0)}
     groups = tuple(name for name in SINGLE_GROUPS if name in roles)
-    plan = decide_plan(source, replace(options, groups=()))
+    plan = decide_plan(source, replace(recipe, groups=()))
     parts, sites = {}, []
     for layer in source.layers():
         for site in plan.of_layer(layer.index):

@@ -12,7 +12,7 @@ import torch
 
 from rk_export.atomic import atomic_file, beside
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan
 from rk_export.tensor_cache import write_tensors
 from rk_export.training.state import StateFile, TrainingState
@@ -58,7 +58,7 @@ Writer = Callable[[Path], object]
 WRITERS: dict[str, Writer] = {
     "tensors": lambda path: write_tensors(path, {"a": torch.zeros(3)}),
     "state": lambda path: StateFile(path, "run").write(STATE),
-    "plan": lambda path: Plan("llama", "fingerprint", CompressOptions(), ()).save(path),
+    "plan": lambda path: Plan("llama", "fingerprint", Recipe(), ()).save(path),
 }
 
 

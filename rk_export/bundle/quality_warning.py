@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.rewrite.apply import DENSE, QUANTIZED, Rewritten
 
 # Mean Kullback-Leibler divergence from the dense model on the probe, in nats a token, beyond which it is far.
@@ -23,7 +23,7 @@ def far_from_dense(rewritten: Rewritten) -> tuple[str, ...]:
     distance = divergence(logits[DENSE], logits[QUANTIZED])
     if distance <= FAR:
         return ()
-    help_ = "; ".join(_what_helps(rewritten.plan.options))
+    help_ = "; ".join(_what_helps(rewritten.plan.recipe))
     return (
         f"the compressed model is far from the dense one: its next-token distribution diverges by {distance:.2f} nats "
         f"a token on the probe, where {FAR} is the most that is taken without a warning. What would help: {help_}.",
@@ -36,19 +36,19 @@ def divergence(dense: Tensor, other: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def _what_helps(options: CompressOptions) -> list[str]:
+def _what_helps(recipe: Recipe) -> list[str]:
     """Return what to change, the likeliest cause first."""
     help_ = []
-    stages = {method.stage for method in options.methods}
-    if options.budget is not None or options.rank is not None or "prune" in stages:
+    stages = {method.stage for method in recipe.methods}
+    if recipe.budget is not None or recipe.rank is not None or "prune" in stages:
         help_.append("keep more of the model")
-    if options.quant is not None and options.quant.bits < 8:
+    if recipe.quant is not None and recipe.quant.bits < 8:
         help_.append("more bits (--bits 8)")
-    if options.quant is not None and options.quantizer != "gptq":
+    if recipe.quant is not None and recipe.quantizer != "gptq":
         help_.append("--quantizer gptq")
-    if not options.calibration.uses_text:
+    if not recipe.calibration.uses_text:
         help_.append("errors weighed by text (--metric self, or corpus:FILE)")
-    elif options.calibration.metric == "self":
+    elif recipe.calibration.metric == "self":
         help_.append("text of your own (--metric corpus:FILE)")
     if "recover" not in stages:
         help_.append("recovery (--heal 100)")

@@ -26,7 +26,7 @@ from rk_export.graph.build import build_graph, save_graph
 from rk_export.json_codec import to_json
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden
 from rk_export.parity.preflight import Preflight
@@ -126,7 +126,7 @@ def write_bundle(
         InputError: If the tokenizer or the text cannot be used.
     """
     origin_folder = origin if isinstance(origin, Path) else origin.folder
-    options = rewritten.plan.options
+    options = rewritten.plan.recipe
     rewritten = choose_levels(rewritten, torch.from_numpy(probe.batch))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
@@ -179,7 +179,7 @@ def _findings(rewritten: Rewritten, origin: Source | Path) -> tuple[Finding, ...
     """Return what became of each matrix, and what stands beside the matrices; a checkpoint tells neither."""
     if isinstance(origin, Path):
         return rewritten.findings
-    return (*rewritten.findings, *fixed_findings(rewritten.description, rewritten.plan.options))
+    return (*rewritten.findings, *fixed_findings(rewritten.description, rewritten.plan.recipe))
 
 
 def new_report(model: str, model_type: str, **fields: Any) -> Report:
@@ -190,18 +190,18 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
 
 def write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
     """Write tokenizer and the configs of the runtimes; `base` is the folder of the generation config, or None."""
-    config = with_context(rewritten.model.config, rewritten.plan.options.context_length)
+    config = with_context(rewritten.model.config, rewritten.plan.recipe.context_length)
     generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
-        ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.options.ep == "cuda" else "cpu"
+        ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.recipe.ep == "cuda" else "cpu"
         context = exact_length(config)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
 
 
-def _provider(options: CompressOptions) -> tuple[Provider, tuple[str, ...]]:
+def _provider(recipe: Recipe) -> tuple[Provider, tuple[str, ...]]:
     """Return the execution provider to verify on, and a notice where it is not the one exported for."""
-    if options.ep != "cuda":
+    if recipe.ep != "cuda":
         return "cpu", ()
     obstacle = cuda_obstacle()
     if obstacle is None:
@@ -258,15 +258,15 @@ def tokens_without_rows(folder: Path, rows: int) -> tuple[str, ...]:
 
 
 def _length_notice(rewritten: Rewritten) -> tuple[str, ...]:
-    note = length_note(with_context(rewritten.model.config, rewritten.plan.options.context_length))
+    note = length_note(with_context(rewritten.model.config, rewritten.plan.recipe.context_length))
     return () if note is None else (note,)
 
 
-def _over_budget(folder: Path, options: CompressOptions) -> tuple[str, ...]:
+def _over_budget(folder: Path, recipe: Recipe) -> tuple[str, ...]:
     """Say that files are larger than they were to be: what surrounds the matrices is only estimated before."""
-    if options.budget is None or options.budget.kind != "size" or file_bytes(folder) <= options.budget.value:
+    if recipe.budget is None or recipe.budget.kind != "size" or file_bytes(folder) <= recipe.budget.value:
         return ()
-    return (f"the files take {size(file_bytes(folder))}, the budget was {size(round(options.budget.value))}",)
+    return (f"the files take {size(file_bytes(folder))}, the budget was {size(round(recipe.budget.value))}",)
 
 
 def file_bytes(folder: Path) -> int:
@@ -293,7 +293,7 @@ def _write_report(
     folder: Path, rewritten: Rewritten, report: Report, golden: Golden | None, name: str
 ) -> None:
     """Write plan, report, model card and, last, the manifest that lists every file."""
-    options = rewritten.plan.options
+    options = rewritten.plan.recipe
     rewritten.plan.save(folder / "plan.json")
     report.save(folder / "report.json")
     (folder / "report.html").write_text(html(report), encoding="utf-8")
@@ -318,25 +318,25 @@ def _write_report(
     write_manifest(folder, info)
 
 
-def _summary(options: CompressOptions) -> str:
-    done = ", ".join(_done(options))
-    if options.quant is None:
-        return f"Compressed by rk-export: {done}, floats ({options.float_dtype})."
-    if options.quant.activations == 8:
+def _summary(recipe: Recipe) -> str:
+    done = ", ".join(_done(recipe))
+    if recipe.quant is None:
+        return f"Compressed by rk-export: {done}, floats ({recipe.float_dtype})."
+    if recipe.quant.activations == 8:
         return f"Compressed by rk-export: {done}, INT8 weights with INT8 inputs."
-    bits, block = options.quant.bits, options.quant.block_size
+    bits, block = recipe.quant.bits, recipe.quant.block_size
     return f"Compressed by rk-export: {done}, INT{bits} weights in blocks of {block}."
 
 
-def _done(options: CompressOptions) -> Iterator[str]:
+def _done(recipe: Recipe) -> Iterator[str]:
     """Yield what was done to the matrices before they were rounded, in words."""
-    for method in options.methods:
+    for method in recipe.methods:
         if method.stage == "prune":
             yield method.describe()
-    if options.deciding is not None:
-        yield options.deciding.describe()
-    elif options.groups:
-        yield f"joint rank-k factorization of {', '.join(options.groups)}"
+    if recipe.deciding is not None:
+        yield recipe.deciding.describe()
+    elif recipe.groups:
+        yield f"joint rank-k factorization of {', '.join(recipe.groups)}"
     else:
         yield "dense matrices"
 

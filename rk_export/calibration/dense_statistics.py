@@ -45,7 +45,7 @@ class DenseStatistics:
         Raises:
             KeyError: If no token reached the matrix.
         """
-        (curvature,) = self.of_groups([{place.path: place}])
+        (curvature,) = self.of_groups([{"matrix": place}])
         if curvature is None:
             raise KeyError(place)
         return curvature

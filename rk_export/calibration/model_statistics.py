@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
 from rk_export.calibration.sensitivity import dense_statistics
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.protocol import Source
@@ -20,23 +20,21 @@ logger = logging.getLogger(__name__)
 GRADIENT_LIMIT = 8_000_000_000
 
 
-def model_statistics(
-    source: Source, tokens: Tensor, options: CompressOptions, device: torch.device
-) -> DenseStatistics:
+def model_statistics(source: Source, tokens: Tensor, recipe: Recipe, device: torch.device) -> DenseStatistics:
     """Gather statistics of a dense model on a text, or read those of an earlier run.
 
     Args:
         source: The model.
         tokens: Calibration text, int64 (sequences, length).
-        options: Whether outputs weigh by gradients.
+        recipe: Whether outputs weigh by gradients.
         device: Where the model runs.
     """
-    weighed = options.weighs_outputs
-    wanted = weighed and options.calibration.gradients
+    weighed = recipe.weighs_outputs
+    wanted = weighed and recipe.calibration.gradients
     statistics = dense_statistics(
         source,
         tokens,
-        diagonal=only_diagonals(source, options) or not wanted,
+        diagonal=only_diagonals(source, recipe) or not wanted,
         device=device,
         gradient_tokens=tokens.numel() // 2 if wanted else 0,
     )
@@ -46,11 +44,9 @@ def model_statistics(
     return layerwise(statistics, source.layers())
 
 
-def only_diagonals(source: Source, options: CompressOptions) -> bool:
+def only_diagonals(source: Source, recipe: Recipe) -> bool:
     """Whether the gradients' whole second moments would take too much memory."""
-    return (
-        options.weighs_outputs and options.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
-    )
+    return recipe.weighs_outputs and recipe.calibration.gradients and gradient_bytes(source) > GRADIENT_LIMIT
 
 
 def diagonals_finding(source: Source) -> Finding:

@@ -12,9 +12,9 @@ from rk_export.errors import InputError
 
 if TYPE_CHECKING:
     from rk_export.options.calibration import CalibrationOptions
-    from rk_export.options.compress import CompressOptions
     from rk_export.options.quantization import QuantSpec
     from rk_export.options.ranks import Budget, RankRule
+    from rk_export.options.recipe import Recipe
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _WHOLE_BITS = (2, 4, 8, 16)
@@ -115,14 +115,14 @@ def add_context_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def compress_options(args: argparse.Namespace) -> CompressOptions | None:
+def compress_options(args: argparse.Namespace) -> Recipe | None:
     """Return the options that were given, or None if not one was.
 
     Raises:
         InputError: If a value cannot be used, or two arguments do not go together.
     """
-    from rk_export.options.compress import CompressOptions
     from rk_export.options.method import STAGES
+    from rk_export.options.recipe import Recipe
 
     given = {name: getattr(args, name, None) for name in _PLAIN}
     rank, budget = _rank_rule(args), _budget(args)
@@ -138,7 +138,7 @@ def compress_options(args: argparse.Namespace) -> CompressOptions | None:
     if asked := (*methods(args), *(() if base is None else base.methods)):
         changes["methods"] = tuple(sorted(asked, key=lambda method: STAGES.index(method.stage)))
     if base is None:
-        return replace(CompressOptions(), **changes) if changes else None
+        return replace(Recipe(), **changes) if changes else None
     return replace(base, **changes)
 
 

@@ -390,7 +390,7 @@ def run_plan(args: argparse.Namespace) -> int:
     check_plan_place(args.output, args.force)
     plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
-    parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.options))
+    parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
 
@@ -417,13 +417,13 @@ def run_prepare(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
-    from rk_export.options.compress import CompressOptions
+    from rk_export.options.recipe import Recipe
     from rk_export.report.render import summary
 
     report = export(
         args.model,
         args.output,
-        None if args.ep is None else CompressOptions(ep=args.ep),
+        None if args.ep is None else Recipe(ep=args.ep),
         base=args.base,
         context_length=args.context_length,
         run=_run_of(args),

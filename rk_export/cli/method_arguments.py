@@ -12,8 +12,8 @@ from rk_export.methods import METHODS
 from rk_export.options.method import MethodOptions, flags_of
 
 if TYPE_CHECKING:
-    from rk_export.options.compress import CompressOptions
     from rk_export.options.ranks import Budget, RankRule
+    from rk_export.options.recipe import Recipe
 
 NAMED = {kind.name: kind for kind in METHODS if kind.by_name}
 
@@ -66,9 +66,7 @@ def methods(args: argparse.Namespace) -> tuple[MethodOptions, ...]:
     return tuple(method for method in asked if method is not None)
 
 
-def named_recipe(
-    args: argparse.Namespace, rank: RankRule | None, budget: Budget | None
-) -> CompressOptions | None:
+def named_recipe(args: argparse.Namespace, rank: RankRule | None, budget: Budget | None) -> Recipe | None:
     """Return the options of the method that was named, or None where none was.
 
     Raises:

@@ -11,8 +11,8 @@ import torch
 from rk_export.commands.stages import Task, check_outputs, open_task
 from rk_export.folders import AtomicFolder, library_versions
 from rk_export.model.sites import dense_sites
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import GROUPS
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
@@ -36,7 +36,7 @@ def spectra(source: Source, plan: Plan, device: torch.device) -> Iterator[Spectr
         plan: Names the sites; where it factorizes nothing and names no groups, the default groups are drawn.
         device: Where spectra are computed.
     """
-    groups = plan.options.groups or default_groups(source)
+    groups = plan.recipe.groups or default_groups(source)
     drawn = {GROUPS[group] for group in groups}
     for layer in track(source.layers(), "spectra of layers", source.layer_count):
         sites = plan.of_layer(layer.index)
@@ -50,7 +50,7 @@ def spectra(source: Source, plan: Plan, device: torch.device) -> Iterator[Spectr
 
 def _planned(task: Task) -> tuple[Source, Plan]:
     """Return a plan and the model that it was made for; text is read only where ranks depend on it."""
-    options = task.options
+    options = task.recipe
     reads_text = options.budget is not None or options.allocation != "uniform" or options.methods
     if task.plan is None and not reads_text:
         return task.source, planner.decide_plan(task.source, options, device=task.device)
@@ -62,13 +62,13 @@ def _planned(task: Task) -> tuple[Source, Plan]:
 
 def _grouped(source: Source, layer: Layer, groups: tuple[str, ...]) -> list[SitePlan]:
     projections = source.description.projections(layer.index)
-    return dense_sites(layer, projections, CompressOptions(groups=groups))
+    return dense_sites(layer, projections, Recipe(groups=groups))
 
 
 def analyze(
     model: str | Path,
     out: str | Path,
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
     base: str | Path | None = None,
@@ -81,7 +81,7 @@ def analyze(
     Args:
         model: HF folder, hub id or GGUF file.
         out: Folder for report.json, report.html and the plots.
-        options: As in `compress`: the ranks that they lead to are marked.
+        recipe: As in `compress`: the ranks that they lead to are marked.
         plan: A plan whose ranks are marked, instead of options.
         base: Base model of a LoRA adapter; None takes the one that it names.
         run: The machine.
@@ -91,7 +91,7 @@ def analyze(
     Raises:
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
-    task = open_task(model, options, plan, base=base, run=run)
+    task = open_task(model, recipe, plan, base=base, run=run)
     source = task.source
     check_outputs(source, out, force=force)
     with AtomicFolder(out, force=force) as partial:

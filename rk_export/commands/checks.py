@@ -5,23 +5,23 @@ from __future__ import annotations
 from rk_export.errors import InputError
 from rk_export.methods.base import methods_of
 from rk_export.model.context import check_context
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.planning.cost_table import TIMED_CONTEXT
 from rk_export.planning.planner import check_groups, check_size, with_default_groups
 from rk_export.source.protocol import Source
 
 
-def check_options(source: Source, options: CompressOptions) -> None:
+def check_options(source: Source, recipe: Recipe) -> None:
     """Refuse, before any work, options that do not go with a model or with each other.
 
     Raises:
         InputError: If a group matches nothing, a method or a budget lacks the statistics that it needs, the model
             cannot lose what is to go, or a task's text cannot be used.
     """
-    check_context(source.description, options.context_length)
-    check_groups(source, with_default_groups(source, options).groups or ())
-    _check_budget(source, options)
-    if options.recompute == "none" and not source.has_grids:
+    check_context(source.description, recipe.context_length)
+    check_groups(source, with_default_groups(source, recipe).groups or ())
+    _check_budget(source, recipe)
+    if recipe.recompute == "none" and not source.has_grids:
         details = [finding.details or {} for finding in source.findings]
         stored = next((str(one["format"]) for one in details if "format" in one), "")
         raise InputError(
@@ -29,12 +29,12 @@ def check_options(source: Source, options: CompressOptions) -> None:
             where="--recompute",
             fix="drop it, or name a checkpoint that GPTQ, AWQ or compressed-tensors quantized to integers",
         )
-    for method in methods_of(options):
-        method.check(source, options)
+    for method in methods_of(recipe):
+        method.check(source, recipe)
 
 
-def _check_budget(source: Source, options: CompressOptions) -> None:
-    budget = options.budget
+def _check_budget(source: Source, recipe: Recipe) -> None:
+    budget = recipe.budget
     if budget is None:
         return
     if source.architecture.is_encoder:
@@ -43,22 +43,22 @@ def _check_budget(source: Source, options: CompressOptions) -> None:
             where=f"--{budget.kind.replace('_', '-')}",
             fix="give --uniform, which keeps the same share of every group",
         )
-    if not options.calibration.uses_text:
+    if not recipe.calibration.uses_text:
         raise InputError(
-            f"a budget needs statistics, which the metric {options.calibration.metric} does not gather",
+            f"a budget needs statistics, which the metric {recipe.calibration.metric} does not gather",
             where="--metric",
             fix="choose self or corpus:FILE, or give --uniform",
         )
-    if budget.kind == "size" and all(method.sized_by_shapes for method in options.methods):
-        check_size(source, options)
+    if budget.kind == "size" and all(method.sized_by_shapes for method in recipe.methods):
+        check_size(source, recipe)
     if budget.kind == "speed_up":
-        _check_speed_up(source, options)
+        _check_speed_up(source, recipe)
 
 
-def _check_speed_up(source: Source, options: CompressOptions) -> None:
-    if options.ep != "cpu":
+def _check_speed_up(source: Source, recipe: Recipe) -> None:
+    if recipe.ep != "cpu":
         raise InputError(
-            f"products are timed on the CPU provider, the graph is made for {options.ep}",
+            f"products are timed on the CPU provider, the graph is made for {recipe.ep}",
             where="--speed-up",
             fix="use --ep cpu, or a budget of --size or --keep",
         )

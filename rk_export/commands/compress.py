@@ -14,7 +14,7 @@ from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, contex
 from rk_export.folders import AtomicFolder, check_free_space
 from rk_export.model.context import context_notices
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.probe import Probe
 from rk_export.plan import Plan
@@ -28,7 +28,7 @@ from rk_export.rewrite.sizes import planned_bytes, planned_findings
 def compress(
     model: str | Path,
     out: str | Path,
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
     base: str | Path | None = None,
@@ -45,7 +45,7 @@ def compress(
     Args:
         model: HF folder, hub id, GGUF file or LoRA adapter.
         out: Bundle folder; written beside its place and moved in once everything passed.
-        options: What to do; the defaults quantize to INT4 under statistics of self-written text.
+        recipe: What to do; the defaults quantize to INT4 under statistics of self-written text.
         plan: A plan made earlier, instead of options.
         base: Of a LoRA adapter, the model that it is merged into; None takes the one that the adapter names.
         run: The machine; None takes what is there.
@@ -67,13 +67,13 @@ def compress(
     request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
     target, stages = Path(out), Stages()
     with stages.stage("load", f"opening {model}"):
-        task = open_task(model, options, plan, base=base, run=run)
+        task = open_task(model, recipe, plan, base=base, run=run)
         check_outputs(task.source, out, checkpoint, force)
         check_free_space(out, task.least_bytes)
         request = _fitting(request, task)
     with stages.stage("check", "comparing with transformers"):
         before = task.preflight()
-    with stages.stage("calibrate", f"metric {task.options.calibration.metric}"):
+    with stages.stage("calibrate", f"metric {task.recipe.calibration.metric}"):
         inputs = task.inputs(target, torch.from_numpy(before.probe.batch))
     with stages.stage("plan", "choosing ranks and bits"):
         plan = task.decided(inputs)
@@ -102,7 +102,7 @@ def _fitting(request: BundleRequest, task: Task) -> BundleRequest:
     if request.speed is not None:
         request = replace(request, speed=request.speed.within(context_length(config, "--speed")))
     if request.text is not None:
-        longest = context_length(config, "--text", task.options.context_length)
+        longest = context_length(config, "--text", task.recipe.context_length)
         check_text(request.text, source.folder, longest, int(config.vocab_size))
     return request
 
@@ -125,7 +125,7 @@ def _recovered(
 
 def rewrite_model(
     model: str | Path,
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
     base: str | Path | None = None,
@@ -135,7 +135,7 @@ def rewrite_model(
 
     Args:
         model: As in `compress`.
-        options: As in `compress`.
+        recipe: As in `compress`.
         plan: As in `compress`.
         base: As in `compress`.
         run: As in `compress`.
@@ -143,7 +143,7 @@ def rewrite_model(
     Raises:
         RkExportError: As `compress`, parity of an exported graph apart.
     """
-    task = open_task(model, options, plan, base=base, run=run)
+    task = open_task(model, recipe, plan, base=base, run=run)
     before = task.preflight()
     inputs = task.inputs()
     rewritten = inputs.rewrite(task.decided(inputs))
@@ -152,7 +152,7 @@ def rewrite_model(
 
 def dry_run(
     model: str | Path,
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
     base: str | Path | None = None,
@@ -165,7 +165,7 @@ def dry_run(
 
     Args:
         model: As in `compress`.
-        options: As in `compress`.
+        recipe: As in `compress`.
         plan: As in `compress`.
         base: As in `compress`.
         run: As in `compress`.
@@ -177,7 +177,7 @@ def dry_run(
         InputError: As `compress`.
         ParityError: As `compress`, before any work.
     """
-    task = open_task(model, options, plan, base=base, run=run)
+    task = open_task(model, recipe, plan, base=base, run=run)
     source = task.source
     if out is not None:
         check_outputs(source, out, checkpoint, force)
@@ -187,9 +187,9 @@ def dry_run(
     plan = task.decided(inputs)
     if out is not None:
         check_free_space(out, planned_bytes(inputs.source, plan))
-    fixed = fixed_findings(inputs.source.description, plan.options)
+    fixed = fixed_findings(inputs.source.description, plan.recipe)
     findings = (*inputs.findings, *planned_findings(inputs.source, plan), *fixed)
-    context = context_notices(source.description, task.options.context_length)
+    context = context_notices(source.description, task.recipe.context_length)
     return new_report(
         *(source.title, source.config.model_type),
         findings=findings,

@@ -30,8 +30,8 @@ from rk_export.device import CPU
 from rk_export.methods.base import Decision, Method, Work, methods_of
 from rk_export.methods.sparse_sites import check_parts
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import PARTS_OF_FOLD, CompressOptions
 from rk_export.options.method import MethodOptions
+from rk_export.options.recipe import PARTS_OF_FOLD, Recipe
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.report.records import Finding, Outcome
@@ -73,9 +73,9 @@ class CompressionInputs:
         return self.work.source
 
     @property
-    def options(self) -> CompressOptions:
+    def recipe(self) -> Recipe:
         """What was asked for, the reparameterizations named."""
-        return self.work.options
+        return self.work.recipe
 
     @property
     def statistics(self) -> DenseStatistics | None:
@@ -121,7 +121,7 @@ class CompressionInputs:
 
     def layer_statistics(self) -> LayerStatistics:
         """Return where the statistics of the layers' sites come from."""
-        calibration, architecture = self.options.calibration, self.source.architecture
+        calibration, architecture = self.recipe.calibration, self.source.architecture
         if calibration.metric == "gain":
             return FromGains(self.source.description)
         if self.statistics is None or self.work.tokens is None:
@@ -132,7 +132,7 @@ class CompressionInputs:
 
 def compression_inputs(
     source: Source,
-    options: CompressOptions,
+    recipe: Recipe,
     device: torch.device = CPU,
     *,
     pruning: Pruning | None = None,
@@ -143,7 +143,7 @@ def compression_inputs(
 
     Args:
         source: The dense model.
-        options: What was asked for.
+        recipe: What was asked for.
         device: Where to compute.
         pruning: What a plan says stays; None chooses as the options ask.
         states: From a method's name to the file that its training keeps its state in, to go on after an
@@ -154,14 +154,14 @@ def compression_inputs(
         InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
             the model can lose.
     """
-    weighs = _weighs_errors(options)
+    weighs = _weighs_errors(recipe)
     dense = Transformed(source, (), Memory())
-    tokens = _tokens(dense, options, device, weighs)
-    choice = decided_preparations(dense, options, tokens, device)
-    options = replace(options, prepare=choice.names)
-    dense = teacher = prepared_source(dense, options, tokens, device)
-    work = Work(dense, options, device, tokens, pruning=pruning)
-    methods = methods_of(options)
+    tokens = _tokens(dense, recipe, device, weighs)
+    choice = decided_preparations(dense, recipe, tokens, device)
+    recipe = replace(recipe, prepare=choice.names)
+    dense = teacher = prepared_source(dense, recipe, tokens, device)
+    work = Work(dense, recipe, device, tokens, pruning=pruning)
+    methods = methods_of(recipe)
     for method in methods:
         state = None if states is None else states(method.options.name)
         work = replace(work, source=method.transform(replace(work, state=state)))
@@ -171,28 +171,28 @@ def compression_inputs(
         logits = torch_logits(dense.shared().to("cpu"))(probe.numpy())
         started = replace(started, dense_logits=logits)
     if tokens is None or not weighs:
-        started = replace(started, left_out=tuple(_left_out(source, options)))
+        started = replace(started, left_out=tuple(_left_out(source, recipe)))
     else:
         started = _with_statistics(started, tokens)
     return replace(started, decision=_decision(methods, started.work))
 
 
-def _tokens(source: Source, options: CompressOptions, device: torch.device, weighs: bool) -> Tensor | None:
+def _tokens(source: Source, recipe: Recipe, device: torch.device, weighs: bool) -> Tensor | None:
     """Return the calibration text, or None where nothing reads one."""
-    if source.architecture.is_encoder or not options.calibration.uses_text:
+    if source.architecture.is_encoder or not recipe.calibration.uses_text:
         return None
-    if not weighs and not any(method.reads_text for method in options.methods):
+    if not weighs and not any(method.reads_text for method in recipe.methods):
         return None
-    return calibration_tokens(source, options.calibration, device)
+    return calibration_tokens(source, recipe.calibration, device)
 
 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
-    statistics = model_statistics(work.source, tokens, work.options, work.device)
-    priced = work.options.budget is not None
+    statistics = model_statistics(work.source, tokens, work.recipe, work.device)
+    priced = work.recipe.budget is not None
     table = table_curvature(work.source, shortened(tokens), work.device, gradients=priced)
-    reduced = only_diagonals(work.source, work.options)
+    reduced = only_diagonals(work.source, work.recipe)
     left_out = (diagonals_finding(work.source),) if reduced else ()
     return replace(started, work=replace(work, statistics=statistics), table=table, left_out=left_out)
 
@@ -202,22 +202,22 @@ def _decision(methods: Sequence[Method[MethodOptions]], work: Work) -> Decision 
     return next((decision for decision in decisions if decision is not None), None)
 
 
-def _weighs_errors(options: CompressOptions) -> bool:
+def _weighs_errors(recipe: Recipe) -> bool:
     """Whether anything that was asked for weighs errors by statistics."""
-    rounds = options.quant is not None or options.embedding_quant is not None
-    recovers = any(method.stage == "recover" for method in options.methods)
-    compensates = rounds and options.quantizer != "rtn"
-    return bool(options.budget or options.rank or options.groups or recovers or compensates)
+    rounds = recipe.quant is not None or recipe.embedding_quant is not None
+    recovers = any(method.stage == "recover" for method in recipe.methods)
+    compensates = rounds and recipe.quantizer != "rtn"
+    return bool(recipe.budget or recipe.rank or recipe.groups or recovers or compensates)
 
 
-def _left_out(source: Source, options: CompressOptions) -> Iterator[Finding]:
+def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:
     """Yield what a model without calibration text goes without."""
-    if options.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(options):
+    if recipe.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(recipe):
         reason = (
-            f"{options.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
+            f"{recipe.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
         )
         yield Finding("metric", Outcome.SKIPPED, reason)
-    if "scale" in options.preparations:
+    if "scale" in recipe.preparations:
         yield Finding(
             "prepare.scale", Outcome.SKIPPED, "without calibration text there are no peaks to even out"
         )

@@ -14,7 +14,7 @@ from rk_export.model.context import check_context
 from rk_export.model.description import describe
 from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.probe import make_probe
 from rk_export.planning.stored_bytes import FLOAT_BYTES
@@ -28,7 +28,7 @@ from rk_export.source.stored import read_config
 def export(
     model: str | Path,
     out: str | Path,
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
     *,
     base: str | Path | None = None,
     context_length: int | None = None,
@@ -42,9 +42,9 @@ def export(
     Args:
         model: A checkpoint folder that rk-export saved, or a dense model.
         out: Bundle folder.
-        options: For a dense model, its execution provider; a checkpoint carries its own.
+        recipe: For a dense model, its execution provider; a checkpoint carries its own.
         base: As in `compress`.
-        context_length: As in `CompressOptions`; for a checkpoint too.
+        context_length: As in `Recipe`; for a checkpoint too.
         run: As in `compress`.
         triton: As in `compress`.
         force: Replace an existing output.
@@ -55,13 +55,13 @@ def export(
     """
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
-        dense = replace(options or CompressOptions(), groups=(), qk="whole", quant=None, embedding_quant=None)
+        dense = replace(recipe or Recipe(), groups=(), qk="whole", quant=None, embedding_quant=None)
         if context_length is not None:
             dense = replace(dense, context_length=context_length)
         return compress(model, out, dense, base=base, run=run, triton=triton, force=force, command=command)
     if base is not None:
         raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
-    if options is not None:
+    if recipe is not None:
         raise InputError(
             "a checkpoint carries its own options", where=str(model), fix="drop the other options"
         )
@@ -74,7 +74,7 @@ def export(
         rewritten = _with_context(load_pretrained(folder), context_length)
         if not rewritten.architecture.is_encoder:
             check_ends(folder, rewritten.model.config)
-    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.options.float_dtype])
+    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.recipe.float_dtype])
     with AtomicFolder(out, force=force, needed=needed) as partial:
         config = rewritten.model.config
         probe = make_probe(folder, config.vocab_size, switches_of(rewritten.description))
@@ -89,5 +89,5 @@ def _with_context(rewritten: Rewritten, context_length: int | None) -> Rewritten
     if context_length is None:
         return rewritten
     plan = rewritten.plan
-    changed = replace(plan, options=replace(plan.options, context_length=context_length))
+    changed = replace(plan, recipe=replace(plan.recipe, context_length=context_length))
     return replace(rewritten, plan=changed)

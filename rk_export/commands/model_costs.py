@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from rk_export.bundle.write import write_configs
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.options.calibration import UNWEIGHED
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.planning import planner
 from rk_export.planning.budget_units import TIMED_FORMATS
 from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
@@ -18,7 +18,7 @@ from rk_export.rewrite.apply import rewrite
 from rk_export.runtime import bench
 from rk_export.source.protocol import Source
 
-_DENSE = CompressOptions(
+_DENSE = Recipe(
     groups=(), quant=None, embedding_quant=None, prepare=(), quantizer="rtn", calibration=UNWEIGHED
 )
 

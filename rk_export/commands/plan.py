@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rk_export.commands.stages import open_task
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.plan import Plan
 
 
 def make_plan(
     model: str | Path,
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
     *,
     base: str | Path | None = None,
     run: Run | None = None,
@@ -23,6 +23,6 @@ def make_plan(
         InputError: If the model or an option cannot be used.
         UnsupportedModelError: If the family cannot be exported exactly.
     """
-    task = open_task(model, options, None, base=base, run=run)
+    task = open_task(model, recipe, None, base=base, run=run)
     task.preflight()
     return task.decided(task.inputs())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks, shortened
-from rk_export.options.compress import PREPARATIONS, CompressOptions
+from rk_export.options.recipe import PREPARATIONS, Recipe
 from rk_export.planning.preparation_choice import PreparationChoice, Rounding, choose_preparations
 from rk_export.source.prepared import LayerPreparation, Prepared
 from rk_export.source.protocol import Source
@@ -22,41 +22,41 @@ SCALE_ALPHA = 0.25
 
 
 def decided_preparations(
-    source: Source, options: CompressOptions, tokens: Tensor | None, device: torch.device
+    source: Source, recipe: Recipe, tokens: Tensor | None, device: torch.device
 ) -> PreparationChoice:
     """Return the reparameterizations that were named, or those that lower the predicted loss.
 
     Args:
         source: The dense model, as it is.
-        options: With `prepared_for`, the format to predict for.
+        recipe: With `prepared_for`, the format to predict for.
         tokens: Calibration text; without it nothing is predicted, and nothing is taken that was not named.
         device: Where the text runs.
     """
-    spec = options.prepared_for
+    spec = recipe.prepared_for
     if spec is None or tokens is None or source.architecture.is_encoder:
-        return PreparationChoice(options.preparations, ())
+        return PreparationChoice(recipe.preparations, ())
     names: tuple[str, ...] = PREPARATIONS[:3]
     peaks: dict[str, Tensor] = {}
     if spec.activations == 8:
         names, peaks = PREPARATIONS, neuron_peaks(source, shortened(tokens), device)
-    preparation = LayerPreparation(source.description, names, options.calibration.seed, peaks, SCALE_ALPHA)
-    int8_inputs = options.ep == "cpu" and options.accuracy_level == 4
-    rounding = Rounding(spec, compensated=options.quantizer == "gptq", int8_inputs=int8_inputs)
+    preparation = LayerPreparation(source.description, names, recipe.calibration.seed, peaks, SCALE_ALPHA)
+    int8_inputs = recipe.ep == "cpu" and recipe.accuracy_level == 4
+    rounding = Rounding(spec, compensated=recipe.quantizer == "gptq", int8_inputs=int8_inputs)
     return choose_preparations(source, tokens, rounding, preparation, device)
 
 
 def prepared_source(
-    source: Transformed, options: CompressOptions, tokens: Tensor | None, device: torch.device
+    source: Transformed, recipe: Recipe, tokens: Tensor | None, device: torch.device
 ) -> Transformed:
     """Return the model under the exact reparameterizations that the options ask for.
 
     Args:
         source: The dense model.
-        options: With `preparations`.
+        recipe: With `preparations`.
         tokens: Calibration text; without it peaks are not evened out.
         device: Where peaks are measured.
     """
-    names, peaks = options.preparations, {}
+    names, peaks = recipe.preparations, {}
     if tokens is None:
         names = tuple(name for name in names if name != "scale")
     elif "scale" in names:
@@ -64,5 +64,5 @@ def prepared_source(
         peaks = neuron_peaks(source, shortened(tokens), device)
     if not names:
         return source
-    seed = options.calibration.seed
+    seed = recipe.calibration.seed
     return source.then(Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA))

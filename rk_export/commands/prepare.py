@@ -12,7 +12,7 @@ from rk_export.commands.preparations import SCALE_ALPHA
 from rk_export.commands.stages import check_outputs
 from rk_export.device import resolve_device
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.preflight import dense_logits, preflight
@@ -37,7 +37,7 @@ def prepare(
     Args:
         model: HF folder, hub id or GGUF file.
         out: Folder to write; `rotate` unties a tied embedding there.
-        names: Names from `rk_export.options.compress.PREPARATIONS`.
+        names: Names from `rk_export.options.recipe.PREPARATIONS`.
         base: As in `compress`.
         run: As in `compress`.
         seed: Of the rotations, and of the text whose peaks `scale` evens out.
@@ -49,7 +49,7 @@ def prepare(
     """
     source, peaks = open_source(model, base), {}
     check_outputs(source, out, force=force)
-    before = preflight(source, CompressOptions(prepare=names))
+    before = preflight(source, Recipe(prepare=names))
     if "scale" in names:
         device = resolve_device((run or Run()).device)
         text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)

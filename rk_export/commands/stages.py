@@ -15,7 +15,7 @@ from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.folders import check_replaceable
 from rk_export.graph.dense.frontend import check_supported
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
@@ -31,14 +31,14 @@ class Task:
 
     Args:
         source: The dense model.
-        options: What was asked for, its texts found on this machine.
+        recipe: What was asked for, its texts found on this machine.
         device: Where to compute.
         threads: Threads of ONNX Runtime.
         plan: What was decided earlier; None leaves it to be decided.
     """
 
     source: StoredModel
-    options: CompressOptions
+    recipe: Recipe
     device: torch.device
     threads: int | None = None
     plan: Plan | None = None
@@ -48,18 +48,18 @@ class Task:
         """What a run will write at least, as far as that is known before it."""
         if self.plan is not None and self.plan.pruning is None:
             return planned_bytes(self.source, self.plan)
-        return least_bytes(self.source, self.options)
+        return least_bytes(self.source, self.recipe)
 
     def preflight(self) -> Preflight:
         """Read the model as transformers does, and run it on the probe; refuse what cannot be exported."""
-        return preflight(self.source, self.options)
+        return preflight(self.source, self.recipe)
 
     def inputs(self, out: Path | None = None, probe: torch.Tensor | None = None) -> CompressionInputs:
         """Gather what compression starts from, to be rewritten on a probe; trainings keep their states beside `out`."""
         pruning = None if self.plan is None else self.plan.pruning
         states = None if out is None else lambda name: state_file(out, name)
         return compression_inputs(
-            self.source, self.options, self.device, pruning=pruning, states=states, probe=probe
+            self.source, self.recipe, self.device, pruning=pruning, states=states, probe=probe
         )
 
     def decided(self, inputs: CompressionInputs) -> Plan:
@@ -67,18 +67,18 @@ class Task:
         if self.plan is not None:
             return self.plan
         if inputs.decision is not None:
-            plan = inputs.decision.plan(inputs.source, inputs.options)
+            plan = inputs.decision.plan(inputs.source, inputs.recipe)
         else:
             plan = self._planned(inputs)
         return replace(plan, pruning=inputs.source.pruning)
 
     def _planned(self, inputs: CompressionInputs) -> Plan:
-        costs, budget = None, inputs.options.budget
+        costs, budget = None, inputs.recipe.budget
         if budget is not None and budget.kind == "speed_up":
             costs = model_costs(inputs.dense, inputs.source, budget.phase, self.threads)
         return planner.decide_plan(
             inputs.source,
-            inputs.options,
+            inputs.recipe,
             statistics=inputs.statistics,
             table=inputs.table,
             costs=costs,
@@ -88,7 +88,7 @@ class Task:
 
 def open_task(
     model: str | Path,
-    options: CompressOptions | None,
+    recipe: Recipe | None,
     plan: Plan | None,
     *,
     base: str | Path | None,
@@ -99,7 +99,7 @@ def open_task(
 
     Args:
         model: As in `compress`.
-        options: What was asked for.
+        recipe: What was asked for.
         plan: What was decided earlier, instead of options.
         base: As in `compress`.
         run: The machine.
@@ -112,21 +112,21 @@ def open_task(
     """
     run = run or Run()
     source = open_source(model, base)
-    if plan is not None and options is not None:
+    if plan is not None and recipe is not None:
         raise InputError(
             "a plan already holds the options", where="--plan", fix="drop the other compression options"
         )
     if plan is not None:
         planner.check_plan(source, plan)
-        options = plan.options
-    options = (options or CompressOptions()).with_texts(run.texts)
-    check_supported(source.description, ep=options.ep, dtype=options.float_dtype)
-    check_options(source, options)
-    if needs_texts and options.missing_text is not None:
-        options.missing_text.place()
+        recipe = plan.recipe
+    recipe = (recipe or Recipe()).with_texts(run.texts)
+    check_supported(source.description, ep=recipe.ep, dtype=recipe.float_dtype)
+    check_options(source, recipe)
+    if needs_texts and recipe.missing_text is not None:
+        recipe.missing_text.place()
     if not source.architecture.is_encoder:
         check_ends(source.folder, source.config, source.origin[1])
-    return Task(source, options, resolve_device(run.device), run.threads, plan)
+    return Task(source, recipe, resolve_device(run.device), run.threads, plan)
 
 
 def check_outputs(

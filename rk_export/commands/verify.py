@@ -13,7 +13,7 @@ from rk_export.commands.stages import Task, open_task
 from rk_export.errors import InputError
 from rk_export.folders import MANIFEST, check_manifest
 from rk_export.json_codec import from_json
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
 from rk_export.parity.preflight import Preflight, dense_logits
@@ -57,10 +57,10 @@ def verify(
         if base is not None:
             raise InputError("goes with --against", where="--base", fix="give --against ADAPTER, or drop it")
         return _alone(folder, manifest, plan, provider, threads)
-    _check_repeatable(folder, plan.options)
+    _check_repeatable(folder, plan.recipe)
     task = open_task(against, None, plan, base=base, run=run, needs_texts=False)
     before = task.preflight()
-    text = task.options.missing_text
+    text = task.recipe.missing_text
     if text is not None and not task.source.architecture.is_encoder:
         why = f"the calibration text {text.name} is not at hand, name it with --calibration-text"
         alone = _alone(folder, manifest, plan, provider, threads)
@@ -74,9 +74,9 @@ def verify(
 def _without_statistics(task: Task, before: Preflight, why: str) -> Iterator[ParityTier]:
     """Yield tiers 0 to c as far as they need no statistics, and say why the others are not measured."""
     yield before.tier
-    names = task.options.preparations
+    names = task.recipe.preparations
     if "scale" not in names:  # its peaks are those of the text
-        prepared = prepared_source(Transformed(task.source), task.options, None, task.device)
+        prepared = prepared_source(Transformed(task.source), task.recipe, None, task.device)
         logits, _ = dense_logits(prepared, torch.from_numpy(before.probe.batch))
         yield prepared_tier(before, logits.numpy(), names)
     yield from unrepeated_tiers("pabc" if "scale" in names else "abc", why)
@@ -95,12 +95,12 @@ def _alone(
     golden = from_json(
         Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
     )
-    return bundle_tiers(folder, golden, plan.options.float_dtype, provider=provider, threads=threads)
+    return bundle_tiers(folder, golden, plan.recipe.float_dtype, provider=provider, threads=threads)
 
 
-def _check_repeatable(folder: Path, options: CompressOptions) -> None:
+def _check_repeatable(folder: Path, recipe: Recipe) -> None:
     """Refuse bundles that a training made: a plan does not hold what it found."""
-    for method in options.methods:
+    for method in recipe.methods:
         if method.trained:
             raise InputError(
                 f"a bundle that {method.trained} cannot be made again from its dense model and its plan",

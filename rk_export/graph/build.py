@@ -30,7 +30,7 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
         UnsupportedModelError: If the family cannot be exported exactly.
         FusionError: If a planned pattern is missing.
     """
-    options = rewritten.plan.options
+    options = rewritten.plan.recipe
     module = frontend.build_module(
         rewritten.description,
         ep=options.ep,

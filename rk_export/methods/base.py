@@ -14,8 +14,8 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
 from rk_export.model.sites import plain_sites
-from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions
+from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan, Pruning, SitePlan
 from rk_export.report.records import Finding
@@ -32,7 +32,7 @@ class Work:
 
     Args:
         source: The model as the methods before left it.
-        options: Everything that was asked for.
+        recipe: Everything that was asked for.
         device: Where to compute.
         tokens: Calibration text, int64 (sequences, length); None where none is used.
         statistics: Of `source`, once they are taken.
@@ -41,7 +41,7 @@ class Work:
     """
 
     source: Transformed
-    options: CompressOptions
+    recipe: Recipe
     device: torch.device
     tokens: Tensor | None = None
     statistics: DenseStatistics | None = None
@@ -61,9 +61,9 @@ class Decision:
     sites: tuple[SitePlan, ...]
     parts: Mapping[MatrixId, Parts] = field(default_factory=dict)
 
-    def plan(self, source: Source, options: CompressOptions) -> Plan:
+    def plan(self, source: Source, recipe: Recipe) -> Plan:
         """Return the plan that stores every matrix as it was decided."""
-        named = replace(options, groups=())
+        named = replace(recipe, groups=())
         return Plan(source.config.model_type, source.structure(), named, self.sites)
 
 
@@ -86,7 +86,7 @@ class Method(Generic[OptionsT]):
         """What it does in its stage, for the log."""
         return self.options.describe()
 
-    def check(self, source: Source, options: CompressOptions) -> None:
+    def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse, before any work, what it cannot do to a model.
 
         Raises:
@@ -113,9 +113,9 @@ def method_of(options: MethodOptions) -> Method[MethodOptions]:
     return made
 
 
-def methods_of(options: CompressOptions) -> Sequence[Method[MethodOptions]]:
+def methods_of(recipe: Recipe) -> Sequence[Method[MethodOptions]]:
     """Return the methods that were asked for, in the order in which they work."""
-    return [method_of(asked) for asked in options.methods]
+    return [method_of(asked) for asked in recipe.methods]
 
 
 def matrices(source: Source) -> list[SitePlan]:

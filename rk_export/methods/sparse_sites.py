@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
 from rk_export.methods.base import Decision, matrices
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget
+from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan
@@ -52,14 +52,14 @@ PARAMETERS = Prices(1, 1, 1)
 BYTES = Prices(4, 3, 2)
 
 
-def sparse_decision(source: Source, options: CompressOptions, parts: Mapping[MatrixId, Parts]) -> Decision:
+def sparse_decision(source: Source, recipe: Recipe, parts: Mapping[MatrixId, Parts]) -> Decision:
     """Return the decision that stores every matrix as the parts that were chosen for it."""
 
     def decided(site: SitePlan) -> SitePlan:
         own = parts[site.matrices[0]]
         chosen = replace(site, form="sparse", rank=own.rank, entries=own.entries)
-        if own.rank or options.quant is None:
-            return replace(chosen, quant=options.quant)
+        if own.rank or recipe.quant is None:
+            return replace(chosen, quant=recipe.quant)
         return replace(chosen, reason="no direction was chosen: entries are not quantized further")
 
     return Decision(tuple(decided(site) for site in matrices(source)), parts)
@@ -84,32 +84,32 @@ def check_parts(plan: Plan, parts: Mapping[MatrixId, Parts]) -> None:
             )
 
 
-def stored_prices(options: CompressOptions) -> Prices:
+def stored_prices(recipe: Recipe) -> Prices:
     """Return the bytes that parts take in the exported files: of a factor's number, an entry, and a full column's.
 
     The place of a full column is left out: 4 bytes, to two for each of its rows.
     """
     sample = 256  # numbers that fill whole blocks of every size
-    number = matrix_bytes(1, sample, options.quant, FLOAT_BYTES[options.float_dtype]) / sample
+    number = matrix_bytes(1, sample, recipe.quant, FLOAT_BYTES[recipe.float_dtype]) / sample
     return Prices(number, ENTRY_BYTES, VALUE_BYTES)
 
 
-def sparse_budget(source: Source, options: CompressOptions) -> Budget:
+def sparse_budget(source: Source, recipe: Recipe) -> Budget:
     """Return what low rank and sparse parts may cost together: a size without all that is stored beside them.
 
     Raises:
         InputError: If nothing is left for them.
     """
-    budget = options.budget
+    budget = recipe.budget
     if budget is None:
         raise ValueError("the options have no budget")
     if budget.kind != "size":
         return budget
     config = source.config
-    float_bytes = FLOAT_BYTES[options.float_dtype]
-    table = matrix_bytes(config.vocab_size, config.hidden_size, options.embedding_quant, float_bytes)
+    float_bytes = FLOAT_BYTES[recipe.float_dtype]
+    table = matrix_bytes(config.vocab_size, config.hidden_size, recipe.embedding_quant, float_bytes)
     matrices = len(source.description.matrices)
-    parts = fixed_parts(source.description, options)
+    parts = fixed_parts(source.description, recipe)
     fixed, tables = sum(part.bytes for part in parts), table_count(source) * table
     rest = fixed + tables + matrices * SUM_GRAPH_BYTES
     if rest >= budget.value:

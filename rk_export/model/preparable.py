@@ -14,7 +14,7 @@ from rk_export.matrix_id import MatrixId
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
-from rk_export.options.compress import PARTS_OF_FOLD, PREPARATIONS
+from rk_export.options.recipe import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding, Outcome
 

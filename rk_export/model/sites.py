@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rk_export.model.families import Projection
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS
+from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
 from rk_export.plan import SitePlan
 
@@ -15,31 +15,29 @@ SMALL_HIDDEN_SIZE = 2048
 
 def plain_sites(layer: Layer, projections: tuple[Projection, ...]) -> list[SitePlan]:
     """Return every matrix of a layer as a dense site of its own, in floats."""
-    return dense_sites(layer, projections, CompressOptions(groups=(), quant=None))
+    return dense_sites(layer, projections, Recipe(groups=(), quant=None))
 
 
-def dense_sites(
-    layer: Layer, projections: tuple[Projection, ...], options: CompressOptions
-) -> list[SitePlan]:
+def dense_sites(layer: Layer, projections: tuple[Projection, ...], recipe: Recipe) -> list[SitePlan]:
     """Return the sites of one layer, all dense: the groups asked for first, then every other matrix."""
     paths: dict[str, str] = {item.role: item.path for item in projections if item.role != "expert"}
     left = dict(paths)
     members: dict[str, dict[str, str]] = {}
-    for group in options.groups or ():
+    for group in recipe.groups or ():
         if all(role in paths for role in GROUPS[group]):
             members[group] = {role: left.pop(role) for role in GROUPS[group]}
     members |= {role: {role: path} for role, path in left.items()}
     sites = [
-        _dense_site(layer.index, name, tuple(roles), tuple(roles.values()), options)
+        _dense_site(layer.index, name, tuple(roles), tuple(roles.values()), recipe)
         for name, roles in members.items()
     ]
     if experts := tuple(item.path for item in projections if item.role == "expert"):
-        sites.append(_dense_site(layer.index, "experts", ("expert",) * len(experts), experts, options))
+        sites.append(_dense_site(layer.index, "experts", ("expert",) * len(experts), experts, recipe))
     return sites
 
 
 def _dense_site(
-    layer: int, name: str, members: tuple[str, ...], paths: tuple[str, ...], options: CompressOptions
+    layer: int, name: str, members: tuple[str, ...], paths: tuple[str, ...], recipe: Recipe
 ) -> SitePlan:
     return SitePlan(
         f"layers.{layer}.{name}",
@@ -48,8 +46,8 @@ def _dense_site(
         paths,
         "dense",
         0,
-        options.quant,
-        correction=options.correction,
+        recipe.quant,
+        correction=recipe.correction,
     )
 
 

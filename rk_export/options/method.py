@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-    from rk_export.options.compress import CompressOptions
+    from rk_export.options.recipe import Recipe
 
 # When a method works: it takes whole structures, decides every matrix, or trains what compression left.
 Stage = Literal["prune", "decide", "recover"]
@@ -47,7 +47,7 @@ class MethodOptions:
     # How a bundle came to be that cannot be made again from the dense model and the plan; empty where it can.
     trained: ClassVar[str] = ""
 
-    def check_with(self, options: CompressOptions) -> None:
+    def check_with(self, recipe: Recipe) -> None:
         """Refuse other options that contradict it.
 
         Raises:
@@ -58,7 +58,7 @@ class MethodOptions:
         """Return what it does, in words for the model card."""
         raise NotImplementedError
 
-    def recipe(self, amount: RankRule | Budget) -> CompressOptions:
+    def recipe(self, amount: RankRule | Budget) -> Recipe:
         """Return all options as the method was published; of those that `--method` names.
 
         Args:

@@ -13,7 +13,7 @@ from rk_export.calibration.streams import Streams
 from rk_export.errors import InputError
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
 from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
 from rk_export.parity.half_range import Peaks, check_half_range
@@ -48,12 +48,12 @@ class Preflight:
     notices: tuple[str, ...] = ()
 
 
-def preflight(source: StoredModel, options: CompressOptions) -> Preflight:
+def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     """Look at a dense model before anything is done to it.
 
     Args:
         source: The model as it was opened: not prepared, pruned or tuned.
-        options: What is asked for.
+        recipe: What is asked for.
 
     Raises:
         InputError: If its tokenizer cannot be converted, its logits are not finite, or its activations or weights
@@ -64,11 +64,11 @@ def preflight(source: StoredModel, options: CompressOptions) -> Preflight:
     probe = make_probe(
         source.folder,
         source.config.vocab_size,
-        switches_of(replace(source.description, config=with_context(source.config, options.context_length))),
+        switches_of(replace(source.description, config=with_context(source.config, recipe.context_length))),
     )
     tokens = torch.from_numpy(probe.batch)
-    peaks = Peaks() if options.float_dtype == "fp16" else None
-    may_prepare = bool(options.preparations) or options.prepared_for is not None
+    peaks = Peaks() if recipe.float_dtype == "fp16" else None
+    may_prepare = bool(recipe.preparations) or recipe.prepared_for is not None
     logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
     _check_finite(logits, source)
     reference = transformers_logits(source, tokens[:1])

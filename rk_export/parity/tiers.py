@@ -178,7 +178,7 @@ def shipped_bound(
         reference: Its logits of them with all inputs in floats.
         bound: What exact computations may differ by.
     """
-    level = rewritten.plan.options.accuracy_level
+    level = rewritten.plan.recipe.accuracy_level
     with level4_inputs(rewritten.model) if level == 4 else nullcontext():
         rounded = torch_logits(rewritten.model)(probe.batch).float().numpy()
     lost = relative_error(reference, rounded)
@@ -208,7 +208,7 @@ def runtime_bound(rewritten: Rewritten, probe: Probe, error: float = 0.0) -> tup
         probe: The prompts.
         error: What was found; in fp32 a bound of this model's own is looked for only where the common one is broken.
     """
-    float_dtype = rewritten.plan.options.float_dtype
+    float_dtype = rewritten.plan.recipe.float_dtype
     common = FLOAT_BOUND[float_dtype]
     if float_dtype == "fp32" and error <= common:
         return common, ""

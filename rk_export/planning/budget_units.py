@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import GROUPS, Budget
+from rk_export.options.recipe import Recipe
 from rk_export.plan import SitePlan
 from rk_export.planning.candidates import Cost, Form, SearchSpace
 from rk_export.planning.cost_table import CostTable
@@ -90,48 +90,46 @@ def in_words(cost: float, unit: str) -> str:
     return f"{cost:.3g} {unit}" if unit == "ms" else f"{cost:,.0f} {unit}"
 
 
-def budget_unit(
-    source: Source, options: CompressOptions, rank_step: int, costs: CostTable | None = None
-) -> BudgetUnit:
+def budget_unit(source: Source, recipe: Recipe, rank_step: int, costs: CostTable | None = None) -> BudgetUnit:
     """Return the unit of a budget.
 
     Args:
         source: The dense model.
-        options: With a budget.
+        recipe: With a budget.
         rank_step: Ranks are multiples of it.
         costs: Measured times; needed for a speed-up.
 
     Raises:
         ValueError: If the options have no budget, or a speed-up comes without measured times.
     """
-    budget = options.budget
+    budget = recipe.budget
     if budget is None:
         raise ValueError("the options have no budget")
-    groups = frozenset(GROUPS[group] for group in options.groups or ())
+    groups = frozenset(GROUPS[group] for group in recipe.groups or ())
     kv_groups = source.description.heads.kv_heads
-    float_bytes = FLOAT_BYTES[options.float_dtype]
+    float_bytes = FLOAT_BYTES[recipe.float_dtype]
 
     forms: tuple[Form, ...] = ("joint", "identity")
-    if options.form is not None:
-        forms = ("identity",) if options.form == "identity" else ("joint",)
+    if recipe.form is not None:
+        forms = ("identity",) if recipe.form == "identity" else ("joint",)
 
     def space(
         formats: tuple[Format, ...],
         pairs: tuple[Format, ...],
         cost: Cost,
-        unweighed: Format = options.quant,
+        unweighed: Format = recipe.quant,
     ) -> SearchSpace:
         return SearchSpace(
-            formats, unweighed, pairs, forms, rank_step, options.quantizer == "gptq", kv_groups, cost, groups
+            formats, unweighed, pairs, forms, rank_step, recipe.quantizer == "gptq", kv_groups, cost, groups
         )
 
     if budget.kind == "keep":
-        one = (options.quant,)
+        one = (recipe.quant,)
         return BudgetUnit(budget, "parameters", space(one, one, lambda rows, columns, _: rows * columns))
     if budget.kind == "speed_up":
         if costs is None:
             raise ValueError("a speed-up needs measured times")
-        timed = TIMED_FORMATS if options.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
+        timed = TIMED_FORMATS if recipe.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
         return BudgetUnit(budget, "ms", space(timed, timed, costs.milliseconds, timed[0]), fixed=costs.rest)
     in_bytes = space(
         WEIGHT_FORMATS,
@@ -140,7 +138,7 @@ def budget_unit(
     )
     if budget.kind == "bits":
         return BudgetUnit(budget, "bytes", in_bytes)
-    parts = fixed_parts(source.description, options)
+    parts = fixed_parts(source.description, recipe)
     return BudgetUnit(budget, "bytes", in_bytes, TABLE_FORMATS, sum(part.bytes for part in parts), parts)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from rk_export.model.canonical import JoinedLinear
 from rk_export.model.sites import dense_sites
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid, block_spec
 from rk_export.passes.weights.carry import Grids, why_not
@@ -27,18 +27,18 @@ _STORED_NAMES = {
 }
 
 
-def carried_sites(source: Source, options: CompressOptions) -> Iterator[SitePlan]:
+def carried_sites(source: Source, recipe: Recipe) -> Iterator[SitePlan]:
     """Yield every site of a model: carried over where its codes can be, else as the options say, with the reason.
 
     Args:
         source: A quantized checkpoint; its weights are read.
-        options: What becomes of matrices that cannot be carried over, and the graph's float type.
+        recipe: What becomes of matrices that cannot be carried over, and the graph's float type.
     """
     grids = source_grids(source)
     for layer in source.layers():
         projections = source.description.projections(layer.index)
-        for site in dense_sites(layer, projections, options):
-            yield _carried(layer, site, grids, options)
+        for site in dense_sites(layer, projections, recipe):
+            yield _carried(layer, site, grids, recipe)
 
 
 def source_grids(source: Source) -> Grids:
@@ -60,10 +60,10 @@ def source_grids(source: Source) -> Grids:
     return find
 
 
-def head_findings(source: Source, options: CompressOptions) -> Iterator[Finding]:
+def head_findings(source: Source, recipe: Recipe) -> Iterator[Finding]:
     """Yield that the codes of an output projection are not carried over, where there are any."""
     head = source.architecture.lm_head
-    if options.recompute == "none" and head and source.grid(f"{head}.weight") is not None:
+    if recipe.recompute == "none" and head and source.grid(f"{head}.weight") is not None:
         reason = "its codes are not carried over: it is stored in the format of the embedding"
         yield Finding(head, Outcome.SKIPPED, reason)
 
@@ -79,11 +79,11 @@ def _rows(joined: JoinedLinear, role: str) -> tuple[int, int]:
     raise KeyError(role)
 
 
-def _carried(layer: Layer, site: SitePlan, grids: Grids, options: CompressOptions) -> SitePlan:
+def _carried(layer: Layer, site: SitePlan, grids: Grids, recipe: Recipe) -> SitePlan:
     specs = set()
     for path in site.paths:
         grid = grids(layer, path)
-        reason = why_not(grid, layer.linear(path), options.float_dtype)
+        reason = why_not(grid, layer.linear(path), recipe.float_dtype)
         if reason or grid is None:
             return _anew(site, f"{path}: {reason}")
         specs.add(block_spec(grid))

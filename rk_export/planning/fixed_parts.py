@@ -13,8 +13,8 @@ from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.preparable import has_rotated_head
 from rk_export.model.rotary import rotary_tables
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
+from rk_export.options.recipe import Recipe
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
@@ -40,16 +40,16 @@ class FixedPart:
     why: str = "stays in floats"
 
 
-def fixed_parts(description: ModelDescription, options: CompressOptions) -> tuple[FixedPart, ...]:
+def fixed_parts(description: ModelDescription, recipe: Recipe) -> tuple[FixedPart, ...]:
     """Return the parts of a bundle beside the decided matrices, those that are absent left out."""
-    config, float_bytes = description.config, FLOAT_BYTES[options.float_dtype]
+    config, float_bytes = description.config, FLOAT_BYTES[recipe.float_dtype]
     parts = [
         FixedPart(kind, count, count * float_bytes)
         for kind, count in _undecided_parameters(description).items()
     ]
-    if (rotary := _rotary(description, options)) is not None:
+    if (rotary := _rotary(description, recipe)) is not None:
         parts.append(rotary)
-    if has_rotated_head(description, options.preparations):
+    if has_rotated_head(description, recipe.preparations):
         rotation = matrix_bytes(config.hidden_size, config.hidden_size, QuantSpec(8, 32), 4)
         parts.append(FixedPart("rotation of the head", 0, rotation, "a preparation puts it there"))
     return (*parts, FixedPart("graph", 0, graph_bytes(description), "nodes and names"))
@@ -60,18 +60,18 @@ def graph_bytes(description: ModelDescription) -> int:
     return int(GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * description.layer_count)
 
 
-def fixed_findings(description: ModelDescription, options: CompressOptions) -> list[Finding]:
+def fixed_findings(description: ModelDescription, recipe: Recipe) -> list[Finding]:
     """Return a line for each fixed part that holds numbers of the model."""
     return [
         Finding(part.name, Outcome.SKIPPED, part.why, part.parameters * 4, part.bytes)
-        for part in fixed_parts(description, options)
+        for part in fixed_parts(description, recipe)
         if part.parameters or part.name == _ROTARY
     ]
 
 
-def fixed_bytes(description: ModelDescription, options: CompressOptions) -> float:
+def fixed_bytes(description: ModelDescription, recipe: Recipe) -> float:
     """Return the bytes of all fixed parts; a little too many."""
-    return float(sum(part.bytes for part in fixed_parts(description, options)))
+    return float(sum(part.bytes for part in fixed_parts(description, recipe)))
 
 
 def in_words(parts: Sequence[FixedPart]) -> str:
@@ -110,16 +110,16 @@ def _kind(module: nn.Module, name: str) -> str:
     return "biases" if name.endswith("bias") else "routers"
 
 
-def _rotary(description: ModelDescription, options: CompressOptions) -> FixedPart | None:
+def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
     config = description.config
     if description.architecture.is_encoder or has_learned_positions(config):
         return None
-    positions = context_of(config, options.context_length)
+    positions = context_of(config, recipe.context_length)
     module = type(description.canonical.get_submodule("model.rotary_emb"))
     tables = rotary_tables(config, module, positions).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
-    memory = sum(table.computed_bytes(FLOAT_BYTES[options.float_dtype]) for table in tables)
+    memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.float_dtype]) for table in tables)
     return FixedPart(
         _ROTARY, 0, stored, f"the tables of {positions:,} positions, {size(memory)}, are computed on loading"
     )

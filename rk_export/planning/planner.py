@@ -18,9 +18,9 @@ from rk_export.model.families import Projection
 from rk_export.model.pruned_description import pruned_description
 from rk_export.model.shape_rules import check_shape
 from rk_export.model.sites import default_multiple, dense_sites
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8
 from rk_export.options.ranks import DEFAULT_GROUPS, GROUPS, SINGLE_GROUPS
+from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.predicted_loss import TableCurvature
@@ -40,7 +40,7 @@ from rk_export.source.protocol import Source
 
 def decide_plan(
     source: Source,
-    options: CompressOptions,
+    recipe: Recipe,
     *,
     statistics: DenseStatistics | None = None,
     table: TableCurvature | None = None,
@@ -53,7 +53,7 @@ def decide_plan(
 
     Args:
         source: The dense model.
-        options: What was asked for.
+        recipe: What was asked for.
         statistics: Of the dense model; needed for a budget, and an allocation's spectra are whitened by them.
         table: What errors of the embedding cost; needed for a budget in bytes.
         costs: Measured times; needed for a speed-up.
@@ -62,26 +62,26 @@ def decide_plan(
     Raises:
         InputError: If a group matches nothing in this architecture, or the budget is too small.
     """
-    options = with_default_groups(source, options)
-    check_groups(source, options.groups or ())
-    if options.recompute == "none":
+    recipe = with_default_groups(source, recipe)
+    check_groups(source, recipe.groups or ())
+    if recipe.recompute == "none":
         return Plan(
-            source.config.model_type, source.structure(), options, tuple(carried_sites(source, options))
+            source.config.model_type, source.structure(), recipe, tuple(carried_sites(source, recipe))
         )
-    if options.allocation != "uniform":
-        return spectral_plan(source, options, statistics, device)
-    if options.budget is not None:
-        return _budgeted_plan(source, options, statistics, table, costs, device)
-    reads_weights = options.rank_rule.kind == "energy" and options.groups
+    if recipe.allocation != "uniform":
+        return spectral_plan(source, recipe, statistics, device)
+    if recipe.budget is not None:
+        return _budgeted_plan(source, recipe, statistics, table, costs, device)
+    reads_weights = recipe.rank_rule.kind == "energy" and recipe.groups
     sites: list[SitePlan] = []
     for layer in source.layers() if reads_weights else source.description.layers():
-        sites += layer_sites(layer, source.description.projections(layer.index), options)
-    return Plan(source.config.model_type, source.structure(), options, tuple(sites))
+        sites += layer_sites(layer, source.description.projections(layer.index), recipe)
+    return Plan(source.config.model_type, source.structure(), recipe, tuple(sites))
 
 
 def _budgeted_plan(
     source: Source,
-    options: CompressOptions,
+    recipe: Recipe,
     statistics: DenseStatistics | None,
     curvature: TableCurvature | None,
     costs: CostTable | None,
@@ -89,37 +89,37 @@ def _budgeted_plan(
 ) -> Plan:
     if statistics is None:
         raise ValueError("a budget needs the statistics of the dense model")
-    unit = budget_unit(source, options, _rank_step(source, options), costs)
+    unit = budget_unit(source, recipe, _rank_step(source, recipe), costs)
     table = None
     if unit.tables and curvature is not None:
         table = EmbeddingTable(embedding_weight(source), curvature, table_count(source))
     layers = (
-        (layer, dense_sites(layer, source.description.projections(layer.index), options))
+        (layer, dense_sites(layer, source.description.projections(layer.index), recipe))
         for layer in track(source.layers(), "predicting losses, layers", source.layer_count)
     )
     spent = spend(layers, unit, statistics, table, device)
     if table is not None:
-        options = replace(options, embedding_quant=spent.table)
+        recipe = replace(recipe, embedding_quant=spent.table)
     return Plan(
         source.config.model_type,
         source.structure(),
-        options,
+        recipe,
         spent.sites,
         predicted_loss=spent.predicted_loss,
     )
 
 
-def check_size(source: Source, options: CompressOptions) -> None:
+def check_size(source: Source, recipe: Recipe) -> None:
     """Refuse, from shapes alone, a size that no plan can meet.
 
     Raises:
         InputError: Lists what the smallest model consists of.
     """
-    options = with_default_groups(source, options)
-    unit = budget_unit(source, options, _rank_step(source, options))
+    recipe = with_default_groups(source, recipe)
+    unit = budget_unit(source, recipe, _rank_step(source, recipe))
     least, sites, shapes = 0.0, [], []
     for layer in source.description.layers():
-        for site in dense_sites(layer, source.description.projections(layer.index), options):
+        for site in dense_sites(layer, source.description.projections(layer.index), recipe):
             linears = [layer.linear(path) for path in site.paths]
             sites.append(site)
             shapes.append([(linear.out_features, linear.in_features) for linear in linears])
@@ -131,9 +131,9 @@ def check_size(source: Source, options: CompressOptions) -> None:
         raise too_small(unit, least, amount)
 
 
-def _rank_step(source: Source, options: CompressOptions) -> int:
+def _rank_step(source: Source, recipe: Recipe) -> int:
     width = source.config.hidden_size
-    return options.rank_multiple or default_multiple(width, width, options.quant)
+    return recipe.rank_multiple or default_multiple(width, width, recipe.quant)
 
 
 def embedding_weight(source: Source) -> Tensor:
@@ -219,9 +219,9 @@ def _check_int8(plan: Plan) -> None:
     for site in plan.sites:
         if site.quant != W8A8:
             continue
-        if plan.options.ep != "cpu":
+        if plan.recipe.ep != "cpu":
             raise InputError(
-                f"int8 inputs have no kernels in a graph for {plan.options.ep}",
+                f"int8 inputs have no kernels in a graph for {plan.recipe.ep}",
                 where=site.site,
                 fix="plan weight-only quantization, or ep cpu",
             )
@@ -266,17 +266,17 @@ def _check_complete(layer: Layer, sites: tuple[SitePlan, ...], projections: tupl
         )
 
 
-def with_default_groups(source: Source, options: CompressOptions) -> CompressOptions:
+def with_default_groups(source: Source, recipe: Recipe) -> Recipe:
     """Return options that name their groups, as far as the family has them.
 
     By default a rank rule factorizes q/k and gate/up, as the paper does (2402.16319), a budget may factorize every
     matrix, each on its own, and without either nothing is factorized.
     """
-    if options.groups is not None:
-        return options
-    if options.rank is None and options.budget is None:
-        return replace(options, groups=())
-    return replace(options, groups=default_groups(source, single=options.budget is not None))
+    if recipe.groups is not None:
+        return recipe
+    if recipe.rank is None and recipe.budget is None:
+        return replace(recipe, groups=())
+    return replace(recipe, groups=default_groups(source, single=recipe.budget is not None))
 
 
 def default_groups(source: Source, *, single: bool = False) -> tuple[str, ...]:
@@ -286,20 +286,18 @@ def default_groups(source: Source, *, single: bool = False) -> tuple[str, ...]:
     return tuple(group for group in groups if roles.issuperset(GROUPS[group]))
 
 
-def layer_sites(
-    layer: Layer, projections: tuple[Projection, ...], options: CompressOptions
-) -> Iterator[SitePlan]:
+def layer_sites(layer: Layer, projections: tuple[Projection, ...], recipe: Recipe) -> Iterator[SitePlan]:
     """Yield the sites of one layer by the rank rule: the groups asked for first, then every other matrix."""
-    grouped = {GROUPS[group] for group in options.groups or ()}
-    for site in dense_sites(layer, projections, options):
-        yield _factorized_site(layer, site, options) if site.members in grouped else site
+    grouped = {GROUPS[group] for group in recipe.groups or ()}
+    for site in dense_sites(layer, projections, recipe):
+        yield _factorized_site(layer, site, recipe) if site.members in grouped else site
 
 
-def _factorized_site(layer: Layer, site: SitePlan, options: CompressOptions) -> SitePlan:
+def _factorized_site(layer: Layer, site: SitePlan, recipe: Recipe) -> SitePlan:
     linears = [layer.linear(path) for path in site.paths]
-    per_head = site.members == GROUPS["qk"] and options.qk == "per-head"
+    per_head = site.members == GROUPS["qk"] and recipe.qk == "per-head"
     form: Literal["joint", "per_head", "identity"] = "per_head" if per_head else "joint"
-    if options.form == "identity":
+    if recipe.form == "identity":
         if per_head:
             raise InputError(
                 "the identity form takes q and k whole",
@@ -310,16 +308,14 @@ def _factorized_site(layer: Layer, site: SitePlan, options: CompressOptions) -> 
     columns = linears[0].in_features
     rows = sum(linear.out_features for linear in linears) // (layer.kv_groups if per_head else 1)
     asked = replace(site, form=form, rank=1, correction=0)
-    rank, reason = _choose_rank(layer, asked, columns, rows, options)
+    rank, reason = _choose_rank(layer, asked, columns, rows, recipe)
     return replace(site, reason=reason) if reason else replace(asked, rank=rank)
 
 
-def _choose_rank(
-    layer: Layer, site: SitePlan, columns: int, rows: int, options: CompressOptions
-) -> tuple[int, str]:
+def _choose_rank(layer: Layer, site: SitePlan, columns: int, rows: int, recipe: Recipe) -> tuple[int, str]:
     """Return the rank, and the reason for staying dense or an empty string."""
     identity = site.form == "identity"
-    rule, largest = options.rank_rule, min(columns, rows - 1 if identity else rows)
+    rule, largest = recipe.rank_rule, min(columns, rows - 1 if identity else rows)
     if rule.kind == "rank":
         rank = int(rule.value)
         if rank > largest:
@@ -338,9 +334,7 @@ def _choose_rank(
             )
             for _, pair in stacked_pairs(layer, site)
         )
-    rank = round_rank(
-        wanted, options.rank_multiple or default_multiple(columns, rows, options.quant), largest
-    )
+    rank = round_rank(wanted, recipe.rank_multiple or default_multiple(columns, rows, recipe.quant), largest)
     limit = break_even_rank(columns, rows, identity=identity)
     if rank > limit:
         return (

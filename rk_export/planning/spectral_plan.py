@@ -13,8 +13,8 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.device import CPU
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple, dense_sites
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import GROUPS
+from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite, adaptive_ranks
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.joint_svd import singular_values, whitened_singular_values
@@ -26,7 +26,7 @@ from rk_export.source.protocol import Source
 
 def spectral_plan(
     source: Source,
-    options: CompressOptions,
+    recipe: Recipe,
     statistics: DenseStatistics | None = None,
     device: torch.device = CPU,
 ) -> Plan:
@@ -34,31 +34,31 @@ def spectral_plan(
 
     Args:
         source: The dense model; all matrices of the groups are read.
-        options: With groups, a rank rule `keep` and an allocation.
+        recipe: With groups, a rank rule `keep` and an allocation.
         statistics: Of the dense model: spectra are then those of the whitened groups. None takes the weights' own.
         device: Where the spectra are computed.
 
     Raises:
         InputError: If not even rank 1 everywhere fits into the share.
     """
-    found = list(_sites(source, options, statistics, device))
+    found = list(_sites(source, recipe, statistics, device))
     grouped = [shape for _, shape in found if shape is not None]
-    identity = options.form == "identity"
+    identity = recipe.form == "identity"
     try:
-        ranks = iter(adaptive_ranks(grouped, options.rank_rule.value, options.allocation, identity=identity))
+        ranks = iter(adaptive_ranks(grouped, recipe.rank_rule.value, recipe.allocation, identity=identity))
     except ValueError as error:
         raise InputError(str(error), where="--keep", fix="keep more") from error
-    sites = [site if shape is None else _ranked(site, shape, next(ranks), options) for site, shape in found]
-    return Plan(source.config.model_type, source.structure(), options, tuple(sites))
+    sites = [site if shape is None else _ranked(site, shape, next(ranks), recipe) for site, shape in found]
+    return Plan(source.config.model_type, source.structure(), recipe, tuple(sites))
 
 
 def _sites(
-    source: Source, options: CompressOptions, statistics: DenseStatistics | None, device: torch.device
+    source: Source, recipe: Recipe, statistics: DenseStatistics | None, device: torch.device
 ) -> Iterator[tuple[SitePlan, RankSite | None]]:
     """Yield all sites, dense, and the spectrum of those that are to be factorized."""
-    grouped = {GROUPS[group] for group in options.groups or ()}
+    grouped = {GROUPS[group] for group in recipe.groups or ()}
     for layer in track(source.layers(), "spectra of layers", source.layer_count):
-        sites = dense_sites(layer, source.description.projections(layer.index), options)
+        sites = dense_sites(layer, source.description.projections(layer.index), recipe)
         known = [None] * len(sites) if statistics is None else statistics.of_sites(sites, device)
         for site, curvature in zip(sites, known, strict=True):
             if site.members not in grouped:
@@ -75,11 +75,11 @@ def _spectrum(W: Tensor, curvature: Curvature | None) -> Tensor:
     return whitened_singular_values(W, curvature.inputs.metric, curvature.output_metric)
 
 
-def _ranked(site: SitePlan, shape: RankSite, wanted: int, options: CompressOptions) -> SitePlan:
+def _ranked(site: SitePlan, shape: RankSite, wanted: int, recipe: Recipe) -> SitePlan:
     if wanted == DENSE:
-        return replace(site, reason=f"its spectrum asks for more than break-even ({options.allocation})")
+        return replace(site, reason=f"its spectrum asks for more than break-even ({recipe.allocation})")
     rows, columns = shape.out_features, shape.in_features
-    multiple = options.rank_multiple or default_multiple(columns, rows, options.quant)
-    form: Literal["joint", "identity"] = "identity" if options.form == "identity" else "joint"
+    multiple = recipe.rank_multiple or default_multiple(columns, rows, recipe.quant)
+    form: Literal["joint", "identity"] = "identity" if recipe.form == "identity" else "joint"
     rank = round_rank(wanted, multiple, min(rows, columns))
     return replace(site, form=form, rank=rank, correction=0)

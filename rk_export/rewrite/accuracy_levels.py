@@ -46,7 +46,7 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     Returns:
         The same with a finding for every site with a matrix that reads floats.
     """
-    options = rewritten.plan.options
+    options = rewritten.plan.recipe
     names = {
         module: name
         for name, module in rewritten.model.named_modules()

@@ -91,7 +91,7 @@ def rewrite(
         InputError: If the plan belongs to another model, or a tensor is missing or not finite.
     """
     check_plan(source, plan)
-    options, architecture = plan.options, source.architecture
+    options, architecture = plan.recipe, source.architecture
     statistics = statistics or NoStatistics()
     quantize = Quantize(SCALE_DTYPE, device, options.quantizer)
     model = source.skeleton()
@@ -153,7 +153,7 @@ class _LayerPasses:
         parts: Mapping[MatrixId, Parts],
     ) -> None:
         self._plan, self._device = plan, quantize.device
-        self._joint = Factorize(plan.options.gauge, self._device, mlp)
+        self._joint = Factorize(plan.recipe.gauge, self._device, mlp)
         self._sparse = Sparse(parts)
         self._rounding: tuple[WeightPass, ...] = (carry, quantize, Int8(self._device))
         self._layer: Layer | None = None

@@ -84,11 +84,11 @@ def load_pretrained(folder: Path) -> Rewritten:
                 install(layer, site, empty_factors(layer, site))
             if site.quant is not None:
                 _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant, site.correction)
-    if architecture.lm_head and has_rotated_head(description, plan.options.preparations):
+    if architecture.lm_head and has_rotated_head(description, plan.recipe.preparations):
         size, head = config.hidden_size, model.get_submodule(architecture.lm_head)
         rotation = nn.Linear(size, size, bias=False, device="meta")
         model.set_submodule(architecture.lm_head, RotatedHead(rotation, head))
-    spec = plan.options.embedding_quant
+    spec = plan.recipe.embedding_quant
     if spec is not None and not architecture.is_encoder:
         _empty_embedding(model, architecture.embedding, architecture.lm_head, spec)
     _fill(model, architecture, folder)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear
 from rk_export.passes.modules.sparse import SparseSum
@@ -27,32 +27,32 @@ def planned_findings(source: Source, plan: Plan) -> list[Finding]:
     for dense in source.description.layers():
         layer, removed = planned_shape(dense, plan.shape_of(dense.index), plan.of_layer(dense.index))
         findings += removed
-        findings += [_planned(layer, site, plan.options.float_dtype) for site in plan.of_layer(layer.index)]
+        findings += [_planned(layer, site, plan.recipe.float_dtype) for site in plan.of_layer(layer.index)]
     if not source.architecture.is_encoder:
-        findings += [_planned_table(path, source, plan.options) for path in _tables(source)]
+        findings += [_planned_table(path, source, plan.recipe) for path in _tables(source)]
     return findings
 
 
 def planned_bytes(source: Source, plan: Plan) -> int:
     """Return the bytes that a plan leaves, graph and configs left out."""
-    fixed = fixed_findings(source.description, plan.options)
+    fixed = fixed_findings(source.description, plan.recipe)
     return sum(finding.bytes_after for finding in (*planned_findings(source, plan), *fixed))
 
 
-def least_bytes(source: Source, options: CompressOptions) -> int:
+def least_bytes(source: Source, recipe: Recipe) -> int:
     """Return what the bundle of a model takes at least, known before any work.
 
     Where shapes alone make the plan it is what the plan leaves; else what no plan touches.
     """
-    by_shapes = options.allocation == "uniform" and (options.rank_rule.kind != "energy" or not options.groups)
-    if by_shapes and options.budget is None and all(method.sized_by_shapes for method in options.methods):
-        return planned_bytes(source, decide_plan(source, options))
-    return round(fixed_bytes(source.description, options)) - graph_bytes(source.description)
+    by_shapes = recipe.allocation == "uniform" and (recipe.rank_rule.kind != "energy" or not recipe.groups)
+    if by_shapes and recipe.budget is None and all(method.sized_by_shapes for method in recipe.methods):
+        return planned_bytes(source, decide_plan(source, recipe))
+    return round(fixed_bytes(source.description, recipe)) - graph_bytes(source.description)
 
 
-def _planned_table(path: str, source: Source, options: CompressOptions) -> Finding:
-    rows, columns, spec = source.config.vocab_size, source.config.hidden_size, options.embedding_quant
-    before, after = rows * columns * 4, matrix_bytes(rows, columns, spec, FLOAT_BYTES[options.float_dtype])
+def _planned_table(path: str, source: Source, recipe: Recipe) -> Finding:
+    rows, columns, spec = source.config.vocab_size, source.config.hidden_size, recipe.embedding_quant
+    before, after = rows * columns * 4, matrix_bytes(rows, columns, spec, FLOAT_BYTES[recipe.float_dtype])
     if spec is None:
         return Finding(path, Outcome.SKIPPED, "stays in floats", before, after)
     return _finding(path, before, after, spec.details())
@@ -93,7 +93,7 @@ def _finding(target: str, before: int, after: int, details: dict[str, object]) -
 def size_summary(source: Source, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
     """Return parameters and bytes of the dense and of the compressed model."""
     dense = source.parameter_count()
-    float_bytes = FLOAT_BYTES[rewritten.plan.options.float_dtype]
+    float_bytes = FLOAT_BYTES[rewritten.plan.recipe.float_dtype]
     return SizeSummary(
         dense_parameters=dense,
         kept_parameters=kept_parameters(rewritten.model),

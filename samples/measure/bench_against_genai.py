@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import CompressOptions, QuantSpec, Run, compress
+from rk_export import QuantSpec, Recipe, Run, compress
 from rk_export.runtime import bench
 
 OURS, SAME_BUNDLE, ITS_BUILDER = (
@@ -79,7 +79,7 @@ def build(model: Path, ours: Path, peer: Path, threads: int) -> None:
     if not ours.exists():
         quant = QuantSpec(4, 32)
         # Round to nearest, as the peer's builder: the comparison is one of sizes and speeds.
-        options = CompressOptions(quant=quant, embedding_quant=quant, quantizer="rtn")
+        options = Recipe(quant=quant, embedding_quant=quant, quantizer="rtn")
         compress(model, ours, options, run=Run(threads=threads))
     if not (peer / "model.onnx").exists():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]

@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import Budget, CompressOptions, ParityError, QuantSpec, Run, compress
+from rk_export import Budget, ParityError, QuantSpec, Recipe, Run, compress
 from rk_export.runtime import bench
 
-BUNDLES: dict[str, CompressOptions] = {
-    "fp16 dense": CompressOptions(groups=(), quant=None, embedding_quant=None),
-    "INT8 dense": CompressOptions(groups=(), quant=QuantSpec(8, 64), embedding_quant=QuantSpec(8, 64)),
-    "INT4 dense": CompressOptions(groups=(), quant=QuantSpec(4, 64), embedding_quant=QuantSpec(8, 64)),
-    "fp16 kept 0.9": CompressOptions(budget=Budget("keep", 0.9), quant=None, embedding_quant=None),
-    "100 MB": CompressOptions(budget=Budget("size", 100e6)),
+BUNDLES: dict[str, Recipe] = {
+    "fp16 dense": Recipe(groups=(), quant=None, embedding_quant=None),
+    "INT8 dense": Recipe(groups=(), quant=QuantSpec(8, 64), embedding_quant=QuantSpec(8, 64)),
+    "INT4 dense": Recipe(groups=(), quant=QuantSpec(4, 64), embedding_quant=QuantSpec(8, 64)),
+    "fp16 kept 0.9": Recipe(budget=Budget("keep", 0.9), quant=None, embedding_quant=None),
+    "100 MB": Recipe(budget=Budget("size", 100e6)),
 }
 
 
@@ -55,12 +55,12 @@ def script(args: argparse.Namespace) -> None:
     results.measure(rows, args.rows)
 
 
-def check(model: Path, bundle: Path, options: CompressOptions) -> Row:
+def check(model: Path, bundle: Path, recipe: Recipe) -> Row:
     """Compress on the GPU, verify and time on the CUDA provider; a tier out of its bound is written down."""
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     try:
-        report = compress(model, bundle, replace(options, ep="cuda"), run=Run(device="cuda"), force=True)
+        report = compress(model, bundle, replace(recipe, ep="cuda"), run=Run(device="cuda"), force=True)
     except ParityError as error:
         return {"failed": str(error)}
     row = bench([bundle], provider="cuda").rows[0]

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Measure, Results, Row
 
-from rk_export import CalibrationOptions, CompressOptions, EvalText, RankRule, open_source, rewrite_model
+from rk_export import CalibrationOptions, EvalText, RankRule, Recipe, open_source, rewrite_model
 
 KEPT_RATIOS = (0.95, 0.9, 0.8)
 DENSE = "dense"
 COLLAPSE = 100  # perplexity beyond this multiple of the dense model's is called a collapse in the text
-FLOATS = CompressOptions(
+FLOATS = Recipe(
     quant=None, embedding_quant=None, prepare=(), rank_multiple=1, calibration=CalibrationOptions("none")
 )
 
@@ -42,8 +42,8 @@ class Grouping:
     Args:
         name: Its name in the results.
         matrices: What it covers; groupings of equal `matrices` are compared.
-        groups: Groups of `CompressOptions`.
-        qk: As in `CompressOptions`.
+        groups: Groups of `Recipe`.
+        qk: As in `Recipe`.
     """
 
     name: str

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import CalibrationOptions, CompressOptions, QuantSpec, open_source, rewrite_model
+from rk_export import CalibrationOptions, QuantSpec, Recipe, open_source, rewrite_model
 from rk_export.graph.build import build_graph, save_graph
 
 FORMATS = {"float32": None, "INT4": QuantSpec(4, 32)}
@@ -49,7 +49,7 @@ def script(args: argparse.Namespace) -> None:
 
 def measure(model: Path, name: str) -> Row:
     """Return seconds, extra peak memory, and bytes of the dense model in fp32 and of the exported files."""
-    options = CompressOptions(
+    options = Recipe(
         groups=("qk",),
         quant=FORMATS[name],
         embedding_quant=FORMATS[name],

@@ -26,10 +26,10 @@ from measure.harness import Results, Row, Rows
 from rk_export import (
     Budget,
     CalibrationOptions,
-    CompressOptions,
     EvalText,
     PruneOptions,
     QuantSpec,
+    Recipe,
     Rewritten,
     StoredModel,
     kept_parameters,
@@ -38,9 +38,9 @@ from rk_export import (
 )
 
 DENSE = "dense"
-FLOATS = CompressOptions(groups=(), quant=None, embedding_quant=None, prepare=())
+FLOATS = Recipe(groups=(), quant=None, embedding_quant=None, prepare=())
 BY_WEIGHTS = replace(FLOATS, calibration=CalibrationOptions("none"))
-INT4 = CompressOptions(embedding_quant=None)
+INT4 = Recipe(embedding_quant=None)
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Case:
 
     name: str
     family: str
-    options: CompressOptions
+    options: Recipe
 
 
-def _pruned(name: str, family: str, base: CompressOptions = FLOATS, **prune: float) -> Case:
+def _pruned(name: str, family: str, base: Recipe = FLOATS, **prune: float) -> Case:
     return Case(name, family, replace(base, methods=(PruneOptions(**prune),)))  # type: ignore[arg-type]
 
 

@@ -30,10 +30,10 @@ from measure.harness import Measure, Results, Row, Rows
 from rk_export import (
     Budget,
     CalibrationOptions,
-    CompressOptions,
     EvalText,
     HealOptions,
     RankRule,
+    Recipe,
     Run,
     compress,
     open_source,
@@ -107,15 +107,15 @@ class Sweep:
         """Evaluate the dense model."""
         return {"perplexity": perplexities(torch_logits(open_source(self.model).load()), self.model)}
 
-    def kept(self, options: CompressOptions) -> Row:
+    def kept(self, recipe: Recipe) -> Row:
         """Compress in floats, and heal where the options ask for it."""
-        rewritten = rewrite_model(self.model, options, run=Run(device=self.device))
+        rewritten = rewrite_model(self.model, recipe, run=Run(device=self.device))
         found = perplexities(torch_logits(rewritten.model.float()), self.model)
         return {"predicted_loss": rewritten.plan.predicted_loss, "perplexity": found}
 
     def sized(self, megabytes: float) -> Row:
         """Compress into a bundle of a size."""
-        options = CompressOptions(budget=Budget("size", megabytes * 1e6), calibration=TEXT_METRIC)
+        options = Recipe(budget=Budget("size", megabytes * 1e6), calibration=TEXT_METRIC)
         bundle = self.work / f"size-{megabytes}"
         run = Run(device=self.device, threads=self.threads)
         report = compress(self.off_grid(), bundle, options, run=run, force=True)
@@ -143,7 +143,7 @@ class Sweep:
         return folder
 
 
-def kept_series(keep: float) -> dict[str, CompressOptions]:
+def kept_series(keep: float) -> dict[str, Recipe]:
     """Return the methods that are compared at one kept share of all linear parameters, in floats.
 
     `paper 1` is 2402.16319 (joint q/k and gate/up, the others alone, no metric), `SVD-LLM` 2403.07378 (whitening,
@@ -155,10 +155,10 @@ def kept_series(keep: float) -> dict[str, CompressOptions]:
     floats: dict[str, Any] = {"quant": None, "embedding_quant": None, "rank_multiple": 1}
     rule: dict[str, Any] = {"rank": RankRule("keep", keep), **floats}
     return {
-        "paper 1": CompressOptions(groups=joint, calibration=CalibrationOptions("none"), **rule),
-        "SVD-LLM": CompressOptions(groups=SINGLE, calibration=whitened, **rule),
-        "joint + identity": CompressOptions(groups=joint, calibration=whitened, form="identity", **rule),
-        "rk-export": CompressOptions(budget=Budget("keep", keep), calibration=TEXT_METRIC, **floats),
+        "paper 1": Recipe(groups=joint, calibration=CalibrationOptions("none"), **rule),
+        "SVD-LLM": Recipe(groups=SINGLE, calibration=whitened, **rule),
+        "joint + identity": Recipe(groups=joint, calibration=whitened, form="identity", **rule),
+        "rk-export": Recipe(budget=Budget("keep", keep), calibration=TEXT_METRIC, **floats),
     }
 
 

@@ -16,8 +16,8 @@ from rk_export.calibration.moments import MomentSum
 from rk_export.calibration.streamed_moments import CalibrationStreams, calibration_tokens
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature
@@ -45,7 +45,7 @@ def disturb(module: nn.Module, seed: int) -> None:
 
 def sites_of(source: StoredModel, index: int) -> tuple[SitePlan, ...]:
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
-    return decide_plan(source, CompressOptions(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
+    return decide_plan(source, Recipe(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
 
 
 def gather(source: StoredModel, tokens: Tensor, *, embedding: bool = False, **options: Any) -> Statistics:

@@ -11,13 +11,13 @@ from tiny_models import FAMILIES
 from torch import nn
 
 from rk_export.calibration.streams import Streams
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED
 
 
-def options(**changes: Any) -> CompressOptions:
+def options(**changes: Any) -> Recipe:
     return floats(("qk",), rank=RankRule("rank", 12), **changes)
 
 

@@ -46,7 +46,7 @@ PUBLIC = {
     "Budget",
     "CalibrationOptions",
     "CapOptions",
-    "CompressOptions",
+    "Recipe",
     "EvalText",
     "Finding",
     "FusionError",

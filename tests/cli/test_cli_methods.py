@@ -15,14 +15,14 @@ from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.heal.options import HealOptions
 from rk_export.methods.prune.options import PruneOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 from rk_export.plan import Plan
 from rk_export.report.records import Report
 
 
-def options(*words: str) -> CompressOptions:
+def options(*words: str) -> Recipe:
     parser = argparse.ArgumentParser()
     add_rank_arguments(parser)
     add_method_arguments(parser)

@@ -20,9 +20,9 @@ from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 
 pytestmark = pytest.mark.whole
@@ -38,7 +38,7 @@ class Method:
     Args:
         title: As the docs call it.
         command: How the command line asks for it.
-        fields: Of `CompressOptions`.
+        fields: Of `Recipe`.
         prunes: Fields of `PruneOptions`, which two methods may share.
     """
 
@@ -72,14 +72,14 @@ def methods(task: Path) -> list[Method]:
     ]
 
 
-def options_of(one: Method, other: Method) -> CompressOptions:
+def options_of(one: Method, other: Method) -> Recipe:
     """Return the options of two methods together; of two formats the second takes every other matrix, see `run`."""
     prunes = {**one.prunes, **other.prunes}
     fields = {**one.fields, **other.fields}
     pruning = (PruneOptions(**prunes),) if prunes else ()
     rows = (one,) if one is other else (one, other)
     fields["methods"] = (*pruning, *(method for row in rows for method in row.fields.get("methods", ())))
-    return CompressOptions(
+    return Recipe(
         **{
             "groups": (),
             "quant": None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import SENTENCES, Cli, Ended
 
-from rk_export import CompressOptions, Plan, TextFile
+from rk_export import Plan, Recipe, TextFile
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.report.records import Report
@@ -46,8 +46,8 @@ def test_no_file_of_a_bundle_tells_where_anything_lay(
             assert str(llama.parent).encode() not in path.read_bytes(), path.name
     plan = json.loads((out / "plan.json").read_text())
     known = TextFile.of(text)
-    assert plan["options"]["calibration"]["corpus"] == {"name": "mine.txt", "sha256": known.sha256}
-    assert "device" not in plan["options"]
+    assert plan["recipe"]["calibration"]["corpus"] == {"name": "mine.txt", "sha256": known.sha256}
+    assert "device" not in plan["recipe"]
     assert f"corpus:{text.name}" in Report.load(out / "report.json").command
 
 
@@ -104,7 +104,7 @@ def test_a_bundle_is_verified_after_its_text_has_moved(
 def test_texts_are_equal_by_name_and_content(text: Path) -> None:
     known = TextFile.of(text)
     assert known == replace(known, path=None)
-    options = CompressOptions(calibration=CalibrationOptions("corpus", replace(known, path=None)))
+    options = Recipe(calibration=CalibrationOptions("corpus", replace(known, path=None)))
     assert options.missing_text == known
     assert options.with_texts((text,)).missing_text is None
     with pytest.raises(InputError, match="sha256"):

@@ -8,6 +8,8 @@ import pytest
 from run_counts import counts_of_one_compress, runs
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize("run", runs())
 def test_a_compression_reads_every_tensor_twice_and_describes_the_model_once(

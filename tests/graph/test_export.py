@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rk_export.graph.build import build_graph
 from rk_export.model.decoder_spec import decoder_spec
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.passes.modules.factors import JointMember
 from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten, rewrite
@@ -33,7 +33,7 @@ FORMATS = {"float": None, "int4": INT4}
 CASES = [(family, form, bits) for family in FAMILIES for form in FORMS for bits in FORMATS]
 
 
-def options_of(family: str, form: str, bits: str) -> CompressOptions:
+def options_of(family: str, form: str, bits: str) -> Recipe:
     groups = {"dense": (), "per-head": ("qk",), "joint": ("qk",) if family in NO_GATE else ("qk", "gate_up")}
     return floats(
         groups[form],

@@ -17,9 +17,9 @@ from torch import nn
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
 from rk_export.model.layer_wiring import wiring_of
-from rk_export.options.compress import PREPARATIONS, CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import PREPARATIONS, Recipe
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planning.planner import decide_plan
@@ -53,9 +53,9 @@ def prepared(source: StoredModel) -> Transformed:
     return source.then(Prepared(source.description, PREPARATIONS, peaks=peaks))
 
 
-def rewritten_of(source: StoredModel, options: CompressOptions, **extra: Any) -> Rewritten:
+def rewritten_of(source: StoredModel, recipe: Recipe, **extra: Any) -> Rewritten:
     new = prepared(source)
-    return rewrite(new, decide_plan(new, options), **extra)
+    return rewrite(new, decide_plan(new, recipe), **extra)
 
 
 @pytest.mark.whole
@@ -197,7 +197,7 @@ def test_a_plan_that_rotates_without_folding_is_refused(source_of: SourceOf, tmp
     source = source_of("llama", tie_word_embeddings=True)
     save_pretrained(rewritten_of(source, OPTIONS["float"]), tmp_path / "out", tokenizer_from=source.folder)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["rk_export"]["plan"]["options"]["prepare"] = ["rotate"]
+    config["rk_export"]["plan"]["recipe"]["prepare"] = ["rotate"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="add fold"):
         load_pretrained(tmp_path / "out")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rk_export import CompressOptions, Run, compress, export
+from rk_export import Recipe, Run, compress, export
 from rk_export.errors import RkExportError
 from rk_export.report.records import Report
 from rk_export.runtime import GenerationOptions, Session
@@ -43,7 +43,7 @@ class Given:
     model: Path
     reference: Callable[[], PreTrainedModel] | None = None
     base: Path | None = None
-    options: CompressOptions | None = None
+    options: Recipe | None = None
     placed: Callable[[Path], Path] = lambda bundle: bundle
     prompt: tuple[int, ...] = ()
     new_tokens: int = 24

@@ -25,15 +25,13 @@ from quantized_models import (
 from tiny_models import tiny_model, transformers_own
 
 from input_cases.case import Build, Case, Given
-from rk_export import CompressOptions
+from rk_export import Recipe
 from rk_export.options.calibration import CalibrationOptions
 
 Change = Callable[[Path], object]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128}
 # Every matrix keeps its codes; what has none stays in floats.
-CARRIED = CompressOptions(
-    groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none")
-)
+CARRIED = Recipe(groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none"))
 
 
 def quantized(
@@ -41,7 +39,7 @@ def quantized(
     quantize: Quantizer,
     *changes: Change,
     family: str = "llama",
-    options: CompressOptions | None = None,
+    recipe: Recipe | None = None,
 ) -> Build:
     """Return what writes a quantized checkpoint and changes its folder."""
 
@@ -50,7 +48,7 @@ def quantized(
         reference = save_quantized(tiny_model(family, **SIZES), model, config, quantize)
         for change in changes:
             change(model)
-        return Given(model, reference.eval, options=options)
+        return Given(model, reference.eval, options=recipe)
 
     return build
 
@@ -122,7 +120,7 @@ CASES = (
         "GPTQ, codes kept",
         "--recompute none",
         "carried",
-        quantized(gptq_config(), gptq(), options=CARRIED),
+        quantized(gptq_config(), gptq(), recipe=CARRIED),
         "compress",
     ),
     Case("AWQ", "4 bits in groups of 32", "dequantized", quantized(AWQ_CONFIG, awq)),
@@ -131,7 +129,7 @@ CASES = (
         "AWQ, codes kept",
         "--recompute none",
         "carried",
-        quantized(AWQ_CONFIG, awq, options=CARRIED),
+        quantized(AWQ_CONFIG, awq, recipe=CARRIED),
         "compress",
     ),
     Case(

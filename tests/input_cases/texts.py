@@ -17,7 +17,7 @@ from tiny_models import massive, tiny_model, transformers_own
 
 from input_cases.case import Build, Case, Given
 from input_cases.folders import changed, config, saved
-from rk_export import CompressOptions
+from rk_export import Recipe
 
 PROMPT = (1, 70, 80, 90)
 SAMPLED = tuple(
@@ -129,7 +129,7 @@ def asked(*ids: int) -> Build:
 
 def positions(family: str, *, length: int = 24, context: int | None = None, **fields: Any) -> Build:
     """Return what writes a model with a rotation of its own, and asks for a context."""
-    options = CompressOptions(context_length=context)
+    options = Recipe(context_length=context)
 
     def build(folder: Path) -> Given:
         model = saved(folder, family, **fields)

@@ -25,9 +25,9 @@ from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.prune.pruned import Pruned
 from rk_export.model.plain_form import plain_model
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import Rewritten
@@ -40,7 +40,7 @@ NO_HEADS = ("gpt2", "opt", "olmo2")
 NO_WIDTH = ("mixtral", "qwen3_moe")
 
 
-def options(prune: PruneOptions | None = None, **changes: Any) -> CompressOptions:
+def options(prune: PruneOptions | None = None, **changes: Any) -> Recipe:
     fields = {
         "groups": (),
         "quant": None,
@@ -49,14 +49,14 @@ def options(prune: PruneOptions | None = None, **changes: Any) -> CompressOption
         "accuracy_level": 0,
         "calibration": CalibrationOptions("none"),
     }
-    return CompressOptions(**{**fields, **changes}, methods=() if prune is None else (prune,))
+    return Recipe(**{**fields, **changes}, methods=() if prune is None else (prune,))
 
 
 def plan_of(inputs: CompressionInputs) -> Plan:
-    return replace(decide_plan(inputs.source, inputs.options), pruning=inputs.source.pruning)
+    return replace(decide_plan(inputs.source, inputs.recipe), pruning=inputs.source.pruning)
 
 
-def rewritten_of(source: StoredModel, asked: CompressOptions) -> Rewritten:
+def rewritten_of(source: StoredModel, asked: Recipe) -> Rewritten:
     inputs = compression_inputs(source, asked)
     return inputs.rewrite(plan_of(inputs))
 
@@ -133,7 +133,7 @@ def silenced(source: StoredModel, folder: Path, change: Callable[[nn.Module], No
     return StoredModel(folder, "changed")
 
 
-def with_text(prune: PruneOptions) -> CompressOptions:
+def with_text(prune: PruneOptions) -> Recipe:
     return options(prune, calibration=CalibrationOptions(tokens=512), quantizer="gptq")
 
 
@@ -217,7 +217,7 @@ def test_recovery_aims_at_the_whole_model(
 
 @pytest.mark.whole
 def test_a_pruned_bundle_is_verified_and_made_again(llama: Path, tmp_path: Path) -> None:
-    asked = CompressOptions(
+    asked = Recipe(
         methods=(PruneOptions(blocks=1, ffn=0.75, kv_groups=1),),
         quant=QuantSpec(4, 32),
         calibration=CalibrationOptions(tokens=512),

@@ -17,8 +17,8 @@ from rk_export.methods.cap.baselines import wanda
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.methods.sslc.choose import RANK_SHARES, candidates_of, sslc_parts, targets
 from rk_export.methods.sslc.options import SslcOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import StoredModel
 
@@ -117,6 +117,6 @@ def test_budgets_that_leave_no_choice_are_refused(
 
 def test_a_rank_rule_says_not_how_much_is_sparse() -> None:
     with pytest.raises(InputError, match="budget of parameters or bytes"):
-        CompressOptions(groups=(), rank=RankRule("keep", 0.5), methods=(SslcOptions(),))
+        Recipe(groups=(), rank=RankRule("keep", 0.5), methods=(SslcOptions(),))
     with pytest.raises(InputError, match="stages"):
         SslcOptions(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from rk_export import CompressOptions, compress
+from rk_export import Recipe, compress
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.run import Run
 from rk_export.parity.comparison import FLOAT_BOUND
@@ -20,7 +20,7 @@ LARGE_GAIN = 100.0  # in a norm before the attention, whose softmax then saturat
 
 
 def in_floats(model: Path, bundle: Path, prepare: tuple[str, ...] = ()) -> dict[str, ParityTier]:
-    options = CompressOptions(
+    options = Recipe(
         groups=(),
         quant=None,
         embedding_quant=None,

@@ -17,7 +17,7 @@ from torch import Tensor
 import rk_export
 from rk_export import memory
 from rk_export.errors import InputError, ParityError
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity import half_range, oracle
 from rk_export.parity.preflight import preflight
@@ -262,19 +262,19 @@ def test_the_dry_run_refuses_it_too(tmp_path: Path, cli: Cli) -> None:
 def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
     source = open_source(loud(tmp_path / "model", 1e7))
     with pytest.raises(InputError, match=r"layer 1, weight mlp\.down_proj\.weight reaches"):
-        preflight(source, CompressOptions(ep="portable"))
+        preflight(source, Recipe(ep="portable"))
 
 
 def test_values_near_the_end_of_the_range_are_a_notice(tmp_path: Path) -> None:
     source = open_source(loud(tmp_path / "model", 2e3))
-    (notice,) = preflight(source, CompressOptions(ep="portable")).notices
+    (notice,) = preflight(source, Recipe(ep="portable")).notices
     assert "other texts may overflow" in notice
-    assert preflight(source, CompressOptions(ep="cpu")).notices == ()
+    assert preflight(source, Recipe(ep="cpu")).notices == ()
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_ordinary_models_raise_no_false_alarm(source_of: SourceOf, family: str) -> None:
-    assert preflight(source_of(family), CompressOptions(ep="portable")).notices == ()
+    assert preflight(source_of(family), Recipe(ep="portable")).notices == ()
 
 
 def test_what_is_no_number_counts_as_infinite() -> None:

@@ -11,9 +11,9 @@ from compressed import INT4, OnnxModel, SourceOf, compress, floats, logits, toke
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.factors import IdentityFactors
 from rk_export.passes.modules.quantized import linear_of
@@ -324,7 +324,7 @@ def renumbering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return known
 
 
-def identity_options(groups: tuple[str, ...], bits: str, **changes: object) -> CompressOptions:
+def identity_options(groups: tuple[str, ...], bits: str, **changes: object) -> Recipe:
     fields = {"rank": RankRule("keep", 0.8), "rank_multiple": 2, "quant": FORMATS[bits], **changes}
     return floats(groups, form="identity", **fields)
 

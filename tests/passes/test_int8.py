@@ -11,9 +11,9 @@ from compressed import SourceOf, compress, floats
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import Int8Linear, float_inputs
 from rk_export.passes.numerics.int8 import int8_bytes, int8_product, quantize_rows, token_codes
@@ -164,16 +164,16 @@ def int8_plan(source: StoredModel) -> Plan:
 @pytest.mark.parametrize("ep", ["cuda", "portable"])
 def test_only_the_cpu_graph_has_int8_inputs(source_of: SourceOf, ep: str) -> None:
     with pytest.raises(InputError, match="int8 inputs"):
-        CompressOptions(quant=W8A8, ep=ep)  # type: ignore[arg-type]
+        Recipe(quant=W8A8, ep=ep)  # type: ignore[arg-type]
     plan = int8_plan(source_of("llama"))
-    edited = replace(plan, options=floats(ep=ep))
+    edited = replace(plan, recipe=floats(ep=ep))
     with pytest.raises(InputError, match="int8 inputs"):
         check_plan(source_of("llama"), edited)
 
 
 def test_what_has_no_int8_form_is_refused(source_of: SourceOf) -> None:
     with pytest.raises(InputError, match="embedding has no inputs"):
-        CompressOptions(embedding_quant=W8A8)
+        Recipe(embedding_quant=W8A8)
     plan = int8_plan(source_of("llama"))
     sites = (replace(plan.sites[0], correction=4), *plan.sites[1:])
     with pytest.raises(InputError, match="only weight-only quantization is corrected"):

@@ -22,9 +22,9 @@ from rk_export.errors import InputError
 from rk_export.methods.heal.options import HealOptions
 from rk_export.model.sites import dense_sites
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import GROUPS, Budget
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import Plan, SitePlan
@@ -39,8 +39,8 @@ TEXT = CalibrationOptions("self", tokens=1024)
 SourceOf = Callable[..., StoredModel]
 
 
-def options(kind: Any, value: float, **changes: Any) -> CompressOptions:
-    return CompressOptions(budget=Budget(kind, value), calibration=TEXT, **changes)
+def options(kind: Any, value: float, **changes: Any) -> Recipe:
+    return Recipe(budget=Budget(kind, value), calibration=TEXT, **changes)
 
 
 def matrix_parameters(source: StoredModel) -> int:
@@ -82,7 +82,7 @@ def test_less_budget_loses_more(llama: Path) -> None:
 def test_mean_bits_are_kept(llama: Path) -> None:
     source = open_source(llama)
     plan = make_plan(llama, options("bits", 4.7))
-    rewritten = compression_inputs(source, plan.options).rewrite(plan)
+    rewritten = compression_inputs(source, plan.recipe).rewrite(plan)
     stored = {
         finding.target: finding.bytes_after
         for finding in rewritten.findings
@@ -316,7 +316,7 @@ def test_an_export_that_fails_keeps_the_state_of_the_healing(
 
 @pytest.mark.whole
 def test_w8a8_is_prepared_and_verified(llama: Path, tmp_path: Path) -> None:
-    asked = CompressOptions(quant=W8A8, calibration=TEXT)
+    asked = Recipe(quant=W8A8, calibration=TEXT)
     report = compress(llama, tmp_path / "out", asked, run=Run(threads=1))
     applied = {finding.target for finding in report.findings if finding.outcome == "applied"}
     tried = ("fold-attention", "fold-mlp", "rotate", "rotate-heads", "scale")
@@ -342,7 +342,7 @@ def test_moments_through_the_compressed_part(llama: Path, tmp_path: Path) -> Non
     files = {}
     for prefix in (False, True):
         out = tmp_path / str(prefix)
-        asked = CompressOptions(quant=QuantSpec(2, 16), calibration=replace(TEXT, prefix=prefix))
+        asked = Recipe(quant=QuantSpec(2, 16), calibration=replace(TEXT, prefix=prefix))
         report = compress(llama, out, asked, run=Run(threads=1))
         assert all(tier.passed for tier in report.parity if tier.bound is not None)
         files[prefix] = (out / "model.onnx.data").read_bytes()
@@ -361,7 +361,7 @@ def test_a_file_beyond_the_budget_is_said_aloud(
 
 
 def test_an_encoder_says_that_it_has_no_metric(source_of: SourceOf) -> None:
-    asked = CompressOptions(groups=("qk",), quant=None, embedding_quant=None, calibration=TEXT)
+    asked = Recipe(groups=("qk",), quant=None, embedding_quant=None, calibration=TEXT)
     (finding,) = compression_inputs(source_of("bert"), asked).findings
     assert (finding.target, finding.outcome) == ("metric", "skipped")
     assert "has no loss" in finding.reason

@@ -29,7 +29,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rk_export import CompressOptions, compress, export, make_plan, verify
+from rk_export import Recipe, compress, export, make_plan, verify
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.quantization import QuantSpec
@@ -112,7 +112,7 @@ def test_codes_scales_and_zero_points_in_the_graph_are_the_checkpoints(
     quantize = recording(made, bits=bits, size=size, symmetric=symmetric)
     config = gptq_config(bits=bits, group_size=size)
     reference = save_quantized(small(), tmp_path / "model", config, quantize)
-    compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), run=Run(threads=1))
+    compress(tmp_path / "model", tmp_path / "bundle", Recipe(**OPTIONS), run=Run(threads=1))
     stored = graph_codes(tmp_path / "bundle")
     assert len(stored) == len(TOGETHER)
     for part, names in TOGETHER.items():
@@ -150,7 +150,7 @@ def test_every_matrix_is_carried_over(
     tmp_path: Path, family: str, config: dict[str, Any], quantize: Quantizer
 ) -> None:
     reference = save_quantized(small(family), tmp_path / "model", config, quantize)
-    report = compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), run=Run(threads=1))
+    report = compress(tmp_path / "model", tmp_path / "bundle", Recipe(**OPTIONS), run=Run(threads=1))
     sites = Plan.load(tmp_path / "bundle" / "plan.json").sites
     assert all(site.carried for site in sites)
     assert {site.site for site in sites} == {
@@ -168,7 +168,7 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
         return gptq(act_order="down" in name, symmetric=True)(name, matrix)
 
     save_quantized(small(), tmp_path / "model", gptq_config(), quantize)
-    options = CompressOptions(**{**OPTIONS, "quant": QuantSpec(8, 64)})
+    options = Recipe(**{**OPTIONS, "quant": QuantSpec(8, 64)})
     report = compress(tmp_path / "model", tmp_path / "bundle", options, run=Run(threads=1))
     plan = Plan.load(tmp_path / "bundle" / "plan.json")
     assert {site.site: site.quant for site in plan.sites if not site.carried} == {
@@ -184,7 +184,7 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
 @pytest.mark.whole
 def test_a_checkpoint_of_carried_codes_exports_the_same(tmp_path: Path) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
-    options = CompressOptions(**OPTIONS)
+    options = Recipe(**OPTIONS)
     compress(
         tmp_path / "model", tmp_path / "one", options, checkpoint=tmp_path / "checkpoint", run=Run(threads=1)
     )
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_carried_codes_exports_the_same(tmp_path: Path) -> None:
 
 def test_a_plan_of_carried_codes_needs_the_quantized_checkpoint(tmp_path: Path) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
-    plan = make_plan(tmp_path / "model", CompressOptions(**OPTIONS))
+    plan = make_plan(tmp_path / "model", Recipe(**OPTIONS))
     assert Plan.from_json(plan.to_json()) == plan
     reference.save_pretrained(tmp_path / "floats")
     with pytest.raises(InputError, match="not on integer grids"):
@@ -211,7 +211,7 @@ def test_an_output_projection_on_a_grid_is_said_to_lose_its_codes(tmp_path: Path
         tensors |= {f"lm_head.{leaf}": tensor for leaf, tensor in parts.items()}
 
     change_tensors(tmp_path / "model", change)
-    report = compress(tmp_path / "model", tmp_path / "bundle", CompressOptions(**OPTIONS), run=Run(threads=1))
+    report = compress(tmp_path / "model", tmp_path / "bundle", Recipe(**OPTIONS), run=Run(threads=1))
     reasons = [item.reason for item in report.findings if item.target == "lm_head"]
     assert reasons == ["its codes are not carried over: it is stored in the format of the embedding"]
 

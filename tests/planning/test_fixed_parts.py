@@ -15,8 +15,8 @@ from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
 from rk_export.methods.cap.options import CapOptions
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import Budget
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.planning.fixed_parts import fixed_parts
 from rk_export.planning.planner import decide_plan as plan_of
@@ -25,7 +25,7 @@ from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import StoredModel
 
 CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add
-SIZED = CompressOptions(calibration=CalibrationOptions("self", tokens=1024))
+SIZED = Recipe(calibration=CalibrationOptions("self", tokens=1024))
 
 
 @pytest.mark.whole
@@ -94,7 +94,7 @@ def test_a_size_below_the_smallest_model_is_refused_before_work_with_all_parts(
     advised = re.search(r"give at least ([\d.]+)MB", ended.err)
     assert advised is not None
     budget = Budget("size", float(advised[1]) * 1e6)
-    assert make_plan(llama, CompressOptions(budget=budget, calibration=SIZED.calibration)).sites
+    assert make_plan(llama, Recipe(budget=budget, calibration=SIZED.calibration)).sites
 
 
 def test_a_size_for_sparse_parts_names_what_they_do_not_replace(llama: Path) -> None:

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan, SitePlan
 
 SITE = SitePlan("layers.0.qk", 0, ("q", "k"), ("a.q", "a.k"), "joint", 24, QuantSpec(4, 32), reason="")
 PLAN = Plan(
     "llama",
     "0123456789abcdef",
-    CompressOptions(groups=("qk",), rank=RankRule("energy", 0.93), embedding_quant=None),
+    Recipe(groups=("qk",), rank=RankRule("energy", 0.93), embedding_quant=None),
     (
         SITE,
         dataclasses.replace(SITE, site="layers.1.qk", layer=1, form="per_head", quant=None),
@@ -47,15 +47,15 @@ PLAN = Plan(
         (lambda: RankRule("rank", float("nan")), "--rank"),
         (lambda: RankRule("rank", float("inf")), "--rank"),
         (lambda: RankRule("half", 0.5), "rank"),  # type: ignore[arg-type]
-        (lambda: CompressOptions(groups=("qk", "moe")), "--groups"),
-        (lambda: CompressOptions(groups=("qk", "qkv")), "--groups"),
-        (lambda: CompressOptions(groups=("qk", "qk")), "--groups"),
-        (lambda: CompressOptions(qk="both"), "--qk"),  # type: ignore[arg-type]
-        (lambda: CompressOptions(groups=("gate_up",), qk="per-head"), "--qk"),
-        (lambda: CompressOptions(gauge="left"), "--gauge"),  # type: ignore[arg-type]
-        (lambda: CompressOptions(ep="tpu"), "--ep"),  # type: ignore[arg-type]
-        (lambda: CompressOptions(accuracy_level=3), "--accuracy-level"),
-        (lambda: CompressOptions(rank_multiple=0), "--rank-multiple"),
+        (lambda: Recipe(groups=("qk", "moe")), "--groups"),
+        (lambda: Recipe(groups=("qk", "qkv")), "--groups"),
+        (lambda: Recipe(groups=("qk", "qk")), "--groups"),
+        (lambda: Recipe(qk="both"), "--qk"),  # type: ignore[arg-type]
+        (lambda: Recipe(groups=("gate_up",), qk="per-head"), "--qk"),
+        (lambda: Recipe(gauge="left"), "--gauge"),  # type: ignore[arg-type]
+        (lambda: Recipe(ep="tpu"), "--ep"),  # type: ignore[arg-type]
+        (lambda: Recipe(accuracy_level=3), "--accuracy-level"),
+        (lambda: Recipe(rank_multiple=0), "--rank-multiple"),
     ],
 )
 def test_a_refused_option_names_its_flag_and_the_fix(build: Callable[[], Any], flag: str) -> None:
@@ -68,17 +68,17 @@ def test_a_refused_option_names_its_flag_and_the_fix(build: Callable[[], Any], f
 
 def test_two_groups_that_share_a_matrix_are_named() -> None:
     with pytest.raises(InputError, match="'q' stands in both 'qk' and 'qkv'"):
-        CompressOptions(groups=("qk", "qkv"))
+        Recipe(groups=("qk", "qkv"))
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_is_an_option(group: str) -> None:
-    assert CompressOptions(groups=(group,)).groups == (group,)
+    assert Recipe(groups=(group,)).groups == (group,)
 
 
 @pytest.mark.parametrize(("ep", "dtype"), [("cpu", "fp32"), ("cuda", "fp16"), ("portable", "fp16")])
 def test_the_float_type_follows_the_provider(ep: Any, dtype: str) -> None:
-    assert CompressOptions(ep=ep).float_dtype == dtype
+    assert Recipe(ep=ep).float_dtype == dtype
 
 
 def test_the_json_round_trip_is_exact(tmp_path: Path) -> None:
@@ -99,10 +99,8 @@ def test_the_json_round_trip_is_exact(tmp_path: Path) -> None:
 def test_options_survive_json(
     groups: tuple[str, ...] | None, rank: RankRule, quant: QuantSpec | None, multiple: int | None
 ) -> None:
-    options = CompressOptions(
-        groups=groups, rank=rank, quant=quant, embedding_quant=quant, rank_multiple=multiple
-    )
-    plan = dataclasses.replace(PLAN, options=options)
+    recipe = Recipe(groups=groups, rank=rank, quant=quant, embedding_quant=quant, rank_multiple=multiple)
+    plan = dataclasses.replace(PLAN, recipe=recipe)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -128,11 +126,11 @@ Edit = Callable[[dict[str, Any]], Any]
     [
         lambda data: data.pop("rk_export_plan"),
         lambda data: data.update(rk_export_plan=2),
-        lambda data: data.pop("options"),
+        lambda data: data.pop("recipe"),
         lambda data: data.pop("structure"),
-        lambda data: data["options"].update(speed=9),
-        lambda data: data["options"]["rank"].update(kind="half"),
-        lambda data: data["options"].update(rank=0.5),
+        lambda data: data["recipe"].update(speed=9),
+        lambda data: data["recipe"]["rank"].update(kind="half"),
+        lambda data: data["recipe"].update(rank=0.5),
         lambda data: data["sites"][0].pop("paths"),
         lambda data: data["sites"][0].update(colour="red"),
         lambda data: data["sites"][0].update(form="sparse"),
@@ -162,10 +160,10 @@ def test_a_malformed_plan_is_an_input_error(edit: Edit) -> None:
         (lambda data: data["sites"][2].update(rank=-4), "my.json: sites[2]: layers.0.v"),
         (lambda data: data["sites"][2]["quant"].update(block_size=24), "my.json: sites[2].quant: --block"),
         (
-            lambda data: data["options"]["calibration"].update(tokens=9),
-            "my.json: options.calibration: --calibration-tokens",
+            lambda data: data["recipe"]["calibration"].update(tokens=9),
+            "my.json: recipe.calibration: --calibration-tokens",
         ),
-        (lambda data: data["options"].update(groups=["moe"]), "my.json: options: --groups"),
+        (lambda data: data["recipe"].update(groups=["moe"]), "my.json: recipe: --groups"),
         (
             lambda data: data.update(shapes=[{"layer": 1, "ffn_width": 0}]),
             "my.json: shapes[0]: shapes: layer 1",

@@ -12,9 +12,9 @@ from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
 from rk_export.model.sites import default_multiple
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.ranks import kept_ratio
 from rk_export.plan import SitePlan
 from rk_export.planning.planner import check_plan, decide_plan
@@ -22,8 +22,8 @@ from rk_export.planning.planner import check_plan, decide_plan
 # Shapes of the tiny llama: hidden 64, q 64, k and v 32, gate and up 128.
 
 
-def site_of(options: CompressOptions, source_of: SourceOf, name: str, family: str = "llama") -> SitePlan:
-    plan = decide_plan(source_of(family), options)
+def site_of(recipe: Recipe, source_of: SourceOf, name: str, family: str = "llama") -> SitePlan:
+    plan = decide_plan(source_of(family), recipe)
     return next(site for site in plan.sites if site.site == name)
 
 
@@ -133,15 +133,15 @@ def test_rounding_suits_size_and_block(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    plan = decide_plan(source, CompressOptions(rank=RankRule("keep", 0.95)))
+    plan = decide_plan(source, Recipe(rank=RankRule("keep", 0.95)))
     assert (plan.model_type, plan.structure) == (source.config.model_type, source.structure())
     for index in range(source.layer_count):
         planned = [path for site in plan.of_layer(index) for path in site.paths]
         projections = source.architecture.projections(source.config, index)
         assert sorted(planned) == sorted(projection.path for projection in projections)
     assert {site.quant for site in plan.sites} == {QuantSpec(4, 32)}
-    assert plan.options.groups is not None
-    assert plan.options.groups[0] == "qk"
+    assert plan.recipe.groups is not None
+    assert plan.recipe.groups[0] == "qk"
     check_plan(source, plan)
 
 

@@ -10,26 +10,24 @@ import pytest
 import torch
 from compressed import floats, logits
 from ranking import rank_correlation
-from rk_export.planning.currencies import currency_of
 from torch import Tensor
 
-from rk_export import Budget, CalibrationOptions, CompressOptions
+from rk_export import Budget, CalibrationOptions, Recipe
+from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.model.sites import dense_sites
 from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning.budget import InputSides
+from rk_export.planning.budget_units import budget_unit
 from rk_export.planning.candidates import Candidate, candidates
-from rk_export.planning.planner import make_plan
+from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import rewrite
-from rk_export.source.stored import ModelSource, loaded_layers
+from rk_export.source.protocol import Source
 
 CPU = torch.device("cpu")
 RANK_STEP = 32
-BUDGET = CompressOptions(
-    budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self")
-)
+BUDGET = Recipe(budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self"))
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,16 @@ class Outcome:
     divergence: float
 
 
-def menus(source: ModelSource, sides: InputSides) -> list[list[Candidate]]:
-    """Return what a budget of bytes may buy for every site; the dense matrix in floats, which loses nothing, is out."""
-    menu = currency_of(source, BUDGET, RANK_STEP).menu
+def offers(source: Source, statistics: DenseStatistics) -> list[list[Candidate]]:
+    """Return what a budget may choose for every site; the dense matrix in floats, which loses nothing, is out."""
+    space = budget_unit(source, BUDGET, RANK_STEP).space
     found = []
-    for layer in loaded_layers(source):
-        for site in dense_sites(layer, source.architecture.projections(source.config, layer.index), BUDGET):
+    for layer in source.layers():
+        sites = dense_sites(layer, source.description.projections(layer.index), BUDGET)
+        for site, curvature in zip(sites, statistics.of_sites(sites), strict=True):
             weights = [layer.linear(path).weight for path in site.paths]
             shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-            offered = candidates(site, torch.cat(weights), shapes, sides.curvature(site), menu)
+            offered = candidates(site, torch.cat(weights), shapes, curvature, space)
             found.append([item for item in offered if item.loss > 0])
     return found
 
@@ -61,7 +60,7 @@ def alone(plan: Plan, site: SitePlan) -> Plan:
 @pytest.fixture(scope="module", params=["llama"])
 def outcomes(
     request: pytest.FixtureRequest,
-    source_of: Callable[..., ModelSource],
+    source_of: Callable[..., Source],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[list[Outcome]]:
     """Every candidate of every site, measured on the calibration text itself."""
@@ -69,8 +68,7 @@ def outcomes(
     tokens = torch.randint(3, 160, (32, 32), generator=torch.Generator().manual_seed(2))
     cache: Path = tmp_path_factory.mktemp("statistics")
     statistics = dense_statistics(
-        source.load(),
-        source.architecture,
+        source,
         tokens,
         diagonal=False,
         device=CPU,
@@ -78,14 +76,14 @@ def outcomes(
         cache_dir=cache,
     )
     wanted = logits(source.load(), tokens).double().log_softmax(-1)
-    plan = make_plan(source, floats())
+    plan = decide_plan(source, floats())
 
     def divergence(candidate: Candidate) -> float:
         rewritten = rewrite(source, alone(plan, candidate.plan), statistics=FromDense(statistics))
         found: Tensor = logits(rewritten.model, tokens).double().log_softmax(-1)
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
-    sites = menus(source, InputSides(statistics, CPU))
+    sites = offers(source, statistics)
     return [[Outcome(candidate, divergence(candidate)) for candidate in site] for site in sites]
 
 

@@ -14,15 +14,15 @@ from torch import nn
 from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.model.plain_form import plain_model
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.compress import CompressOptions
 from rk_export.options.ranks import ALLOCATIONS, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import StoredModel, open_source
 
 SourceOf = Callable[..., StoredModel]
-OPTIONS = CompressOptions(
+OPTIONS = Recipe(
     groups=("qk", "gate_up"),
     rank=RankRule("keep", 0.5),
     rank_multiple=1,

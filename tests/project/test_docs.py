@@ -144,3 +144,11 @@ def test_family_list_equals_the_codes() -> None:
 def test_tier_table_lists_every_tier(path: Path) -> None:
     rows = re.findall(r"^\| ([0a-z]) \|", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert rows == list(TIERS)
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *(ROOT / "docs" / "results").glob("*.md")], ids=_page_id)
+def test_files_that_pages_name_are_there(path: Path) -> None:
+    named = re.findall(
+        r"`((?:rk_export|passes|runtime|tests|samples)/[\w/.]+)`", path.read_text(encoding="utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import whole_runs
 
-from rk_export import CalibrationOptions, CompressOptions, compress, export
+from rk_export import CalibrationOptions, Recipe, compress, export
 
 TESTS = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def test_a_whole_run_without_the_marker_fails(
     llama: Path, tmp_path: Path, command: Callable[..., object]
 ) -> None:
     with pytest.raises(pytest.fail.Exception, match="makes the graph"):
-        command(llama, tmp_path / "out", CompressOptions(calibration=CalibrationOptions("none")))
+        command(llama, tmp_path / "out", Recipe(calibration=CalibrationOptions("none")))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained, save_pretrained
 from rk_export.source.stored import StoredModel
@@ -38,8 +38,8 @@ CASES = [(family, form) for family in FAMILIES for form in ("whole", "per-head",
 CASES += [("qwen2", form) for form in ("asymmetric", "half", "dense")]
 
 
-def saved(source: StoredModel, options: CompressOptions, folder: Path) -> Rewritten:
-    rewritten = compress(source, options)
+def saved(source: StoredModel, recipe: Recipe, folder: Path) -> Rewritten:
+    rewritten = compress(source, recipe)
     save_pretrained(rewritten, folder, tokenizer_from=source.folder)
     return rewritten
 
@@ -140,8 +140,8 @@ def edit_section(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
         lambda section: section["plan"]["sites"].pop(),
         lambda section: section["plan"]["sites"][0].update(rank=9),
         lambda section: section["plan"]["sites"][0].update(paths=["self_attn.q_proj", "nothing"]),
-        lambda section: section["plan"]["options"].update(embedding_quant=None),
-        lambda section: section["plan"]["options"]["embedding_quant"].update(bits=4),
+        lambda section: section["plan"]["recipe"].update(embedding_quant=None),
+        lambda section: section["plan"]["recipe"]["embedding_quant"].update(bits=4),
     ],
 )
 def test_a_section_that_does_not_fit_is_refused(

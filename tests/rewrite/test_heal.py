@@ -18,9 +18,9 @@ from rk_export.methods.heal.distil import HealResult, heal
 from rk_export.methods.heal.options import HealOptions
 from rk_export.methods.heal.shared_products import shared_products
 from rk_export.methods.heal.trainable import trainable
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.source.stored import StoredModel
@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def healed(
-    source: StoredModel, compression: CompressOptions, options: HealOptions = OPTIONS, **arguments: Any
+    source: StoredModel, compression: Recipe, options: HealOptions = OPTIONS, **arguments: Any
 ) -> tuple[Rewritten, HealResult]:
     rewritten = compress(source, compression)
     return rewritten, heal(rewritten, source, tokens(source, 8, 16), options, **arguments)
@@ -60,7 +60,7 @@ def snapshot(rewritten: Rewritten) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("compression", [RANKS, IDENTITY, INT4_RANKS], ids=["factors", "identity", "int4"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "gpt2", "opt"])
-def test_the_divergence_falls(source_of: SourceOf, family: str, compression: CompressOptions) -> None:
+def test_the_divergence_falls(source_of: SourceOf, family: str, compression: Recipe) -> None:
     source = source_of(family)
     teacher, ids = source.load(), tokens(source, 8, 16)
     student = compress(source, compression).model
@@ -103,7 +103,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(source_of: SourceOf
 
 @pytest.mark.parametrize("compression", [RANKS, PER_HEAD, IDENTITY], ids=["joint", "per-head", "identity"])
 def test_shared_products_change_neither_outputs_nor_gradients(
-    source_of: SourceOf, compression: CompressOptions
+    source_of: SourceOf, compression: Recipe
 ) -> None:
     source = source_of("qwen2")
     rewritten, ids = compress(source, compression), tokens(source)
@@ -263,7 +263,7 @@ def test_a_damaged_state_is_refused(source_of: SourceOf, tmp_path: Path, content
 @pytest.mark.whole
 @pytest.mark.parametrize("compression", [RANKS, INT4_RANKS], ids=["factors", "int4"])
 def test_a_healed_model_exports_and_is_saved(
-    source_of: SourceOf, tmp_path: Path, compression: CompressOptions
+    source_of: SourceOf, tmp_path: Path, compression: Recipe
 ) -> None:
     source = source_of("qwen2")
     rewritten, _ = healed(source, compression)

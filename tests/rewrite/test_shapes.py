@@ -15,9 +15,9 @@ from tiny_models import DECODERS
 from torch import Tensor
 
 from rk_export.errors import InputError
-from rk_export.options.compress import CompressOptions
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.passes.modules.heads import HeadSlots, PaddedHeads, SlicedHeads
 from rk_export.plan import LayerShape, Plan
 from rk_export.planning.planner import check_plan, decide_plan
@@ -37,12 +37,12 @@ SHAPES = {
 FORMATS = {"float": None, "int4": INT4}
 
 
-def shaped_plan(source: StoredModel, options: CompressOptions, shapes: tuple[LayerShape, ...]) -> Plan:
-    return replace(decide_plan(source, options), shapes=shapes)
+def shaped_plan(source: StoredModel, recipe: Recipe, shapes: tuple[LayerShape, ...]) -> Plan:
+    return replace(decide_plan(source, recipe), shapes=shapes)
 
 
-def shaped(source: StoredModel, shapes: tuple[LayerShape, ...], options: CompressOptions) -> Rewritten:
-    return rewrite(source, shaped_plan(source, options, shapes))
+def shaped(source: StoredModel, shapes: tuple[LayerShape, ...], recipe: Recipe) -> Rewritten:
+    return rewrite(source, shaped_plan(source, recipe, shapes))
 
 
 def allowed(family: str, kind: str) -> tuple[LayerShape, ...]:

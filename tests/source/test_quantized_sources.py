@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rk_export import CompressOptions, compress, export
+from rk_export import Recipe, compress, export
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.run import Run
@@ -434,7 +434,7 @@ def test_a_quantized_source_is_exported_and_compressed(
     compress(
         tmp_path / "model",
         tmp_path / "int4",
-        CompressOptions(calibration=CalibrationOptions(tokens=512)),
+        Recipe(calibration=CalibrationOptions(tokens=512)),
         run=Run(threads=1),
     )
     assert caplog.text.count("GPTQ (4 bits, groups of 32): 7 matrices are dequantized") == 2

@@ -10,7 +10,7 @@ from rk_export.calibration.target_text import target_tokens
 from rk_export.methods.base import Decision, Method, Work, matrices
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import Selection, check_selection, select_basis
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.plan import SitePlan
 from rk_export.planning.candidates import Form
 from rk_export.source.protocol import Source
@@ -30,19 +30,19 @@ class BasisSelection(Method[BaselOptions]):
         super().__init__(options)
         self._selection: Selection | None = None
 
-    def check(self, source: Source, options: CompressOptions) -> None:
+    def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse encoders, experts, a rank rule that cannot be met, and texts that cannot be used."""
-        if options.rank is not None:
-            check_selection(source, options.rank, self.options)
+        if recipe.rank is not None:
+            check_selection(source, recipe.rank, self.options)
         task_tokens(source, self.options)
 
     def transform(self, work: Work) -> Transformed:
         """Return the model with the trained values."""
-        if work.options.rank is None:
+        if work.recipe.rank is None:
             raise ValueError("basis selection needs a rank rule")
         tokens = task_tokens(work.source, self.options)
         self._selection = select_basis(
-            work.source, tokens, work.options.rank, self.options, device=work.device, state=work.state
+            work.source, tokens, work.recipe.rank, self.options, device=work.device, state=work.state
         )
         self.findings = (self._selection.finding,)
         return work.source.then(Replaced(self._selection.tensors))
@@ -51,7 +51,7 @@ class BasisSelection(Method[BaselOptions]):
         """Store every matrix at the rank that was left; the second singular value decomposition loses nothing."""
         if self._selection is None:
             raise RuntimeError("`transform` comes first")
-        ranks, options = self._selection.ranks, work.options
+        ranks, options = self._selection.ranks, work.recipe
         form: Form = "identity" if options.form == "identity" else "joint"
 
         def decided(site: SitePlan) -> SitePlan:

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 from rk_export.errors import FieldError
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.choices import require_choice
-from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions, Stage, flag
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 
 
@@ -67,9 +67,9 @@ class BaselOptions(MethodOptions):
                 f"a learning rate of {self.learning_rate}", where=self.name, fix="give a number above 0"
             )
 
-    def check_with(self, options: CompressOptions) -> None:
+    def check_with(self, recipe: Recipe) -> None:
         """Refuse anything but a share of the parameters or of the importances."""
-        if options.rank is None or options.rank.kind == "rank" or options.budget is not None:
+        if recipe.rank is None or recipe.rank.kind == "rank" or recipe.budget is not None:
             raise FieldError(
                 "basis selection ends at a kept share of the parameters, or of the importances",
                 where=self.name,
@@ -80,11 +80,11 @@ class BaselOptions(MethodOptions):
         """Return what it does, in words for the model card."""
         return f"basis selection for the task of {self.target.name} (arXiv 2405.15877)"
 
-    def recipe(self, amount: RankRule | Budget) -> CompressOptions:
+    def recipe(self, amount: RankRule | Budget) -> Recipe:
         """Return basis selection as published: floats, and nothing weighed but by its own training."""
         if not isinstance(amount, RankRule):
             raise TypeError("basis selection takes a rank rule")
-        return CompressOptions(
+        return Recipe(
             groups=(),
             rank=amount,
             methods=(self,),

@@ -12,21 +12,21 @@ from rk_export.methods.sparse_sites import (
     sparse_decision,
     stored_prices,
 )
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.source.protocol import Source
 
 
 class RankAndSparsity(Method[CapOptions]):
     """Splits matrices into low rank and sparse parts, and spends one budget on the parts of all of them."""
 
-    def check(self, source: Source, options: CompressOptions) -> None:
+    def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse encoders, experts, and budgets that keep nothing or everything."""
         check_source(source, self.options.name)
-        amount_of(source, sparse_budget(source, options), stored_prices(options))
+        amount_of(source, sparse_budget(source, recipe), stored_prices(recipe))
 
     def decide(self, work: Work) -> Decision:
         """Choose rank and entries of every matrix."""
-        options = work.options
+        options = work.recipe
         parts = cap_parts(
             work.source,
             sparse_budget(work.source, options),

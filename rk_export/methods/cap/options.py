@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 from rk_export.errors import FieldError
 from rk_export.options.choices import require_choice
-from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions, Stage, flag
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class CapOptions(MethodOptions):
                 f"a learning rate of {self.learning_rate}", where=self.name, fix="give a number above 0"
             )
 
-    def check_with(self, options: CompressOptions) -> None:
+    def check_with(self, recipe: Recipe) -> None:
         """Refuse anything but a budget of parameters or bytes."""
-        if options.rank is not None:
+        if recipe.rank is not None:
             raise FieldError(
                 "a rank rule does not say how much is sparse", where=self.name, fix=f"give {self.needed()}"
             )
-        if options.budget is None or options.budget.kind not in ("keep", "size"):
+        if recipe.budget is None or recipe.budget.kind not in ("keep", "size"):
             raise FieldError(
                 "low rank and sparse parts are paid from a budget of parameters or bytes",
                 where=self.name,
@@ -74,13 +74,11 @@ class CapOptions(MethodOptions):
         """Return what it does, in words for the model card."""
         return "low rank plus sparse matrices (arXiv 2505.03801)"
 
-    def recipe(self, amount: RankRule | Budget) -> CompressOptions:
+    def recipe(self, amount: RankRule | Budget) -> Recipe:
         """Return the method as published: floats.
 
         Matrices are not rotated before: that would spread the entries that the sparse part is to hold.
         """
         if not isinstance(amount, Budget):
             raise TypeError("global rank and sparsity optimization takes a budget")
-        return CompressOptions(
-            groups=(), budget=amount, methods=(self,), quant=None, embedding_quant=None, prepare=()
-        )
+        return Recipe(groups=(), budget=amount, methods=(self,), quant=None, embedding_quant=None, prepare=())

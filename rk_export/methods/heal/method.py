@@ -9,7 +9,7 @@ from rk_export.errors import InputError
 from rk_export.methods.base import Method, Work
 from rk_export.methods.heal.distil import heal
 from rk_export.methods.heal.options import HealOptions
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.rewrite.apply import Rewritten
 from rk_export.source.protocol import Source
 
@@ -22,9 +22,9 @@ class Heal(Method[HealOptions]):
         """What it does in its stage, for the log."""
         return f"{self.options.steps} steps towards the dense model"
 
-    def check(self, source: Source, options: CompressOptions) -> None:
+    def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse encoders, and recovery without text."""
-        if source.architecture.is_encoder or not options.calibration.uses_text:
+        if source.architecture.is_encoder or not recipe.calibration.uses_text:
             raise InputError(
                 "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
             )
@@ -32,7 +32,7 @@ class Heal(Method[HealOptions]):
     def recover(self, rewritten: Rewritten, teacher: Source, work: Work) -> Rewritten:
         """Train in place; the state stays until the bundle is there, so a failed export loses nothing."""
         wanted = self.options.steps * self.options.batch_tokens
-        calibration = replace(work.options.calibration, tokens=wanted)
+        calibration = replace(work.recipe.calibration, tokens=wanted)
         tokens = calibration_tokens(work.source, calibration, work.device)
         result = heal(rewritten, teacher, tokens, self.options, device=work.device, state=work.state)
         return replace(rewritten, findings=(*rewritten.findings, result.finding))

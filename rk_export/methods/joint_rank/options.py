@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rk_export.options.calibration import UNWEIGHED
-from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions, Stage
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class JointRankOptions(MethodOptions):
         """Return what says how much stays, for messages."""
         return f"{super().needed()}, or --rank K"
 
-    def recipe(self, amount: RankRule | Budget) -> CompressOptions:
+    def recipe(self, amount: RankRule | Budget) -> Recipe:
         """Return the method as published: q/k and gate/up joined, floats, no metric."""
         if not isinstance(amount, RankRule):
             raise TypeError("joint rank-k approximation takes a rank rule")
-        return CompressOptions(
+        return Recipe(
             rank=amount,
             quant=None,
             embedding_quant=None,

@@ -9,7 +9,7 @@ from rk_export.methods.base import Method, Work
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.prune.pruned import Pruned, check_blocks, chosen_pruning, kept_width
 from rk_export.model.pruned_description import check_decoder, pruned_description
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.plan import Pruning
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
@@ -18,13 +18,13 @@ from rk_export.source.transformed import Transformed
 class Prune(Method[PruneOptions]):
     """Leaves out whole blocks, FFN neurons and key/value heads."""
 
-    def check(self, source: Source, options: CompressOptions) -> None:
+    def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse what the family cannot lose."""
         check_decoder(source.description)
         check_blocks(source.layer_count, self.options)
-        if self.options.blocks and not options.calibration.uses_text:
+        if self.options.blocks and not recipe.calibration.uses_text:
             raise InputError(
-                f"blocks are judged on text, which the metric {options.calibration.metric} does not read",
+                f"blocks are judged on text, which the metric {recipe.calibration.metric} does not read",
                 where="--prune-blocks",
                 fix="choose --metric self or corpus:FILE",
             )
@@ -39,7 +39,7 @@ class Prune(Method[PruneOptions]):
         source, pruning = work.source, work.pruning
         statistics, influence = None, [0.0] * source.layer_count
         if work.tokens is not None:
-            statistics = model_statistics(source, work.tokens, work.options, work.device)
+            statistics = model_statistics(source, work.tokens, work.recipe, work.device)
             if pruning is None and self.options.blocks:
                 influence = block_influence(source, work.tokens, work.device)
         pruning = pruning or chosen_pruning(source, self.options, influence, statistics)

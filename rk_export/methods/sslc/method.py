@@ -12,23 +12,23 @@ from rk_export.methods.sparse_sites import (
 )
 from rk_export.methods.sslc.choose import sslc_parts
 from rk_export.methods.sslc.options import SslcOptions
-from rk_export.options.compress import CompressOptions
+from rk_export.options.recipe import Recipe
 from rk_export.source.protocol import Source
 
 
 class SparseAndLowRank(Method[SslcOptions]):
     """Spends one budget over what every matrix may become, and fits the entries and directions that it buys."""
 
-    def check(self, source: Source, options: CompressOptions) -> None:
+    def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse encoders, experts, and budgets that keep nothing or everything."""
         check_source(source, self.options.name)
-        amount_of(source, sparse_budget(source, options), stored_prices(options))
+        amount_of(source, sparse_budget(source, recipe), stored_prices(recipe))
 
     def decide(self, work: Work) -> Decision:
         """Choose rank and entries of every matrix, and their values."""
         if work.statistics is None:
             raise ValueError("sslc needs the statistics of the dense model")
-        options = work.options
+        options = work.recipe
         parts = sslc_parts(
             work.source,
             sparse_budget(work.source, options),

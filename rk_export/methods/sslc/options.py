@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rk_export.errors import FieldError
-from rk_export.options.compress import CompressOptions
 from rk_export.options.method import MethodOptions, Stage
 from rk_export.options.ranks import Budget, RankRule
+from rk_export.options.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class SslcOptions(MethodOptions):
     def __post_init__(self) -> None:
         self.require_least(stages=1)
 
-    def check_with(self, options: CompressOptions) -> None:
+    def check_with(self, recipe: Recipe) -> None:
         """Refuse anything but a budget of parameters or bytes."""
-        if options.budget is None or options.budget.kind not in ("keep", "size"):
+        if recipe.budget is None or recipe.budget.kind not in ("keep", "size"):
             raise FieldError(
                 "sparse and low rank parts are paid from a budget of parameters or bytes",
                 where=self.name,
@@ -45,10 +45,8 @@ class SslcOptions(MethodOptions):
         """Return what it does, in words for the model card."""
         return "sparse and low-rank matrices fitted to each other (arXiv 2510.26446)"
 
-    def recipe(self, amount: RankRule | Budget) -> CompressOptions:
+    def recipe(self, amount: RankRule | Budget) -> Recipe:
         """Return the method as published: floats, nothing rotated before, which would spread the large entries."""
         if not isinstance(amount, Budget):
             raise TypeError("sparse and low rank together take a budget")
-        return CompressOptions(
-            groups=(), budget=amount, methods=(self,), quant=None, embedding_quant=None, prepare=()
-        )
+        return Recipe(groups=(), budget=amount, methods=(self,), quant=None, embedding_quant=None, prepare=())

@@ -16,9 +16,9 @@ from measure.harness import Measure, Row
 from rk_export import (
     BaselOptions,
     CalibrationOptions,
-    CompressOptions,
     EvalText,
     RankRule,
+    Recipe,
     Run,
     TextFile,
     open_source,
@@ -103,7 +103,7 @@ class Comparison:
         if target is not None:
             corpus = TextFile.of(self.training[target])
             calibration = CalibrationOptions("corpus", corpus=corpus, tokens=CALIBRATION, gradients=False)
-        options = CompressOptions(
+        options = Recipe(
             groups=SINGLE,
             rank=RankRule("keep", keep),
             rank_multiple=1,

@@ -17,8 +17,8 @@ from rk_export import (
     Budget,
     CalibrationOptions,
     CapOptions,
-    CompressOptions,
     EvalText,
+    Recipe,
     Run,
     SslcOptions,
     StoredModel,
@@ -199,7 +199,7 @@ class Workshop:
         return asked | self._row(model) | self._facts(parts) | losses
 
     def _svd(self, keep: float) -> Row:
-        options = CompressOptions(
+        options = Recipe(
             groups=SINGLE,
             budget=Budget("keep", keep),
             form="plain",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export import CompressOptions
+from rk_export import Recipe
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
 from rk_export.model.families import Architecture, heads_of
@@ -112,7 +112,7 @@ class RankLadder:
             form: Literal["joint", "per_head"] = "per_head" if per_head else "joint"
             sites = [
                 replace(site, form=form, rank=1)
-                for site in dense_sites(layer, projections, CompressOptions(groups=groups))
+                for site in dense_sites(layer, projections, Recipe(groups=groups))
                 if site.members in members
             ]
             pairs += _pairs_of(layer, sites, known.of_sites(layer, sites))

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 from conftest import tiny_options
-from joint_rank.ladder import RankLadder
+from papers.joint_rank.ladder import RankLadder
 from transformers import PreTrainedModel
 
 from rk_export.commands.compression_inputs import compression_inputs

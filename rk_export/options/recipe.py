@@ -29,7 +29,7 @@ GraphTarget = Literal["cpu", "cuda", "portable"]
 
 
 @dataclass(frozen=True)
-class CompressOptions:
+class Recipe:
     """Everything a user may choose about compression; validated on construction.
 
     Args:
@@ -229,7 +229,7 @@ class CompressOptions:
                 "its parts do not depend on the compressed prefix", where=method.name, fix="drop --prefix"
             )
 
-    def with_texts(self, files: tuple[Path, ...]) -> CompressOptions:
+    def with_texts(self, files: tuple[Path, ...]) -> Recipe:
         """Return the options with the paths of those texts that are among some files, by content."""
         corpus = self.calibration.corpus
         if corpus is None or not files:
