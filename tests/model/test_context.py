@@ -118,7 +118,7 @@ def test_any_rotary_model_takes_a_shorter_or_longer_context(
 ) -> None:
     report = export(llama, tmp_path / "out", context_length=context, run=Run(threads=1))
     assert_context(tmp_path / "out", llama, context)
-    assert Plan.load(tmp_path / "out" / "plan.json").options.context_length == context
+    assert Plan.load(tmp_path / "out" / "plan.json").recipe.context_length == context
     assert any("longer than" in notice for notice in report.notices) is (context > 128)
 
 

@@ -24,6 +24,8 @@ from measure.harness import Results
 
 from rk_export import CalibrationOptions, EvalText, StoredModel, open_source
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def where(llama: Path, prose: Path, tmp_path: Path) -> list[str]:
