@@ -10,6 +10,8 @@ from conftest import Cli
 from rk_export.plan import Plan
 from rk_export.report.records import Report
 
+pytestmark = pytest.mark.whole
+
 TEXT = ("--calibration-tokens", 512)
 
 
