@@ -61,7 +61,7 @@ types: $(READY)
 
 # docs/testing.md says what the markers mean.
 unit: $(READY)
-	$(PYTEST) -m "not whole and not real_model"
+	$(PYTEST) -m "not whole and not real_model and not slow"
 
 suite: $(READY)
 	$(PYTEST) --durations=30

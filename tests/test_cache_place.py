@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 from rk_export import tensor_cache
 from rk_export.source.gguf import convert

@@ -17,6 +17,8 @@ from rk_export.calibration.self_text import draw, sample_text, self_text, start_
 from rk_export.errors import InputError
 from rk_export.source.stored import StoredModel, open_source
 
+pytestmark = pytest.mark.slow
+
 SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 

@@ -21,6 +21,8 @@ from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.errors import InputError
 from rk_export.source.stored import StoredModel
 
+pytestmark = pytest.mark.slow
+
 SourceOf = Callable[..., StoredModel]
 CPU = torch.device("cpu")
 Q, DOWN = (0, "self_attn.q_proj"), (1, "mlp.down_proj")

@@ -26,6 +26,8 @@ from rk_export.errors import InputError
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.bundle_files import read_json
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LONG_CONTEXT = 20_000
 

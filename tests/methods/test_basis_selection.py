@@ -28,6 +28,8 @@ from rk_export.source.replaced import Replaced
 from rk_export.source.stored import StoredModel
 from rk_export.training.next_token import backward_next_token
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 HALF = RankRule("keep", 0.5)
 OPTIONS = BaselOptions("task.txt", steps=12, events=6, batch_tokens=64, new_basis=4, learning_rate=0.03)

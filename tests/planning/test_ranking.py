@@ -25,6 +25,8 @@ from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.apply import rewrite
 from rk_export.source.protocol import Source
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RANK_STEP = 32
 BUDGET = Recipe(budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self"))

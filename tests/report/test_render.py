@@ -20,6 +20,8 @@ from rk_export.report.sections import TITLES
 from rk_export.report.table import Column, make_table
 from rk_export.report.tables import matrices_table
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert('x')</script>|`*_$x^{$&\"\x1b[2J\n# head"
 EMPTY = Report("example/model", "llama", "2026-01-02")
 DATA = "data:image/svg+xml;base64,"

@@ -18,6 +18,8 @@ from tiny_models import tiny_model, transformers_own
 from rk_export.errors import InputError
 from rk_export.source.stored import open_source
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 

@@ -18,6 +18,8 @@ from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.source.gguf.convert import gguf_to_folder
 from rk_export.source.stored import open_source
 
+pytestmark = pytest.mark.slow
+
 # What no file states, and what is stated for the tokenizer.
 UNSTATED = {"architectures", "dtype", "_name_or_path", "transformers_version", "unk_token_id", "head_dim"}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}

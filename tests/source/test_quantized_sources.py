@@ -45,6 +45,8 @@ from rk_export.source.quantized.tensors import dequantized
 from rk_export.source.stored import open_source, read_config
 from rk_export.source.weight_files import open_tensors
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-6
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))
 
