@@ -143,12 +143,13 @@ def runtime_tiers(
         compare("c", _RUNTIME, reference, logits, bound=None),
         *session_tiers(exact, probe, logits, bound=None),
     ]
-    bound, note = runtime_bound(rewritten, probe, max(tier.relative_error or 0 for tier in measured))
+    error = max(tier.relative_error or 0 for tier in measured)
+    bound, note = runtime_bound(rewritten, probe, error)
     level_bound, level_note = shipped_bound(rewritten, probe, reference, bound)
     tiers = [held_to(tier, bound) for tier in measured]
     tiers[0] = replace(tiers[0], note=note)
     golden = Golden(probe, greedy_tokens(exact, probe), bound, level_bound)
-    tiers.append(greedy_tier(rewritten, golden))
+    tiers.append(greedy_tier(rewritten, golden, error))
     del exact
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     rounded = shipped.prefill_logits(probe.batch)
