@@ -7,9 +7,10 @@ import os
 import torch
 from torch import Tensor
 
+from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import recorded_inputs
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import cached, text_key
+from rk_export.tensor_cache import cached
 
 # Peaks settle with little text.
 SHORT_TEXT = 2048
@@ -36,12 +37,7 @@ def neuron_peaks(
         device: Where it runs.
         cache_dir: Where what was computed is kept; ``~/.cache/rk-export`` when None.
     """
-    key = {
-        "version": _VERSION,
-        "model": source.fingerprint(cache_dir),
-        **text_key(tokens),
-        "device": device.type,
-    }
+    key = key_on_text(_VERSION, source, tokens, cache_dir, device=device.type)
     return dict(cached("neuron-peaks", key, lambda: _peaks(source, tokens, device), cache_dir))
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.cache_keys import key_on_text
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.model.families import Architecture
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import cached, text_key
+from rk_export.tensor_cache import cached
 
 _TOGETHER = 2048  # tokens
 _VERSION = 1  # raise when other numbers come out
@@ -33,12 +34,8 @@ def block_influence(
         device: Where it runs.
         cache_dir: Where what was computed is kept; ``~/.cache/rk-export`` when None.
     """
-    key = {
-        "version": _VERSION,
-        "model": source.fingerprint(cache_dir),
-        **text_key(tokens),
-        "runs": [device.type, str(matmul_dtype(device))],
-    }
+    runs = [device.type, str(matmul_dtype(device))]
+    key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs)
 
     def make() -> dict[str, Tensor]:
         found = _influence(source.shared(), source.architecture, tokens, device)

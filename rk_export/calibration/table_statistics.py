@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import MomentSum
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
@@ -17,7 +18,7 @@ from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import cached, text_key
+from rk_export.tensor_cache import cached
 
 CHUNK = 512  # tokens of one pass
 _VERSION = 1  # raise when other numbers come out: cached ones of an older version are then computed again
@@ -48,13 +49,8 @@ def table_curvature(
     """
     if source.architecture.lm_head is None:
         raise InputError("an encoder has no output projection", where=source.architecture.model_type)
-    key = {
-        "version": _VERSION,
-        "model": source.fingerprint(cache_dir),
-        **text_key(tokens),
-        "runs": [device.type, str(matmul_dtype(device))],
-        "gradients": gradients,
-    }
+    runs = [device.type, str(matmul_dtype(device))]
+    key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs, gradients=gradients)
 
     def make() -> Mapping[str, Tensor]:
         return _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
