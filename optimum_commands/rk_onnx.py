@@ -13,7 +13,9 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from rk_export.cli.main import add_compress_options, run_command, run_compress
+from rk_export.cli.handlers import run_compress
+from rk_export.cli.main import run_command
+from rk_export.cli.parser import add_compress_options
 
 
 class RkOnnxExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]

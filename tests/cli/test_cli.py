@@ -16,7 +16,6 @@ import torch
 from conftest import Cli, Ended
 
 import rk_export
-from rk_export.cli import main as command_line
 from rk_export.folders import sha256_of
 from rk_export.json_codec import from_json
 from rk_export.report.plots import COLORS
@@ -337,7 +336,7 @@ def test_ends_from_outside(
     def end(_: object) -> int:
         raise raised
 
-    monkeypatch.setattr(command_line, "run_explain", end)
+    monkeypatch.setattr("rk_export.cli.parser.run_explain", end)
     ended = cli("explain", bundle)
     assert ended.code == code
     assert "Traceback" not in ended.err

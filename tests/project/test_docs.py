@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import PretrainedConfig
 
-from rk_export.cli.main import build_parser, compress_options
+from rk_export.cli.compress_arguments import compress_options
+from rk_export.cli.parser import build_parser
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.families import architecture_of
 from rk_export.report.records import TIERS

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rk_export.cli.main import add_compress_arguments
+from rk_export.cli.parser import add_compress_arguments
 
 ROOT = Path(__file__).parents[2]
 TREES = {"rk_export": "rk_export", "passes": "rk_export/passes", "runtime": "rk_export/runtime"}

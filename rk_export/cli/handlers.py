@@ -1,0 +1,220 @@
+"""What each command does once it is parsed: it calls the function of the same name and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rk_export.cli.compress_arguments import compress_options
+from rk_export.cli.terminal import show
+from rk_export.json_codec import to_json
+
+if TYPE_CHECKING:
+    from rk_export.evaluation.measure import EvalText
+    from rk_export.options.run import Run
+    from rk_export.plan import Plan
+
+
+def _run_of(args: argparse.Namespace) -> Run:
+    from rk_export.options.run import Run
+
+    return Run(args.device, args.threads, tuple(getattr(args, "calibration_text", ())))
+
+
+def _plan_of(args: argparse.Namespace) -> Plan | None:
+    from rk_export.plan import Plan
+
+    return None if args.plan is None else Plan.load(args.plan)
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """`compress`, or its dry run."""
+    from rk_export.commands.compress import compress, dry_run
+    from rk_export.evaluation.measure import EvalText, SpeedTest
+    from rk_export.report.render import planned, summary
+
+    options, plan, run = compress_options(args), _plan_of(args), _run_of(args)
+    if args.dry_run:
+        report = dry_run(
+            args.model,
+            options,
+            plan=plan,
+            base=args.base,
+            run=run,
+            out=args.output,
+            checkpoint=args.checkpoint,
+            force=args.force,
+        )
+        _print_json(report.to_json()) if args.json else show(*planned(report))
+        return 0
+    report = compress(
+        args.model,
+        args.output,
+        options,
+        plan=plan,
+        base=args.base,
+        run=run,
+        text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
+        speed=SpeedTest() if args.speed else None,
+        checkpoint=args.checkpoint,
+        triton=args.triton,
+        force=args.force,
+        command=args.command_line,
+    )
+    _print_json(report.to_json()) if args.json else show(*summary(report))
+    print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def run_analyze(args: argparse.Namespace) -> int:
+    """`analyze`."""
+    from rk_export.commands.analyze import analyze
+
+    report = analyze(
+        args.model,
+        args.output,
+        compress_options(args),
+        plan=_plan_of(args),
+        base=args.base,
+        run=_run_of(args),
+        command=args.command_line,
+        force=args.force,
+    )
+    print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """`plan`."""
+    from rk_export.commands.plan import make_plan
+    from rk_export.folders import check_plan_place
+    from rk_export.planning.fixed_parts import fixed_parts, in_words
+    from rk_export.source.stored import open_source
+
+    check_plan_place(args.output, args.force)
+    plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
+    plan.save(args.output)
+    parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
+    print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
+    return 0
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """`prepare`."""
+    from rk_export.commands.prepare import prepare
+    from rk_export.options.run import Run
+    from rk_export.report.tables import matrices_table
+
+    names = tuple(args.passes.split(","))
+    findings = prepare(
+        *(args.model, args.output, names),
+        base=args.base,
+        run=Run(args.device),
+        seed=args.seed,
+        force=args.force,
+    )
+    show(matrices_table(findings))
+    print(f"\nmodel  {args.output}", file=sys.stderr)
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """`export`."""
+    from rk_export.commands.export import export
+    from rk_export.options.recipe import Recipe
+    from rk_export.report.render import summary
+
+    report = export(
+        args.model,
+        args.output,
+        None if args.ep is None else Recipe(ep=args.ep),
+        base=args.base,
+        context_length=args.context_length,
+        run=_run_of(args),
+        triton=args.triton,
+        force=args.force,
+        command=args.command_line,
+    )
+    _print_json(report.to_json()) if args.json else show(*summary(report))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """`verify`: 0 when every bounded tier passed, else 1."""
+    from rk_export.commands.verify import verify
+    from rk_export.report.tables import parity_table
+
+    tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, run=_run_of(args))
+    _print_json(to_json(tiers)) if args.json else show(parity_table(tiers))
+    return int(any(tier.passed is False for tier in tiers))
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`eval`: one perplexity, or a table of all models, texts and tasks."""
+    from rk_export.evaluation.measure import EvalText
+    from rk_export.evaluation.models import evaluate_models
+    from rk_export.evaluation.score_table import score_table, scores_json
+    from rk_export.evaluation.tasks import load_tasks
+
+    texts = [EvalText(path, args.context, args.tokens) for path in args.text]
+    runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
+    if not args.tasks and len(args.models) == len(texts) == 1:
+        return _print_perplexity(args.models[0], texts[0], args.json, runtime)
+    tasks = load_tasks(args.tasks, args.limit)
+    scores = evaluate_models(args.models, texts=texts, tasks=tasks, **runtime)
+    _print_json(scores_json(scores)) if args.json else show(score_table(scores))
+    return 0
+
+
+def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[str, Any]) -> int:
+    from rk_export.commands.evaluate import evaluate
+
+    result = evaluate(model, text, **runtime)
+    if as_json:
+        _print_json(to_json(result))
+        return 0
+    value = f"perplexity {result.perplexity:.3f} ± {result.perplexity_error:.3f}"
+    loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
+    print(f"{value}  ({loss}, {result.tokens} tokens, context {result.context})")
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`bench`."""
+    from rk_export.runtime import bench
+
+    result = bench(
+        [args.bundle, *args.against],
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        threads=args.threads or 2,
+        provider=args.provider,
+    )
+    _print_json(result.to_json()) if args.json else show(result.table())
+    return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """`explain`."""
+    from rk_export.commands.explain import explain
+    from rk_export.report.tables import matrices_table
+
+    findings = explain(args.bundle)
+    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """`doctor`: 0 when export and CPU inference can work, else 1."""
+    from rk_export.commands.doctor import diagnose
+
+    diagnosis = diagnose()
+    _print_json(diagnosis.to_json()) if args.json else show(*diagnosis.blocks())
+    return 0 if diagnosis.ok else 1

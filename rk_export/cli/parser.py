@@ -1,0 +1,246 @@
+"""The parser of all commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rk_export.cli.compress_arguments import (
+    add_context_argument,
+    add_format_arguments,
+    add_rank_arguments,
+)
+from rk_export.cli.handlers import (
+    run_analyze,
+    run_bench,
+    run_compress,
+    run_doctor,
+    run_eval,
+    run_explain,
+    run_export,
+    run_plan,
+    run_prepare,
+    run_verify,
+)
+from rk_export.cli.method_arguments import add_method_arguments
+from rk_export.cli.run import add_run_arguments, run_run
+
+Command = Callable[[argparse.Namespace], int]
+AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
+_DEVICE: dict[str, Any] = {
+    "default": "auto",
+    "help": "where PyTorch works: auto, cpu, cuda, cuda:N (default auto)",
+}
+_PROVIDER: dict[str, Any] = {"default": "auto", "help": "auto, cpu or cuda (default auto)"}
+_THREADS: dict[str, Any] = {"type": int, "help": "threads of ONNX Runtime"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="rk-export",
+        description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_own_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    _add_model_commands(add)
+    _add_bundle_commands(add)
+    return parser
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("rk-export")
+    except metadata.PackageNotFoundError:
+        return "of a source tree that is not installed"
+
+
+def _add_model_commands(add: AddCommand) -> None:
+    """Add the commands that read a model."""
+    compress = add("compress", run_compress, "compress a model and write a verified ONNX bundle")
+    add_compress_arguments(compress)
+
+    analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
+    _add_model(analyze)
+    _add_output(analyze, "folder for report.json, report.html and plots")
+    add_rank_arguments(analyze)
+    _add_plan(analyze)
+    _add_run(analyze)
+
+    plan = add("plan", run_plan, "write the plan that compress would apply, to read and edit")
+    _add_model(plan)
+    _add_output(plan, "plan file (JSON)")
+    add_rank_arguments(plan)
+    add_method_arguments(plan)
+    add_format_arguments(plan)
+    _add_run(plan)
+
+    prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
+    _add_model(prepare)
+    _add_output(prepare, "HF folder")
+    prepare.add_argument(
+        "--passes",
+        default="fold,rotate-heads,scale",
+        help="fold, rotate, rotate-heads, scale (default fold,rotate-heads,scale)",
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the rotations (default 0)")
+    prepare.add_argument("--device", **_DEVICE)
+
+    export = add("export", run_export, "export a compressed checkpoint, or a dense model as it is")
+    _add_model(export, "checkpoint folder, HF folder, hub id, .gguf file or LoRA adapter")
+    _add_output(export, "bundle folder")
+    export.add_argument(
+        "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
+    )
+    add_context_argument(export)
+    _add_bundle_arguments(export, texts=False)
+
+
+def _add_bundle_commands(add: AddCommand) -> None:
+    """Add the commands that work on what was made, and `doctor`."""
+    verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
+    _add_base(verify)
+    verify.add_argument("--provider", **_PROVIDER)
+    _add_run(verify)
+    _add_json(verify)
+
+    evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
+    _add_base(evaluate)
+    evaluate.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts")
+    _add_text_arguments(evaluate)
+    evaluate.add_argument(
+        "--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="tasks, NAME.jsonl"
+    )
+    evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
+    _add_runtime_arguments(evaluate)
+    _add_json(evaluate)
+
+    run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
+    run.add_argument("bundle", type=Path)
+    add_run_arguments(run)
+    _add_runtime_arguments(run)
+
+    bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
+    bench.add_argument("bundle")
+    bench.add_argument(
+        "--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI"
+    )
+    bench.add_argument("--prompt-tokens", type=int, default=512)
+    bench.add_argument("--new-tokens", type=int, default=64)
+    bench.add_argument("--repeats", type=int, default=5)
+    _add_runtime_arguments(bench)
+    _add_json(bench)
+
+    explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
+    explain.add_argument("bundle", type=Path)
+    _add_json(explain)
+
+    doctor = add(
+        "doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it"
+    )
+    _add_json(doctor)
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `compress`."""
+    parser.add_argument("model", help="HF folder, hub id, .gguf file or LoRA adapter")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="bundle folder")
+    add_compress_options(parser)
+
+
+def add_compress_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `compress` takes beside model and output; optimum's command takes the same."""
+    _add_base(parser)
+    _add_force(parser)
+    add_rank_arguments(parser)
+    add_method_arguments(parser)
+    add_format_arguments(parser)
+    _add_plan(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text"
+    )
+    _add_text_arguments(parser)
+    parser.add_argument("--speed", action="store_true", help="measure the bundle's tokens per second")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
+    )
+    _add_bundle_arguments(parser, texts=True)
+
+
+def _add_model(
+    parser: argparse.ArgumentParser, text: str = "HF folder, hub id, .gguf file or LoRA adapter"
+) -> None:
+    parser.add_argument("model", help=text)
+    _add_base(parser)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model of a LoRA adapter (default: the one that its adapter_config.json names)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, help=text)
+    _add_force(parser)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=int, default=512, help="window in tokens (default 512)")
+    parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
+
+
+def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
+    parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
+    _add_run(parser, texts=texts)
+    _add_json(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of options")
+
+
+def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:
+    """Add what describes the machine; it goes with a plan too."""
+    parser.add_argument("--device", **_DEVICE)
+    parser.add_argument("--threads", **_THREADS)
+    if not texts:
+        return
+    parser.add_argument(
+        "--calibration-text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="where the text of a plan lies here: it is known by its content",
+    )
+
+
+def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--provider", **_PROVIDER)
+    parser.add_argument("--threads", **_THREADS)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
