@@ -42,10 +42,15 @@ if TYPE_CHECKING:
     from rk_export.folders import library_versions
     from rk_export.model.torch_logits import torch_logits
     from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.correct import Correct
+    from rk_export.options.factorize import Factorize
+    from rk_export.options.prepare import Prepare
     from rk_export.options.quantization import W8A8, QuantSpec
+    from rk_export.options.quantize import Quantize
     from rk_export.options.ranks import Budget, RankRule
     from rk_export.options.recipe import Recipe
     from rk_export.options.run import Run
+    from rk_export.options.target import Target
     from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
     from rk_export.report.records import Finding, ParityTier, Report
@@ -82,6 +87,11 @@ _HOME = {
     "library_versions": "rk_export.folders",
     "torch_logits": "rk_export.model.torch_logits",
     "CalibrationOptions": "rk_export.options.calibration",
+    "Correct": "rk_export.options.correct",
+    "Factorize": "rk_export.options.factorize",
+    "Prepare": "rk_export.options.prepare",
+    "Quantize": "rk_export.options.quantize",
+    "Target": "rk_export.options.target",
     "Recipe": "rk_export.options.recipe",
     "QuantSpec": "rk_export.options.quantization",
     "W8A8": "rk_export.options.quantization",
@@ -106,15 +116,19 @@ __all__ = [
     "W8A8",
     "Budget",
     "CalibrationOptions",
+    "Correct",
     "EvalText",
+    "Factorize",
     "Finding",
     "FusionError",
     "InputError",
     "ParityError",
     "ParityTier",
     "Plan",
+    "Prepare",
     "ProviderError",
     "QuantSpec",
+    "Quantize",
     "RankRule",
     "Recipe",
     "Report",
@@ -123,6 +137,7 @@ __all__ = [
     "Run",
     "SpeedTest",
     "StoredModel",
+    "Target",
     "TextFile",
     "UnsupportedModelError",
     "analyze",

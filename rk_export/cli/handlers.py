@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rk_export.cli.compress_arguments import compress_options
+from rk_export.cli.compress_arguments import asked_recipe
 from rk_export.cli.terminal import show
 from rk_export.json_codec import to_json
 
@@ -36,14 +36,13 @@ def _print_json(data: object) -> None:
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
     from rk_export.commands.compress import compress, dry_run
-    from rk_export.evaluation.measure import EvalText, SpeedTest
     from rk_export.report.render import planned, summary
 
-    options, plan, run = compress_options(args), _plan_of(args), _run_of(args)
+    recipe, plan, run = asked_recipe(args), _plan_of(args), _run_of(args)
     if args.dry_run:
         report = dry_run(
             args.model,
-            options,
+            recipe,
             plan=plan,
             base=args.base,
             run=run,
@@ -56,12 +55,10 @@ def run_compress(args: argparse.Namespace) -> int:
     report = compress(
         args.model,
         args.output,
-        options,
+        recipe,
         plan=plan,
         base=args.base,
         run=run,
-        text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
-        speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
         triton=args.triton,
         force=args.force,
@@ -79,7 +76,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     report = analyze(
         args.model,
         args.output,
-        compress_options(args),
+        asked_recipe(args),
         plan=_plan_of(args),
         base=args.base,
         run=_run_of(args),
@@ -98,10 +95,39 @@ def run_plan(args: argparse.Namespace) -> int:
     from rk_export.source.stored import open_source
 
     check_plan_place(args.output, args.force)
-    plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
+    plan = make_plan(args.model, asked_recipe(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
     parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
+    return 0
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """`recipes`: a table, one file, all fields, or the schema."""
+    from rk_export.errors import InputError
+    from rk_export.options.choices import nearest
+    from rk_export.recipes.fields import json_schema, section_help
+    from rk_export.recipes.presets import presets
+    from rk_export.recipes.tables import fields_tables, presets_table
+
+    if sum((args.name is not None, args.steps, args.schema)) > 1:
+        raise InputError("name, --steps and --schema print different things", where="recipes", fix="give one")
+    if args.schema:
+        _print_json(json_schema())
+    elif args.steps:
+        _print_json(to_json(section_help())) if args.json else show(*fields_tables(section_help()))
+    elif args.name is None:
+        known = {name: preset.about for name, preset in presets().items()}
+        _print_json(to_json(known)) if args.json else show(presets_table(known))
+    else:
+        if args.name not in presets():
+            raise InputError(
+                "no preset",
+                where=args.name,
+                fix=f"{nearest(args.name, presets())}`rk-export recipes` lists them",
+            )
+        preset = presets()[args.name]
+        _print_json(to_json(preset)) if args.json else print(preset.text, end="")
     return 0
 
 
@@ -127,15 +153,17 @@ def run_prepare(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
-    from rk_export.options.recipe import Recipe
+    from rk_export.options.target import Target
     from rk_export.report.render import summary
+
+    asked = {"ep": args.ep, "context_length": args.context_length}
+    given = {name: value for name, value in asked.items() if value is not None}
 
     report = export(
         args.model,
         args.output,
-        None if args.ep is None else Recipe(ep=args.ep),
+        Target(**given) if given else None,
         base=args.base,
-        context_length=args.context_length,
         run=_run_of(args),
         triton=args.triton,
         force=args.force,

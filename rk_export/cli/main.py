@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -54,8 +55,8 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
 
 def _without_folders(word: str) -> str:
     """Return a word of the command line with absolute paths by their names: reports travel with bundles."""
-    kind, colon, place = word.rpartition(":")
-    return f"{kind}{colon}{Path(place).name}" if place.startswith(("/", "~")) else word
+    parts = re.split(r"([:=])", word)
+    return "".join(Path(part).name if part.startswith(("/", "~")) else part for part in parts)
 
 
 def quiet_libraries() -> None:

@@ -8,11 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rk_export.cli.compress_arguments import (
-    add_context_argument,
-    add_format_arguments,
-    add_rank_arguments,
-)
+from rk_export.cli.compress_arguments import add_recipe_arguments
 from rk_export.cli.handlers import (
     run_analyze,
     run_bench,
@@ -23,9 +19,9 @@ from rk_export.cli.handlers import (
     run_export,
     run_plan,
     run_prepare,
+    run_recipes,
     run_verify,
 )
-from rk_export.cli.method_arguments import add_method_arguments
 from rk_export.cli.run import add_run_arguments, run_run
 
 Command = Callable[[argparse.Namespace], int]
@@ -72,17 +68,21 @@ def _add_model_commands(add: AddCommand) -> None:
     analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
     _add_model(analyze)
     _add_output(analyze, "folder for report.json, report.html and plots")
-    add_rank_arguments(analyze)
+    add_recipe_arguments(analyze)
     _add_plan(analyze)
     _add_run(analyze)
 
     plan = add("plan", run_plan, "write the plan that compress would apply, to read and edit")
     _add_model(plan)
     _add_output(plan, "plan file (JSON)")
-    add_rank_arguments(plan)
-    add_method_arguments(plan)
-    add_format_arguments(plan)
+    add_recipe_arguments(plan)
     _add_run(plan)
+
+    recipes = add("recipes", run_recipes, "list the presets, print one to edit, or explain every field")
+    recipes.add_argument("name", nargs="?", help="a preset: print its file")
+    recipes.add_argument("--steps", action="store_true", help="every step and field, with defaults")
+    recipes.add_argument("--schema", action="store_true", help="JSON schema of recipe files, for editors")
+    _add_json(recipes)
 
     prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
     _add_model(prepare)
@@ -99,9 +99,16 @@ def _add_model_commands(add: AddCommand) -> None:
     _add_model(export, "checkpoint folder, HF folder, hub id, .gguf file or LoRA adapter")
     _add_output(export, "bundle folder")
     export.add_argument(
-        "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
+        "--ep",
+        choices=("cpu", "cuda", "portable"),
+        help="cpu (fp32), cuda (fp16) or portable (fp16) (default cpu); dense models only",
     )
-    add_context_argument(export)
+    export.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default the model's own)",
+    )
     _add_bundle_arguments(export, texts=False)
 
 
@@ -164,18 +171,11 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
     _add_base(parser)
     _add_force(parser)
-    add_rank_arguments(parser)
-    add_method_arguments(parser)
-    add_format_arguments(parser)
+    add_recipe_arguments(parser)
     _add_plan(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
     )
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text"
-    )
-    _add_text_arguments(parser)
-    parser.add_argument("--speed", action="store_true", help="measure the bundle's tokens per second")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
@@ -218,7 +218,7 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> No
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of options")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of a recipe")
 
 
 def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:

@@ -14,6 +14,7 @@ from rk_export.model.sites import dense_sites
 from rk_export.options.ranks import GROUPS
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
@@ -51,7 +52,7 @@ def spectra(source: Source, plan: Plan, device: torch.device) -> Iterator[Spectr
 def _planned(task: Task) -> tuple[Source, Plan]:
     """Return a plan and the model that it was made for; text is read only where ranks depend on it."""
     options = task.recipe
-    reads_text = options.budget is not None or options.allocation != "uniform" or options.methods
+    reads_text = options.budget is not None or options.factorize.allocation != "uniform" or options.methods
     if task.plan is None and not reads_text:
         return task.source, planner.decide_plan(task.source, options, device=task.device)
     if task.plan is not None and task.plan.pruning is None:
@@ -62,7 +63,7 @@ def _planned(task: Task) -> tuple[Source, Plan]:
 
 def _grouped(source: Source, layer: Layer, groups: tuple[str, ...]) -> list[SitePlan]:
     projections = source.description.projections(layer.index)
-    return dense_sites(layer, projections, Recipe(groups=groups))
+    return dense_sites(layer, projections, Recipe(), groups)
 
 
 def analyze(
@@ -71,6 +72,7 @@ def analyze(
     recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
+    target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
     command: str = "",
@@ -82,7 +84,8 @@ def analyze(
         model: HF folder, hub id or GGUF file.
         out: Folder for report.json, report.html and the plots.
         recipe: As in `compress`: the ranks that they lead to are marked.
-        plan: A plan whose ranks are marked, instead of options.
+        plan: A plan whose ranks are marked, instead of a recipe.
+        target: As in `compress`.
         base: Base model of a LoRA adapter; None takes the one that it names.
         run: The machine.
         command: Command line to note in the report.
@@ -91,7 +94,7 @@ def analyze(
     Raises:
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
-    task = open_task(model, recipe, plan, base=base, run=run)
+    task = open_task(model, recipe, plan, target=target, base=base, run=run)
     source = task.source
     check_outputs(source, out, force=force)
     with AtomicFolder(out, force=force) as partial:

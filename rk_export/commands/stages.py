@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,14 +16,21 @@ from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.folders import check_replaceable
 from rk_export.graph.dense.frontend import check_supported
+from rk_export.options.quantize import TABLES, Quantize
+from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
 from rk_export.planning import planner
+from rk_export.planning.fixed_parts import graph_bytes
+from rk_export.recipes import load
 from rk_export.rewrite.sizes import least_bytes, planned_bytes
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel, open_source
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Task:
     def _planned(self, inputs: CompressionInputs) -> Plan:
         costs, budget = None, inputs.recipe.budget
         if budget is not None and budget.kind == "speed_up":
-            costs = model_costs(inputs.dense, inputs.source, budget.phase, self.threads)
+            costs = model_costs(inputs.dense, inputs.source, inputs.recipe, budget.phase, self.threads)
         return planner.decide_plan(
             inputs.source,
             inputs.recipe,
@@ -91,6 +99,7 @@ def open_task(
     recipe: Recipe | None,
     plan: Plan | None,
     *,
+    target: Target | None = None,
     base: str | Path | None,
     run: Run | None,
     needs_texts: bool = True,
@@ -99,8 +108,9 @@ def open_task(
 
     Args:
         model: As in `compress`.
-        recipe: What was asked for.
-        plan: What was decided earlier, instead of options.
+        recipe: What was asked for; None takes the default.
+        plan: What was decided earlier, instead of a recipe.
+        target: Where the bundle will run, instead of what the recipe says.
         base: As in `compress`.
         run: The machine.
         needs_texts: Refuse a plan whose calibration text is not at hand.
@@ -114,19 +124,40 @@ def open_task(
     source = open_source(model, base)
     if plan is not None and recipe is not None:
         raise InputError(
-            "a plan already holds the options", where="--plan", fix="drop the other compression options"
+            "a plan already holds its recipe", where="--plan", fix="drop the recipe and what changes it"
         )
     if plan is not None:
+        if target is not None:
+            raise InputError("a plan already holds its target", where="--plan", fix="drop --ep")
         planner.check_plan(source, plan)
         recipe = plan.recipe
-    recipe = (recipe or Recipe()).with_texts(run.texts)
-    check_supported(source.description, ep=recipe.ep, dtype=recipe.float_dtype)
+    recipe = recipe or load()
+    if target is not None:
+        recipe = replace(recipe, target=target)
+    recipe = _with_known_size(source, recipe.with_texts(run.texts))
+    check_supported(source.description, ep=recipe.target.ep, dtype=recipe.target.float_dtype)
     check_options(source, recipe)
     if needs_texts and recipe.missing_text is not None:
         recipe.missing_text.place()
     if not source.architecture.is_encoder:
         check_ends(source.folder, source.config, source.origin[1])
     return Task(source, recipe, resolve_device(run.device), run.threads, plan)
+
+
+def _with_known_size(source: Source, recipe: Recipe) -> Recipe:
+    """Return a recipe whose size is a number, where it was to be that of plain INT4.
+
+    An encoder has no loss that a budget could be planned by: it gets plain INT4 itself.
+    """
+    if recipe.budget is None or recipe.budget.value != "int4":
+        return recipe
+    plain = Recipe((Quantize(bits=4), Quantize(TABLES, bits=8)), target=recipe.target)
+    if source.architecture.is_encoder:
+        logger.info("plain INT4: an encoder has no loss that a budget could be planned by")
+        others = tuple(step for step in recipe.steps if not isinstance(step, Quantize))
+        return replace(recipe, steps=(*others, *plain.steps), budget=None)
+    size = planned_bytes(source, planner.decide_plan(source, plain)) + graph_bytes(source.description)
+    return replace(recipe, budget=Budget("size", size))
 
 
 def check_outputs(

@@ -95,7 +95,7 @@ def _alone(
     golden = from_json(
         Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
     )
-    return bundle_tiers(folder, golden, plan.recipe.float_dtype, provider=provider, threads=threads)
+    return bundle_tiers(folder, golden, plan.recipe.target.float_dtype, provider=provider, threads=threads)
 
 
 def _check_repeatable(folder: Path, recipe: Recipe) -> None:

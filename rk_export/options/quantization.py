@@ -37,13 +37,13 @@ class QuantSpec:
         if self.bits not in (2, 4, 8):
             raise FieldError(
                 f"{self.bits} bits cannot be packed",
-                where="--bits or --embedding-bits",
-                fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
+                where="quantize.bits",
+                fix="choose 2, 4 or 8",
             )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise FieldError(
                 f"a block of {self.block_size} columns is not supported",
-                where="--block",
+                where="quantize.block",
                 fix="choose 16, 32, 64, 128 or 256",
             )
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError, InputError
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class TextFile:
         """
         place = Path(path).expanduser()
         if not place.is_file():
-            raise InputError("no such file", where=str(path), fix="give a UTF-8 text file")
+            raise FieldError("no such file", where=str(path), fix="give a UTF-8 text file")
         return cls(place.name, hashlib.sha256(place.read_bytes()).hexdigest(), place)
 
     def found_in(self, texts: tuple[Path, ...]) -> TextFile:
@@ -55,3 +63,36 @@ class TextFile:
                 fix="give the file itself with --calibration-text FILE",
             )
         return self.path
+
+
+# Where a recipe file lies, while it is read.
+_FOLDER: ContextVar[Path] = ContextVar("folder", default=Path())
+
+
+@contextmanager
+def texts_beside(folder: Path) -> Iterator[None]:
+    """Let paths of texts that are read inside start at a folder, where a file lies there."""
+    token = _FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
+class _Path:
+    """Reads the path of a file on this machine as well as name and digest."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core.core_schema import no_info_before_validator_function
+
+        def opened(data: Any) -> Any:
+            if not isinstance(data, str):
+                return data
+            beside = _FOLDER.get() / data
+            return TextFile.of(beside if beside.is_file() else data)
+
+        return no_info_before_validator_function(opened, handler(source))
+
+
+# A text in a recipe file: its path, or its name and digest.
+TextSource = Annotated[TextFile, _Path()]

@@ -64,10 +64,12 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     probe = make_probe(
         source.folder,
         source.config.vocab_size,
-        switches_of(replace(source.description, config=with_context(source.config, recipe.context_length))),
+        switches_of(
+            replace(source.description, config=with_context(source.config, recipe.target.context_length))
+        ),
     )
     tokens = torch.from_numpy(probe.batch)
-    peaks = Peaks() if recipe.float_dtype == "fp16" else None
+    peaks = Peaks() if recipe.target.float_dtype == "fp16" else None
     may_prepare = bool(recipe.preparations) or recipe.prepared_for is not None
     logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
     _check_finite(logits, source)

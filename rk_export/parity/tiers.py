@@ -179,7 +179,7 @@ def shipped_bound(
         reference: Its logits of them with all inputs in floats.
         bound: What exact computations may differ by.
     """
-    level = rewritten.plan.recipe.accuracy_level
+    level = rewritten.plan.recipe.target.accuracy_level
     with level4_inputs(rewritten.model) if level == 4 else nullcontext():
         rounded = torch_logits(rewritten.model)(probe.batch).float().numpy()
     lost = relative_error(reference, rounded)
@@ -193,7 +193,11 @@ def shipped_bound(
 
 def _remedy(rewritten: Rewritten) -> str:
     coarse = "that is too coarse for this model"
-    return f"{coarse}: --accuracy-level 0 computes in floats" if _has(rewritten, QuantizedLinear) else coarse
+    return (
+        f"{coarse}: target.accuracy_level 0 computes in floats"
+        if _has(rewritten, QuantizedLinear)
+        else coarse
+    )
 
 
 def _has(rewritten: Rewritten, kind: type[torch.nn.Module]) -> bool:
@@ -209,7 +213,7 @@ def runtime_bound(rewritten: Rewritten, probe: Probe, error: float = 0.0) -> tup
         probe: The prompts.
         error: What was found; in fp32 a bound of this model's own is looked for only where the common one is broken.
     """
-    float_dtype = rewritten.plan.recipe.float_dtype
+    float_dtype = rewritten.plan.recipe.target.float_dtype
     common = FLOAT_BOUND[float_dtype]
     if float_dtype == "fp32" and error <= common:
         return common, ""

@@ -105,20 +105,20 @@ def too_small(unit: BudgetUnit, least: float, budget: float) -> InputError:
         least: What the smallest model costs, fixed parts left out.
         budget: What may be spent on it.
     """
-    where = f"--{unit.budget.kind.replace('_', '-')}"
+    where = unit.budget.flag
     if unit.budget.kind != "size":
         return InputError(
             f"the smallest model that can be planned takes {in_words(least, unit.name)}, the budget leaves "
             f"{in_words(max(budget, 0), unit.name)}",
             where=where,
-            fix="give a larger budget, or let more matrices be factorized with --groups",
+            fix="give a larger budget, or let more matrices be factorized (factorize.groups)",
         )
     total = least + unit.fixed
     return InputError(
-        f"{size(unit.budget.value)} are too few: the smallest model that can be planned takes {size(total)}, "
+        f"{size(unit.budget.amount)} are too few: the smallest model that can be planned takes {size(total)}, "
         f"of which matrices and embedding {size(least)}, {parts_in_words(unit.parts)}",
         where=where,
-        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized with --groups",
+        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized",
     )
 
 

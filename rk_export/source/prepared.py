@@ -20,7 +20,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.plain_form import plain_model
 from rk_export.model.preparable import check_scale, folded_norms, preparations_of
-from rk_export.options.recipe import PREPARATIONS
+from rk_export.options.prepare import PREPARATIONS
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.prepare.fold import fold_layer, fold_norm
 from rk_export.passes.prepare.heads import rotate_heads
@@ -41,7 +41,7 @@ class LayerPreparation:
 
     Args:
         description: Of the model.
-        names: The preparations, names from `rk_export.options.recipe.PREPARATIONS` or a part of `fold`.
+        names: The preparations, names from `rk_export.options.prepare.PREPARATIONS` or a part of `fold`.
         seed: Of the rotations.
         peaks: As in `Prepared`.
         alpha: As in `Prepared`.
@@ -94,7 +94,7 @@ class Prepared(Transform):
 
     Args:
         description: Of the model.
-        names: Names from `rk_export.options.recipe.PREPARATIONS`; those that the family cannot take are left out.
+        names: Names from `rk_export.options.prepare.PREPARATIONS`; those that the family cannot take are left out.
         seed: Of the rotations.
         peaks: For `scale`: name of a down matrix (`layers.3.mlp.down_proj`, paths of canonical layers) -> the
             largest absolute input of each of its neurons, (intermediate,).
@@ -137,7 +137,7 @@ class Prepared(Transform):
             InputError: Says so.
         """
         if any(isinstance(transform, Prepared) for transform in earlier):
-            raise InputError("is prepared already", where="--prepare", fix="name all preparations at once")
+            raise InputError("is prepared already", where="prepare", fix="name all preparations at once")
 
     def layer(self, layer: nn.Module, index: int) -> nn.Module:
         """Reparameterize a layer."""

@@ -42,7 +42,18 @@ ORDER = (
         "folders",
         "tensor_cache",
     ),
-    *("passes", "model", "source", "calibration", "planning", "training", "rewrite", "methods", "graph"),
+    *(
+        "passes",
+        "model",
+        "source",
+        "calibration",
+        "planning",
+        "training",
+        "rewrite",
+        "methods",
+        "recipes",
+        "graph",
+    ),
     *("evaluation", "parity", "bundle", "commands", "testing", "cli"),
 )
 FRONT_DOORS = {"rk_export", "rk_export.testing"}  # may use the commands
