@@ -157,7 +157,7 @@ def _with_known_size(source: Source, recipe: Recipe) -> Recipe:
         others = tuple(step for step in recipe.steps if not isinstance(step, Quantize))
         return replace(recipe, steps=(*others, *plain.steps), budget=None)
     size = planned_bytes(source, planner.decide_plan(source, plain)) + graph_bytes(source.description)
-    return replace(recipe, budget=Budget("size", size))
+    return replace(recipe, budget=Budget("size", float(size)))
 
 
 def check_outputs(

@@ -126,5 +126,6 @@ class Factorize(Step):
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""
-        groups = "" if not self.groups else f" of {', '.join(self.groups)}"
-        return f"joint rank-k factorization{groups}"
+        if self.rule is None:
+            return "low rank where it pays"
+        return f"joint rank-k factorization of {', '.join(self.groups or DEFAULT_GROUPS)}"

@@ -97,10 +97,11 @@ class Quantize(Step):
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""
+        what = " and ".join(self.targets)
         if self.bits == "auto":
-            return "weights in INT2 to INT8, whatever loses least"
-        inputs = " with INT8 inputs" if self.activations == 8 else f" in blocks of {self.block or 32}"
-        return f"INT{self.bits} weights{inputs}"
+            return f"{what} in the formats that lose least"
+        inputs = "with INT8 inputs" if self.activations == 8 else f"in blocks of {self.block or 32}"
+        return f"{what} in INT{self.bits} {inputs}"
 
 
 def matches(target: str, names: Iterable[str]) -> bool:

@@ -124,7 +124,10 @@ class Budget:
 
     def json_form(self) -> dict[str, Any]:
         """Return it as a recipe file has it: `{"size": 90000000.0}`."""
-        return {self.kind: self.value, **({"phase": self.phase} if self.kind == "speed_up" else {})}
+        value = self.value
+        if self.kind == "size" and not isinstance(value, str):
+            value = round(value)
+        return {self.kind: value, **({"phase": self.phase} if self.kind == "speed_up" else {})}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
