@@ -22,8 +22,8 @@ def made_recipe(
     *,
     groups: tuple[str, ...] | None = None,
     rank: RankRule | None = None,
-    quant: QuantSpec | None | Literal["auto"] = INT4,
-    table: QuantSpec | None | Literal["auto"] = INT8,
+    quant: QuantSpec | Literal["auto"] | None = INT4,
+    table: QuantSpec | Literal["auto"] | None = INT8,
     quantizer: Any = "gptq",
     prepare: tuple[str, ...] | Literal["auto"] = "auto",
     calibration: CalibrationOptions = CalibrationOptions(),
@@ -74,7 +74,7 @@ def open_recipe(budget: Budget, **fields: Any) -> Recipe:
 
 
 def _quantize(
-    spec: QuantSpec | None | Literal["auto"], targets: tuple[str, ...], quantizer: Any
+    spec: QuantSpec | Literal["auto"] | None, targets: tuple[str, ...], quantizer: Any
 ) -> list[Step]:
     if spec is None:
         return []
