@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
     from rk_export.commands.compress import compress, dry_run, rewrite_model
+    from rk_export.commands.deployment_files import deployment_files
     from rk_export.commands.evaluate import evaluate
     from rk_export.commands.explain import explain
     from rk_export.commands.export import export
@@ -61,6 +62,7 @@ _HOME = {
     "compress": "rk_export.commands.compress",
     "dry_run": "rk_export.commands.compress",
     "rewrite_model": "rk_export.commands.compress",
+    "deployment_files": "rk_export.commands.deployment_files",
     "evaluate": "rk_export.commands.evaluate",
     "explain": "rk_export.commands.explain",
     "export": "rk_export.commands.export",
@@ -128,6 +130,7 @@ __all__ = [
     "analyze",
     "assert_parity",
     "compress",
+    "deployment_files",
     "dry_run",
     "evaluate",
     "evaluate_models",

@@ -63,7 +63,6 @@ def run_compress(args: argparse.Namespace) -> int:
         text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
         speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
-        triton=args.triton,
         force=args.force,
         command=args.command_line,
     )
@@ -137,7 +136,6 @@ def run_export(args: argparse.Namespace) -> int:
         base=args.base,
         context_length=args.context_length,
         run=_run_of(args),
-        triton=args.triton,
         force=args.force,
         command=args.command_line,
     )

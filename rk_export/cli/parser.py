@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rk_export.cli.bundle import add_bundle_arguments, run_bundle
 from rk_export.cli.compress_arguments import (
     add_context_argument,
     add_format_arguments,
@@ -26,6 +27,7 @@ from rk_export.cli.handlers import (
     run_verify,
 )
 from rk_export.cli.method_arguments import add_method_arguments
+from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
 
 Command = Callable[[argparse.Namespace], int]
@@ -102,7 +104,7 @@ def _add_model_commands(add: AddCommand) -> None:
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
     add_context_argument(export)
-    _add_bundle_arguments(export, texts=False)
+    _add_machine_arguments(export, texts=False)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
@@ -143,6 +145,10 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_runtime_arguments(bench)
     _add_json(bench)
 
+    add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
+
+    add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
+
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path)
     _add_json(explain)
@@ -179,7 +185,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser, texts=True)
+    _add_machine_arguments(parser, texts=True)
 
 
 def _add_model(
@@ -211,8 +217,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
-    parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
+def _add_machine_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
     _add_run(parser, texts=texts)
     _add_json(parser)
 

@@ -33,7 +33,6 @@ def export(
     base: str | Path | None = None,
     context_length: int | None = None,
     run: Run | None = None,
-    triton: str | None = None,
     force: bool = False,
     command: str = "",
 ) -> Report:
@@ -46,7 +45,6 @@ def export(
         base: As in `compress`.
         context_length: As in `Recipe`; for a checkpoint too.
         run: As in `compress`.
-        triton: As in `compress`.
         force: Replace an existing output.
         command: Command line to note in the report.
 
@@ -58,7 +56,7 @@ def export(
         dense = replace(recipe or Recipe(), groups=(), qk="whole", quant=None, embedding_quant=None)
         if context_length is not None:
             dense = replace(dense, context_length=context_length)
-        return compress(model, out, dense, base=base, run=run, triton=triton, force=force, command=command)
+        return compress(model, out, dense, base=base, run=run, force=force, command=command)
     if base is not None:
         raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
     if recipe is not None:
@@ -68,7 +66,7 @@ def export(
     check_context(describe(read_config(folder)), context_length)
     check_replaceable(Path(out).expanduser(), force, inputs=[folder])
     threads = None if run is None else run.threads
-    request = BundleRequest(triton=triton, threads=threads, command=command)
+    request = BundleRequest(threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
         rewritten = _with_context(load_pretrained(folder), context_length)
