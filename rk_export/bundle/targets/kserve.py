@@ -8,7 +8,7 @@ from pathlib import Path
 from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.errors import InputError
 
-# An image whose ONNX Runtime (1.28) was seen to run a bundle. The default of KServe 0.21 is 23.05 with ONNX
+# An image whose ONNX Runtime (1.28) was seen to run a bundle. The default of KServe 0.20 is 23.05 with ONNX
 # Runtime 1.15, which knows neither the opset of the graph nor its IR version.
 TRITON_IMAGE = "26.08-py3"
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
