@@ -20,6 +20,7 @@ from rk_export.methods import METHODS  # noqa: E402  after the variables above
 if TYPE_CHECKING:
     from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
+    from rk_export.commands.compare import compare
     from rk_export.commands.compress import compress, dry_run, rewrite_model
     from rk_export.commands.deployment_files import deployment_files
     from rk_export.commands.evaluate import evaluate
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from rk_export.options.run import Run
     from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
+    from rk_export.report.comparison import Comparison
+    from rk_export.report.comparison_page import comparison_html
     from rk_export.report.records import Finding, ParityTier, Report
     from rk_export.report.render import findings_table, parity_text, text_table
     from rk_export.rewrite.apply import Rewritten
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
 _HOME = {
     "quiet_libraries": "rk_export.cli.main",
     "analyze": "rk_export.commands.analyze",
+    "compare": "rk_export.commands.compare",
     "compress": "rk_export.commands.compress",
     "dry_run": "rk_export.commands.compress",
     "rewrite_model": "rk_export.commands.compress",
@@ -92,6 +96,8 @@ _HOME = {
     "Run": "rk_export.options.run",
     "TextFile": "rk_export.options.texts",
     "Plan": "rk_export.plan",
+    "Comparison": "rk_export.report.comparison",
+    "comparison_html": "rk_export.report.comparison_page",
     "Finding": "rk_export.report.records",
     "ParityTier": "rk_export.report.records",
     "Report": "rk_export.report.records",
@@ -108,6 +114,7 @@ __all__ = [
     "W8A8",
     "Budget",
     "CalibrationOptions",
+    "Comparison",
     "EvalText",
     "Finding",
     "FusionError",
@@ -129,6 +136,8 @@ __all__ = [
     "UnsupportedModelError",
     "analyze",
     "assert_parity",
+    "compare",
+    "comparison_html",
     "compress",
     "deployment_files",
     "dry_run",

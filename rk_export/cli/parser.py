@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.cli.bundle import add_bundle_arguments, run_bundle
+from rk_export.cli.compare import add_compare_arguments, run_compare
 from rk_export.cli.compress_arguments import (
     add_context_argument,
     add_format_arguments,
@@ -144,6 +145,13 @@ def _add_bundle_commands(add: AddCommand) -> None:
     bench.add_argument("--repeats", type=int, default=5)
     _add_runtime_arguments(bench)
     _add_json(bench)
+
+    compare = add("compare", run_compare, "put bundles side by side: size, quality, speed, parity, matrices")
+    add_compare_arguments(compare)
+    _add_base(compare)
+    _add_text_arguments(compare)
+    _add_runtime_arguments(compare)
+    _add_json(compare)
 
     add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
 
