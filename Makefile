@@ -59,7 +59,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/python -m mypy
 
-# docs/testing.md says what the markers mean.
+# docs/how-to/testing.md says what the markers mean.
 unit: $(READY)
 	$(PYTEST) -m "not whole and not real_model and not slow"
 

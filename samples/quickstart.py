@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Whoever receives the bundle checks files and parity again; `against` would measure every tier anew.
     assert all(tier.passed is not False for tier in rk_export.verify(args.out))
 
-    # Prompts of unequal length run as one batch; what that may change as shipped: docs/parity.md, tier h.
+    # Prompts of unequal length run as one batch; what that may change as shipped: docs/reference/parity.md, tier h.
     session = Session.from_pretrained(args.out)
     prompts = [args.prompt, "Once upon a time, there was"]
     for result in session.generate(prompts, options=GenerationOptions(max_new_tokens=32)):

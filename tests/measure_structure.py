@@ -172,7 +172,7 @@ NAMING = "modules that name a method"
 HEAD = """# Structure
 
 Made by `python tests/measure_structure.py`. Before is commit {before}, one folder of modules; after is the packages of
-[architecture.md](../architecture.md), measured at {after}. Lines count docstrings. The same as data:
+[architecture.md](../explanation/architecture.md), measured at {after}. Lines count docstrings. The same as data:
 [structure.json](structure.json).
 """
 COUNTED = """## What one compression reads and builds
@@ -188,8 +188,9 @@ SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one fol
 four files, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`,
 the package's line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON,
 `rk_export.SslcOptions`, report and model card followed. Two tests that list public classes and methods got a word
-each. Documentation is a paragraph in `docs/methods.md` and three lines in `docs/cli.md`. Before, twelve modules
-outside the methods' own named `basel` or `cap`. [cap.md](cap.md) compares SSLC with Wanda and CAP.
+each. Documentation is a paragraph in `docs/explanation/methods.md` and three lines in `docs/reference/cli.md`.
+Before, twelve modules outside the methods' own named `basel` or `cap`.
+[cap.md](cap.md) compares SSLC with Wanda and CAP.
 """
 
 

@@ -1,6 +1,6 @@
 """Any two methods in one plan: a verified bundle, or a refusal before work begins. The table in the docs is made here.
 
-RK_UPDATE_DOCS=1 pytest tests/commands/test_combinations.py      writes docs/combinations.md anew
+RK_UPDATE_DOCS=1 pytest tests/commands/test_combinations.py      writes docs/reference/combinations.md anew
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rk_export.options.texts import TextFile
 
 pytestmark = pytest.mark.whole
 
-PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "combinations.md"
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 
 
