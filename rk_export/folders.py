@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +18,13 @@ from typing import Any
 from rk_export.atomic import atomic_file, beside
 from rk_export.errors import InputError
 from rk_export.plan import PLAN_MARK
+from rk_export.progress import stage
 from rk_export.report.records import Report
 
 MANIFEST = "rk_manifest.json"
 _FORMAT = 1
+_BLOCK = 1 << 20
+_LONG = 512  # blocks of a file whose checksum takes more than a second or two
 _MARKS = (MANIFEST, "report.json", "plan.json")
 _LIBRARIES = (
     "rk-export",
@@ -230,11 +234,15 @@ def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputE
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the hexadecimal SHA-256 of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal SHA-256 of a file, read in blocks of 1 MiB; that of a large one shows its progress."""
+    digest, blocks = hashlib.sha256(), -(-os.path.getsize(path) // _BLOCK)
     with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
+        shown = stage(f"checksum of {Path(path).name}, MiB", blocks) if blocks > _LONG else nullcontext()
+        with shown as bar:
+            while block := handle.read(_BLOCK):
+                digest.update(block)
+                if bar is not None:
+                    bar.advance()
     return digest.hexdigest()
 
 
