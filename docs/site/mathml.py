@@ -5,8 +5,10 @@ from __future__ import annotations
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
-from sphinx.errors import SphinxError
+from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
+
+LOGGER = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -28,5 +30,5 @@ def _write(writer: HTML5Translator, node: nodes.TextElement, *, as_block: bool) 
     try:
         writer.body.append(tex2mathml(formula, as_block=as_block))
     except Exception as error:  # the converter's errors differ between releases of docutils
-        raise SphinxError(f"{node.source}: no formula: {formula}") from error
+        LOGGER.warning("cannot set the formula %s: %s", formula, error, location=node)
     raise nodes.SkipNode
