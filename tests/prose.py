@@ -22,7 +22,7 @@ SHARE = 0.05  # of the sentences of a page may be long
 # Pages that are being rewritten: checked when they are named, not by default.
 LATER = {
     "README.md",
-    *(f"docs/explanation/{name}.md" for name in ("architecture", "healing", "methods", "planning", "safety")),
+    *(f"docs/explanation/{name}.md" for name in ("architecture", "healing", "safety")),
     *(f"docs/reference/{name}.md" for name in ("bundle", "cli", "evaluation", "gguf", "inputs", "parity")),
     "docs/how-to/testing.md",
 }

@@ -29,6 +29,8 @@ copybutton_prompt_text = "$ "
 
 html_theme = "furo"
 html_title = project
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_extra_path = ["index.html"]
 html_use_index = False
 html_copy_source = False
