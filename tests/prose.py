@@ -22,9 +22,8 @@ SHARE = 0.05  # of the sentences of a page may be long
 # Pages that are being rewritten: checked when they are named, not by default.
 LATER = {
     "README.md",
-    *(f"docs/explanation/{name}.md" for name in ("architecture", "healing", "safety")),
+    *(f"docs/explanation/{name}.md" for name in ("healing", "safety")),
     *(f"docs/reference/{name}.md" for name in ("bundle", "cli", "evaluation", "gguf", "inputs", "parity")),
-    "docs/how-to/testing.md",
 }
 WORST = 3  # sentences are shown of each page that fails
 
