@@ -337,6 +337,7 @@ def weights(bundle: Path) -> tuple[bytes, bytes]:
     return (bundle / "model.onnx").read_bytes(), (bundle / "model.onnx.data").read_bytes()
 
 
+EIGHT_BITS = ("--set", "quantize.targets=all", "--set", "quantize.bits=8")
 # What makes a preset short on the tiny model.
 SHORT = {
     "cap": ("cap.steps=2",),
@@ -430,7 +431,7 @@ def test_dry_runs_say_what_would_go(cli: Cli, llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("size", "extra"), [(480_000, ()), (340_000, ("--set", "quantize.bits=8"))])
+@pytest.mark.parametrize(("size", "extra"), [(480_000, ()), (340_000, EIGHT_BITS)])
 @pytest.mark.parametrize("selector", ["policy", "pools", "auction", "wanda", "magnitude"])
 def test_a_size_is_met_by_the_files(
     cli: Cli, llama: Path, tmp_path: Path, selector: str, size: int, extra: tuple[object, ...]
