@@ -185,19 +185,16 @@ class Recipe:
 
     def with_texts(self, files: tuple[Path, ...]) -> Recipe:
         """Return the recipe with the paths of those texts that are among some files, by content."""
-        if not files:
+        corpus = self.calibration.corpus
+        if corpus is None or not files:
             return self
-        calibration, corpus = self.calibration, self.calibration.corpus
-        if corpus is not None:
-            calibration = replace(calibration, text=corpus.found_in(files))
-        steps = tuple(step.with_texts(files) for step in self.steps)
-        return replace(self, steps=steps, calibration=calibration)
+        return replace(self, calibration=replace(self.calibration, text=corpus.found_in(files)))
 
     @property
     def missing_text(self) -> TextFile | None:
-        """The first text of which only name and content are known: that of the calibration, or of a step."""
-        texts = (self.calibration.corpus, *(text for step in self.steps for text in step.texts.values()))
-        return next((text for text in texts if text is not None and text.path is None), None)
+        """The calibration text, where only its name and content are known."""
+        corpus = self.calibration.corpus
+        return corpus if corpus is not None and corpus.path is None else None
 
     @property
     def methods(self) -> tuple[MethodOptions, ...]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rk_export.errors import FieldError
 from rk_export.options.ranks import Budget
-from rk_export.options.texts import TextFile
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
@@ -70,17 +68,6 @@ class Step:
     def budget(self) -> Budget | None:
         """What the matrices may cost together, where the step itself says so."""
         return None
-
-    @property
-    def texts(self) -> dict[str, TextFile]:
-        """The texts that it reads, by their fields."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, TextFile)}
-
-    def with_texts(self, files: tuple[Path, ...]) -> Step:
-        """Return the step with the paths of those texts that are among some files, by content."""
-        found = {name: text.found_in(files) for name, text in self.texts.items()}
-        return replace(self, **found) if found else self
 
     @property
     def json_tag(self) -> str:

@@ -96,7 +96,7 @@ def _refusal(misfit: MisfitError, data: Any, places: Places, made: Settings) -> 
 
 def _known_part(data: Any, path: DataPath) -> DataPath:
     """Return the part of a path that the data have; a field that is read under another name under its own."""
-    keys = {item.name: key_of(item) for kind in (*step_kinds(), About) for item in fields(kind)}
+    keys = {item.name: key_of(item) for kind in step_kinds() for item in fields(kind)}
     found: list[int | str] = []
     for step in path:
         if isinstance(step, str) and isinstance(data, dict):
@@ -116,8 +116,7 @@ def _pointed(data: Any, path: DataPath, where: str) -> DataPath:
         steps = data.get("steps") if isinstance(data, dict) else None
         named = [index for index, step in enumerate(steps or ()) if isinstance(step, dict) and first in step]
         return ("steps", named[-1], first, *rest) if named else tuple(where.split("."))
-    field = where.rpartition(".")[2]
-    return path if path[-1:] == (field,) else (*path, field)
+    return (*path, where.rpartition(".")[2])
 
 
 def _name(path: DataPath) -> str:
