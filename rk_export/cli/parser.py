@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rk_export.cli.bundle import add_bundle_arguments, run_bundle
+from rk_export.cli.compare import add_compare_arguments, run_compare
 from rk_export.cli.compress_arguments import add_recipe_arguments
 from rk_export.cli.handlers import (
     run_analyze,
@@ -22,6 +24,7 @@ from rk_export.cli.handlers import (
     run_recipes,
     run_verify,
 )
+from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
 
 Command = Callable[[argparse.Namespace], int]
@@ -109,7 +112,7 @@ def _add_model_commands(add: AddCommand) -> None:
         metavar="TOKENS",
         help="most tokens of prompt and answer together (default the model's own)",
     )
-    _add_bundle_arguments(export, texts=False)
+    _add_machine_arguments(export, texts=False)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
@@ -150,6 +153,17 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_runtime_arguments(bench)
     _add_json(bench)
 
+    compare = add("compare", run_compare, "put bundles side by side: size, quality, speed, parity, matrices")
+    add_compare_arguments(compare)
+    _add_base(compare)
+    _add_text_arguments(compare)
+    _add_runtime_arguments(compare)
+    _add_json(compare)
+
+    add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
+
+    add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
+
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path)
     _add_json(explain)
@@ -179,7 +193,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser, texts=True)
+    _add_machine_arguments(parser, texts=True)
 
 
 def _add_model(
@@ -211,8 +225,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
-    parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
+def _add_machine_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
     _add_run(parser, texts=texts)
     _add_json(parser)
 
