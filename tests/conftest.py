@@ -118,21 +118,19 @@ def trained_tokenizer() -> Any:
 
 
 def tiny_options(**changes: Any) -> Recipe:
-    """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options.calibration import CalibrationOptions
-    from rk_export.options.quantization import QuantSpec
+    """Return a recipe that factorizes and quantizes every matrix of the tiny model."""
+    from made_recipes import made_recipe
+
+    from rk_export.options.calibration import UNWEIGHED
     from rk_export.options.ranks import RankRule
-    from rk_export.options.recipe import Recipe
 
     fields = {
         "groups": ("qk", "gate_up"),
         "rank": RankRule("keep", 0.8),
-        "quant": QuantSpec(4, 32),
-        "embedding_quant": QuantSpec(8, 32),
-        "calibration": CalibrationOptions("none"),
+        "calibration": UNWEIGHED,
         "quantizer": "rtn",
     }
-    return Recipe(**{**fields, **changes})
+    return made_recipe(**{**fields, **changes})
 
 
 @pytest.fixture(scope="session")
