@@ -98,9 +98,14 @@ class Step:
         if not isinstance(data, Mapping):
             return data
         by_key = {key_of(item): item for item in fields(cls)}
+        own = {item.name: item for item in fields(cls)}
         read = {}
         for key, value in data.items():
             item = by_key.get(key)
+            if item is None and key in own:
+                raise FieldError(
+                    "there is no such field", where=f"{cls.name}.{key}", fix=f"write {key_of(own[key])}"
+                )
             if item is not None and item.metadata.get("listed") and isinstance(value, str):
                 value = (value,)
             read[key if item is None else item.name] = tuple(value) if isinstance(value, list) else value

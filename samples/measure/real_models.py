@@ -163,9 +163,9 @@ def page(results: Results) -> str:
     """Return the figures as a page."""
     rows = results.rows
     lines = [
-        "# Real models with the default",
+        "# Real models in plain INT4",
         "",
-        "This page shows what `rk-export compress MODEL` does to real models without any option.",
+        "This page shows what `rk-export compress MODEL --recipe int4` does to real models.",
         "",
         f"Made by `python samples/measure/real_models.py`. Perplexity is measured on {WINDOWS} windows of {WINDOW} "
         "tokens of English Wikipedia. Each window follows the token that the tokenizer begins a text with. *Dense* is "
