@@ -11,6 +11,7 @@ from typing import Any
 from rk_export.cli.bundle import add_bundle_arguments, run_bundle
 from rk_export.cli.compare import add_compare_arguments, run_compare
 from rk_export.cli.compress_arguments import add_recipe_arguments
+from rk_export.cli.examples import epilog
 from rk_export.cli.handlers import (
     run_analyze,
     run_bench,
@@ -47,7 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run)
         return command
 
@@ -71,7 +78,7 @@ def _add_model_commands(add: AddCommand) -> None:
     analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
     _add_model(analyze)
     _add_output(analyze, "folder for report.json, report.html and plots")
-    add_recipe_arguments(analyze)
+    add_recipe_arguments(analyze, target=False)
     _add_plan(analyze)
     _add_run(analyze)
 
@@ -118,7 +125,7 @@ def _add_model_commands(add: AddCommand) -> None:
 def _add_bundle_commands(add: AddCommand) -> None:
     """Add the commands that work on what was made, and `doctor`."""
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
-    verify.add_argument("bundle", type=Path)
+    verify.add_argument("bundle", type=Path, help="bundle folder")
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
     _add_base(verify)
     verify.add_argument("--provider", **_PROVIDER)
@@ -138,18 +145,18 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_json(evaluate)
 
     run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
-    run.add_argument("bundle", type=Path)
+    run.add_argument("bundle", type=Path, help="bundle folder")
     add_run_arguments(run)
     _add_runtime_arguments(run)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
-    bench.add_argument("bundle")
+    bench.add_argument("bundle", help="bundle folder; genai:PATH runs GenAI")
     bench.add_argument(
         "--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI"
     )
-    bench.add_argument("--prompt-tokens", type=int, default=512)
-    bench.add_argument("--new-tokens", type=int, default=64)
-    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill (default 512)")
+    bench.add_argument("--new-tokens", type=int, default=64, help="decoded after it (default 64)")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default 5)")
     _add_runtime_arguments(bench)
     _add_json(bench)
 
@@ -165,7 +172,7 @@ def _add_bundle_commands(add: AddCommand) -> None:
     add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
 
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
-    explain.add_argument("bundle", type=Path)
+    explain.add_argument("bundle", type=Path, help="bundle folder")
     _add_json(explain)
 
     doctor = add(
