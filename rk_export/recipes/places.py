@@ -17,18 +17,20 @@ class _Loader(yaml.SafeLoader):
     """Reads numbers as YAML 1.2 does: 1e-2 is one, 1:30 and 010 are no whole ones."""
 
 
-_FLOAT, _INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
-_REPLACED = (_FLOAT, _INT, "tag:yaml.org,2002:timestamp")
+# What a number is, by its tag, its form and what it begins with.
+FLOAT = "tag:yaml.org,2002:float"
+FLOAT_PATTERN = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
+)
+FLOAT_STARTS = list("-+.0123456789")
+_INT = "tag:yaml.org,2002:int"
+_REPLACED = (FLOAT, _INT, "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
+_Loader.add_implicit_resolver(FLOAT, FLOAT_PATTERN, FLOAT_STARTS)
 
 
 @dataclass
