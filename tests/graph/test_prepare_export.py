@@ -34,9 +34,9 @@ BOUND = 1e-4
 INT8 = QuantSpec(8, 16)
 OPTIONS = {
     "float": floats(prepare=PREPARATIONS),
-    "int8": floats(prepare=PREPARATIONS, quant=INT8, embedding_quant=INT8),
-    "int4": floats(("qk",), prepare=PREPARATIONS, rank=RankRule("rank", 8), quant=INT4, embedding_quant=INT4),
-    "asymmetric": floats(prepare=PREPARATIONS, quant=INT4, embedding_quant=QuantSpec(8, 32, symmetric=False)),
+    "int8": floats(prepare=PREPARATIONS, quant=INT8, table=INT8),
+    "int4": floats(("qk",), prepare=PREPARATIONS, rank=RankRule("rank", 8), quant=INT4, table=INT4),
+    "asymmetric": floats(prepare=PREPARATIONS, quant=INT4, table=QuantSpec(8, 32, symmetric=False)),
 }
 CASES = [(form, tied) for form in OPTIONS for tied in (True, False)]
 

@@ -31,7 +31,7 @@ from rk_export.options.calibration import CalibrationOptions
 Change = Callable[[Path], object]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128}
 # Every matrix keeps its codes; what has none stays in floats.
-CARRIED = Recipe(groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none"))
+CARRIED = Recipe(groups=(), recompute="none", table=None, calibration=CalibrationOptions("none"))
 
 
 def quantized(

@@ -124,7 +124,7 @@ def test_any_rotary_model_takes_a_shorter_or_longer_context(
 
 @pytest.mark.whole
 def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Path, cli: Cli) -> None:
-    options = tiny_options(quant=None, embedding_quant=None, groups=())
+    options = tiny_options(quant=None, table=None, groups=())
     compress(llama, tmp_path / "a", options, checkpoint=tmp_path / "kept", run=Run(threads=1))
     ended = cli("export", tmp_path / "kept", "-o", tmp_path / "b", "--context-length", 200, "--threads", 1)
     assert ended.code == 0, ended.err

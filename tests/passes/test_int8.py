@@ -173,7 +173,7 @@ def test_only_the_cpu_graph_has_int8_inputs(source_of: SourceOf, ep: str) -> Non
 
 def test_what_has_no_int8_form_is_refused(source_of: SourceOf) -> None:
     with pytest.raises(InputError, match="embedding has no inputs"):
-        Recipe(embedding_quant=W8A8)
+        Recipe(table=W8A8)
     plan = int8_plan(source_of("llama"))
     sites = (replace(plan.sites[0], correction=4), *plan.sites[1:])
     with pytest.raises(InputError, match="only weight-only quantization is corrected"):
