@@ -20,7 +20,9 @@ from rk_export.methods import METHODS  # noqa: E402  after the variables above
 if TYPE_CHECKING:
     from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
+    from rk_export.commands.compare import compare
     from rk_export.commands.compress import compress, dry_run, rewrite_model
+    from rk_export.commands.deployment_files import deployment_files
     from rk_export.commands.evaluate import evaluate
     from rk_export.commands.explain import explain
     from rk_export.commands.export import export
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from rk_export.options.target import Target
     from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
+    from rk_export.report.comparison import Comparison
+    from rk_export.report.comparison_page import comparison_html
     from rk_export.report.records import Finding, ParityTier, Report
     from rk_export.report.render import findings_table, parity_text, text_table
     from rk_export.rewrite.apply import Rewritten
@@ -63,9 +67,11 @@ if TYPE_CHECKING:
 _HOME = {
     "quiet_libraries": "rk_export.cli.main",
     "analyze": "rk_export.commands.analyze",
+    "compare": "rk_export.commands.compare",
     "compress": "rk_export.commands.compress",
     "dry_run": "rk_export.commands.compress",
     "rewrite_model": "rk_export.commands.compress",
+    "deployment_files": "rk_export.commands.deployment_files",
     "evaluate": "rk_export.commands.evaluate",
     "explain": "rk_export.commands.explain",
     "export": "rk_export.commands.export",
@@ -100,6 +106,8 @@ _HOME = {
     "Run": "rk_export.options.run",
     "TextFile": "rk_export.options.texts",
     "Plan": "rk_export.plan",
+    "Comparison": "rk_export.report.comparison",
+    "comparison_html": "rk_export.report.comparison_page",
     "Finding": "rk_export.report.records",
     "ParityTier": "rk_export.report.records",
     "Report": "rk_export.report.records",
@@ -116,6 +124,7 @@ __all__ = [
     "W8A8",
     "Budget",
     "CalibrationOptions",
+    "Comparison",
     "Correct",
     "EvalText",
     "Factorize",
@@ -142,7 +151,10 @@ __all__ = [
     "UnsupportedModelError",
     "analyze",
     "assert_parity",
+    "compare",
+    "comparison_html",
     "compress",
+    "deployment_files",
     "dry_run",
     "evaluate",
     "evaluate_models",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from transformers import GenerationConfig
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
-from rk_export.bundle.triton import triton_repository
-from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
@@ -60,25 +57,17 @@ class BundleRequest:
     Args:
         text: Measure perplexity on it.
         speed: Measure tokens per second; decoders only.
-        triton: Name of a Triton model repository to add.
         threads: Threads of ONNX Runtime while verifying.
         command: Command line to note in the report.
     """
 
     text: EvalText | None = None
     speed: SpeedTest | None = None
-    triton: str | None = None
     threads: int | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
         SessionSettings(threads=self.threads)  # refuses a wrong number now, not after the work
-        if self.triton is not None and not re.fullmatch(r"\w[\w.-]*", self.triton):
-            raise InputError(
-                f"{self.triton!r} cannot name a Triton model",
-                where="--triton",
-                fix="use letters, digits, '_', '-' and '.'",
-            )
 
 
 @dataclass
@@ -144,8 +133,6 @@ def write_bundle(
         tiers = (*method, *runtime)
         require_parity(tiers, str(folder))
     measured = _measure(folder, origin, request, stages, provider)
-    if request.triton is not None:
-        triton_repository(folder, request.triton, ep="cuda" if options.target.ep == "cuda" else "cpu")
     report = new_report(
         origin.name if isinstance(origin, Path) else origin.title,
         rewritten.plan.model_type,

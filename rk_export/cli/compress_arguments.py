@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _PHASE = "budget.phase="
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which recipe is followed, at which amount, and where the bundle will run."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, target: bool = True) -> None:
+    """Add what says which recipe is followed, at which amount, and, if asked for, where the bundle will run."""
     recipe = parser.add_argument_group("what is done")
     recipe.add_argument(
         "--recipe",
@@ -41,6 +41,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FACTOR",
         help="dense time over compressed time, measured here: 1.8 (of decode; --set budget.phase=prefill)",
     )
+    if not target:
+        return
     parser.add_argument_group("where it will run").add_argument(
         "--ep",
         choices=("cpu", "cuda", "portable"),
@@ -56,15 +58,15 @@ def asked_recipe(args: argparse.Namespace) -> Recipe | None:
     """
     from rk_export.recipes import DEFAULT, load
 
-    amount = _budget(args)
-    if args.recipe is None and not args.set and amount is None and args.ep is None:
+    amount, ep = _budget(args), getattr(args, "ep", None)
+    if args.recipe is None and not args.set and amount is None and ep is None:
         return None
     settings = [text for text in args.set if amount is None or not text.startswith(_PHASE)]
     recipe = load(DEFAULT if args.recipe is None else args.recipe, settings)
     if amount is not None:
         recipe = recipe.with_budget(amount)
-    if args.ep is not None:
-        recipe = replace(recipe, target=replace(recipe.target, ep=args.ep))
+    if ep is not None:
+        recipe = replace(recipe, target=replace(recipe.target, ep=ep))
     return recipe
 
 

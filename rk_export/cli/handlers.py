@@ -60,7 +60,6 @@ def run_compress(args: argparse.Namespace) -> int:
         base=args.base,
         run=run,
         checkpoint=args.checkpoint,
-        triton=args.triton,
         force=args.force,
         command=args.command_line,
     )
@@ -153,19 +152,15 @@ def run_prepare(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
-    from rk_export.options.target import Target
     from rk_export.report.render import summary
-
-    asked = {"ep": args.ep, "context_length": args.context_length}
-    given = {name: value for name, value in asked.items() if value is not None}
 
     report = export(
         args.model,
         args.output,
-        Target(**given) if given else None,
         base=args.base,
+        ep=args.ep,
+        context_length=args.context_length,
         run=_run_of(args),
-        triton=args.triton,
         force=args.force,
         command=args.command_line,
     )

@@ -8,7 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rk_export.cli.bundle import add_bundle_arguments, run_bundle
+from rk_export.cli.compare import add_compare_arguments, run_compare
 from rk_export.cli.compress_arguments import add_recipe_arguments
+from rk_export.cli.examples import epilog
 from rk_export.cli.handlers import (
     run_analyze,
     run_bench,
@@ -22,6 +25,7 @@ from rk_export.cli.handlers import (
     run_recipes,
     run_verify,
 )
+from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
 
 Command = Callable[[argparse.Namespace], int]
@@ -44,7 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run)
         return command
 
@@ -68,7 +78,7 @@ def _add_model_commands(add: AddCommand) -> None:
     analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
     _add_model(analyze)
     _add_output(analyze, "folder for report.json, report.html and plots")
-    add_recipe_arguments(analyze)
+    add_recipe_arguments(analyze, target=False)
     _add_plan(analyze)
     _add_run(analyze)
 
@@ -109,13 +119,13 @@ def _add_model_commands(add: AddCommand) -> None:
         metavar="TOKENS",
         help="most tokens of prompt and answer together (default the model's own)",
     )
-    _add_bundle_arguments(export, texts=False)
+    _add_machine_arguments(export, texts=False)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
     """Add the commands that work on what was made, and `doctor`."""
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
-    verify.add_argument("bundle", type=Path)
+    verify.add_argument("bundle", type=Path, help="bundle folder")
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
     _add_base(verify)
     verify.add_argument("--provider", **_PROVIDER)
@@ -135,23 +145,34 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_json(evaluate)
 
     run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
-    run.add_argument("bundle", type=Path)
+    run.add_argument("bundle", type=Path, help="bundle folder")
     add_run_arguments(run)
     _add_runtime_arguments(run)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
-    bench.add_argument("bundle")
+    bench.add_argument("bundle", help="bundle folder; genai:PATH runs GenAI")
     bench.add_argument(
         "--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI"
     )
-    bench.add_argument("--prompt-tokens", type=int, default=512)
-    bench.add_argument("--new-tokens", type=int, default=64)
-    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill (default 512)")
+    bench.add_argument("--new-tokens", type=int, default=64, help="decoded after it (default 64)")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default 5)")
     _add_runtime_arguments(bench)
     _add_json(bench)
 
+    compare = add("compare", run_compare, "put bundles side by side: size, quality, speed, parity, matrices")
+    add_compare_arguments(compare)
+    _add_base(compare)
+    _add_text_arguments(compare)
+    _add_runtime_arguments(compare)
+    _add_json(compare)
+
+    add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
+
+    add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
+
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
-    explain.add_argument("bundle", type=Path)
+    explain.add_argument("bundle", type=Path, help="bundle folder")
     _add_json(explain)
 
     doctor = add(
@@ -179,7 +200,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser, texts=True)
+    _add_machine_arguments(parser, texts=True)
 
 
 def _add_model(
@@ -211,8 +232,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
-    parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
+def _add_machine_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
     _add_run(parser, texts=texts)
     _add_json(parser)
 

@@ -27,7 +27,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=JSON",
         help="argument of the chat template, such as enable_thinking=false; may be repeated",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="most tokens of an answer (default 128)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens")
     parser.add_argument(
@@ -36,7 +38,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one"
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition (default 1)"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], help="stop string, special tokens included; may be repeated"
     )
@@ -48,7 +52,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="also end at this token; may be repeated",
     )
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
 
 
 def run_run(args: argparse.Namespace) -> int:

@@ -94,6 +94,8 @@ def analyze(
     Raises:
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
+    if recipe is None and plan is None:
+        recipe = Recipe()  # the spectra of the default groups, no rank marked
     task = open_task(model, recipe, plan, target=target, base=base, run=run)
     source = task.source
     check_outputs(source, out, force=force)

@@ -38,7 +38,6 @@ def compress(
     text: EvalText | None = None,
     speed: SpeedTest | None = None,
     checkpoint: str | Path | None = None,
-    triton: str | None = None,
     force: bool = False,
     command: str = "",
 ) -> Report:
@@ -55,7 +54,6 @@ def compress(
         text: Also measure the perplexity of the dense and of the compressed model on it.
         speed: Also measure the bundle's tokens per second.
         checkpoint: Also save the compressed PyTorch model there.
-        triton: Also add a Triton model repository of this name.
         force: Replace an existing output.
         command: Command line to note in the report.
 
@@ -67,7 +65,7 @@ def compress(
         ParityError: If ONNX Runtime does not compute what PyTorch computes; no bundle is left.
     """
     threads = None if run is None else run.threads
-    request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
+    request = BundleRequest(text=text, speed=speed, threads=threads, command=command)
     place, stages = Path(out), Stages()
     with stages.stage("load", f"opening {model}"):
         task = open_task(model, recipe, plan, target=target, base=base, run=run)

@@ -16,7 +16,7 @@ from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
-from rk_export.options.target import Target
+from rk_export.options.target import GraphTarget, Target
 from rk_export.parity.probe import make_probe
 from rk_export.planning.stored_bytes import FLOAT_BYTES
 from rk_export.report.records import Report
@@ -29,11 +29,11 @@ from rk_export.source.stored import read_config
 def export(
     model: str | Path,
     out: str | Path,
-    target: Target | None = None,
     *,
+    ep: GraphTarget | None = None,
+    context_length: int | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
-    triton: str | None = None,
     force: bool = False,
     command: str = "",
 ) -> Report:
@@ -42,10 +42,10 @@ def export(
     Args:
         model: A checkpoint folder that rk-export saved, or a dense model.
         out: Bundle folder.
-        target: Where the bundle will run. Of a checkpoint, which holds its own, only the context length may change.
+        ep: The execution provider of a dense model's graph; a checkpoint holds its own.
+        context_length: As in `Target`; for a checkpoint too.
         base: As in `compress`.
         run: As in `compress`.
-        triton: As in `compress`.
         force: Replace an existing output.
         command: Command line to note in the report.
 
@@ -54,17 +54,16 @@ def export(
     """
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
-        dense = Recipe(target=target or Target())
-        return compress(model, out, dense, base=base, run=run, triton=triton, force=force, command=command)
+        target = Target(ep=ep or "cpu", context_length=context_length)
+        return compress(model, out, Recipe(target=target), base=base, run=run, force=force, command=command)
     if base is not None:
         raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
-    context_length = None if target is None else target.context_length
-    if target not in (None, Target(context_length=context_length)):
-        raise InputError("a checkpoint holds its own target", where=str(model), fix="drop --ep")
+    if ep is not None:
+        raise InputError("a checkpoint holds its own execution provider", where="--ep", fix="drop it")
     check_context(describe(read_config(folder)), context_length)
     check_replaceable(Path(out).expanduser(), force, inputs=[folder])
     threads = None if run is None else run.threads
-    request = BundleRequest(triton=triton, threads=threads, command=command)
+    request = BundleRequest(threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
         rewritten = _with_context(load_pretrained(folder), context_length)

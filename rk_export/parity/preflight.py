@@ -19,6 +19,7 @@ from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_
 from rk_export.parity.half_range import Peaks, check_half_range
 from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
+from rk_export.progress import track
 from rk_export.report.records import ParityTier
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel
@@ -133,7 +134,7 @@ def dense_logits(
         streams.hidden[_SHAKEN] = streams.hidden[_EXACT]
     if peaks is not None:
         peaks.note("the token embedding", streams.hidden[_EXACT])
-    for index in range(source.layer_count):
+    for index in track(range(source.layer_count), "running the dense model on the probe, layers"):
         layer = source.load_layer(model, index)
         with nullcontext() if peaks is None else peaks.recording(layer, f"layer {index}"):
             streams.advance(_EXACT, index)

@@ -108,11 +108,13 @@ def page(results: Results) -> str:
     rows = results.ordered(key for key, _ in wanted(Path(), EvalText(Path())))
     lines = [
         "# Joint groupings against separate matrices",
-        f"{facts['model']}, floats. Perplexity in PyTorch on {facts['text']}: first {facts['tokens']} tokens, windows "
-        f"of {facts['context']} tokens that do not overlap, no beginning-of-sequence token. Error: Frobenius norm of "
-        "the covered matrices' errors over that of the matrices. Plain truncation, no calibration data.",
-        "Made by `python samples/measure/factorize_groupings.py`; numbers with all digits: "
-        "[groupings.json](groupings.json).",
+        "Is it better to factorize matrices jointly, or each by itself? Every row replaces some matrices of "
+        f"{facts['model']} by factors that keep the same share of the parameters. Nothing is quantized, and no "
+        "calibration data is used.",
+        f"Perplexity is measured in PyTorch on the first {facts['tokens']} tokens of {facts['text']}. Windows have "
+        f"{facts['context']} tokens, do not overlap, and begin without a beginning-of-sequence token. *Relative "
+        "error* is the Frobenius norm of the errors of the covered matrices, over the norm of these matrices.",
+        "Made by `python samples/measure/factorize_groupings.py`. All digits: [groupings.json](groupings.json).",
         harness.table(
             [
                 "matrices",
@@ -150,16 +152,16 @@ def reading(rows: dict[str, Row]) -> Iterator[str]:
         smaller = "smaller" if row["relative_error"] < other["relative_error"] else "larger"
         yield (
             f"{row['grouping']} at {row['asked']}: perplexity {row['perplexity']:.4g}, {verdict} than "
-            f"{other['perplexity']:.4g} separate; its error is {smaller} ({row['relative_error']:.4f} against "
-            f"{other['relative_error']:.4f})."
+            f"{other['perplexity']:.4g} for separate matrices. Its error is {smaller} ({row['relative_error']:.4f} "
+            f"against {other['relative_error']:.4f})."
         )
     if DENSE not in rows:
         return
     limit = COLLAPSE * rows[DENSE]["perplexity"]
     if fallen := [key for key, row in rows.items() if row["perplexity"] > limit]:
         yield (
-            f"Perplexity above {COLLAPSE} times the dense model's: {', '.join(fallen)}. Truncation without a metric is "
-            "of no use there."
+            f"These rows have more than {COLLAPSE} times the dense model's perplexity, so truncation without a metric "
+            f"is of no use there: {', '.join(fallen)}."
         )
 
 

@@ -92,12 +92,12 @@ def page(results: Results) -> str:
         [
             "# Export: time and memory",
             "",
-            "`python samples/measure/measure_export.py`: SmolLM2-135M-Instruct, q/k factorized at kept "
-            "ratio 0.95, from "
-            "the",
-            "rewritten PyTorch model to files. Extra memory is the growth of the process's peak resident "
-            "size: what the",
-            "export needs beyond what loading and rewriting the model had needed already.",
+            "This page shows how long it takes to turn a rewritten PyTorch model into files, and how much memory that "
+            "needs.",
+            "",
+            "Made by `python samples/measure/measure_export.py` with SmolLM2-135M-Instruct, q and k factorized at "
+            "kept ratio 0.95. *Extra peak memory* is the growth of the process's peak resident size. Memory that "
+            "loading and rewriting the model had needed already does not count.",
             "",
             harness.table(["weights", "time", "extra peak memory", "files"], lines),
             "",

@@ -125,10 +125,12 @@ def page(results: Results) -> str:
     facts, rows = results.facts, results.ordered(case.name for case in CASES)
     lines = [
         "# Structured pruning",
-        f"{facts['model']}. Perplexity in PyTorch on {facts['text']}: first {facts['tokens']} tokens, windows of "
-        f"{facts['context']} tokens that do not overlap. Kept: share of the decoder blocks' parameters. Scores and "
-        "corrections come from 8,192 tokens that the model wrote itself; nothing is trained.",
-        "Made by `python samples/measure/prune_structures.py`; numbers with all digits: [pruning.json](pruning.json).",
+        f"This page shows what {facts['model']} loses when whole decoder blocks, FFN neurons or attention heads are "
+        "removed. *Kept* is the share of the decoder blocks' parameters.",
+        f"Perplexity is measured in PyTorch on the first {facts['tokens']} tokens of {facts['text']}, in windows of "
+        f"{facts['context']} tokens that do not overlap. Scores and corrections come from 8,192 tokens that the model "
+        "wrote itself. Nothing is trained.",
+        "Made by `python samples/measure/prune_structures.py`. All digits: [pruning.json](pruning.json).",
         "![Perplexity over kept parameters](pruning.svg)",
         harness.table(
             ["case", "what went", "kept", "perplexity", "nll ± s.e."],
@@ -151,8 +153,9 @@ def reading(rows: Rows) -> Iterator[str]:
         pair = [rows.get(f"ffn-{share}"), rows.get(f"ffn-{share}-by-weights")]
         if pair[0] and pair[1]:
             yield (
-                f"Neurons chosen and corrected by the model's own text: {pair[0]['perplexity']:.4g} at {share} of the "
-                f"width, {pair[1]['perplexity']:.4g} by the norms of the weights alone."
+                f"At {share} of the width, neurons that are chosen and corrected with the model's own text give "
+                f"perplexity {pair[0]['perplexity']:.4g}. Neurons that are chosen by the norms of the weights alone "
+                f"give {pair[1]['perplexity']:.4g}."
             )
     low = [row for name, row in rows.items() if name.startswith("low-rank")]
     for name, row in rows.items():
@@ -162,8 +165,8 @@ def reading(rows: Rows) -> Iterator[str]:
         if abs(near["kept"] - row["kept"]) < 0.02:
             verdict = "better" if row["perplexity"] < near["perplexity"] else "worse"
             yield (
-                f"{name} keeps {row['kept']:.3f} at perplexity {row['perplexity']:.4g}: {verdict} than low rank "
-                f"({near['kept']:.3f}: {near['perplexity']:.4g})."
+                f"{name} keeps {row['kept']:.3f} at perplexity {row['perplexity']:.4g}. This is {verdict} than low "
+                f"rank ({near['kept']:.3f} at {near['perplexity']:.4g})."
             )
 
 

@@ -165,10 +165,12 @@ def page(results: Results) -> str:
     lines = [
         "# Real models with the default",
         "",
-        "`python samples/measure/real_models.py`: `rk-export compress MODEL` without any option, "
-        f"{WINDOWS} windows of {WINDOW}",
-        "tokens of English Wikipedia, behind the token that the tokenizer begins a text with. Dense is transformers in",
-        f"float32. The default is to stay within {BOUND} times the dense perplexity.",
+        "This page shows what `rk-export compress MODEL` does to real models without any option.",
+        "",
+        f"Made by `python samples/measure/real_models.py`. Perplexity is measured on {WINDOWS} windows of {WINDOW} "
+        "tokens of English Wikipedia. Each window follows the token that the tokenizer begins a text with. *Dense* is "
+        "transformers in float32. *Reparameterized* names the exact changes that were applied first. *Float inputs* "
+        f"counts the matrices that compute in floats. The goal is to stay within {BOUND} times the dense perplexity.",
         "",
         "| model | dense | bundle | ratio | file | reparameterized | float inputs | time | peak memory |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -180,8 +180,10 @@ def page(results: Results) -> str:
     lines = [
         "# Quality against size",
         "",
-        "SmolLM2-135M-Instruct; first 5,120 tokens of each text, windows of 512; ± is one standard error over",
-        "windows. Made by `python samples/measure/sweep.py`; data, with the machine of each row, in `pareto.json`.",
+        "This page shows how much quality SmolLM2-135M-Instruct loses at a given size. Lower perplexity is better.",
+        "",
+        "Each text is cut to its first 5,120 tokens, in windows of 512. ± is one standard error over windows. Made by "
+        "`python samples/measure/sweep.py`. The data, with the machine of each row, lies in `pareto.json`.",
         "",
         "![perplexity against kept share and against file size](pareto.svg)",
         "",

@@ -33,6 +33,8 @@ COMMANDS = (
     "eval",
     "run",
     "bench",
+    "report",
+    "bundle",
     "explain",
     "doctor",
 )
@@ -72,6 +74,7 @@ PUBLIC = {
     "analyze",
     "assert_parity",
     "compress",
+    "deployment_files",
     "dry_run",
     "evaluate",
     "evaluate_models",
@@ -138,9 +141,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(llama: Path, prose: Path, work: Path) -> Path:
-    """A bundle from a process of its own (another hash seed, too), with checkpoint, text and Triton model."""
+    """A bundle from a process of its own (another hash seed, too), with checkpoint and text."""
     arguments = ("compress", llama, "-o", work / "bundle", "--checkpoint", work / "checkpoint", *OPTIONS)
-    extra = ("--text", prose, "--context", 64, "--triton", "tiny", "--threads", 1, "--json")
+    extra = ("--text", prose, "--context", 64, "--threads", 1, "--json")
     done = subprocess.run(
         [sys.executable, "-m", "rk_export.cli.main", *map(str, (*arguments, *extra))],
         capture_output=True,
@@ -157,7 +160,7 @@ def test_printed_report_is_the_stored_one(compressed: Path, work: Path) -> None:
     printed = Report.from_json(json.loads((work / "printed.json").read_text(encoding="utf-8")))
     assert printed == Report.load(compressed / "report.json")
     assert set(printed.perplexity) == {"dense", "compressed (ONNX Runtime)"}
-    assert "--triton tiny" in printed.command
+    assert "--context 64" in printed.command
 
 
 @pytest.mark.whole
@@ -167,8 +170,6 @@ def test_bundle_is_complete(compressed: Path) -> None:
         *("README.md", "report.html", "report.json", "plan.json", "rk_manifest.json"),
         *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-        "triton/tiny/config.pbtxt",
-        *("triton/tiny/1/model.onnx/model.onnx", "triton/tiny/1/model.onnx/model.onnx.data"),
     }
 
 

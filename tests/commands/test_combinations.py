@@ -118,6 +118,20 @@ def _correction(one: Method, other: Method, quant: QuantSpec) -> int:
     return wanted if quant == INT4 else 0
 
 
+_INTRODUCTION = (
+    "Two methods can work on one model. This page says which pairs do:",
+    "",
+    "- `yes` means that a tiny Llama was compressed with both methods and exported, and every bounded tier of",
+    "  [parity](parity.md) passed. Its weights are random, so it does not say how good the result is.",
+    "- A number means that the pair is refused before any work begins. The reason stands below the table.",
+    "- Where row and column are the same, the method works alone.",
+    "- Two formats share a model matrix by matrix: every other matrix has the second format.",
+    "",
+    "`tests/commands/test_combinations.py` tries every pair and writes this page (`RK_UPDATE_DOCS=1`). It fails when",
+    "the page is not what it finds.",
+)
+
+
 def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
     """Return the docs page: the table of outcomes, the reasons of refusals, and how each method is asked for."""
     reasons = list(dict.fromkeys(reason for reason in outcomes.values() if reason))
@@ -125,10 +139,7 @@ def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
     lines = [
         "# Combinations",
         "",
-        "Any two methods in one plan. `yes`: `tests/commands/test_combinations.py` compressed a tiny Llama with both,",
-        "exported it, and every bounded parity tier passed. A number: refused before work begins, with the reason",
-        "below. The test writes this page (`RK_UPDATE_DOCS=1`) and fails when it is not what was found. Two formats",
-        "share a plan by matrix: every other one has the second format.",
+        *_INTRODUCTION,
         "",
         "| | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),
@@ -139,8 +150,9 @@ def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
             outcome = outcomes[(row, column) if (row, column) in outcomes else (column, row)]
             cells.append("yes" if not outcome else str(reasons.index(outcome) + 1))
         lines.append(f"| **{row}** | " + " | ".join(cells) + " |")
-    lines += ["", *[f"{number}. {reason}" for number, reason in enumerate(reasons, 1)], ""]
-    lines += ["| method | asked for by |", "| --- | --- |"]
+    lines += ["", "Why a pair is refused:", ""]
+    lines += [*[f"{number}. {reason}" for number, reason in enumerate(reasons, 1)], ""]
+    lines += ["| method | how to ask for it |", "| --- | --- |"]
     lines += [f"| {row.title} | `{row.command}` |" for row in rows]
     return "\n".join(lines) + "\n"
 

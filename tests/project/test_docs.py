@@ -9,8 +9,10 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from markdown_pages import anchors, links, pages
 from transformers import PretrainedConfig
 
 from rk_export.cli.compress_arguments import compress_options
@@ -22,8 +24,8 @@ from rk_export.report.records import TIERS
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
-DOCS = sorted(set((ROOT / "docs").rglob("*.md")) - set(RESULTS))
-PAGES = [README, ROOT / "CHANGELOG.md", *DOCS, *RESULTS]
+PAGES = pages()
+DOCS = [path for path in PAGES if path.is_relative_to(ROOT / "docs") and path not in RESULTS]
 GUIDES = [README, *DOCS]
 INSIDE = (
     ROOT / "docs" / "explanation" / "architecture.md"
@@ -31,9 +33,7 @@ INSIDE = (
 PUBLIC = ("rk_export", "rk_export.runtime", "rk_export.testing")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\]\(([^)\s]+)\)")
 _INLINE_COMMAND = re.compile(r"`rk-export ([a-z]+)\b")
-_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
@@ -109,19 +109,31 @@ def test_python_compiles_and_imports_public_names_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=_page_id)
 def test_relative_links_lead_somewhere(path: Path) -> None:
-    for target in _LINK.findall(_prose(path)):
-        if re.match(r"[a-z]+:", target):
-            continue
-        name, _, anchor = target.partition("#")
-        page = (path.parent / name).resolve() if name else path
-        assert page.exists(), f"{target} is not there"
-        if anchor:
-            headings = _HEADING.findall(_prose(page))
-            assert anchor in {_slug(heading) for heading in headings}, f"{target}: no such heading"
+    dead = [f"{path}:{line}: {target}" for line, target in links(path) if not _is_there(path, target)]
+    assert not dead
 
 
-def _slug(heading: str) -> str:
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def _is_there(path: Path, target: str) -> bool:
+    """Whether a link leads to a file of the repository, and to a heading where it names one; hosts are not asked."""
+    if re.match(r"[a-z]+:", target):
+        return True
+    page = _target(path, target)
+    anchor = target.partition("#")[2]
+    return page.is_file() and page.is_relative_to(ROOT) and (not anchor or anchor in anchors(page))
+
+
+def _target(path: Path, target: str) -> Path:
+    name = unquote(target.partition("#")[0])
+    return (path.parent / name).resolve() if name else path
+
+
+def test_every_page_is_reached_from_the_front_page() -> None:
+    reached, ahead = set(), {README}
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        ahead |= {target for _, link in links(page) if (target := _target(page, link)) in PAGES} - reached
+    assert set(PAGES) - reached == set()
 
 
 def test_option_list_is_complete() -> None:
