@@ -21,6 +21,7 @@ from rk_export.model.context import check_context, context_notices, with_context
 from rk_export.model.description import describe
 from rk_export.model.rotary import rotary_tables
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.plan import Plan
 from rk_export.runtime import Session
 
@@ -116,9 +117,9 @@ def test_yarn_is_exported_with_the_length_that_it_is_made_for(yarn: Path, tmp_pa
 def test_any_rotary_model_takes_a_shorter_or_longer_context(
     llama: Path, tmp_path: Path, context: int
 ) -> None:
-    report = export(llama, tmp_path / "out", context_length=context, run=Run(threads=1))
+    report = export(llama, tmp_path / "out", Target(context_length=context), run=Run(threads=1))
     assert_context(tmp_path / "out", llama, context)
-    assert Plan.load(tmp_path / "out" / "plan.json").recipe.context_length == context
+    assert Plan.load(tmp_path / "out" / "plan.json").recipe.target.context_length == context
     assert any("longer than" in notice for notice in report.notices) is (context > 128)
 
 
@@ -134,22 +135,24 @@ def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Pa
 @pytest.mark.whole
 def test_learned_positions_can_be_shorter(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "out", context_length=70, run=Run(threads=1))
+    export(tmp_path / "model", tmp_path / "out", Target(context_length=70), run=Run(threads=1))
     assert Session.from_pretrained(tmp_path / "out", provider="cpu", threads=1).max_length == 70
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("context", "message"),
     [
-        (("--context-length", 63), "too short to verify"),
-        (("--context-length", -1), "too short to verify"),
-        (("--context-length", 2**24 + 1), "give at most 16777216"),
+        (63, "too short to verify"),
+        (-1, "too short to verify"),
+        (2**24 + 1, "give at most 16777216"),
     ],
 )
 @pytest.mark.parametrize("command", ["compress", "plan", "export"])
 def test_a_context_that_cannot_be_is_refused(
-    command: str, arguments: tuple[object, ...], message: str, llama: Path, tmp_path: Path, cli: Cli
+    command: str, context: int, message: str, llama: Path, tmp_path: Path, cli: Cli
 ) -> None:
+    asked: dict[str, tuple[object, ...]] = {"export": ("--context-length", context)}
+    arguments = asked.get(command, ("--set", f"target.context_length={context}"))
     ended = cli(command, llama, "-o", tmp_path / "out", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.err

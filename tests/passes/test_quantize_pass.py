@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 from compressed import INT4, SourceOf, compress, floats, tokens
+from made_recipes import made_recipe
 from tiny_models import FAMILIES
 from torch import nn
 
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
-from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.factors import JointMember
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
@@ -156,7 +156,7 @@ def test_eight_bits_lose_about_a_sixteenth_of_what_four_lose(source_of: SourceOf
 
 
 def test_members_of_a_joint_site_read_quantized_factors(source_of: SourceOf) -> None:
-    options = Recipe(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, table=None)
+    options = made_recipe(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, table=None)
     model = compress(source_of("llama"), options).model
     members = [module for module in model.modules() if isinstance(module, JointMember)]
     assert len(members) == 2 * 4

@@ -113,12 +113,15 @@ def test_a_malformed_plan_is_an_input_error(edit: Edit) -> None:
     [
         (lambda data: data["sites"][1].update(rank="many"), "my.json: sites[1].rank"),
         (lambda data: data["sites"][2].update(rank=-4), "my.json: sites[2]: layers.0.v"),
-        (lambda data: data["sites"][2]["quant"].update(block_size=24), "my.json: sites[2].quant: --block"),
+        (
+            lambda data: data["sites"][2]["quant"].update(block_size=24),
+            "my.json: sites[2].quant: quantize.block",
+        ),
         (
             lambda data: data["recipe"]["calibration"].update(tokens=9),
-            "my.json: recipe.calibration: --calibration-tokens",
+            "my.json: recipe.calibration: calibration.tokens",
         ),
-        (lambda data: data["recipe"].update(groups=["moe"]), "my.json: recipe: --groups"),
+        (lambda data: data["recipe"].update(groups=["moe"]), "my.json: recipe.groups"),
         (
             lambda data: data.update(shapes=[{"layer": 1, "ffn_width": 0}]),
             "my.json: shapes[0]: shapes: layer 1",

@@ -16,8 +16,8 @@ from torch import Tensor
 from rk_export.calibration.moments import recorded_inputs
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
-from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.prepare import PREPARATIONS, Prepare
+from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.prepare.parameters import weight
 from rk_export.plan import Plan
 from rk_export.planning.preparation_choice import Rounding, _state, _Trial, choose_preparations
