@@ -14,7 +14,6 @@ from rk_export.model.sites import dense_sites
 from rk_export.options.ranks import GROUPS
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
-from rk_export.options.target import Target
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.ranks import spectrum
@@ -72,7 +71,6 @@ def analyze(
     recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
-    target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
     command: str = "",
@@ -85,7 +83,6 @@ def analyze(
         out: Folder for report.json, report.html and the plots.
         recipe: As in `compress`: the ranks that they lead to are marked.
         plan: A plan whose ranks are marked, instead of a recipe.
-        target: As in `compress`.
         base: Base model of a LoRA adapter; None takes the one that it names.
         run: The machine.
         command: Command line to note in the report.
@@ -96,7 +93,7 @@ def analyze(
     """
     if recipe is None and plan is None:
         recipe = Recipe()  # the spectra of the default groups, no rank marked
-    task = open_task(model, recipe, plan, target=target, base=base, run=run)
+    task = open_task(model, recipe, plan, base=base, run=run)
     source = task.source
     check_outputs(source, out, force=force)
     with AtomicFolder(out, force=force) as partial:

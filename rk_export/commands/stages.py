@@ -16,7 +16,6 @@ from rk_export.device import resolve_device
 from rk_export.errors import InputError
 from rk_export.folders import check_replaceable
 from rk_export.graph.dense.frontend import check_supported
-from rk_export.options.quantize import TABLES, Quantize
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
@@ -24,7 +23,7 @@ from rk_export.options.target import Target
 from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
 from rk_export.planning import planner
-from rk_export.planning.fixed_parts import graph_bytes
+from rk_export.planning.plain_size import plain_int4_bytes, why_plain
 from rk_export.recipes import load
 from rk_export.rewrite.sizes import least_bytes, planned_bytes
 from rk_export.source.protocol import Source
@@ -43,6 +42,7 @@ class Task:
         device: Where to compute.
         threads: Threads of ONNX Runtime.
         plan: What was decided earlier; None leaves it to be decided.
+        notices: What became of the recipe otherwise than it says.
     """
 
     source: StoredModel
@@ -50,6 +50,7 @@ class Task:
     device: torch.device
     threads: int | None = None
     plan: Plan | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def least_bytes(self) -> int:
@@ -60,7 +61,8 @@ class Task:
 
     def preflight(self) -> Preflight:
         """Read the model as transformers does, and run it on the probe; refuse what cannot be exported."""
-        return preflight(self.source, self.recipe)
+        found = preflight(self.source, self.recipe)
+        return replace(found, notices=(*found.notices, *self.notices))
 
     def inputs(self, out: Path | None = None, probe: torch.Tensor | None = None) -> CompressionInputs:
         """Gather what compression starts from, to be rewritten on a probe; trainings keep their states beside `out`."""
@@ -134,30 +136,27 @@ def open_task(
     recipe = recipe or load()
     if target is not None:
         recipe = replace(recipe, target=target)
-    recipe = _with_known_size(source, recipe.with_texts(run.texts))
+    recipe, notices = _with_known_size(source, recipe.with_texts(run.texts))
     check_supported(source.description, ep=recipe.target.ep, dtype=recipe.target.float_dtype)
     check_options(source, recipe)
     if needs_texts and recipe.missing_text is not None:
         recipe.missing_text.place()
     if not source.architecture.is_encoder:
         check_ends(source.folder, source.config, source.origin[1])
-    return Task(source, recipe, resolve_device(run.device), run.threads, plan)
+    return Task(source, recipe, resolve_device(run.device), run.threads, plan, notices)
 
 
-def _with_known_size(source: Source, recipe: Recipe) -> Recipe:
-    """Return a recipe whose size is a number, where it was to be that of plain INT4.
+def _with_known_size(source: Source, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """Return a recipe whose size is a number, where it was to be that of plain INT4, and why there is none.
 
-    An encoder has no loss that a budget could be planned by: it gets plain INT4 itself.
+    Without a budget `bits: auto` is plain INT4 itself.
     """
     if recipe.budget is None or recipe.budget.value != "int4":
-        return recipe
-    plain = Recipe((Quantize(bits=4), Quantize(TABLES, bits=8)), target=recipe.target)
-    if source.architecture.is_encoder:
-        logger.info("plain INT4: an encoder has no loss that a budget could be planned by")
-        others = tuple(step for step in recipe.steps if not isinstance(step, Quantize))
-        return replace(recipe, steps=(*others, *plain.steps), budget=None)
-    size = planned_bytes(source, planner.decide_plan(source, plain)) + graph_bytes(source.description)
-    return replace(recipe, budget=Budget("size", float(size)))
+        return recipe, ()
+    if why := why_plain(source, recipe):
+        logger.info("plain INT4: %s", why)
+        return replace(recipe, budget=None), (f"plain INT4: {why}",)
+    return replace(recipe, budget=Budget("size", float(plain_int4_bytes(source, recipe)))), ()
 
 
 def check_outputs(
