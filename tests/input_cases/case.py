@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rk_export import Recipe, Run, Target, compress, export
+from rk_export import Recipe, Run, compress, export
 from rk_export.errors import RkExportError
 from rk_export.report.records import Report
 from rk_export.runtime import GenerationOptions, Session
@@ -32,7 +32,7 @@ class Given:
             is rounded, so that the tiers of parity are what counts.
         base: The base model of an adapter, if it is named.
         recipe: Of `compress`.
-        target: Of `export`; None leaves its own.
+        context: Tokens that `export` is asked for; None leaves the model's own.
         placed: What is done to the bundle before it is opened.
         prompt: Token ids that are continued greedily, here and by transformers; empty continues none.
         new_tokens: How many follow the prompt at most.
@@ -45,7 +45,7 @@ class Given:
     reference: Callable[[], PreTrainedModel] | None = None
     base: Path | None = None
     recipe: Recipe | None = None
-    target: Target | None = None
+    context: int | None = None
     placed: Callable[[Path], Path] = lambda bundle: bundle
     prompt: tuple[int, ...] = ()
     new_tokens: int = 24
@@ -128,7 +128,7 @@ def run_case(case: Case, folder: Path) -> Row:
 def _run(command: str, given: Given, out: Path) -> Report:
     if command == "compress":
         return compress(given.model, out, given.recipe, base=given.base, run=Run(threads=1))
-    return export(given.model, out, given.target, base=given.base, run=Run(threads=1))
+    return export(given.model, out, context_length=given.context, base=given.base, run=Run(threads=1))
 
 
 def outcome_of(report: Report, model: Path) -> Outcome:

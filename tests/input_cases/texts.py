@@ -17,7 +17,6 @@ from tiny_models import massive, tiny_model, transformers_own
 
 from input_cases.case import Build, Case, Given
 from input_cases.folders import changed, config, saved
-from rk_export.options.target import Target
 
 PROMPT = (1, 70, 80, 90)
 SAMPLED = tuple(
@@ -135,7 +134,7 @@ def positions(family: str, *, length: int = 24, context: int | None = None, **fi
         return Given(
             model,
             lambda: tiny_model(family, **fields),
-            target=Target(context_length=context),
+            context=context,
             length=length,
             prompt=SAMPLED,
             ends=(2,),

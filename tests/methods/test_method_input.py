@@ -28,7 +28,7 @@ def refusal(cli: Cli, *arguments: object, out: Path) -> str:
 
 
 def test_a_missing_task_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    arguments = (llama, "--recipe", "basel", "--set", f"basel.target={tmp_path / 'none.txt'}")
+    arguments = (llama, "--recipe", "basel", "--keep", 0.9, "--set", f"basel.target={tmp_path / 'none.txt'}")
     assert "none.txt" in refusal(cli, *arguments, out=tmp_path / "out")
 
 
@@ -45,7 +45,7 @@ def test_a_task_file_that_is_no_use(
 ) -> None:
     path = tmp_path / "task.txt"
     path.write_bytes(content)
-    arguments = (llama, "--recipe", "basel", "--set", f"basel.target={path}")
+    arguments = (llama, "--recipe", "basel", "--keep", 0.9, "--set", f"basel.target={path}")
     assert message in refusal(cli, *arguments, out=tmp_path / "out")
 
 

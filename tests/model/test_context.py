@@ -21,7 +21,6 @@ from rk_export.model.context import check_context, context_notices, with_context
 from rk_export.model.description import describe
 from rk_export.model.rotary import rotary_tables
 from rk_export.options.run import Run
-from rk_export.options.target import Target
 from rk_export.plan import Plan
 from rk_export.runtime import Session
 
@@ -62,7 +61,7 @@ def test_notices_of_a_context_that_was_never_trained_and_of_one_that_could_be_lo
     scaled = describe(tiny_config("llama", rope_parameters=SHORT_YARN))
     assert context_notices(plain, None) == context_notices(plain, 64) == context_notices(scaled, 512) == ()
     assert "longer than the 128 that the model was made for" in context_notices(plain, 129)[0]
-    assert "give --context-length 512" in context_notices(scaled, None)[0]
+    assert "give target.context_length 512" in context_notices(scaled, None)[0]
 
 
 @pytest.mark.parametrize("context", [64, 100])
@@ -117,7 +116,7 @@ def test_yarn_is_exported_with_the_length_that_it_is_made_for(yarn: Path, tmp_pa
 def test_any_rotary_model_takes_a_shorter_or_longer_context(
     llama: Path, tmp_path: Path, context: int
 ) -> None:
-    report = export(llama, tmp_path / "out", Target(context_length=context), run=Run(threads=1))
+    report = export(llama, tmp_path / "out", context_length=context, run=Run(threads=1))
     assert_context(tmp_path / "out", llama, context)
     assert Plan.load(tmp_path / "out" / "plan.json").recipe.target.context_length == context
     assert any("longer than" in notice for notice in report.notices) is (context > 128)
@@ -135,7 +134,7 @@ def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Pa
 @pytest.mark.whole
 def test_learned_positions_can_be_shorter(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "out", Target(context_length=70), run=Run(threads=1))
+    export(tmp_path / "model", tmp_path / "out", context_length=70, run=Run(threads=1))
     assert Session.from_pretrained(tmp_path / "out", provider="cpu", threads=1).max_length == 70
 
 

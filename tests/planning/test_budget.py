@@ -24,7 +24,7 @@ from rk_export.model.sites import dense_sites
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.quantize import TABLES, Quantize
-from rk_export.options.ranks import GROUPS, Budget, bytes_of
+from rk_export.options.ranks import GROUPS, Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.passes.numerics.curvature import Curvature, Inputs
@@ -255,27 +255,6 @@ def test_what_cannot_be_planned_is_refused_before_work(
 def test_an_encoder_has_no_budget(source_of: SourceOf) -> None:
     with pytest.raises(InputError, match="no loss that a budget"):
         check_options(source_of("bert"), options("keep", 0.9))
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "phase"),
-    [("keep", 1.0, "decode"), ("size", 0, "decode"), ("size", float("inf"), "decode"), ("mean_bits", 1.5, "decode"),
-     ("mean_bits", 17, "decode"), ("speed_up", 1.0, "decode"), ("speed_up", 2, "both")],
-)  # fmt: skip
-def test_impossible_budgets(kind: Any, value: float, phase: Any) -> None:
-    with pytest.raises(InputError):
-        Budget(kind, value, phase)
-
-
-@pytest.mark.parametrize(("text", "size"), [("90MB", 9e7), ("1.5 gb", 1.5e9), ("300k", 3e5), ("42", 42)])
-def test_sizes(text: str, size: float) -> None:
-    assert bytes_of(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MB", "-3MB", "ten", "1TB"])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(InputError, match="is no size"):
-        bytes_of(text)
 
 
 @pytest.mark.parametrize(
