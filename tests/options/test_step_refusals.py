@@ -211,7 +211,7 @@ def test_the_float_type_follows_the_provider(ep: Any, dtype: str) -> None:
 
 
 def test_what_a_calibration_is_weighed_by() -> None:
-    assert [CalibrationOptions(text).metric for text in ("self", "gain", "none", TASK)] == [  # type: ignore[arg-type]
+    assert [CalibrationOptions(text).metric for text in ("self", "gain", "none", TASK)] == [
         "self",
         "gain",
         "none",
