@@ -149,13 +149,12 @@ def _counted_files(counts: Counter[str], reads: Counter[str]) -> Iterator[None]:
 
 
 def runs() -> dict[str, Recipe]:
-    """Return the options of the three compressions that are counted: INT4, W8A8, one of two blocks pruned."""
-    calibration = CalibrationOptions(tokens=512)
-    int4 = made_recipe(calibration=calibration)
+    """Return the recipes of the three compressions that are counted: INT4, W8A8, one of two blocks pruned."""
+    short = CalibrationOptions(tokens=512)
     return {
-        "int4": int4,
-        "w8a8": made_recipe(calibration=calibration, quant=W8A8),
-        "one block pruned": int4.with_step(PruneOptions(blocks=1)),
+        "int4": made_recipe(calibration=short),
+        "w8a8": made_recipe(calibration=short, quant=W8A8),
+        "one block pruned": made_recipe(calibration=short, methods=(PruneOptions(blocks=1),)),
     }
 
 

@@ -58,9 +58,10 @@ class Quantize(Step):
             raise FieldError(
                 "it names nothing", where="quantize.targets", fix="name layers, or drop the step"
             )
-        for field_name in ("targets", "ignore"):
-            for name in getattr(self, field_name):
-                _check_pattern(name, f"quantize.{field_name}")
+        for name in self.targets:
+            _check_pattern(name, "quantize.targets")
+        for name in self.ignore:
+            _check_pattern(name, "quantize.ignore")
         if self.bits == "auto" and (self.block is not None or not self.symmetric or self.activations != 16):
             raise FieldError(
                 "auto chooses block, symmetry and activations too", where="quantize.bits", fix="drop them"

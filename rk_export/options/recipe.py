@@ -205,10 +205,13 @@ class Recipe:
 
     def with_texts(self, files: tuple[Path, ...]) -> Recipe:
         """Return the recipe with the paths of those texts that are among some files, by content."""
-        corpus = self.calibration.corpus
-        if corpus is None or not files:
+        if not files:
             return self
-        return replace(self, calibration=replace(self.calibration, text=corpus.found_in(files)))
+        calibration, corpus = self.calibration, self.calibration.corpus
+        if corpus is not None:
+            calibration = replace(calibration, text=corpus.found_in(files))
+        steps = tuple(step.with_texts(files) for step in self.steps)
+        return replace(self, steps=steps, calibration=calibration)
 
     @property
     def missing_text(self) -> TextFile | None:
