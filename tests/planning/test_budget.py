@@ -268,7 +268,7 @@ def test_arguments_that_do_not_go_together(
 ) -> None:
     ended = cli("compress", llama, "-o", tmp_path / "out", *str(arguments[0]).split(), *arguments[1:])
     assert ended.code == 2
-    assert ended.err.startswith(f"rk-export: error: {arguments[0]}: ")
+    assert f"\nrk-export: error: {arguments[0]}: " in f"\n{ended.err}"
     assert not (tmp_path / "out").exists()
 
 
