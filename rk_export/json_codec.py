@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WRITE_AGAIN = "correct it, or write the file again with this rk-export"
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 class _NonFinite:
@@ -134,13 +135,15 @@ def read(cls: type[T], data: Any) -> T:
 def _misfit(found: list[ErrorDetails]) -> MisfitError:
     """Return the first misfit; where a field may be one of several kinds, what each of them says."""
     first = found[0]
+    if first["type"] == "missing":  # a misspelled name explains the missing one
+        first = next((one for one in found if one["type"] in _UNKNOWN), first)
     if first["type"] == "literal_error" and len(found) > 1:
         kinds = [one for one in found if one["loc"][:-1] == first["loc"][:-1]]
         said = " nor ".join(_said(one) for one in kinds)
         what = f"neither {said}; found {reprlib.repr(first['input'])}" if len(kinds) > 1 else _what(first)
         return MisfitError(first["loc"][1:-1] if len(kinds) > 1 else first["loc"][1:], what)
     cause = first.get("ctx", {}).get("error")
-    unknown = first["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    unknown = first["type"] in _UNKNOWN
     what = str(cause) if cause is not None else _what(first)
     own = cause if isinstance(cause, InputError) else None
     return MisfitError(first["loc"][1:], what, unknown=unknown, cause=own)
@@ -198,7 +201,7 @@ def _path(steps: tuple[int | str, ...]) -> str:
 def _what(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return "the field is missing"
-    if details["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if details["type"] in _UNKNOWN:
         return "there is no such field"
     expected = details["msg"].replace("Input should be", "expected")
     return f"{expected}; found {reprlib.repr(details['input'])}"

@@ -58,8 +58,10 @@ class Quantize(Step):
             raise FieldError(
                 "it names nothing", where="quantize.targets", fix="name layers, or drop the step"
             )
-        for name in (*self.targets, *self.ignore):
-            _check_pattern(name)
+        for name in self.targets:
+            _check_pattern(name, "quantize.targets")
+        for name in self.ignore:
+            _check_pattern(name, "quantize.ignore")
         if self.bits == "auto" and (self.block is not None or not self.symmetric or self.activations != 16):
             raise FieldError(
                 "auto chooses block, symmetry and activations too", where="quantize.bits", fix="drop them"
@@ -122,12 +124,12 @@ def names_of_table(table: str) -> tuple[str, ...]:
     return ("all", table)
 
 
-def _check_pattern(name: str) -> None:
+def _check_pattern(name: str, where: str) -> None:
     if not name.startswith("re:"):
         return
     try:
         re.compile(name[3:])
     except re.error as error:
         raise FieldError(
-            f"{name[3:]!r} is no regular expression ({error})", where="quantize.targets", fix="correct it"
+            f"{name[3:]!r} is no regular expression ({error})", where=where, fix="correct it"
         ) from error

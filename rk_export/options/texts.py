@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,7 +41,7 @@ class TextFile:
             InputError: If it cannot be read.
         """
         place = Path(path).expanduser()
-        if not place.is_file():
+        if not os.path.isfile(place):  # it takes names that cannot be any file's
             raise FieldError("no such file", where=str(path), fix="give a UTF-8 text file")
         return cls(place.name, hashlib.sha256(place.read_bytes()).hexdigest(), place)
 
@@ -89,7 +90,7 @@ class _Path:
             if not isinstance(data, str):
                 return data
             beside = _FOLDER.get() / data
-            return TextFile.of(beside if beside.is_file() else data)
+            return TextFile.of(beside if os.path.isfile(beside) else data)
 
         return no_info_before_validator_function(opened, handler(source))
 

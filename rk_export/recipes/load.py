@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -49,7 +50,7 @@ def _found(name: str | Path) -> tuple[str, str, Path]:
     if (preset := presets().get(str(name))) is not None:
         return f"{name}.yaml", preset.text, Path()
     path = Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # it takes names that cannot be any file's
         raise InputError(
             "neither a preset nor a file",
             where=str(name),
@@ -83,7 +84,7 @@ def _refusal(misfit: MisfitError, data: Any, places: Places, made: Settings) -> 
         inside = cause.where
     name = inside if "." in inside or not _name(path) else _name(path)
     setting = made.at(path)
-    where = f"--set {setting}" if setting is not None else places.of(path)
+    where = f"--set {setting}" if setting is not None else places.of(made.in_file(path))
     place = f"{where}: {name}" if name else where
     if cause is not None:
         return InputError(cause.what, where=place, fix=cause.fix)
@@ -96,7 +97,7 @@ def _refusal(misfit: MisfitError, data: Any, places: Places, made: Settings) -> 
 
 def _known_part(data: Any, path: DataPath) -> DataPath:
     """Return the part of a path that the data have; a field that is read under another name under its own."""
-    keys = {item.name: key_of(item) for kind in step_kinds() for item in fields(kind)}
+    keys = {item.name: key_of(item) for kind in (*step_kinds(), About) for item in fields(kind)}
     found: list[int | str] = []
     for step in path:
         if isinstance(step, str) and isinstance(data, dict):
@@ -104,7 +105,8 @@ def _known_part(data: Any, path: DataPath) -> DataPath:
         try:
             data = data[step]
         except (KeyError, IndexError, TypeError):
-            return (*found, step) if isinstance(data, dict) and step in keys.values() else tuple(found)
+            is_field = (data is None or isinstance(data, dict)) and step in keys.values()
+            return (*found, step) if is_field else tuple(found)
         found.append(step)
     return tuple(found)
 
@@ -113,10 +115,12 @@ def _pointed(data: Any, path: DataPath, where: str) -> DataPath:
     """Return the path of what a refusal names, such as ``cap.keep``, at or below a path."""
     if path in ((), ("steps",)):
         first, *rest = where.split(".")
-        steps = data.get("steps") if isinstance(data, dict) else None
-        named = [index for index, step in enumerate(steps or ()) if isinstance(step, dict) and first in step]
-        return ("steps", named[-1], first, *rest) if named else tuple(where.split("."))
-    return (*path, where.rpartition(".")[2])
+        steps = (data.get("steps") if isinstance(data, dict) else None) or ()
+        named = [index for index, step in enumerate(steps) if isinstance(step, dict) and first in step]
+        saying = [index for index in named if rest and rest[0] in (steps[index][first] or ())]
+        return ("steps", (saying or named)[-1], first, *rest) if named else tuple(where.split("."))
+    last = where.rpartition(".")[2]
+    return path if path[-1] == last else (*path, last)
 
 
 def _name(path: DataPath) -> str:
@@ -130,8 +134,10 @@ def _known_names(path: DataPath) -> list[str]:
     parent = path[:-1]
     if parent == ():
         return [*(item.name for item in fields(Recipe)), "about"]
+    if path[-2] in ("text", "target") and len(parent) > 1:
+        return ["name", "sha256"]
     if parent[0] == "steps":
-        return [*kinds] if len(parent) == 2 else [key_of(item) for item in fields(kinds[str(parent[-1])])]
+        return [*kinds] if len(parent) == 2 else [key_of(item) for item in fields(kinds[str(parent[2])])]
     if parent == ("budget",):
         return [*BUDGET_KINDS, "phase"]
     if parent == ("about",):

@@ -14,19 +14,23 @@ Path = tuple[int | str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does: 1e-2 is one."""
+    """Reads numbers as YAML 1.2 does: 1e-2 is one, 1:30 and 010 are no whole ones."""
 
 
-_FLOAT = "tag:yaml.org,2002:float"
+# What a number is, by its tag, its form and what it begins with.
+FLOAT = "tag:yaml.org,2002:float"
+FLOAT_PATTERN = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"
+)
+FLOAT_STARTS = list("-+.0123456789")
+_INT = "tag:yaml.org,2002:int"
+_REPLACED = (FLOAT, _INT, "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_FLOAT, "tag:yaml.org,2002:timestamp")]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(FLOAT, FLOAT_PATTERN, FLOAT_STARTS)
 
 
 @dataclass
@@ -63,8 +67,12 @@ def parsed(text: str, file: str) -> tuple[Any, Places]:
         mark = error.problem_mark or error.context_mark
         where = file if mark is None else f"{file}:{mark.line + 1}:{mark.column + 1}"
         raise InputError(f"no YAML: {error.problem}", where=where, fix="correct the file") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"no YAML: {error}", where=file, fix="correct the file") from error
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        where = f"{file}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise InputError(
+            f"no YAML: the character U+{error.character:04X}", where=where, fix="drop it"
+        ) from error
     except RecursionError as error:
         raise InputError("nested too deeply", where=file, fix="correct the file") from error
 
@@ -75,7 +83,10 @@ def scalar(text: str, where: str) -> Any:
     Raises:
         InputError: It is no YAML.
     """
-    data, _ = parsed(text, where)
+    try:
+        data, _ = parsed(text, where)
+    except InputError as error:
+        raise InputError(error.what, where=where, fix="correct the value") from error
     return data
 
 
@@ -97,7 +108,19 @@ class _Builder:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
-        return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+        return self._scalar(node, place)
+
+    def _scalar(self, node: yaml.Node, place: tuple[int, int]) -> Any:
+        """Return a text, a number, a truth value or None; tags can ask for more, and for what cannot be read."""
+        try:
+            value = yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+            known = value is None or isinstance(value, (bool, int, float, str))
+            str(value).encode()  # a lone surrogate is no text
+        except (ValueError, KeyError):
+            known = False
+        if not known:
+            raise self._refusal("neither text nor a number", "write one of them", place)
+        return value
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         data: dict[str, Any] = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from rk_export.errors import InputError
+from rk_export.json_codec import MisfitError
 from rk_export.options.choices import nearest
 from rk_export.options.recipe import Recipe
 from rk_export.options.step import STAGES, Step, step_kinds
@@ -44,38 +46,66 @@ class Settings:
     def __init__(self, texts: Sequence[str]) -> None:
         self._settings = [_parsed(text) for text in texts]
         self._places: dict[Path, str] = {}
+        self._added: list[int] = []
 
     def apply(self, data: dict[str, Any]) -> None:
         """Set the fields in the data of a recipe file; a step that is not there is added where its stage belongs.
 
         Raises:
             InputError: There is no such step or section, or not so many steps of a name.
+            MisfitError: The file's steps are no list.
         """
         for setting in self._settings:
             path = self._path(data, setting)
-            if path in self._places:
+            if any(place[: len(path)] == path for place in self._places):
                 raise InputError("is given twice", where=f"--set {setting.text}", fix="drop one of the two")
             *above, last = path
             holder: Any = data
             for key in above:
-                if isinstance(holder, dict) and not isinstance(holder.get(key), (dict, list)):
+                if isinstance(holder, dict) and key != "steps" and not isinstance(holder.get(key), dict):
                     holder[key] = {}
                 holder = holder[key]
-            if setting.head == "budget" and setting.field != "phase":
-                kept = {"phase": holder["phase"]} if "phase" in holder and setting.field == "speed_up" else {}
-                holder.clear()
-                holder.update(kept)
+            if setting.head == "budget" and setting.field not in ("", "phase"):
+                self._clear_budget(holder, setting)
             holder[last] = setting.value
             self._places[path] = setting.text
 
+    def _clear_budget(self, budget: dict[str, Any], setting: _Setting) -> None:
+        """Drop the amount that another one takes the place of."""
+        own = [text for place, text in self._places.items() if place[0] == "budget" and place[-1] != "phase"]
+        if own:
+            raise InputError(
+                f"{own[0]} is a budget already", where=f"--set {setting.text}", fix="drop one of the two"
+            )
+        for name in [name for name in budget if name != "phase" or setting.field != "speed_up"]:
+            del budget[name]
+
     def at(self, path: Path) -> str | None:
-        """Return the setting that put a value there, or below or above it; None where none did."""
+        """Return the setting that put a value there, or below or above it, or added its step; None where none did."""
         for place, text in self._places.items():
-            if place == path or place == path[: len(place)]:
+            if place == path[: len(place)] or (path and path == place[: len(path)]):
                 return text
+        is_added = len(path) > 1 and path[0] == "steps" and path[1] in self._added
         return next(
-            (text for place, text in self._places.items() if path and path == place[: len(path)]), None
+            (text for place, text in self._places.items() if is_added and place[:2] == path[:2]), None
         )
+
+    def in_file(self, path: Path) -> Path:
+        """Return the path that a value has in the file, where no step was added."""
+        if len(path) < 2 or path[0] != "steps" or not isinstance(path[1], int):
+            return path
+        return ("steps", path[1] - sum(index < path[1] for index in self._added), *path[2:])
+
+    def _add(self, steps: list[Any], index: int, name: str) -> None:
+        """Add an empty step; what is known of later steps moves on with them."""
+
+        def moved(path: Path) -> Path:
+            after = path[0] == "steps" and len(path) > 1 and isinstance(path[1], int) and path[1] >= index
+            return ("steps", int(path[1]) + 1, *path[2:]) if after else path
+
+        steps.insert(index, {name: {}})
+        self._places = {moved(path): text for path, text in self._places.items()}
+        self._added = [*(added + (added >= index) for added in self._added), index]
 
     def _path(self, data: dict[str, Any], setting: _Setting) -> Path:
         below = (setting.field,) if setting.field else ()
@@ -91,13 +121,17 @@ class Settings:
             )
         steps = data.setdefault("steps", [])
         if not isinstance(steps, list):
-            return ("steps",)
+            raise MisfitError(("steps",), f"expected a list of steps; found {reprlib.repr(steps)}")
         index = _index(steps, kinds[setting.head], setting)
+        if index is None:
+            index = _place(steps, kinds[setting.head])
+            self._add(steps, index, setting.head)
+            logger.info("--set %s: adds the step %s", setting.text, setting.head)
         return ("steps", index, setting.head, *below)
 
 
-def _index(steps: list[Any], kind: type[Step], setting: _Setting) -> int:
-    """Return which step of a recipe a setting means; a missing one is added."""
+def _index(steps: list[Any], kind: type[Step], setting: _Setting) -> int | None:
+    """Return which step of a recipe a setting means; None where there is none of its name."""
     own = [index for index, step in enumerate(steps) if isinstance(step, dict) and kind.name in step]
     if setting.number is not None and setting.number >= len(own):
         raise InputError(
@@ -113,8 +147,11 @@ def _index(steps: list[Any], kind: type[Step], setting: _Setting) -> int:
             kind.name,
             kind.name,
         )
-    if own:
-        return own[setting.number or 0]
+    return own[setting.number or 0] if own else None
+
+
+def _place(steps: list[Any], kind: type[Step]) -> int:
+    """Return where a step belongs by its stage."""
     later = STAGES.index(kind.stage)
     stages = {one.name: STAGES.index(one.stage) for one in step_kinds()}
     before = [
@@ -122,10 +159,7 @@ def _index(steps: list[Any], kind: type[Step], setting: _Setting) -> int:
         for index, step in enumerate(steps)
         if isinstance(step, dict) and any(stages.get(name, later) <= later for name in step)
     ]
-    place = before[-1] + 1 if before else 0
-    steps.insert(place, {kind.name: {}})
-    logger.info("--set %s: adds the step %s", setting.text, kind.name)
-    return place
+    return before[-1] + 1 if before else 0
 
 
 def _parsed(text: str) -> _Setting:

@@ -10,15 +10,25 @@ import yaml
 
 from rk_export.json_codec import to_json
 from rk_export.options.recipe import Recipe
+from rk_export.recipes.places import FLOAT, FLOAT_PATTERN, FLOAT_STARTS
 
 # Name of the file in a bundle.
 RECIPE = "recipe.yaml"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that `load` would read as numbers: 1e3."""
+
+
+_Dumper.add_implicit_resolver(FLOAT, FLOAT_PATTERN, FLOAT_STARTS)
+
+
 def recipe_text(recipe: Recipe) -> str:
     """Return a recipe as YAML with every field that has a value; `load` reads it."""
     data = _without_nothing(to_json(recipe))
-    text: str = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    text: str = yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+    )
     return text
 
 

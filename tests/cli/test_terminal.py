@@ -136,7 +136,7 @@ def test_without_a_terminal_a_stage_is_a_line() -> None:
 
 @pytest.mark.whole
 def test_compress_says_a_line_a_stage(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    ended = cli("compress", llama, "-o", tmp_path / "out", "--metric", "none", "--device", "cpu")
+    ended = cli("compress", llama, "-o", tmp_path / "out", "--recipe", "floats", "--device", "cpu")
     assert ended.code == 0
     assert "\x1b" not in ended.err
     lines = ended.err.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 from rk_export.errors import FieldError
@@ -75,6 +76,10 @@ class BaselOptions(MethodOptions):
         if budget.kind != "keep":
             raise FieldError("basis selection ends at a share", where=budget.flag, fix="give --keep SHARE")
         return replace(self, keep=budget.amount, energy=None)
+
+    def with_texts(self, files: tuple[Path, ...]) -> BaselOptions:
+        """Return the step with the path of the task's text, if it is among some files."""
+        return replace(self, target=self.target.found_in(files))
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""
