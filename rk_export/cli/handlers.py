@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli.compress_arguments import compress_options
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rk_export.evaluation.measure import EvalText
     from rk_export.options.run import Run
     from rk_export.plan import Plan
+
+
+logger = logging.getLogger(__name__)
 
 
 def _run_of(args: argparse.Namespace) -> Run:
@@ -68,7 +71,7 @@ def run_compress(args: argparse.Namespace) -> int:
         command=args.command_line,
     )
     _print_json(report.to_json()) if args.json else show(*summary(report))
-    print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
+    logger.info("\nbundle  %s\nreport  %s", args.output, args.output / "report.html")
     return 0
 
 
@@ -86,6 +89,9 @@ def run_analyze(args: argparse.Namespace) -> int:
         command=args.command_line,
         force=args.force,
     )
+    if args.json:
+        _print_json(report.to_json())
+        return 0
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
 
@@ -100,6 +106,9 @@ def run_plan(args: argparse.Namespace) -> int:
     check_plan_place(args.output, args.force)
     plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
+    if args.json:
+        _print_json(plan.to_json())
+        return 0
     parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
@@ -119,8 +128,8 @@ def run_prepare(args: argparse.Namespace) -> int:
         seed=args.seed,
         force=args.force,
     )
-    show(matrices_table(findings))
-    print(f"\nmodel  {args.output}", file=sys.stderr)
+    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
+    logger.info("\nmodel  %s", args.output)
     return 0
 
 

@@ -13,6 +13,7 @@ from rk_export.cli.compress_arguments import (
     add_format_arguments,
     add_rank_arguments,
 )
+from rk_export.cli.failure import Parser
 from rk_export.cli.handlers import (
     run_analyze,
     run_bench,
@@ -40,7 +41,7 @@ _THREADS: dict[str, Any] = {"type": int, "help": "threads of ONNX Runtime"}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rk-export",
         description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
     )
@@ -54,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_model_commands(add)
     _add_bundle_commands(add)
+    for command in commands.choices.values():
+        add_output_arguments(command)
     return parser
 
 
@@ -113,7 +116,6 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_base(verify)
     verify.add_argument("--provider", **_PROVIDER)
     _add_run(verify)
-    _add_json(verify)
 
     evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
@@ -125,7 +127,6 @@ def _add_bundle_commands(add: AddCommand) -> None:
     )
     evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
     _add_runtime_arguments(evaluate)
-    _add_json(evaluate)
 
     run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
     run.add_argument("bundle", type=Path)
@@ -141,16 +142,11 @@ def _add_bundle_commands(add: AddCommand) -> None:
     bench.add_argument("--new-tokens", type=int, default=64)
     bench.add_argument("--repeats", type=int, default=5)
     _add_runtime_arguments(bench)
-    _add_json(bench)
 
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path)
-    _add_json(explain)
 
-    doctor = add(
-        "doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it"
-    )
-    _add_json(doctor)
+    add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")
 
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +210,6 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
     parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
     _add_run(parser, texts=texts)
-    _add_json(parser)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -242,5 +237,18 @@ def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", **_THREADS)
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes about what it shows; optimum's command takes the same.
+
+    With `--json` standard output holds one JSON document and nothing else. Errors go to standard error, as one line of
+    JSON; exit statuses are the same in both forms.
+    """
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON document, and errors as JSON on stderr",
+    )
+    shown.add_argument(
+        "--quiet", action="store_true", help="no log lines, warnings and bars: results and errors only"
+    )
