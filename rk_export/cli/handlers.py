@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli.compress_arguments import compress_options
 from rk_export.cli.terminal import show
+from rk_export.errors import InputError
 from rk_export.json_codec import to_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rk_export.evaluation.measure import EvalText
     from rk_export.options.run import Run
     from rk_export.plan import Plan
@@ -32,6 +36,21 @@ def _plan_of(args: argparse.Namespace) -> Plan | None:
     return None if args.plan is None else Plan.load(args.plan)
 
 
+def _texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
+    """Return the texts to measure perplexity on.
+
+    Raises:
+        InputError: If there is none, and something is said about how to measure.
+    """
+    from rk_export.evaluation.measure import EvalText
+
+    for name in ("context", "tokens"):
+        if not paths and getattr(args, name) is not None:
+            raise InputError("goes with --text", where=f"--{name}", fix="give --text FILE, or drop it")
+    context = EvalText.context if args.context is None else args.context
+    return [EvalText(path, context, args.tokens) for path in paths]
+
+
 def _print_json(data: object) -> None:
     print(json.dumps(data, indent=1, ensure_ascii=False))
 
@@ -39,10 +58,11 @@ def _print_json(data: object) -> None:
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
     from rk_export.commands.compress import compress, dry_run
-    from rk_export.evaluation.measure import EvalText, SpeedTest
+    from rk_export.evaluation.measure import SpeedTest
     from rk_export.report.render import planned, summary
 
     options, plan, run = compress_options(args), _plan_of(args), _run_of(args)
+    texts = _texts_of(args, () if args.text is None else (args.text,))
     if args.dry_run:
         report = dry_run(
             args.model,
@@ -63,7 +83,7 @@ def run_compress(args: argparse.Namespace) -> int:
         plan=plan,
         base=args.base,
         run=run,
-        text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
+        text=texts[0] if texts else None,
         speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
         triton=args.triton,
@@ -137,6 +157,7 @@ def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
     from rk_export.options.recipe import Recipe
+    from rk_export.options.run import Run
     from rk_export.report.render import summary
 
     report = export(
@@ -145,7 +166,7 @@ def run_export(args: argparse.Namespace) -> int:
         None if args.ep is None else Recipe(ep=args.ep),
         base=args.base,
         context_length=args.context_length,
-        run=_run_of(args),
+        run=Run(threads=args.threads),
         triton=args.triton,
         force=args.force,
         command=args.command_line,
@@ -166,12 +187,13 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`eval`: one perplexity, or a table of all models, texts and tasks."""
-    from rk_export.evaluation.measure import EvalText
     from rk_export.evaluation.models import evaluate_models
     from rk_export.evaluation.score_table import score_table, scores_json
     from rk_export.evaluation.tasks import load_tasks
 
-    texts = [EvalText(path, args.context, args.tokens) for path in args.text]
+    texts = _texts_of(args, args.text)
+    if args.limit is not None and not args.tasks:
+        raise InputError("goes with --tasks", where="--limit", fix="give --tasks FILE, or drop it")
     runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
     if not args.tasks and len(args.models) == len(texts) == 1:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
@@ -203,7 +225,7 @@ def run_bench(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
         repeats=args.repeats,
-        threads=args.threads or 2,
+        threads=2 if args.threads is None else args.threads,
         provider=args.provider,
     )
     _print_json(result.to_json()) if args.json else show(result.table())

@@ -105,7 +105,8 @@ def _add_model_commands(add: AddCommand) -> None:
         "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
     )
     add_context_argument(export)
-    _add_bundle_arguments(export, texts=False)
+    _add_triton(export)
+    export.add_argument("--threads", **_THREADS)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
@@ -175,7 +176,8 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser, texts=True)
+    _add_triton(parser)
+    _add_run(parser)
 
 
 def _add_model(
@@ -203,25 +205,22 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", type=int, default=512, help="window in tokens (default 512)")
+    parser.add_argument("--context", type=int, help="window in tokens (default 512)")
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
+def _add_triton(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
-    _add_run(parser, texts=texts)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of options")
 
 
-def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:
+def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add what describes the machine; it goes with a plan too."""
     parser.add_argument("--device", **_DEVICE)
     parser.add_argument("--threads", **_THREADS)
-    if not texts:
-        return
     parser.add_argument(
         "--calibration-text",
         type=Path,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Cli
 
+from rk_export.cli.main import run_command
 from rk_export.cli.parser import build_parser
+from rk_export.progress import track
 
 pytestmark = pytest.mark.whole
 
@@ -91,6 +95,28 @@ def test_what_is_missing_is_an_error_in_json(cli: Cli, places: dict[str, Path], 
     assert error["kind"] == "InputError"
     assert str(places["none"]) in error["where"]
     assert error["fix"]
+
+
+@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_takes_log_lines_and_warnings_away(
+    places: dict[str, Path], capsys: pytest.CaptureFixture[str], command: str, quiet: bool
+) -> None:
+    def work(args: argparse.Namespace) -> int:
+        for _ in track(range(2), "steps"):
+            logging.getLogger("rk_export").warning("a warning")
+        warnings.warn("of a library", stacklevel=1)
+        print("result")
+        return 0
+
+    args = build_parser().parse_args([*line(command, places), *(["--quiet"] if quiet else [])])
+    assert run_command(work, args, [command]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "result\n"
+    if quiet:
+        assert shown.err == ""
+    else:
+        assert shown.err.splitlines()[:3] == ["steps: 2", "a warning", "a warning"]
 
 
 def test_an_error_is_words_without_json(cli: Cli, places: dict[str, Path]) -> None:
