@@ -18,7 +18,7 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.allocation import SiteChoices, allocate, least_cost
-from rk_export.passes.numerics.predicted_loss import TableCurvature, table_loss
+from rk_export.passes.numerics.predicted_loss import TableCurvature, table_losses
 from rk_export.plan import SitePlan
 from rk_export.planning.budget_units import BudgetUnit, in_words
 from rk_export.planning.candidates import Candidate, candidates
@@ -173,14 +173,11 @@ def _choices(group: Sequence[SiteOptions]) -> SiteChoices:
 def _table_choices(table: EmbeddingTable, unit: BudgetUnit) -> SiteChoices:
     rows, columns = table.weight.shape
     weights = table.curvature.head.inputs.column_weights(compensated=unit.space.compensated)
+    specs = [spec for spec in unit.tables if spec is not None]
+    losses: dict[Format, float] = {None: 0.0, **table_losses(table.weight, specs, table.curvature, weights)}
     return SiteChoices(
         np.array([table.copies * unit.space.cost(rows, columns, spec) for spec in unit.tables]),
-        np.array(
-            [
-                0.0 if spec is None else table_loss(table.weight, spec, table.curvature, weights)
-                for spec in unit.tables
-            ]
-        ),
+        np.array([losses[spec] for spec in unit.tables]),
     )
 
 
