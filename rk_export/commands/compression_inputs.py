@@ -192,8 +192,7 @@ def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionI
     work = started.work
     directions = _weighs_directions(work.source, work.recipe)
     statistics = model_statistics(work.source, tokens, work.recipe, work.device, directions=directions)
-    priced = work.recipe.budget is not None
-    table = table_curvature(work.source, shortened(tokens), work.device, gradients=priced)
+    table = table_curvature(work.source, shortened(tokens), work.device, statistics.embedding)
     reduced = directions and only_diagonals(work.source, work.recipe)
     left_out = (diagonals_finding(work.source),) if reduced else ()
     return replace(started, work=replace(work, statistics=statistics), table=table, left_out=left_out)
