@@ -34,6 +34,7 @@ COMMANDS = (
     "eval",
     "run",
     "bench",
+    "compare",
     "report",
     "bundle",
     "explain",
