@@ -1,7 +1,7 @@
 """Runs the demo, and writes its figures to docs/results/front_page.* and into the front page.
 
-    python samples/measure/front_page.py            runs the demo first: minutes
-    python samples/measure/front_page.py --render   writes the pages from the figures that are there
+python samples/measure/front_page.py            runs the demo first: minutes
+python samples/measure/front_page.py --render   writes the pages from the figures that are there
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from assets import smollm2, wiki_text
-
 import demo
+from assets import smollm2, wiki_text
 from measure import harness
+
 from rk_export import library_versions
 
 ROOT = Path(__file__).parents[2]

@@ -59,7 +59,9 @@ def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
 ) -> None:
     doubled("model.layers.1.mlp.up_proj.weight", monkeypatch)
     monkeypatch.setattr("rk_export.commands.stages.compression_inputs", None)
-    ended = cli("compress", llama, "-o", tmp_path / "out", "--recipe", "int4", "--set", "calibration.text=none")
+    ended = cli(
+        "compress", llama, "-o", tmp_path / "out", "--recipe", "int4", "--set", "calibration.text=none"
+    )
     assert ended.code == 1
     assert "tier 0 (transformers vs PyTorch dense)" in ended.err
     assert "Fix: the model is not read as transformers reads it" in ended.err
