@@ -175,10 +175,11 @@ def off_grid(made_once: MakeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_int4(made_once: MakeOnce, off_grid: Path) -> Path:
-    """Bundle of `off_grid` as `compress` makes it without any option; for tests marked `real_model`."""
-    from rk_export import Run, compress
+    """Bundle of `off_grid` by the recipe `int4`; for tests marked `real_model`."""
+    from rk_export import Recipe, Run, compress
 
-    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, run=Run(threads=1)))
+    int4 = Recipe.load("int4")
+    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, int4, run=Run(threads=1)))
 
 
 @pytest.fixture

@@ -58,7 +58,9 @@ def made_recipe(
     if groups and rank is None and budget is None:
         rank = RankRule("keep", 0.95)
     if not decided and groups != () and (rank or budget):
-        amount = {} if rank is None else {rank.kind: int(rank.value) if rank.kind == "rank" else rank.value}
+        amount: dict[str, Any] = (
+            {} if rank is None else {rank.kind: int(rank.value) if rank.kind == "rank" else rank.value}
+        )
         steps.append(Factorize(groups, **amount, **factorize))
     steps += _quantize(quant, ("layers",), quantizer)
     steps += _quantize(table, TABLES, quantizer)

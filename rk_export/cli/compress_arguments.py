@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rk_export.errors import InputError
+from rk_export.errors import FieldError, InputError
 
 if TYPE_CHECKING:
     from rk_export.options.ranks import Budget
@@ -80,8 +80,11 @@ def _budget(args: argparse.Namespace) -> Budget | None:
     else:
         return None
     phases = [text.removeprefix(_PHASE) for text in args.set if text.startswith(_PHASE)]
+    flag = f"--{kind.replace('_', '-')}"
     if any(text.startswith("budget.") for text in args.set) and not phases:
-        raise InputError(
-            "the recipe's budget is set too", where=f"--{kind.replace('_', '-')}", fix="give one of the two"
-        )
-    return Budget(kind, bytes_of(value), **({"phase": phases[-1]} if phases else {}))
+        raise InputError("the recipe's budget is set too", where=flag, fix="give one of the two")
+    try:
+        return Budget(kind, bytes_of(value), **({"phase": phases[-1]} if phases else {}))
+    except FieldError as error:
+        where = flag if error.where == kind else error.where
+        raise InputError(error.what, where=where, fix=error.fix) from error

@@ -168,7 +168,7 @@ def amount_of(source: Source, budget: Budget, stored: Prices | None = None) -> t
     """
     if budget.kind not in ("keep", "size"):
         raise InputError(
-            f"rank and sparsity have no price in {budget.kind.replace('_', ' ')}",
+            f"rank and sparsity have no price in {budget.name}",
             where=budget.flag,
             fix="give --keep or --size",
         )

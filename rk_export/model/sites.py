@@ -59,7 +59,8 @@ def _dense_site(
             where=f"quantize: layers.{layer}.{name}",
             fix="name all of them in the targets, or do not factorize them together",
         )
-    correction = 0 if formats[0] is None else recipe.correction
+    weight_only = formats[0] is not None and formats[0].activations != 8
+    correction = recipe.correction if weight_only else 0
     return SitePlan(
         f"layers.{layer}.{name}", layer, members, paths, "dense", 0, formats[0], correction=correction
     )

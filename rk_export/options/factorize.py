@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 from rk_export.errors import FieldError
@@ -112,6 +112,13 @@ class Factorize(Step):
             if (value := getattr(self, kind)) is not None:
                 return RankRule(kind, value)
         return None
+
+    @property
+    def first_set(self) -> str:
+        """Name of the first field that differs from its default, or nothing; no groups are none that are named."""
+        return next(
+            (item.name for item in fields(self) if getattr(self, item.name) not in (item.default, ())), ""
+        )
 
     def with_amount(self, budget: Budget) -> Factorize:
         """Return the step at another share of the groups' parameters."""

@@ -31,7 +31,7 @@ class QuantSpec:
         if self.activations != 16:
             raise FieldError(
                 f"{self.activations}-bit activations do not go with {self.bits} bits in blocks of {self.block_size}",
-                where="quant",
+                where="quantize.activations",
                 fix="8-bit activations take bits 8, block_size 0 and symmetric weights; 16 leaves them in floats",
             )
         if self.bits not in (2, 4, 8):

@@ -116,26 +116,48 @@ class Recipe:
 
     def _check_amount(self) -> None:
         factorize = self.find(Factorize)
-        if self.budget is not None and self.limit is not self.budget:
+        if self.budget is not None:
+            self._check_budget(self.budget, factorize)
+        elif factorize is not None and factorize.rule is None and (field := factorize.first_set):
             raise FieldError(
-                "the recipe has a budget, and its step says how much stays",
+                "nothing says how much stays of the groups",
+                where=f"factorize.{field}",
+                fix="give keep, rank or energy, or a budget",
+            )
+
+    def _check_budget(self, budget: Budget, factorize: Factorize | None) -> None:
+        """Refuse a budget beside another amount, and one that has nothing to decide."""
+        if self.deciding is not None:
+            raise FieldError(
+                f"the recipe has a budget, and the step {self.deciding.name} says how much stays",
                 where="budget",
                 fix="give one of the two",
             )
-        if factorize is None:
-            return
-        if self.budget is not None and factorize.rule is not None:
+        if factorize is not None and factorize.rule is not None:
             raise FieldError(
                 f"factorize.{factorize.rule.kind} and the budget both say how much stays",
                 where="budget",
                 fix="drop one of the two",
             )
-        if factorize.groups and factorize.rule is None and self.budget is None:
+        if factorize is not None and factorize.qk == "per-head":
             raise FieldError(
-                "nothing says how much stays of the groups",
-                where="factorize.groups",
-                fix="give keep, rank or energy, or a budget",
+                "a budget takes q and k whole",
+                where="factorize.qk",
+                fix="drop it, or give factorize.keep instead of the budget",
             )
+        factorizes = factorize is not None and factorize.groups != ()
+        if not factorizes and (budget.kind == "keep" or not self._has_open_formats):
+            raise FieldError(
+                f"the steps leave nothing open that the {budget.name} could decide",
+                where="budget",
+                fix="add a step factorize"
+                if budget.kind == "keep"
+                else "add a step factorize, or set quantize.bits to auto",
+            )
+
+    @property
+    def _has_open_formats(self) -> bool:
+        return any(step.bits == "auto" for step in self._quantize)
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -176,9 +198,7 @@ class Recipe:
         if holder is not None and (holder is self.deciding or self.rank is not None):
             return self.with_step(holder.with_amount(budget))
         opened = self
-        if holder is None and not (
-            budget.kind != "keep" and any(step.bits == "auto" for step in self._quantize)
-        ):
+        if holder is None and (budget.kind == "keep" or not self._has_open_formats):
             logger.info("factorize: added to the recipe, so that the %s can be met", budget.name)
             opened = self.with_step(Factorize())
         return replace(opened, budget=budget)

@@ -107,11 +107,11 @@ def test_command_hands_its_arguments_to_compress(command: Any, monkeypatch: pyte
     monkeypatch.setattr(command, "run_compress", lambda args: seen.append(args) or 7)
     subparsers = ArgumentParser().add_subparsers()
     parser = command.RkOnnxExportCommand(subparsers).parser
-    args = parser.parse_args(["--model", "org/name", "out", "--bits", "8"])
+    args = parser.parse_args(["--model", "org/name", "out", "--recipe", "int8"])
     with pytest.raises(SystemExit) as stop:
         args.func(args).run()
     assert stop.value.code == 7
-    assert (seen[0].model, seen[0].output, seen[0].bits) == ("org/name", Path("out"), 8)
+    assert (seen[0].model, seen[0].output, seen[0].recipe) == ("org/name", Path("out"), "int8")
 
 
 def test_command_turns_our_errors_into_a_message(
