@@ -11,9 +11,10 @@ from typing import Any
 from rk_export.errors import InputError
 from rk_export.json_codec import MisfitError, read
 from rk_export.options.choices import nearest
+from rk_export.options.kinds import step_kinds
 from rk_export.options.ranks import BUDGET_KINDS
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import key_of, step_kinds
+from rk_export.options.step import key_of
 from rk_export.options.texts import texts_beside
 from rk_export.recipes.places import Path as DataPath
 from rk_export.recipes.places import Places, parsed
@@ -28,7 +29,7 @@ def load(name: str | Path = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: Name of a preset, or path of a file.
-        settings: Single fields that are set in it, such as ``cap.keep=0.4``.
+        settings: Single fields that are set in it, such as ``quantize.bits=8``.
 
     Raises:
         InputError: There is no such preset and no such file, or it is no recipe; with line and column.
@@ -112,7 +113,7 @@ def _known_part(data: Any, path: DataPath) -> DataPath:
 
 
 def _pointed(data: Any, path: DataPath, where: str) -> DataPath:
-    """Return the path of what a refusal names, such as ``cap.keep``, at or below a path."""
+    """Return the path of what a refusal names, such as ``quantize.bits``, at or below a path."""
     if path in ((), ("steps",)):
         first, *rest = where.split(".")
         steps = (data.get("steps") if isinstance(data, dict) else None) or ()
@@ -124,7 +125,7 @@ def _pointed(data: Any, path: DataPath, where: str) -> DataPath:
 
 
 def _name(path: DataPath) -> str:
-    """Return ``cap.keep`` for ("steps", 2, "cap", "keep")."""
+    """Return ``quantize.bits`` for ("steps", 2, "quantize", "bits")."""
     return ".".join(str(step) for step in (path[2:] if path[:1] == ("steps",) and len(path) > 2 else path))
 
 
