@@ -26,7 +26,6 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace deployment files that are there already"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_bundle(args: argparse.Namespace) -> int:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli.compress_arguments import asked_recipe
 from rk_export.cli.terminal import show
+from rk_export.errors import InputError
 from rk_export.json_codec import to_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rk_export.evaluation.measure import EvalText
     from rk_export.options.run import Run
     from rk_export.plan import Plan
+
+
+logger = logging.getLogger(__name__)
 
 
 def _run_of(args: argparse.Namespace) -> Run:
@@ -27,6 +34,21 @@ def _plan_of(args: argparse.Namespace) -> Plan | None:
     from rk_export.plan import Plan
 
     return None if args.plan is None else Plan.load(args.plan)
+
+
+def _texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
+    """Return the texts to measure perplexity on.
+
+    Raises:
+        InputError: If there is none, and something is said about how to measure.
+    """
+    from rk_export.evaluation.measure import EvalText
+
+    for name in ("context", "tokens"):
+        if not paths and getattr(args, name) is not None:
+            raise InputError("goes with --text", where=f"--{name}", fix="give --text FILE, or drop it")
+    context = EvalText.context if args.context is None else args.context
+    return [EvalText(path, context, args.tokens) for path in paths]
 
 
 def _print_json(data: object) -> None:
@@ -64,7 +86,7 @@ def run_compress(args: argparse.Namespace) -> int:
         command=args.command_line,
     )
     _print_json(report.to_json()) if args.json else show(*summary(report))
-    print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
+    logger.info("\nbundle  %s\nreport  %s", args.output, args.output / "report.html")
     return 0
 
 
@@ -82,6 +104,9 @@ def run_analyze(args: argparse.Namespace) -> int:
         command=args.command_line,
         force=args.force,
     )
+    if args.json:
+        _print_json(report.to_json())
+        return 0
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
 
@@ -96,6 +121,9 @@ def run_plan(args: argparse.Namespace) -> int:
     check_plan_place(args.output, args.force)
     plan = make_plan(args.model, asked_recipe(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
+    if args.json:
+        _print_json(plan.to_json())
+        return 0
     parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
     return 0
@@ -144,14 +172,15 @@ def run_prepare(args: argparse.Namespace) -> int:
         seed=args.seed,
         force=args.force,
     )
-    show(matrices_table(findings))
-    print(f"\nmodel  {args.output}", file=sys.stderr)
+    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
+    logger.info("\nmodel  %s", args.output)
     return 0
 
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
+    from rk_export.options.run import Run
     from rk_export.report.render import summary
 
     report = export(
@@ -160,7 +189,7 @@ def run_export(args: argparse.Namespace) -> int:
         base=args.base,
         ep=args.ep,
         context_length=args.context_length,
-        run=_run_of(args),
+        run=Run(threads=args.threads),
         force=args.force,
         command=args.command_line,
     )
@@ -180,12 +209,13 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`eval`: one perplexity, or a table of all models, texts and tasks."""
-    from rk_export.evaluation.measure import EvalText
     from rk_export.evaluation.models import evaluate_models
     from rk_export.evaluation.score_table import score_table, scores_json
     from rk_export.evaluation.tasks import load_tasks
 
-    texts = [EvalText(path, args.context, args.tokens) for path in args.text]
+    texts = _texts_of(args, args.text)
+    if args.limit is not None and not args.tasks:
+        raise InputError("goes with --tasks", where="--limit", fix="give --tasks FILE, or drop it")
     runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
     if not args.tasks and len(args.models) == len(texts) == 1:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
@@ -217,7 +247,7 @@ def run_bench(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
         repeats=args.repeats,
-        threads=args.threads or 2,
+        threads=2 if args.threads is None else args.threads,
         provider=args.provider,
     )
     _print_json(result.to_json()) if args.json else show(result.table())

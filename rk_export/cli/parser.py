@@ -12,6 +12,7 @@ from rk_export.cli.bundle import add_bundle_arguments, run_bundle
 from rk_export.cli.compare import add_compare_arguments, run_compare
 from rk_export.cli.compress_arguments import add_recipe_arguments
 from rk_export.cli.examples import epilog
+from rk_export.cli.failure import Parser
 from rk_export.cli.handlers import (
     run_analyze,
     run_bench,
@@ -40,7 +41,7 @@ _THREADS: dict[str, Any] = {"type": int, "help": "threads of ONNX Runtime"}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rk-export",
         description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
     )
@@ -60,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_model_commands(add)
     _add_bundle_commands(add)
+    for command in commands.choices.values():
+        add_output_arguments(command)
     return parser
 
 
@@ -92,7 +95,6 @@ def _add_model_commands(add: AddCommand) -> None:
     recipes.add_argument("name", nargs="?", help="a preset: print its file")
     recipes.add_argument("--steps", action="store_true", help="every step and field, with defaults")
     recipes.add_argument("--schema", action="store_true", help="JSON schema of recipe files, for editors")
-    _add_json(recipes)
 
     prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
     _add_model(prepare)
@@ -119,7 +121,7 @@ def _add_model_commands(add: AddCommand) -> None:
         metavar="TOKENS",
         help="most tokens of prompt and answer together (default the model's own)",
     )
-    _add_machine_arguments(export, texts=False)
+    export.add_argument("--threads", **_THREADS)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
@@ -130,7 +132,6 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_base(verify)
     verify.add_argument("--provider", **_PROVIDER)
     _add_run(verify)
-    _add_json(verify)
 
     evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
@@ -142,7 +143,6 @@ def _add_bundle_commands(add: AddCommand) -> None:
     )
     evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
     _add_runtime_arguments(evaluate)
-    _add_json(evaluate)
 
     run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
     run.add_argument("bundle", type=Path, help="bundle folder")
@@ -158,14 +158,12 @@ def _add_bundle_commands(add: AddCommand) -> None:
     bench.add_argument("--new-tokens", type=int, default=64, help="decoded after it (default 64)")
     bench.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default 5)")
     _add_runtime_arguments(bench)
-    _add_json(bench)
 
     compare = add("compare", run_compare, "put bundles side by side: size, quality, speed, parity, matrices")
     add_compare_arguments(compare)
     _add_base(compare)
     _add_text_arguments(compare)
     _add_runtime_arguments(compare)
-    _add_json(compare)
 
     add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
 
@@ -173,12 +171,8 @@ def _add_bundle_commands(add: AddCommand) -> None:
 
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path, help="bundle folder")
-    _add_json(explain)
 
-    doctor = add(
-        "doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it"
-    )
-    _add_json(doctor)
+    add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")
 
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +194,7 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_machine_arguments(parser, texts=True)
+    _add_run(parser)
 
 
 def _add_model(
@@ -228,25 +222,18 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", type=int, default=512, help="window in tokens (default 512)")
+    parser.add_argument("--context", type=int, help="window in tokens (default 512)")
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
-
-
-def _add_machine_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
-    _add_run(parser, texts=texts)
-    _add_json(parser)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of a recipe")
 
 
-def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:
+def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add what describes the machine; it goes with a plan too."""
     parser.add_argument("--device", **_DEVICE)
     parser.add_argument("--threads", **_THREADS)
-    if not texts:
-        return
     parser.add_argument(
         "--calibration-text",
         type=Path,
@@ -262,5 +249,18 @@ def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", **_THREADS)
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes about what it shows; optimum's command takes the same.
+
+    With `--json` standard output holds one JSON document and nothing else. Errors go to standard error, as one line of
+    JSON; exit statuses are the same in both forms.
+    """
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON document, and errors as JSON on stderr",
+    )
+    shown.add_argument(
+        "--quiet", action="store_true", help="no log lines, warnings and bars: results and errors only"
+    )

@@ -15,7 +15,6 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `report`."""
     parser.add_argument("folder", type=Path, help="a bundle, or a folder of spectra that analyze wrote")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -9,9 +9,9 @@ import torch
 
 from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
 from rk_export.commands.compression_inputs import CompressionInputs
-from rk_export.commands.stages import Task, check_outputs, open_task, state_file
+from rk_export.commands.stages import Task, check_outputs, open_task
 from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length
-from rk_export.folders import AtomicFolder, check_free_space
+from rk_export.folders import AtomicFolder, check_free_space, state_file
 from rk_export.model.context import context_notices
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe

@@ -35,6 +35,7 @@ from rk_export.options.recipe import Recipe
 from rk_export.options.step import MethodOptions
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
+from rk_export.planning.planner import with_default_groups
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
 from rk_export.source.memory import Memory
@@ -191,10 +192,10 @@ def _tokens(source: Source, recipe: Recipe, device: torch.device, weighs: bool) 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
-    statistics = model_statistics(work.source, tokens, work.recipe, work.device)
-    priced = work.recipe.budget is not None
-    table = table_curvature(work.source, shortened(tokens), work.device, gradients=priced)
-    reduced = only_diagonals(work.source, work.recipe)
+    directions = _weighs_directions(work.source, work.recipe)
+    statistics = model_statistics(work.source, tokens, work.recipe, work.device, directions=directions)
+    table = table_curvature(work.source, shortened(tokens), work.device, statistics.embedding)
+    reduced = directions and only_diagonals(work.source, work.recipe)
     left_out = (diagonals_finding(work.source),) if reduced else ()
     return replace(started, work=replace(work, statistics=statistics), table=table, left_out=left_out)
 
@@ -210,6 +211,12 @@ def _weighs_errors(recipe: Recipe) -> bool:
     recovers = any(method.stage == "recover" for method in recipe.methods)
     compensates = rounds and recipe.quantizer != "rtn"
     return bool(recipe.limit or recipe.rank or recovers or compensates)
+
+
+def _weighs_directions(source: Source, recipe: Recipe) -> bool:
+    """Whether errors are weighed along directions of the outputs; rounding weighs every output on its own."""
+    factorizes = bool(with_default_groups(source, recipe).groups)
+    return factorizes or any(method.weighs_outputs for method in recipe.methods)
 
 
 def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:

@@ -48,11 +48,11 @@ def prepare(
         InputError: If the model, a name or the output cannot be used.
         ParityError: If the prepared model computes other logits; nothing is written.
     """
+    device = resolve_device((run or Run()).device)
     source, peaks = open_source(model, base), {}
     check_outputs(source, out, force=force)
     before = preflight(source, Recipe((Prepare(names),)))
     if "scale" in names:
-        device = resolve_device((run or Run()).device)
         text = calibration_tokens(source, CalibrationOptions(tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
     change = Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)

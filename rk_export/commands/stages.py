@@ -14,7 +14,7 @@ from rk_export.commands.compression_inputs import CompressionInputs, compression
 from rk_export.commands.model_costs import model_costs
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.folders import check_replaceable
+from rk_export.folders import check_replaceable, state_file
 from rk_export.graph.dense.frontend import check_supported
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
@@ -167,8 +167,3 @@ def check_outputs(
     check_replaceable(target, force, inputs=source.places)
     if checkpoint is not None:
         check_replaceable(Path(checkpoint), force, inputs=[*source.places, target])
-
-
-def state_file(out: Path, name: str) -> Path:
-    """Return where an interrupted training waits for the next run: beside the output."""
-    return out.with_name(f".{out.name}.{name}")

@@ -138,7 +138,9 @@ class Budget:
 
         number = schema.float_schema(strict=True)
         size = schema.no_info_before_validator_function(
-            bytes_of, schema.union_schema([number, schema.literal_schema(["int4"])])
+            bytes_of,
+            schema.union_schema([number, schema.literal_schema(["int4"])]),
+            json_schema_input_schema=schema.union_schema([number, schema.str_schema()]),
         )
         phase = schema.literal_schema(["prefill", "decode"])
         keys = {
@@ -170,9 +172,11 @@ class _SizeText:
     """Reads a size that is written as text."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core.core_schema import no_info_before_validator_function
+        from pydantic_core import core_schema as schema
 
-        return no_info_before_validator_function(bytes_of, handler(source))
+        number = handler(source)
+        written = schema.union_schema([number, schema.str_schema()])
+        return schema.no_info_before_validator_function(bytes_of, number, json_schema_input_schema=written)
 
 
 # Bytes; a file may say 90MB.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -84,15 +84,19 @@ class _Path:
     """Reads the path of a file on this machine as well as name and digest."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core.core_schema import no_info_before_validator_function
+        from pydantic_core import core_schema as schema
 
         def opened(data: Any) -> Any:
+            if isinstance(data, Mapping) and "path" in data:
+                raise FieldError("it has a path already", where="path", fix="give the path alone")
             if not isinstance(data, str):
                 return data
             beside = _FOLDER.get() / data
             return TextFile.of(beside if os.path.isfile(beside) else data)
 
-        return no_info_before_validator_function(opened, handler(source))
+        named = handler(source)
+        written = schema.union_schema([schema.str_schema(), named])
+        return schema.no_info_before_validator_function(opened, named, json_schema_input_schema=written)
 
 
 # A text in a recipe file: its path, or its name and digest.

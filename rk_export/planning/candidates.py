@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from rk_export.passes.numerics.curvature import Curvature
-from rk_export.passes.numerics.predicted_loss import rank_losses, rounding_loss
+from rk_export.passes.numerics.predicted_loss import rank_losses, rounding_losses
 from rk_export.plan import SitePlan
 from rk_export.planning.stored_bytes import Format, Shape, stored_shapes
 
@@ -138,13 +138,17 @@ def least_cost_of(site: SitePlan, shapes: Sequence[Shape], space: SearchSpace) -
 
 
 def _rounding_losses(W: Tensor, curvature: Curvature, space: SearchSpace) -> dict[Format, float]:
+    formats = space.formats
+    if space.factorized:
+        formats += space.pair_formats
+    # Rows of int8 matrices are rounded to nearest.
+    columns = {
+        spec: curvature.inputs.column_weights(compensated=space.compensated and spec.activations == 16)
+        for spec in formats
+        if spec is not None
+    }
     losses: dict[Format, float] = {None: 0.0}
-    for spec in {*space.formats, *space.pair_formats}:
-        if spec is not None:
-            # Rows of int8 matrices are rounded to nearest.
-            compensated = space.compensated and spec.activations == 16
-            columns = curvature.inputs.column_weights(compensated=compensated)
-            losses[spec] = rounding_loss(W, spec, curvature, columns)
+    losses.update(rounding_losses(W, columns, curvature).items())
     return losses
 
 

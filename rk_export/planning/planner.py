@@ -29,7 +29,7 @@ from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import EmbeddingTable, spend, too_small
-from rk_export.planning.budget_units import budget_unit, table_count
+from rk_export.planning.budget_units import budget_unit, is_comfortable, table_count
 from rk_export.planning.candidates import least_cost_of
 from rk_export.planning.carried import carried_sites
 from rk_export.planning.cost_table import CostTable
@@ -268,12 +268,14 @@ def with_default_groups(source: Source, recipe: Recipe) -> Recipe:
     """Return a recipe that names its groups, as far as the family has them.
 
     By default a rank rule factorizes q/k and gate/up, as the paper does (2402.16319), a budget may factorize every
-    matrix, each on its own, and without either nothing is factorized.
+    matrix, each on its own, and without either nothing is factorized; nor is it where a budget of bytes leaves every
+    matrix four bits.
     """
     if recipe.groups is not None:
         return recipe
     groups: tuple[str, ...] = ()
-    if recipe.rank is not None or recipe.budget is not None:
+    free = recipe.factorize.form is None and is_comfortable(source, recipe)
+    if recipe.rank is not None or (recipe.budget is not None and not free):
         groups = default_groups(source, single=recipe.budget is not None)
     return recipe.with_step(replace(recipe.factorize, groups=groups))
 

@@ -14,6 +14,7 @@ from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.step import key_of, step_kinds
 from rk_export.options.target import Target
+from rk_export.options.texts import TextFile
 from rk_export.recipes.presets import About
 
 
@@ -113,7 +114,7 @@ def json_schema() -> dict[str, Any]:
     schema: dict[str, Any] = TypeAdapter(Recipe).json_schema()
     schema["title"] = "rk-export recipe"
     schema["description"] = documented(Recipe)[0]
-    kinds = {kind.__name__: kind for kind in (*step_kinds(), CalibrationOptions, Target)}
+    kinds = {kind.__name__: kind for kind in (*step_kinds(), CalibrationOptions, Target, TextFile)}
     for name, definition in schema["$defs"].items():
         if (kind := kinds.get(name)) is not None:
             _as_in_files(definition, kind)
@@ -138,6 +139,8 @@ def _as_in_files(definition: dict[str, Any], kind: type) -> None:
     definition["additionalProperties"] = False
     properties = {}
     for item in fields(kind):
+        if not item.metadata.get("saved", True):
+            continue
         one = definition["properties"][item.name]
         if item.metadata.get("listed"):
             one = {"anyOf": [{"type": "string"}, one]}

@@ -30,6 +30,7 @@ from rk_export.passes.prepare.scale import scale_layer
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding
 from rk_export.source.protocol import Source
+from rk_export.source.quiet import transformers_quiet
 from rk_export.source.side_files import write_side_files
 from rk_export.source.stored import StoredModel
 from rk_export.source.transformed import Transform
@@ -210,7 +211,8 @@ def save_prepared(
         )
     with AtomicFolder(folder, force=force) as partial:
         plain = plain_model(_with_plain_head(prepared.load(), prepared))
-        plain.save_pretrained(partial)
+        with transformers_quiet():
+            plain.save_pretrained(partial)
         write_side_files(partial, source=source.folder, config=plain.config, generation_from=source.origin[1])
         write_manifest(
             partial,

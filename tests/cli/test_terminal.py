@@ -39,7 +39,7 @@ def work(args):
     print("result")
     return 0
 
-sys.exit(run_command(work, argparse.Namespace(json={json}), ["test"]))
+sys.exit(run_command(work, argparse.Namespace(json={json}, quiet={quiet}), ["test"]))
 """
 DUMB = {"TERM": "dumb"}
 
@@ -51,8 +51,8 @@ class Shown:
     out: str = ""
 
 
-def _program(then: str = "pass", json: bool = False) -> list[str]:
-    return [sys.executable, "-c", PROGRAM.format(then=then, json=json)]
+def _program(then: str = "pass", json: bool = False, quiet: bool = False) -> list[str]:
+    return [sys.executable, "-c", PROGRAM.format(then=then, json=json, quiet=quiet)]
 
 
 def _on_a_terminal(command: list[str], *, interrupt_at: str = "", **more: str) -> Shown:
@@ -127,6 +127,11 @@ def test_a_terminal_without_bars_gets_lines(how: str) -> None:
     assert "testing steps: 4\r\n" in shown.screen
 
 
+def test_quiet_shows_results_alone() -> None:
+    shown = _on_a_terminal(_program(quiet=True))
+    assert (shown.screen, shown.out) == ("", "result\n")
+
+
 def test_without_a_terminal_a_stage_is_a_line() -> None:
     done = subprocess.run(_program(), capture_output=True, text=True, check=True)
     parts = ["testing parts: 2"] * 2
@@ -140,7 +145,7 @@ def test_compress_says_a_line_a_stage(cli: Cli, llama: Path, tmp_path: Path) -> 
     assert ended.code == 0
     assert "\x1b" not in ended.err
     lines = ended.err.splitlines()
-    assert [line for line in lines if line.startswith("rewrit")] == [
+    assert [line for line in lines if line.startswith("rewrit") and "left" not in line] == [
         "rewrite: factorizing and quantizing layer by layer",
         "rewriting layers: 2",
     ]

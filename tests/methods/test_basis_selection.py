@@ -213,9 +213,9 @@ def test_the_pairs_shrink_step_by_step(source_of: SourceOf, monkeypatch: pytest.
     shares: list[float] = []
     take = BasisTraining._take_step
 
-    def step(training: BasisTraining) -> float:
+    def step(training: BasisTraining, loss: float) -> None:
         shares.append(training.share)
-        return take(training)
+        take(training, loss)
 
     monkeypatch.setattr(BasisTraining, "_take_step", step)
     selected(source_of("llama"))

@@ -29,11 +29,11 @@ from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning import planner
-from rk_export.planning.budget import spend
-from rk_export.planning.budget_units import TIMED_FORMATS, WEIGHT_FORMATS, budget_unit
+from rk_export.planning import budget, planner
+from rk_export.planning.budget_units import TABLE_FORMATS, TIMED_FORMATS, WEIGHT_FORMATS, budget_unit
 from rk_export.planning.candidates import Candidate, SearchSpace, candidates
 from rk_export.planning.cost_table import CostTable, measure_costs
+from rk_export.planning.plain_size import plain_int4_bytes
 from rk_export.source.stored import StoredModel, open_source
 
 TEXT = CalibrationOptions(tokens=1024)
@@ -95,10 +95,10 @@ def test_mean_bits_are_kept(llama: Path) -> None:
 
 @pytest.mark.whole
 def test_a_size_budget_makes_a_file_of_that_size(llama: Path, tmp_path: Path) -> None:
-    budget = 190_000
-    report = compress(llama, tmp_path / "out", options("size", budget), run=Run(threads=1))
+    size = 190_000
+    report = compress(llama, tmp_path / "out", options("size", size), run=Run(threads=1))
     files = sum((tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
-    assert files <= budget
+    assert files <= size
     assert all(tier.passed for tier in report.parity if tier.bound is not None)
     tiers = {tier.tier: tier for tier in verify(tmp_path / "out", llama, run=Run(threads=1))}
     assert tiers["c"].passed
@@ -137,9 +137,70 @@ def test_matrices_without_statistics_get_the_format_that_was_asked_for(source_of
         (layer, dense_sites(layer, source.architecture.projections(source.config, layer.index), asked))
         for layer in source.layers()
     )
-    spent = spend(layers, budget_unit(source, asked, 8), inputs.statistics, None, torch.device("cpu"))
+    spent = budget.spend(layers, budget_unit(source, asked, 8), inputs.statistics, None, torch.device("cpu"))
     formats = {site.quant for site in spent.sites if site.site.endswith("experts")}
     assert formats == {QuantSpec(4, 16)}
+
+
+# --- the formats of a budget of bytes
+
+
+def within_bytes(source: StoredModel, recipe: Recipe) -> Plan:
+    inputs = compression_inputs(source, recipe)
+    return planner.decide_plan(inputs.source, inputs.recipe, statistics=inputs.statistics, table=inputs.table)
+
+
+def test_sites_that_one_product_computes_take_one_format(source_of: SourceOf) -> None:
+    plan = within_bytes(source_of("llama"), options("mean_bits", 4.9))
+    for layer in range(2):
+        formats = {site.members: site.quant for site in plan.of_layer(layer)}
+        assert formats["k",] == formats["v",]  # two of four heads: they have a shape of their own
+        assert formats["gate",] == formats["up",]
+    assert len({site.quant for site in plan.sites}) > 1
+    assert {site.form for site in plan.sites} == {"dense"}
+
+
+def test_one_format_costs_little(source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predicted loss is close to what every matrix on its own would give, and far below one format for all."""
+    source, asked = source_of("llama"), options("mean_bits", 4.9)
+    together = within_bytes(source, asked).predicted_loss
+    monkeypatch.setattr(budget, "packed_together", lambda found: [[index] for index in range(len(found))])
+    alone = within_bytes(source, asked).predicted_loss
+    assert together is not None
+    assert alone is not None
+    assert alone <= together < 1.1 * alone
+
+
+def test_no_format_is_slow_and_gpus_get_those_that_they_have(source_of: SourceOf) -> None:
+    assert all(spec is None or spec.block_size >= 32 for spec in (*WEIGHT_FORMATS, *TABLE_FORMATS))
+    source = source_of("llama")
+    for ep in ("cuda", "portable"):
+        space = budget_unit(source, options("mean_bits", 5, ep=ep), 8).space
+        assert {spec.bits for spec in (*space.formats, *space.pair_formats) if spec} == {4, 8}
+    assert 2 in {spec.bits for spec in budget_unit(source, options("mean_bits", 5), 8).space.formats if spec}
+
+
+def test_factor_pairs_are_looked_for_below_four_bits_or_when_asked_for(source_of: SourceOf) -> None:
+    source = source_of("llama")
+
+    def groups(kind: str, value: float, **changes: Any) -> tuple[str, ...] | None:
+        return planner.with_default_groups(source, options(kind, value, **changes)).groups
+
+    assert groups("mean_bits", 4.5) == ()
+    assert groups("mean_bits", 4.49) == ("q", "k", "v", "o", "gate", "up", "down")
+    assert groups("mean_bits", 4.5, form="identity") == groups("mean_bits", 4.49)
+    assert groups("mean_bits", 4.5, groups=("o",)) == ("o",)
+    assert groups("keep", 0.9) == groups("mean_bits", 4.49)
+    plain = plain_int4_bytes(source, Recipe())
+    assert groups("size", plain) == ()
+    assert groups("size", plain - 15_000) == groups("mean_bits", 4.49)
+
+
+def test_gradients_keep_their_directions_only_for_factor_pairs(source_of: SourceOf) -> None:
+    for bits, dimensions in ((4.5, 1), (4, 2)):
+        known = compression_inputs(source_of("llama"), options("mean_bits", bits)).statistics
+        assert known is not None
+        assert {gradient.ndim for gradient in known.gradients.values()} == {dimensions}
 
 
 def space_of(cost: Callable[[int, int, Any], float], **changes: Any) -> SearchSpace:
@@ -169,7 +230,10 @@ def test_more_bits_and_more_rank_lose_less() -> None:
     found = only_o(space_of(lambda rows, columns, spec: rows * columns))
     dense = {item.plan.quant: item.loss for item in found if item.plan.form == "dense"}
     assert dense[None] == 0
-    assert dense[QuantSpec(8, 32)] < dense[QuantSpec(4, 32)] < dense[QuantSpec(2, 32, symmetric=False)]
+    eight, four, two = (
+        QuantSpec(bits, 32, symmetric=symmetric) for bits, symmetric in ((8, True), (4, False), (2, False))
+    )
+    assert dense[eight] < dense[four] < dense[two]
     for form in ("joint", "identity"):
         losses = [item.loss for item in found if item.plan.form == form]
         assert losses == sorted(losses, reverse=True)

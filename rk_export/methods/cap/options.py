@@ -17,12 +17,12 @@ class CapOptions(MethodOptions):
     Args:
         keep: Share of all parameters of the matrices that stays, rank and entries together.
         size: Bytes of the model's files, such as `90MB`, instead of `keep`.
-        iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
         selector: `policy` is the paper's policy gradient over the parts of the split, `pools` takes of the same
             parts those of largest predicted gain per price. `auction`, ours, leaves the split aside and spends the
             budget on mixtures of rank and entries that are fitted anew. `wanda` (2306.11695) and `magnitude` keep
             entries only, as many in every row or matrix.
         steps: Updates of the policy, one forward pass each.
+        iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
         learning_rate: Of the policy.
         window: Losses that the moving baseline averages.
         batch_tokens: Tokens of an update.
