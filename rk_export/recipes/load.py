@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
-from rk_export.json_codec import MisfitError, read
+from rk_export.json_codec import MisfitError, read, to_json
 from rk_export.options.choices import nearest
 from rk_export.options.kinds import step_kinds
-from rk_export.options.ranks import BUDGET_KINDS
+from rk_export.options.ranks import BUDGET_KINDS, Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.step import key_of
 from rk_export.options.texts import texts_beside
@@ -24,15 +24,17 @@ from rk_export.recipes.settings import Settings
 _LARGEST = 1_000_000
 
 
-def load(name: str | Path = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
+def load(name: str | Path = DEFAULT, settings: Sequence[str] = (), amount: Budget | None = None) -> Recipe:
     """Return a preset, or the recipe of a file.
 
     Args:
         name: Name of a preset, or path of a file.
         settings: Single fields that are set in it, such as ``quantize.bits=8``.
+        amount: How much stays, instead of what it says.
 
     Raises:
-        InputError: There is no such preset and no such file, or it is no recipe; with line and column.
+        InputError: There is no such preset and no such file, or it is no recipe; with line and column. Or it takes
+            no such amount.
     """
     file, text, folder = _found(name)
     data, places = parsed(text, file)
@@ -40,10 +42,23 @@ def load(name: str | Path = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
     try:
         data = _recipe_data(data, places)
         made.apply(data)
+        if amount is not None and _leaves_groups_open(data):
+            data["budget"] = to_json(amount)  # without one its groups would be refused
         with texts_beside(folder):
-            return read(Recipe, data)
+            recipe = read(Recipe, data)
     except MisfitError as error:
         raise _refusal(error, data, places, made) from error
+    return recipe if amount is None else recipe.with_budget(amount)
+
+
+def _leaves_groups_open(data: dict[str, Any]) -> bool:
+    """Whether a step factorize leaves it to a budget how much stays."""
+    steps = data.get("steps")
+    found = (
+        [step.get("factorize") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    )
+    amounts = ("keep", "rank", "energy")
+    return any(isinstance(one, dict) and all(one.get(name) is None for name in amounts) for one in found)
 
 
 def _found(name: str | Path) -> tuple[str, str, Path]:
