@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def quiet_libraries() -> None:
         "fontTools",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers 5 renames an argument that its older releases know by this name only.
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
 
 if __name__ == "__main__":

@@ -181,8 +181,8 @@ def test_a_recipe_that_leaves_nothing_open_may_factorize_under_an_amount() -> No
         (("--size", "90MB", "--set", "budget.phase=prefill"), "budget.phase"),
         (("--size", "much"), "--size"),
         (("--keep", 1.5), "--keep"),
-        (("--mean-bits", 1), "mean_bits"),
-        (("--speed-up", 1), "speed_up"),
+        (("--mean-bits", 1), "--mean-bits"),
+        (("--speed-up", 1), "--speed-up"),
     ],
 )
 def test_an_amount_that_does_not_go_is_refused(words: tuple[object, ...], where: str) -> None:

@@ -151,7 +151,7 @@ def within_bytes(source: StoredModel, recipe: Recipe) -> Plan:
 
 
 def test_sites_that_one_product_computes_take_one_format(source_of: SourceOf) -> None:
-    plan = within_bytes(source_of("llama"), options("bits", 4.9))
+    plan = within_bytes(source_of("llama"), options("mean_bits", 4.9))
     for layer in range(2):
         formats = {site.members: site.quant for site in plan.of_layer(layer)}
         assert formats["k",] == formats["v",]  # two of four heads: they have a shape of their own
@@ -162,7 +162,7 @@ def test_sites_that_one_product_computes_take_one_format(source_of: SourceOf) ->
 
 def test_one_format_costs_little(source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """The predicted loss is close to what every matrix on its own would give, and far below one format for all."""
-    source, asked = source_of("llama"), options("bits", 4.9)
+    source, asked = source_of("llama"), options("mean_bits", 4.9)
     together = within_bytes(source, asked).predicted_loss
     monkeypatch.setattr(budget, "packed_together", lambda found: [[index] for index in range(len(found))])
     alone = within_bytes(source, asked).predicted_loss
@@ -175,9 +175,9 @@ def test_no_format_is_slow_and_gpus_get_those_that_they_have(source_of: SourceOf
     assert all(spec is None or spec.block_size >= 32 for spec in (*WEIGHT_FORMATS, *TABLE_FORMATS))
     source = source_of("llama")
     for ep in ("cuda", "portable"):
-        space = budget_unit(source, options("bits", 5, ep=ep), 8).space
+        space = budget_unit(source, options("mean_bits", 5, ep=ep), 8).space
         assert {spec.bits for spec in (*space.formats, *space.pair_formats) if spec} == {4, 8}
-    assert 2 in {spec.bits for spec in budget_unit(source, options("bits", 5), 8).space.formats if spec}
+    assert 2 in {spec.bits for spec in budget_unit(source, options("mean_bits", 5), 8).space.formats if spec}
 
 
 def test_factor_pairs_are_looked_for_below_four_bits_or_when_asked_for(source_of: SourceOf) -> None:
@@ -186,19 +186,19 @@ def test_factor_pairs_are_looked_for_below_four_bits_or_when_asked_for(source_of
     def groups(kind: str, value: float, **changes: Any) -> tuple[str, ...] | None:
         return planner.with_default_groups(source, options(kind, value, **changes)).groups
 
-    assert groups("bits", 4.5) == ()
-    assert groups("bits", 4.49) == ("q", "k", "v", "o", "gate", "up", "down")
-    assert groups("bits", 4.5, form="identity") == groups("bits", 4.49)
-    assert groups("bits", 4.5, groups=("o",)) == ("o",)
-    assert groups("keep", 0.9) == groups("bits", 4.49)
+    assert groups("mean_bits", 4.5) == ()
+    assert groups("mean_bits", 4.49) == ("q", "k", "v", "o", "gate", "up", "down")
+    assert groups("mean_bits", 4.5, form="identity") == groups("mean_bits", 4.49)
+    assert groups("mean_bits", 4.5, groups=("o",)) == ("o",)
+    assert groups("keep", 0.9) == groups("mean_bits", 4.49)
     plain = plain_int4_bytes(source, Recipe())
     assert groups("size", plain) == ()
-    assert groups("size", plain - 15_000) == groups("bits", 4.49)
+    assert groups("size", plain - 15_000) == groups("mean_bits", 4.49)
 
 
 def test_gradients_keep_their_directions_only_for_factor_pairs(source_of: SourceOf) -> None:
     for bits, dimensions in ((4.5, 1), (4, 2)):
-        known = compression_inputs(source_of("llama"), options("bits", bits)).statistics
+        known = compression_inputs(source_of("llama"), options("mean_bits", bits)).statistics
         assert known is not None
         assert {gradient.ndim for gradient in known.gradients.values()} == {dimensions}
 

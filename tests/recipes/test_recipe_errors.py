@@ -127,7 +127,11 @@ TOGETHER = [
     ("steps:\n  - prune: {blocks: 1}\n  - prune: {blocks: 2}\n", "3:5: prune", "the step stands twice"),
     ("steps:\n  - cap: {keep: 0.5}\n  - sslc: {keep: 0.5}\n", "3:5: sslc", "cap decides already"),
     ("steps:\n  - factorize: {}\n  - cap: {keep: 0.5}\n", "3:5: cap", "factorize decides already"),
-    ("budget: {size: 90MB}\nsteps:\n  - cap: {keep: 0.9}\n", "1:1: budget", "its step says how much stays"),
+    (
+        "budget: {size: 90MB}\nsteps:\n  - cap: {keep: 0.9}\n",
+        "1:1: budget",
+        "the step cap says how much stays",
+    ),
     ("budget: {size: 90MB}\nsteps:\n  - factorize: {keep: 0.9}\n", "1:1: budget", "both say how much stays"),
     (
         "steps:\n  - quantize: {with: rtn}\n  - quantize: {targets: lm_head, with: gptq}\n",

@@ -230,7 +230,7 @@ def test_a_setting_that_is_none(settings: list[str], where: str, what: str, hint
     [
         ("cap", "sslc.keep=0.5", "--set sslc.keep=0.5: sslc", "cap decides already"),
         ("cap", "cap.size=90MB", "--set cap.size=90MB: cap", "keep and size both"),
-        ("cap", "budget.keep=0.5", "--set budget.keep=0.5: budget", "its step says how much stays"),
+        ("cap", "budget.keep=0.5", "--set budget.keep=0.5: budget", "the step cap says how much stays"),
         ("joint-rank", "factorize.rank=8", "--set factorize.rank=8: factorize", "keep and rank both"),
         (
             "joint-rank",

@@ -59,7 +59,9 @@ def test_a_whole_number_is_a_float_where_one_is_wanted(tmp_path: Path) -> None:
     ("size", "number"), [("90MB", 90e6), ("1.2GB", 1.2e9), ("90000000", 90e6), ("9e7", 90e6)]
 )
 def test_sizes(tmp_path: Path, size: str, number: float) -> None:
-    assert loaded(tmp_path, f"budget: {{size: {size}}}\n").budget == Budget("size", number)
+    assert loaded(tmp_path, f"budget: {{size: {size}}}\nsteps: [factorize: {{}}]\n").budget == Budget(
+        "size", number
+    )
     assert loaded(tmp_path, f"steps:\n  - cap: {{size: {size}}}\n").steps == (CapOptions(size=number),)
 
 

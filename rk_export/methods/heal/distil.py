@@ -98,7 +98,7 @@ class _Recovery(Training):
         tensors: dict[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        super().__init__("recovery", "--heal", tokens, options.batch_tokens, options.steps, options.seed)
+        super().__init__("recovery", "heal", tokens, options.batch_tokens, options.steps, options.seed)
         self._tokens = tokens[: options.steps * self._batch]
         self._model, self._options, self._tensors, self._dtype = rewritten.model, options, tensors, dtype
         self._device = rewritten.model.device

@@ -8,6 +8,7 @@ are refused, from the header alone, before a weight is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -72,8 +73,13 @@ def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     if folder.is_dir():
         logger.info("%s: already converted, %s", source.path.name, folder)
         return folder
-    with AtomicFolder(folder, force=True) as partial:
-        _convert(conversion, partial)
+    try:
+        with AtomicFolder(folder, force=True) as partial:
+            _convert(conversion, partial)
+    except BaseException:
+        with contextlib.suppress(OSError):  # where it holds another name's model
+            folder.parent.rmdir()
+        raise
     return folder
 
 
