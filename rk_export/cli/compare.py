@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from rk_export.cli.handlers import texts_of
 from rk_export.cli.terminal import show
 from rk_export.errors import InputError
 
@@ -34,15 +35,17 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_compare(args: argparse.Namespace) -> int:
     """`compare`: a table, and a page where one is asked for."""
     from rk_export.commands.compare import compare
-    from rk_export.evaluation.measure import EvalText, SpeedTest
+    from rk_export.evaluation.measure import SpeedTest
     from rk_export.evaluation.tasks import load_tasks
     from rk_export.report.comparison_page import comparison_blocks, comparison_html
 
+    texts = texts_of(args, args.text)
+    _check_used(args)
     if args.output is not None:
         _check_page(args.output, args.force)
     comparison = compare(
         args.models,
-        texts=[EvalText(path, args.context, args.tokens) for path in args.text],
+        texts=texts,
         tasks=load_tasks(args.tasks, args.limit),
         speed=SpeedTest() if args.speed else None,
         base=args.base,
@@ -61,6 +64,21 @@ def run_compare(args: argparse.Namespace) -> int:
             partial.write_text(comparison_html(comparison), encoding="utf-8")
         print(f"\npage  {args.output}", file=sys.stderr)
     return 0
+
+
+def _check_used(args: argparse.Namespace) -> None:
+    """Refuse options that nothing would use: reports are read as they are."""
+    run = args.text or args.tasks
+    unused = {
+        "--limit": ("--tasks FILE", args.limit is not None and not args.tasks),
+        "--base": ("--text FILE or --tasks FILE", args.base is not None and not run),
+        "--threads": ("--text, --tasks or --speed", args.threads is not None and not (run or args.speed)),
+        "--provider": ("--text, --tasks or --speed", args.provider != "auto" and not (run or args.speed)),
+        "--force": ("-o FILE", args.force and args.output is None),
+    }
+    for name, (partner, is_unused) in unused.items():
+        if is_unused:
+            raise InputError(f"goes with {partner}", where=name, fix=f"give {partner}, or drop it")
 
 
 def _check_page(page: Path, force: bool) -> None:

@@ -36,7 +36,7 @@ def _plan_of(args: argparse.Namespace) -> Plan | None:
     return None if args.plan is None else Plan.load(args.plan)
 
 
-def _texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
+def texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
     """Return the texts to measure perplexity on.
 
     Raises:
@@ -213,7 +213,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from rk_export.evaluation.score_table import score_table, scores_json
     from rk_export.evaluation.tasks import load_tasks
 
-    texts = _texts_of(args, args.text)
+    texts = texts_of(args, args.text)
     if args.limit is not None and not args.tasks:
         raise InputError("goes with --tasks", where="--limit", fix="give --tasks FILE, or drop it")
     runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}

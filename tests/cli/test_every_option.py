@@ -93,6 +93,11 @@ def allows(plain: Seen, changed: Seen) -> None:
     assert "already exists" in plain.ended.err
 
 
+def allows_files(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (2, 0), changed.ended.err
+    assert "exists already" in plain.ended.err
+
+
 def refused(why: str) -> Effect:
     def effect(plain: Seen, changed: Seen) -> None:
         assert (plain.ended.code, changed.ended.code) == (0, 2)
@@ -107,8 +112,12 @@ LINES: dict[str, tuple[object, ...]] = {
     "verify": ("{bundle}", "--threads", 1, "--provider", "cpu"),
     "eval": ("{bundle}", "--text", "{prose}", "--context", 64, "--tokens", 128, "--threads", 1),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 8, "--provider", "cpu"),
+    "compare": ("{bundle}", "{served}"),
+    "report": ("{bundle}",),
+    "bundle": ("{served}", "--for", "triton", "--force"),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--json"),
 }
+MEASURED = (*LINES["compare"], *LINES["eval"][1:], "--provider", "cpu")
 SAMPLED = (*LINES["run"], "--temperature", 2, "--seed", 1)
 CHAT = (*LINES["run"], "--chat")
 NO_BASE = Case(("--base", "{llama}"), refused("goes with a LoRA adapter"))
@@ -125,7 +134,6 @@ CASES: dict[tuple[str, str], Case] = {
     ("export", "--force"): Case(("--force",), allows, exists=True),
     ("export", "--ep"): Case(("--ep", "portable"), writes_other),
     ("export", "--context-length"): Case(("--context-length", 64), writes_other),
-    ("export", "--triton"): Case(("--triton", "tiny"), writes_other),
     ("export", "--threads"): NO_THREADS,
     ("verify", "--against"): Case(("--against", "{llama}"), prints_other),
     ("verify", "--base"): Case(("--base", "{llama}"), refused("goes with --against")),
@@ -162,6 +170,25 @@ CASES: dict[tuple[str, str], Case] = {
     ("run", "--seed"): Case(("--seed", 2), prints_other, line=SAMPLED),
     ("run", "--provider"): NO_PROVIDER,
     ("run", "--threads"): NO_THREADS,
+    ("compare", "--output"): Case(("-o", "{out}/page.html"), writes_other),
+    ("compare", "--force"): Case(("--force",), refused("goes with -o FILE")),
+    ("compare", "--text"): Case(("--text", "{prose}"), prints_other),
+    ("compare", "--context"): Case(("--context", 32), prints_other, line=MEASURED),
+    ("compare", "--tokens"): Case(("--tokens", 64), prints_other, line=MEASURED),
+    ("compare", "--tasks"): Case(("--tasks", "{task}"), prints_other),
+    ("compare", "--limit"): Case(
+        ("--limit", 1), prints_other, line=(*LINES["compare"], "--tasks", "{task}", "--json")
+    ),
+    ("compare", "--speed"): Case(("--speed",), prints_other),
+    ("compare", "--base"): Case(("--base", "{llama}"), refused("goes with --text FILE or --tasks FILE")),
+    ("compare", "--provider"): Case(("--provider", "tpu"), refused("tpu"), line=MEASURED),
+    ("compare", "--threads"): Case(("--threads", 0), refused("threads: 0 is out of range"), line=MEASURED),
+    ("report", "--open"): Case(("--open",), refused("there is no page to open"), line=("{unpaged}",)),
+    ("bundle", "--for"): Case(("--for", "seldon"), refused("'seldon' is no deployment target")),
+    ("bundle", "--list"): Case(("--list",), prints_other),
+    ("bundle", "--name"): Case(("--name", "../m"), refused("'../m' cannot name a served model")),
+    ("bundle", "--storage"): Case(("--storage", "s3://m"), refused("goes with the target kserve")),
+    ("bundle", "--force"): Case(("--force",), allows_files, line=("{served}", "--for", "triton")),
     ("bench", "--against"): Case(("--against", "{bundle}"), measures_other),
     ("bench", "--prompt-tokens"): Case(("--prompt-tokens", 9), measures_other),
     ("bench", "--new-tokens"): Case(("--new-tokens", 3), measures_other),
@@ -206,11 +233,16 @@ def places(
     task.write_text("\n".join(json.dumps({**item, "gold": gold}) for gold in (0, 1)), encoding="utf-8")
     moody = Path(shutil.copytree(bundle, folder / "moody"))
     (moody / "chat_template.jinja").write_text(TEMPLATE + "{{ mood }}", encoding="utf-8")
+    served = Path(shutil.copytree(bundle, folder / "served"))
+    (served / "triton").mkdir()
+    unpaged = folder / "unpaged"
+    unpaged.mkdir()
+    shutil.copy(bundle / "report.json", unpaged)
     session = Session.from_pretrained(bundle, provider="cpu")
     answer = session.generate("The harbour", options=GenerationOptions(max_new_tokens=8))[0]
     return {
         **{"llama": llama, "bundle": bundle, "prose": prose, "of_text": folder / "of-text"},
-        **{"moved": moved, "task": task, "moody": moody},
+        **{"moved": moved, "task": task, "moody": moody, "served": served, "unpaged": unpaged},
         **{"text": answer.text[2:4], "token": answer.token_ids[3]},
     }
 
