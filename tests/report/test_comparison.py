@@ -147,7 +147,7 @@ def test_models_without_anything_to_tell_make_no_empty_parts() -> None:
 
 
 def test_hostile_names_are_text() -> None:
-    hostile = Comparison((bundle(HOSTILE, 1, 2.0, JOINT), bundle("b", 1, 2.0, SPARSE)), (HOSTILE,), HOSTILE)
+    hostile = Comparison((bundle(HOSTILE, 1, 2.0, JOINT), bundle("b", 1, 2.0, SPARSE)), HOSTILE)
     reader = PageReader(comparison_html(hostile))
     assert "script" not in reader.tags
     assert "\x1b" not in plain_text(comparison_blocks(hostile))
