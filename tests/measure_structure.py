@@ -179,7 +179,7 @@ Made by `python tests/measure_structure.py`. The same as data: [structure.json](
 COUNTED = """## What one compression reads and builds
 
 `python tests/run_counts.py` counts one `compress` of a Llama with two layers and 21 tensors, without a cache. *Before*
-was counted by the same counters on the names of that commit. Readings for tier 0 are left out.
+was counted by the same counters on the names of that commit. The reads of transformers for tier 0 are left out.
 
 With a cache, the counts of *after* are the same. No file is hashed and no whole model is kept. Only the pruned run
 keeps one, for tier a.
