@@ -84,7 +84,7 @@ format: $(READY)
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
 test-optimum: $(READY) $(OPTIMUM_READY)
 	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python samples/assets smollm2)" \
-		-o out/optimum --groups none --asymmetric
+		-o out/optimum --recipe int4 --set quantize.symmetric=false
 	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
 $(OPTIMUM_READY): tests/optimum_env/requirements.txt
