@@ -23,6 +23,7 @@ WEIGHT_FORMATS: tuple[Format, ...] = (
     QuantSpec(2, 32, symmetric=False),
     QuantSpec(4, 128, symmetric=False),
     QuantSpec(4, 64, symmetric=False),
+    QuantSpec(4, 32),
     QuantSpec(4, 32, symmetric=False),
     QuantSpec(8, 128),
     QuantSpec(8, 64),
@@ -38,9 +39,10 @@ TABLE_FORMATS: tuple[Format, ...] = (
     QuantSpec(8, 32),
     None,
 )
-# Where a budget of bytes leaves every matrix this format, factor pairs are not looked for: SmolLM2's predicted loss
-# would be 5 percent lower at 80 MB and 1 percent at 90 MB, but a pair is two products where one would do.
-COMFORTABLE = QuantSpec(4, 32)
+# Plain INT4. Where a budget of bytes leaves every matrix the format of its layers, factor pairs are not looked for:
+# SmolLM2's predicted loss would be 5 percent lower at 80 MB and 1 percent at 90 MB, but a pair is two products where
+# one would do.
+PLAIN_LAYERS, PLAIN_TABLES = QuantSpec(4, 32), QuantSpec(8, 32)
 # The time of a product hardly depends on the block: one weight-only format for each number of bits.
 TIMED_FORMATS: tuple[Format, ...] = (QuantSpec(4, 32, symmetric=False), QuantSpec(8, 32), W8A8, None)
 
@@ -158,15 +160,15 @@ def weight_formats(recipe: Recipe) -> tuple[Format, ...]:
 
 
 def is_comfortable(source: Source, recipe: Recipe) -> bool:
-    """Whether a budget of bytes leaves every matrix, and the embedding, the format `COMFORTABLE`; from shapes alone."""
+    """Whether a budget of bytes leaves every matrix, the embedding too, the format of plain INT4's layers."""
     budget, float_bytes = recipe.budget, FLOAT_BYTES[recipe.float_dtype]
     if budget is None or budget.kind not in ("size", "bits"):
         return False
     shapes = [matrix.shape for matrix in source.description.matrices]
-    needed = sum(matrix_bytes(*shape, COMFORTABLE, float_bytes) for shape in shapes)
+    needed = sum(matrix_bytes(*shape, PLAIN_LAYERS, float_bytes) for shape in shapes)
     if budget.kind == "bits":
         return budget.value / 8 * sum(rows * columns for rows, columns in shapes) >= needed
-    table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, COMFORTABLE, float_bytes)
+    table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, PLAIN_LAYERS, float_bytes)
     return budget.value - fixed_bytes(source.description, recipe) >= needed + table_count(source) * table
 
 
