@@ -171,25 +171,34 @@ def page(found: dict[str, Any]) -> str:
 NAMING = "modules that name a method"
 HEAD = """# Structure
 
-Made by `python tests/measure_structure.py`. Before is commit {before}, one folder of modules; after is the packages of
-[architecture.md](../explanation/architecture.md), measured at {after}. Lines count docstrings. The same as data:
-[structure.json](structure.json).
+This page counts what the library is made of. *Before* is commit {before}, with one folder of modules. *After* is the
+packages of [architecture.md](../explanation/architecture.md), measured at {after}. Lines include docstrings.
+
+Made by `python tests/measure_structure.py`. The same as data: [structure.json](structure.json).
 """
 COUNTED = """## What one compression reads and builds
 
-`python tests/run_counts.py`: `compress` of a Llama of two layers and 21 tensors, without a cache. What
-transformers reads for tier 0 is left out. Before was counted by the same counters on the names of that commit.
-With a cache the counts of after are the same, no file is hashed and no whole model is kept; the pruned run keeps
-one for tier a.
+`python tests/run_counts.py` counts one `compress` of a Llama with two layers and 21 tensors, without a cache. *Before*
+was counted by the same counters on the names of that commit. The reads of transformers for tier 0 are left out.
+
+With a cache, the counts of *after* are the same. No file is hashed and no whole model is kept. Only the pruned run
+keeps one, for tier a.
 """
 METHOD = """## What a method touches
 
-SSLC (arXiv 2510.26446) was added to the packages as they stand. It took one folder, `rk_export/methods/sslc/` with
-four files, its numerics in `passes/numerics/sslc.py`, one line and its import in `rk_export/methods/__init__.py`,
-the package's line in `pyproject.toml`, and two test files. Flags, `--method sslc`, the plan's JSON,
-`rk_export.SslcOptions`, report and model card followed. Two tests that list public classes and methods got a word
-each. Documentation is a paragraph in `docs/explanation/methods.md` and three lines in `docs/reference/cli.md`.
-Before, twelve modules outside the methods' own named `basel` or `cap`.
+How much code does a new method need? SSLC (arXiv 2510.26446) was added to the packages as they stand. It took:
+
+- one folder, `rk_export/methods/sslc/`, with four files,
+- its numerics in `passes/numerics/sslc.py`,
+- one line and its import in `rk_export/methods/__init__.py`,
+- the package's line in `pyproject.toml`,
+- two test files,
+- a word each in two tests that list public classes and methods,
+- a paragraph in `docs/explanation/methods.md` and three lines in `docs/reference/cli.md`.
+
+The step `sslc` of recipes, its help, the plan's JSON, `rk_export.SslcOptions`, report and model card followed by
+themselves. Before, twelve modules outside the methods' own named `basel` or `cap`.
+
 [cap.md](cap.md) compares SSLC with Wanda and CAP.
 """
 

@@ -17,6 +17,7 @@ from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.progress import track
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
@@ -75,7 +76,8 @@ def _gathered(
     inner = head.head if isinstance(head, RotatedHead) else head
     handle = inner.register_forward_pre_hook(recorder.reads)
     try:
-        for ids in torch.split(tokens, max(1, CHUNK // tokens.shape[1])):
+        chunks = torch.split(tokens, max(1, CHUNK // tokens.shape[1]))
+        for ids in track(chunks, "statistics of the embedding, chunks of text"):
             with matmuls_in(matmul_dtype(device), device):
                 logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
             recorder.see(ids, logits)

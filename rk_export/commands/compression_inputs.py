@@ -30,8 +30,9 @@ from rk_export.device import CPU
 from rk_export.methods.base import Decision, Method, Work, methods_of
 from rk_export.methods.sparse_sites import check_parts
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.method import MethodOptions
-from rk_export.options.recipe import PARTS_OF_FOLD, Recipe
+from rk_export.options.prepare import PARTS_OF_FOLD, Prepare
+from rk_export.options.recipe import Recipe
+from rk_export.options.step import MethodOptions
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import with_default_groups
@@ -159,7 +160,8 @@ def compression_inputs(
     dense = Transformed(source, (), Memory())
     tokens = _tokens(dense, recipe, device, weighs)
     choice = decided_preparations(dense, recipe, tokens, device)
-    recipe = replace(recipe, prepare=choice.names)
+    if recipe.find(Prepare) is not None:
+        recipe = recipe.with_step(Prepare(choice.names))
     dense = teacher = prepared_source(dense, recipe, tokens, device)
     work = Work(dense, recipe, device, tokens, pruning=pruning)
     methods = methods_of(recipe)
@@ -205,10 +207,10 @@ def _decision(methods: Sequence[Method[MethodOptions]], work: Work) -> Decision 
 
 def _weighs_errors(recipe: Recipe) -> bool:
     """Whether anything that was asked for weighs errors by statistics."""
-    rounds = recipe.quant is not None or recipe.embedding_quant is not None
+    rounds = recipe.quant is not None or recipe.table_quant is not None
     recovers = any(method.stage == "recover" for method in recipe.methods)
     compensates = rounds and recipe.quantizer != "rtn"
-    return bool(recipe.budget or recipe.rank or recipe.groups or recovers or compensates)
+    return bool(recipe.limit or recipe.rank or recovers or compensates)
 
 
 def _weighs_directions(source: Source, recipe: Recipe) -> bool:

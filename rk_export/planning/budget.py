@@ -124,7 +124,7 @@ class SiteOptions:
 
 
 def packed_together(found: Sequence[SiteOptions]) -> list[list[int]]:
-    """Return the sites that take one format, by their numbers: equal shapes that read the same input.
+    """Return the sites that take one format, by their numbers: equal shapes, inputs and choices.
 
     The graph then computes them in one product, which is faster: keys with values, gates with ups. Sites that may
     become factor pairs are on their own.
@@ -132,7 +132,8 @@ def packed_together(found: Sequence[SiteOptions]) -> list[list[int]]:
     groups: dict[object, list[int]] = {}
     for index, options in enumerate(found):
         alone = options.reads is None or any(item.plan.form != "dense" for item in options.offered)
-        key = index if alone else (options.site.layer, options.reads, options.shape)
+        formats = tuple(item.plan.quant for item in options.offered)
+        key = index if alone else (options.site.layer, options.reads, options.shape, formats)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -145,20 +146,20 @@ def too_small(unit: BudgetUnit, least: float, budget: float) -> InputError:
         least: What the smallest model costs, fixed parts left out.
         budget: What may be spent on it.
     """
-    where = f"--{unit.budget.kind.replace('_', '-')}"
+    where = unit.budget.flag
     if unit.budget.kind != "size":
         return InputError(
             f"the smallest model that can be planned takes {in_words(least, unit.name)}, the budget leaves "
             f"{in_words(max(budget, 0), unit.name)}",
             where=where,
-            fix="give a larger budget, or let more matrices be factorized with --groups",
+            fix="give a larger budget, or let more matrices be factorized (factorize.groups)",
         )
     total = least + unit.fixed
     return InputError(
-        f"{size(unit.budget.value)} are too few: the smallest model that can be planned takes {size(total)}, "
+        f"{size(unit.budget.amount)} are too few: the smallest model that can be planned takes {size(total)}, "
         f"of which matrices and embedding {size(least)}, {parts_in_words(unit.parts)}",
         where=where,
-        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized with --groups",
+        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized",
     )
 
 
@@ -176,10 +177,10 @@ def _plain_start(
     """Return the candidates that plain INT4 takes, or None where they are not on offer."""
     start = []
     for site in options:
-        formats = [item.plan.quant if item.plan.form == "dense" else None for item in site.offered]
-        if PLAIN_LAYERS not in formats:
+        dense = [item.plan.quant if item.plan.form == "dense" else None for item in site.offered]
+        if PLAIN_LAYERS not in dense and len(dense) > 1:
             return None
-        start.append(formats.index(PLAIN_LAYERS))
+        start.append(0 if len(dense) == 1 else dense.index(PLAIN_LAYERS))
     if table is not None and PLAIN_TABLES not in unit.tables:
         return None
     return [*start, unit.tables.index(PLAIN_TABLES)] if table is not None else start
@@ -189,7 +190,8 @@ def _table_choices(table: EmbeddingTable, unit: BudgetUnit) -> SiteChoices:
     rows, columns = table.weight.shape
     weights = table.curvature.head.inputs.column_weights(compensated=unit.space.compensated)
     specs = [spec for spec in unit.tables if spec is not None]
-    losses: dict[Format, float] = {None: 0.0, **table_losses(table.weight, specs, table.curvature, weights)}
+    losses: dict[Format, float] = {None: 0.0}
+    losses.update(table_losses(table.weight, specs, table.curvature, weights).items())
     return SiteChoices(
         np.array([table.copies * unit.space.cost(rows, columns, spec) for spec in unit.tables]),
         np.array([losses[spec] for spec in unit.tables]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rk_export.options.quantization import W8A8, QuantSpec
@@ -16,8 +16,8 @@ from rk_export.planning.stored_bytes import FLOAT_BYTES, Format, Shape, matrix_b
 from rk_export.report.humanize import size
 from rk_export.source.protocol import Source
 
-# Blocks of 16 are left out: on CPU a 4-bit product then takes 1.6 times as long for one token, a 2-bit one, for which
-# there is no kernel, 60 times. Zero points take no time. docs/results/formats.md has the measurements.
+# Blocks of 16 are left out: on CPU a 4-bit product then takes 1.8 times as long for one token, a 2-bit one, for which
+# there is no kernel, 70 times. Zero points take no time. docs/results/formats.md has the measurements.
 WEIGHT_FORMATS: tuple[Format, ...] = (
     QuantSpec(2, 64, symmetric=False),
     QuantSpec(2, 32, symmetric=False),
@@ -76,14 +76,14 @@ class BudgetUnit:
             sites: All sites, dense.
             shapes: (out, in) of each site's members.
         """
-        value, kind = self.budget.value, self.budget.kind
+        value, kind = self.budget.amount, self.budget.kind
         if kind == "size":
             return value - self.fixed
         if kind == "speed_up":
             floats = sum(self.space.cost(rows, columns, None) for site in shapes for rows, columns in site)
             return (self.fixed + floats) / value - self.fixed
         parameters = [sum(rows * columns for rows, columns in site) for site in shapes]
-        if kind == "bits":
+        if kind == "mean_bits":
             return value / 8 * sum(parameters)
         return sum(
             count * (value if site.members in self.space.factorized else 1)
@@ -112,43 +112,66 @@ def budget_unit(source: Source, recipe: Recipe, rank_step: int, costs: CostTable
     """
     budget = recipe.budget
     if budget is None:
-        raise ValueError("the options have no budget")
+        raise ValueError("the recipe has no budget")
     groups = frozenset(GROUPS[group] for group in recipe.groups or ())
     kv_groups = source.description.heads.kv_heads
-    float_bytes = FLOAT_BYTES[recipe.float_dtype]
+    float_bytes = FLOAT_BYTES[recipe.target.float_dtype]
 
     forms: tuple[Form, ...] = ("joint", "identity")
-    if recipe.form is not None:
-        forms = ("identity",) if recipe.form == "identity" else ("joint",)
+    if recipe.factorize.form is not None:
+        forms = ("identity",) if recipe.factorize.form == "identity" else ("joint",)
 
-    def space(
-        formats: tuple[Format, ...],
-        pairs: tuple[Format, ...],
-        cost: Cost,
-        unweighed: Format = recipe.quant,
-    ) -> SearchSpace:
+    def space(formats: tuple[Format, ...], pairs: tuple[Format, ...], cost: Cost) -> SearchSpace:
         return SearchSpace(
-            formats, unweighed, pairs, forms, rank_step, recipe.quantizer == "gptq", kv_groups, cost, groups
+            formats,
+            pairs,
+            forms,
+            rank_step,
+            recipe.quantizer == "gptq",
+            kv_groups,
+            cost,
+            groups,
+            _is_open(recipe),
         )
 
     if budget.kind == "keep":
-        one = (recipe.quant,)
-        return BudgetUnit(budget, "parameters", space(one, one, lambda rows, columns, _: rows * columns))
+        return BudgetUnit(budget, "parameters", space((), (), lambda rows, columns, _: rows * columns))
     if budget.kind == "speed_up":
         if costs is None:
             raise ValueError("a speed-up needs measured times")
-        timed = TIMED_FORMATS if recipe.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
-        return BudgetUnit(budget, "ms", space(timed, timed, costs.milliseconds, timed[0]), fixed=costs.rest)
+        timed = TIMED_FORMATS if recipe.target.ep == "cpu" else tuple(f for f in TIMED_FORMATS if f != W8A8)
+        return BudgetUnit(budget, "ms", space(timed, timed, costs.milliseconds), fixed=costs.rest)
     in_bytes = space(
         weight_formats(recipe),
         PAIR_FORMATS,
         lambda rows, columns, spec: matrix_bytes(rows, columns, spec, float_bytes),
     )
-    if budget.kind == "bits":
+    if budget.kind == "mean_bits":
         return BudgetUnit(budget, "bytes", in_bytes, packs=True)
     parts = fixed_parts(source.description, recipe)
     fixed = sum(part.bytes for part in parts)
-    return BudgetUnit(budget, "bytes", in_bytes, TABLE_FORMATS, packs=True, fixed=fixed, parts=parts)
+    tables = TABLE_FORMATS if recipe.table_is_open else (recipe.table_quant,)
+    return BudgetUnit(budget, "bytes", in_bytes, tables, packs=True, fixed=fixed, parts=parts)
+
+
+def _is_open(recipe: Recipe) -> Callable[[SitePlan], bool]:
+    """Return what says whether a budget chooses the format of a site; parameters have no format."""
+    counts_bits = recipe.budget is not None and recipe.budget.kind != "keep"
+
+    def is_open(site: SitePlan) -> bool:
+        places = zip(site.members, site.paths, strict=True)
+        return counts_bits and all(recipe.is_open(role, path, site.layer) for role, path in places)
+
+    return is_open
+
+
+def timed_formats(source: Source, recipe: Recipe) -> tuple[Format, ...]:
+    """Return the formats whose products have to be timed for a speed-up: those on offer, and those that are fixed."""
+    fixed = {
+        recipe.format_of(matrix.role, matrix.id.path, matrix.id.layer)
+        for matrix in source.description.matrices
+    }
+    return (*TIMED_FORMATS, *(spec for spec in fixed if spec not in TIMED_FORMATS))
 
 
 def weight_formats(recipe: Recipe) -> tuple[Format, ...]:
@@ -156,20 +179,27 @@ def weight_formats(recipe: Recipe) -> tuple[Format, ...]:
 
     ONNX Runtime before 1.31 has no 2-bit products on CUDA.
     """
-    return tuple(f for f in WEIGHT_FORMATS if f is None or f.bits > 2 or recipe.ep == "cpu")
+    return tuple(f for f in WEIGHT_FORMATS if f is None or f.bits > 2 or recipe.target.ep == "cpu")
 
 
 def is_comfortable(source: Source, recipe: Recipe) -> bool:
-    """Whether a budget of bytes leaves every matrix, the embedding too, the format of plain INT4's layers."""
-    budget, float_bytes = recipe.budget, FLOAT_BYTES[recipe.float_dtype]
-    if budget is None or budget.kind not in ("size", "bits"):
+    """Whether a budget of bytes may choose every format, and leaves every matrix and the embedding plain INT4's format.
+
+    Shapes alone tell it.
+    """
+    budget, float_bytes = recipe.budget, FLOAT_BYTES[recipe.target.float_dtype]
+    if budget is None or budget.kind not in ("size", "mean_bits"):
         return False
-    shapes = [matrix.shape for matrix in source.description.matrices]
+    matrices = source.description.matrices
+    if not all(recipe.is_open(one.role, one.id.path, one.id.layer) for one in matrices):
+        return False
+    shapes = [matrix.shape for matrix in matrices]
     needed = sum(matrix_bytes(*shape, PLAIN_LAYERS, float_bytes) for shape in shapes)
-    if budget.kind == "bits":
-        return budget.value / 8 * sum(rows * columns for rows, columns in shapes) >= needed
-    table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, PLAIN_LAYERS, float_bytes)
-    return budget.value - fixed_bytes(source.description, recipe) >= needed + table_count(source) * table
+    if budget.kind == "mean_bits":
+        return budget.amount / 8 * sum(rows * columns for rows, columns in shapes) >= needed
+    spec = PLAIN_LAYERS if recipe.table_is_open else recipe.table_quant
+    table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, spec, float_bytes)
+    return budget.amount - fixed_bytes(source.description, recipe) >= needed + table_count(source) * table
 
 
 def table_count(source: Source) -> int:

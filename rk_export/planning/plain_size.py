@@ -22,7 +22,7 @@ def plain_int4_bytes(source: Source, recipe: Recipe) -> int:
         source: The dense model.
         recipe: With the float type and the context; its formats and its budget are not looked at.
     """
-    float_bytes = FLOAT_BYTES[recipe.float_dtype]
+    float_bytes = FLOAT_BYTES[recipe.target.float_dtype]
     total = fixed_bytes(source.description, recipe)
     total += sum(
         matrix_bytes(*matrix.shape, PLAIN_LAYERS, float_bytes) for matrix in source.description.matrices
@@ -38,17 +38,15 @@ def why_plain(source: Source, recipe: Recipe) -> str:
 
     Args:
         source: The dense model.
-        recipe: With the calibration, and what becomes of codes.
+        recipe: With the calibration.
     """
     if source.architecture.is_encoder:
         return (
             "an encoder has no loss that formats could be chosen by: every matrix takes INT4 in blocks of 32"
         )
-    if recipe.recompute == "none":
-        return "codes of the checkpoint are carried over, so that no format is left to choose"
     if not recipe.calibration.uses_text:
         return (
-            f"the metric {recipe.calibration.metric} gathers no statistics that formats could be chosen by: "
+            f"calibration.text {recipe.calibration.metric} gathers no statistics that formats could be chosen by: "
             "every matrix takes INT4 in blocks of 32"
         )
     return ""

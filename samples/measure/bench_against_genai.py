@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import QuantSpec, Recipe, Run, compress
+from rk_export import Prepare, Quantize, Recipe, Run, compress
 from rk_export.runtime import bench
 
 OURS, SAME_BUNDLE, ITS_BUILDER = (
@@ -77,10 +77,9 @@ def script(args: argparse.Namespace) -> None:
 def build(model: Path, ours: Path, peer: Path, threads: int) -> None:
     """Make both bundles unless they are there."""
     if not ours.exists():
-        quant = QuantSpec(4, 32)
         # Round to nearest, as the peer's builder: the comparison is one of sizes and speeds.
-        options = Recipe(quant=quant, embedding_quant=quant, quantizer="rtn")
-        compress(model, ours, options, run=Run(threads=threads))
+        recipe = Recipe((Prepare(), Quantize(("all",), bits=4, quantizer="rtn")))
+        compress(model, ours, recipe, run=Run(threads=threads))
     if not (peer / "model.onnx").exists():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         subprocess.run([*builder, "-i", str(model), "-o", str(peer)], check=True)
@@ -118,20 +117,24 @@ def page(results: Results) -> str:
         [
             "# INT4 against onnxruntime-genai",
             "",
-            f"`python samples/measure/bench_against_genai.py`, {facts['machine']}, {facts['threads']} "
-            "threads, prompt of "
-            ""
-            f"{facts['prompt_tokens']} tokens, {facts['new_tokens']} new tokens, {len(rounds)} processes, "
-            "order turned. "
-            "Ratios are ours over the peer's within a process: median [lower, upper quartile]. "
-            "In the prefill our runtime asks for the logits of the last position only; GenAI computes them for all.",
+            "This page compares the speed of an INT4 bundle in our runtime, of the same bundle in onnxruntime-genai "
+            "(GenAI), and of the model that GenAI's own builder makes.",
+            "",
+            f"Made by `python samples/measure/bench_against_genai.py` on {facts['machine']}, with {facts['threads']} "
+            f"threads. The prompt has {facts['prompt_tokens']} tokens, and {facts['new_tokens']} new tokens are "
+            f"generated. {len(rounds)} processes ran, and the contestants ran in another order in each.",
+            "",
+            "*ours / it* is our speed over the other's within one process: the median, and in brackets the lower and "
+            "upper quartile. In the prefill our runtime asks for the logits of the last position only. GenAI computes "
+            "them for all.",
             "",
             harness.table(
                 ["", "prefill tok/s", "decode tok/s", "ours / it, prefill", "ours / it, decode"], lines
             ),
             "",
-            f"Size of model.onnx and model.onnx.data, both INT4 in blocks of 32 with embedding and lm_head: ours "
-            f"{ours / 1e6:.2f} MB, its builder's {peer / 1e6:.2f} MB ({100 * (ours / peer - 1):+.1f} %).",
+            "Both models are INT4 in blocks of 32, the embedding and lm_head included. Their files model.onnx and "
+            f"model.onnx.data take {ours / 1e6:.2f} MB for ours and {peer / 1e6:.2f} MB for the builder's "
+            f"({100 * (ours / peer - 1):+.1f} %).",
             "",
         ]
     )

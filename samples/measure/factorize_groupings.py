@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Measure, Results, Row
 
-from rk_export import CalibrationOptions, EvalText, RankRule, Recipe, open_source, rewrite_model
+from rk_export import CalibrationOptions, EvalText, Factorize, Recipe, open_source, rewrite_model
 
 KEPT_RATIOS = (0.95, 0.9, 0.8)
 DENSE = "dense"
 COLLAPSE = 100  # perplexity beyond this multiple of the dense model's is called a collapse in the text
-FLOATS = Recipe(
-    quant=None, embedding_quant=None, prepare=(), rank_multiple=1, calibration=CalibrationOptions("none")
-)
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class Grouping:
     Args:
         name: Its name in the results.
         matrices: What it covers; groupings of equal `matrices` are compared.
-        groups: Groups of `Recipe`.
-        qk: As in `Recipe`.
+        groups: Groups of `Factorize`.
+        qk: As in `Factorize`.
     """
 
     name: str
@@ -73,8 +70,8 @@ def wanted(model: Path, text: EvalText) -> Iterator[tuple[str, Measure]]:
 
 def measure(model: Path, grouping: Grouping, kept_ratio: float, text: EvalText) -> Row:
     """Factorize and evaluate."""
-    options = replace(FLOATS, groups=grouping.groups, qk=grouping.qk, rank=RankRule("keep", kept_ratio))
-    rewritten = rewrite_model(model, options)
+    factorize = Factorize(grouping.groups, keep=kept_ratio, qk=grouping.qk, rank_multiple=1)
+    rewritten = rewrite_model(model, Recipe((factorize,), CalibrationOptions("none")))
     pairs = [finding for finding in rewritten.findings if finding.outcome.value == "applied"]
     return {
         "grouping": grouping.name,
@@ -108,11 +105,13 @@ def page(results: Results) -> str:
     rows = results.ordered(key for key, _ in wanted(Path(), EvalText(Path())))
     lines = [
         "# Joint groupings against separate matrices",
-        f"{facts['model']}, floats. Perplexity in PyTorch on {facts['text']}: first {facts['tokens']} tokens, windows "
-        f"of {facts['context']} tokens that do not overlap, no beginning-of-sequence token. Error: Frobenius norm of "
-        "the covered matrices' errors over that of the matrices. Plain truncation, no calibration data.",
-        "Made by `python samples/measure/factorize_groupings.py`; numbers with all digits: "
-        "[groupings.json](groupings.json).",
+        "Is it better to factorize matrices jointly, or each by itself? Every row replaces some matrices of "
+        f"{facts['model']} by factors that keep the same share of the parameters. Nothing is quantized, and no "
+        "calibration data is used.",
+        f"Perplexity is measured in PyTorch on the first {facts['tokens']} tokens of {facts['text']}. Windows have "
+        f"{facts['context']} tokens, do not overlap, and begin without a beginning-of-sequence token. *Relative "
+        "error* is the Frobenius norm of the errors of the covered matrices, over the norm of these matrices.",
+        "Made by `python samples/measure/factorize_groupings.py`. All digits: [groupings.json](groupings.json).",
         harness.table(
             [
                 "matrices",
@@ -150,16 +149,16 @@ def reading(rows: dict[str, Row]) -> Iterator[str]:
         smaller = "smaller" if row["relative_error"] < other["relative_error"] else "larger"
         yield (
             f"{row['grouping']} at {row['asked']}: perplexity {row['perplexity']:.4g}, {verdict} than "
-            f"{other['perplexity']:.4g} separate; its error is {smaller} ({row['relative_error']:.4f} against "
-            f"{other['relative_error']:.4f})."
+            f"{other['perplexity']:.4g} for separate matrices. Its error is {smaller} ({row['relative_error']:.4f} "
+            f"against {other['relative_error']:.4f})."
         )
     if DENSE not in rows:
         return
     limit = COLLAPSE * rows[DENSE]["perplexity"]
     if fallen := [key for key, row in rows.items() if row["perplexity"] > limit]:
         yield (
-            f"Perplexity above {COLLAPSE} times the dense model's: {', '.join(fallen)}. Truncation without a metric is "
-            "of no use there."
+            f"These rows have more than {COLLAPSE} times the dense model's perplexity, so truncation without a metric "
+            f"is of no use there: {', '.join(fallen)}."
         )
 
 

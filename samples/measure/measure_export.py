@@ -22,10 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import CalibrationOptions, QuantSpec, Recipe, open_source, rewrite_model
+from rk_export import CalibrationOptions, Factorize, Quantize, Recipe, open_source, rewrite_model
 from rk_export.graph.build import build_graph, save_graph
 
-FORMATS = {"float32": None, "INT4": QuantSpec(4, 32)}
+# The steps after the factorization.
+FORMATS: dict[str, tuple[Quantize, ...]] = {
+    "float32": (),
+    "INT4": (Quantize(("all",), bits=4, quantizer="rtn"),),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,15 +53,8 @@ def script(args: argparse.Namespace) -> None:
 
 def measure(model: Path, name: str) -> Row:
     """Return seconds, extra peak memory, and bytes of the dense model in fp32 and of the exported files."""
-    options = Recipe(
-        groups=("qk",),
-        quant=FORMATS[name],
-        embedding_quant=FORMATS[name],
-        calibration=CalibrationOptions("none"),
-        prepare=(),
-        quantizer="rtn",
-    )
-    rewritten = rewrite_model(model, options)
+    steps = (Factorize(("qk",), keep=0.95), *FORMATS[name])
+    rewritten = rewrite_model(model, Recipe(steps, CalibrationOptions("none")))
     before = peak_bytes()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -92,12 +89,12 @@ def page(results: Results) -> str:
         [
             "# Export: time and memory",
             "",
-            "`python samples/measure/measure_export.py`: SmolLM2-135M-Instruct, q/k factorized at kept "
-            "ratio 0.95, from "
-            "the",
-            "rewritten PyTorch model to files. Extra memory is the growth of the process's peak resident "
-            "size: what the",
-            "export needs beyond what loading and rewriting the model had needed already.",
+            "This page shows how long it takes to turn a rewritten PyTorch model into files, and how much memory that "
+            "needs.",
+            "",
+            "Made by `python samples/measure/measure_export.py` with SmolLM2-135M-Instruct, q and k factorized at "
+            "kept ratio 0.95. *Extra peak memory* is the growth of the process's peak resident size. Memory that "
+            "loading and rewriting the model had needed already does not count.",
             "",
             harness.table(["weights", "time", "extra peak memory", "files"], lines),
             "",

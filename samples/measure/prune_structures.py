@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from rk_export import (
     Budget,
     CalibrationOptions,
     EvalText,
+    Prepare,
     PruneOptions,
-    QuantSpec,
+    Quantize,
     Recipe,
     Rewritten,
     StoredModel,
@@ -38,9 +39,9 @@ from rk_export import (
 )
 
 DENSE = "dense"
-FLOATS = Recipe(groups=(), quant=None, embedding_quant=None, prepare=())
-BY_WEIGHTS = replace(FLOATS, calibration=CalibrationOptions("none"))
-INT4 = Recipe(embedding_quant=None)
+FLOATS = Recipe()
+BY_WEIGHTS = Recipe(calibration=CalibrationOptions("none"))
+INT4 = Recipe((Prepare(), Quantize(bits=4)))
 
 
 @dataclass(frozen=True)
@@ -59,32 +60,32 @@ class Case:
 
 
 def _pruned(name: str, family: str, base: Recipe = FLOATS, **prune: float) -> Case:
-    return Case(name, family, replace(base, methods=(PruneOptions(**prune),)))  # type: ignore[arg-type]
+    return Case(name, family, base.with_step(PruneOptions(**prune)))  # type: ignore[arg-type]
 
 
 CASES = (
     Case(DENSE, DENSE, FLOATS),
     *(_pruned(f"blocks-{count}", "blocks", blocks=count) for count in (1, 2, 3, 4, 6)),
-    *(_pruned(f"ffn-{share}", "FFN width", ffn=share) for share in (0.95, 0.9, 0.8, 0.7)),
+    *(_pruned(f"ffn-{share}", "FFN width", ffn_keep=share) for share in (0.95, 0.9, 0.8, 0.7)),
     *(
-        _pruned(f"ffn-{share}-by-weights", "FFN width, by weights", BY_WEIGHTS, ffn=share)
+        _pruned(f"ffn-{share}-by-weights", "FFN width, by weights", BY_WEIGHTS, ffn_keep=share)
         for share in (0.9, 0.8)
     ),
-    _pruned("heads-2-of-3", "heads", kv_groups=2),
-    _pruned("blocks-2+ffn-0.9", "together", blocks=2, ffn=0.9),
-    _pruned("blocks-2+heads-2+ffn-0.9", "together", blocks=2, ffn=0.9, kv_groups=2),
+    _pruned("heads-2-of-3", "heads", kv_heads_keep=2),
+    _pruned("blocks-2+ffn-0.9", "together", blocks=2, ffn_keep=0.9),
+    _pruned("blocks-2+heads-2+ffn-0.9", "together", blocks=2, ffn_keep=0.9, kv_heads_keep=2),
     *(
         Case(
             f"low-rank-{share}",
             "low rank, one budget",
-            replace(FLOATS, groups=None, budget=Budget("keep", share)),
+            Recipe.load("floats").with_budget(Budget("keep", share)),
         )
         for share in (0.9, 0.8)
     ),
     Case("INT4", "INT4", INT4),
-    _pruned("INT4+ffn-0.9", "INT4", INT4, ffn=0.9),
+    _pruned("INT4+ffn-0.9", "INT4", INT4, ffn_keep=0.9),
     _pruned("INT4+blocks-2", "INT4", INT4, blocks=2),
-    Case("INT2", "INT2", replace(INT4, quant=QuantSpec(2, 32))),
+    Case("INT2", "INT2", INT4.with_step(Quantize(bits=2))),
 )
 
 
@@ -125,10 +126,12 @@ def page(results: Results) -> str:
     facts, rows = results.facts, results.ordered(case.name for case in CASES)
     lines = [
         "# Structured pruning",
-        f"{facts['model']}. Perplexity in PyTorch on {facts['text']}: first {facts['tokens']} tokens, windows of "
-        f"{facts['context']} tokens that do not overlap. Kept: share of the decoder blocks' parameters. Scores and "
-        "corrections come from 8,192 tokens that the model wrote itself; nothing is trained.",
-        "Made by `python samples/measure/prune_structures.py`; numbers with all digits: [pruning.json](pruning.json).",
+        f"This page shows what {facts['model']} loses when whole decoder blocks, FFN neurons or attention heads are "
+        "removed. *Kept* is the share of the decoder blocks' parameters.",
+        f"Perplexity is measured in PyTorch on the first {facts['tokens']} tokens of {facts['text']}, in windows of "
+        f"{facts['context']} tokens that do not overlap. Scores and corrections come from 8,192 tokens that the model "
+        "wrote itself. Nothing is trained.",
+        "Made by `python samples/measure/prune_structures.py`. All digits: [pruning.json](pruning.json).",
         "![Perplexity over kept parameters](pruning.svg)",
         harness.table(
             ["case", "what went", "kept", "perplexity", "nll ± s.e."],
@@ -151,8 +154,9 @@ def reading(rows: Rows) -> Iterator[str]:
         pair = [rows.get(f"ffn-{share}"), rows.get(f"ffn-{share}-by-weights")]
         if pair[0] and pair[1]:
             yield (
-                f"Neurons chosen and corrected by the model's own text: {pair[0]['perplexity']:.4g} at {share} of the "
-                f"width, {pair[1]['perplexity']:.4g} by the norms of the weights alone."
+                f"At {share} of the width, neurons that are chosen and corrected with the model's own text give "
+                f"perplexity {pair[0]['perplexity']:.4g}. Neurons that are chosen by the norms of the weights alone "
+                f"give {pair[1]['perplexity']:.4g}."
             )
     low = [row for name, row in rows.items() if name.startswith("low-rank")]
     for name, row in rows.items():
@@ -162,8 +166,8 @@ def reading(rows: Rows) -> Iterator[str]:
         if abs(near["kept"] - row["kept"]) < 0.02:
             verdict = "better" if row["perplexity"] < near["perplexity"] else "worse"
             yield (
-                f"{name} keeps {row['kept']:.3f} at perplexity {row['perplexity']:.4g}: {verdict} than low rank "
-                f"({near['kept']:.3f}: {near['perplexity']:.4g})."
+                f"{name} keeps {row['kept']:.3f} at perplexity {row['perplexity']:.4g}. This is {verdict} than low "
+                f"rank ({near['kept']:.3f} at {near['perplexity']:.4g})."
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_options
+from made_recipes import open_recipe
 from tiny_models import DECODERS, FAMILIES
 
 from rk_export import compress
@@ -37,7 +38,7 @@ SourceOf = Callable[..., StoredModel]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ep", ["cpu", "portable"])
 def test_it_is_what_the_uniform_plan_takes(source_of: SourceOf, family: str, ep: str) -> None:
-    source, recipe = source_of(family), replace(PLAIN, ep=ep)
+    source, recipe = source_of(family), tiny_options(groups=(), rank=None, ep=ep)
     assert plain_int4_bytes(source, recipe) == planned_bytes(source, decide_plan(source, recipe)) + (
         graph_bytes(source.description)
     )
@@ -67,9 +68,9 @@ def test_a_tied_table_counts_once_and_the_files_are_no_larger(source_of: SourceO
 @pytest.mark.parametrize("family", DECODERS)
 def test_its_bytes_are_spent_better(source_of: SourceOf, family: str) -> None:
     """Every family: no more bytes, no more predicted loss, one matrix a site."""
-    source, recipe = source_of(family), Recipe(calibration=CalibrationOptions("self", tokens=512))
-    size = plain_int4_bytes(source, recipe)
-    recipe = replace(recipe, budget=Budget("size", size))
+    source = source_of(family)
+    size = plain_int4_bytes(source, Recipe())
+    recipe = open_recipe(Budget("size", size), calibration=CalibrationOptions("self", tokens=512))
     check_options(source, recipe)
     inputs = compression_inputs(source, recipe)
     assert inputs.statistics is not None
@@ -83,8 +84,7 @@ def test_its_bytes_are_spent_better(source_of: SourceOf, family: str) -> None:
 def plain_loss(inputs: CompressionInputs) -> float:
     """Return the predicted loss of plain INT4."""
     source, recipe = inputs.source, inputs.recipe
-    generous = replace(recipe, groups=(), budget=Budget("size", 1e9))
-    unit = budget_unit(source, generous, 1)
+    unit = budget_unit(source, replace(recipe, budget=Budget("size", 1e9)), 1)
     unit = replace(unit, space=replace(unit.space, formats=(PLAIN_LAYERS,)), tables=(PLAIN_TABLES,))
     layers = (
         (layer, dense_sites(layer, source.description.projections(layer.index), recipe))
@@ -104,5 +104,4 @@ def test_every_decoder_spends_it_by_predicted_loss(source_of: SourceOf, family: 
 def test_what_keeps_a_model_plain_is_said(source_of: SourceOf) -> None:
     llama = source_of("llama")
     assert "no loss" in why_plain(source_of("bert"), Recipe())
-    assert "metric gain" in why_plain(llama, Recipe(calibration=CalibrationOptions("gain")))
-    assert "carried over" in why_plain(llama, Recipe(recompute="none"))
+    assert "calibration.text gain" in why_plain(llama, Recipe(calibration=CalibrationOptions("gain")))

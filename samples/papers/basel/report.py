@@ -23,13 +23,18 @@ def page(results: Results) -> str:
     lines = [
         "# Basis selection for a target task (2405.15877)",
         "",
-        f"{facts['model']}, floats. Perplexity on held-out items of each target and on Wikipedia prose: first",
-        f"{facts['tokens']:,} tokens of each text, windows of {facts['context']}, matrix products in "
-        f"{facts['products']};",
-        "± is one standard error over windows. Kept: what is stored of all linear layers' parameters, new bases",
-        "included. SVD truncates every matrix to the same share, SVD-LLM (2403.07378) does so under the second moment",
-        "of the target's training text; neither trains. Basel trains on that text while it drops directions.",
-        "Made by `python samples/papers/basel/main.py`; all digits and the losses of each step: "
+        f"Basis selection (Basel) shrinks {facts['model']} for one target task. It trains on text of the task while "
+        "it drops directions. This page compares it with two truncations that train nothing.",
+        "",
+        "- *SVD* truncates every matrix to the same share.",
+        "- *SVD-LLM* (2403.07378) does so under the second moment of the target's training text.",
+        "- *Kept* is what is stored of all linear layers' parameters, new bases included.",
+        "",
+        "Perplexity is measured on held-out items of each target, and on Wikipedia prose. It covers the first "
+        f"{facts['tokens']:,} tokens of each text, in windows of {facts['context']}. Weights are floats, and matrix "
+        f"products run in {facts['products']}. ± is one standard error over windows.",
+        "",
+        "Made by `python samples/papers/basel/main.py`. All digits, and the losses of each step: "
         "[basel.json](basel.json).",
         "",
         "![perplexity against kept share](basel.svg)",
@@ -82,11 +87,11 @@ def summary(rows: Rows, target: str, keep: float, found: Mapping[str, Any]) -> s
     elsewhere = ", ".join(
         f"{name} {dense[name][0]:.4g} to {best[name][0]:.4g}" for name in best if name != target
     )
-    truncated = f"; without training {' and '.join(without)}" if without else ""
+    truncated = f" Without training: {' and '.join(without)}." if without else ""
     return (
-        f"{target} at {keep}: perplexity {listed}{truncated}; the dense model, never trained on the task, has "
-        f"{dense[target][0]:.4g}. With the best importance, outside the target: {elsewhere}."
-        f"{verdict(rows, target, keep, best[target])}"
+        f"{target} at {keep}: perplexity {listed}.{truncated} The dense model, never trained on the task, has "
+        f"{dense[target][0]:.4g}. With the best importance, outside the target: "
+        f"{elsewhere}.{verdict(rows, target, keep, best[target])}"
     )
 
 
@@ -97,8 +102,8 @@ def verdict(rows: Rows, target: str, keep: float, reached: list[float]) -> str:
         return ""
     (value, error), (other, other_error) = reached, row["perplexity"][target]
     if abs(value - other) < 2 * math.hypot(error, other_error):
-        return " It does not differ from SVD-LLM on the target's text by more than two standard errors."
-    return f" It is {'better' if value < other else 'worse'} than SVD-LLM on the target's text."
+        return " On the target's text, Basel and SVD-LLM do not differ by more than two standard errors."
+    return f" On the target's text, Basel is {'better' if value < other else 'worse'} than SVD-LLM."
 
 
 @harness.styled

@@ -44,16 +44,27 @@ def page(results: Results) -> str:
     facts, options, rows = results.facts, results.facts["cap"], in_order(results)
     lines = [
         "# Global rank and sparsity: CAP and what it is compared with",
-        f"{facts['model']}, floats, all matrices of the decoder layers. Perplexity in PyTorch on {facts['text']}: "
-        f"first {facts['tokens']} tokens, windows of {facts['context']} that do not overlap, no "
-        f"beginning-of-sequence token, float32. Calibration, for all methods that use any: {facts['calibration']}.",
-        f"Robust principal components: {options['iterations']} steps. Policy: {options['steps']} steps of "
-        f"{options['batch_tokens']} tokens, learning rate {options['learning_rate']}, window {options['window']}, "
-        f"seed {options['seed']}. A direction of an (out, in) matrix counts as out + in parameters, a sparse entry as "
-        "one. Bytes: share of the dense matrices' in half precision, with factors and entries in half precision, a gap "
-        "byte for each entry's place, and columns stored dense where that is smaller.",
-        "Made by `python samples/papers/cap/main.py`; numbers with all digits, every matrix' shares and the "
-        "policy's losses: "
+        "CAP keeps of every matrix some directions (low rank) and some single entries (sparse), chosen by one global "
+        "budget. This page compares it with other ways to spend the same budget on all matrices in the layers of "
+        f"{facts['model']}.",
+        "\n".join(
+            [
+                "- *Asked* and *kept* are shares of the dense parameters. A direction of an (out, in) matrix counts as "
+                "out + in parameters, a sparse entry as one.",
+                "- *Bytes* is the share of the dense matrices' bytes in half precision. Factors and entries are "
+                "stored in half precision, and each entry has a gap byte for its place. Columns are stored dense "
+                "where that is smaller.",
+                "- *Above dense* counts the matrices that got more parameters than the dense ones have.",
+                "- *RPCA* is the robust principal component analysis that splits a matrix into low rank and sparse.",
+            ]
+        ),
+        f"Perplexity is measured in PyTorch, in float32, on the first {facts['tokens']} tokens of {facts['text']}. "
+        f"Windows have {facts['context']} tokens, do not overlap, and begin without a beginning-of-sequence token. "
+        f"All methods that calibrate use {facts['calibration']}.",
+        f"RPCA takes {options['iterations']} steps. The policy takes {options['steps']} steps of "
+        f"{options['batch_tokens']} tokens, with learning rate {options['learning_rate']}, window {options['window']} "
+        f"and seed {options['seed']}.",
+        "Made by `python samples/papers/cap/main.py`. All digits, every matrix' shares and the policy's losses: "
         "[cap.json](cap.json).",
         harness.table(HEAD, map(cells, rows.values()), "r rrrr r"),
         "![perplexity by method, and the policy's losses](cap.svg)",
@@ -76,9 +87,9 @@ def reading(rows: Mapping[str, Row]) -> Iterator[str]:
     if WHOLE in rows and DENSE in rows:
         whole = rows[WHOLE]
         yield (
-            f"The split itself, nothing left out, holds {whole['kept']:.2f} times the dense parameters "
-            f"({whole['low_rank']:.2f} in directions) and gives perplexity {whole['perplexity']:.4g} against "
-            f"{rows[DENSE]['perplexity']:.4g}: the candidates are redundant, and every budget has to break up what the "
+            f"The split itself, with nothing left out, holds {whole['kept']:.2f} times the dense parameters "
+            f"({whole['low_rank']:.2f} in directions). It gives perplexity {whole['perplexity']:.4g} against "
+            f"{rows[DENSE]['perplexity']:.4g}. The candidates are redundant, so every budget has to break up what the "
             "split put together."
         )
     for keep in KEPT:
@@ -94,8 +105,8 @@ def reading(rows: Mapping[str, Row]) -> Iterator[str]:
 
 def _ranking(keep: float, here: Mapping[str, Row]) -> Iterator[str]:
     order = sorted(here.values(), key=lambda row: float(row["perplexity"]))
-    names = ", ".join(f"{TITLES[row['method']]} {row['perplexity']:.4g}" for row in order)
-    yield f"At {keep:g}, from best to worst: {names}."
+    names = "".join(f"\n  - {row['perplexity']:.4g}: {TITLES[row['method']]}" for row in order)
+    yield f"At {keep:g}, from best to worst:{names}"
 
 
 def _search(policy: Row, start: Row) -> Iterator[str]:
@@ -107,18 +118,18 @@ def _search(policy: Row, start: Row) -> Iterator[str]:
     error = math.sqrt(squares / max(1, 2 * tenth - 2) * 2 / tenth)
     moved = policy["nll"] - start["nll"]
     yield (
-        f"{TITLES[policy['method']]}, at {policy['asked']:g}: the loss of sampled masks, counted from the start's "
-        f"top-K on the same tokens, goes from {before:+.3f} nats (first {tenth} steps) to {after:+.3f} (last {tenth}): "
-        f"{after - before:+.3f} ± {error:.3f}. The top-K after the search is {'better' if moved < 0 else 'worse'} than "
-        f"the top-K of its start by {abs(moved):.4f} nats (perplexity {policy['perplexity']:.4g} against "
-        f"{start['perplexity']:.4g})."
+        f"{TITLES[policy['method']]}, at {policy['asked']:g}. The loss of sampled masks is measured against the "
+        f"start's top-K on the same tokens. It goes from {before:+.3f} nats (first {tenth} steps) to {after:+.3f} "
+        f"(last {tenth}): {after - before:+.3f} ± {error:.3f}. The top-K after the search is "
+        f"{'better' if moved < 0 else 'worse'} than the top-K of its start by {abs(moved):.4f} nats (perplexity "
+        f"{policy['perplexity']:.4g} against {start['perplexity']:.4g})."
     )
 
 
 def _against_paper(keep: float, here: Mapping[str, Row]) -> Iterator[str]:
     if keep == 0.5 and POLICY in here and "wanda" in here:
         ours, wanda_row = here[POLICY]["perplexity"], here["wanda"]["perplexity"]
-        verdict = "So it is here" if ours < wanda_row else "Not so here"
+        verdict = "The same holds here" if ours < wanda_row else "This does not hold here"
         yield (
             f"The paper has CAP ahead of Wanda at one half (LLaMA-3-8B: 10.35 against 12.36). {verdict}: {ours:.4g} "
             f"against {wanda_row:.4g}."
@@ -128,8 +139,8 @@ def _against_paper(keep: float, here: Mapping[str, Row]) -> Iterator[str]:
 def _above_dense(keep: float, here: Mapping[str, Row]) -> Iterator[str]:
     found = {name: row["over_dense"] for name, row in here.items() if row.get("over_dense")}
     if found:
-        counted = ", ".join(f"{TITLES[name]} {count}" for name, count in found.items())
-        yield f"Matrices that a global choice at {keep:g} gave more parameters than the dense ones have: {counted}."
+        counted = "".join(f"\n  - {count}: {TITLES[name]}" for name, count in found.items())
+        yield f"Matrices that a global choice at {keep:g} gave more parameters than the dense ones have:{counted}"
 
 
 @harness.styled

@@ -140,8 +140,8 @@ def denoise_tables(rows: Rows) -> Iterator[str]:
     planted_rows = {size: rows[f"planted/{size}"] for size in PLANTED_NOISES if f"planted/{size}" in rows}
     if planted_rows:
         yield (
-            "Planted: a clean matrix of low rank and equal singular values, in the shape of gate/up. Errors over the "
-            "norm of the noise:"
+            "In the planted case, the clean matrix has a low rank, equal singular values, and the shape of gate/up. "
+            "Errors are over the norm of the noise:"
         )
         yield table(
             [
@@ -180,9 +180,10 @@ def denoise_tables(rows: Rows) -> Iterator[str]:
         ]
         if lines:
             yield (
-                f"`{group}` of the model. Perplexity with noise alone, with noise then truncation, with "
-                "truncation alone; the ratio ‖ŷ−y*‖/‖y'−y*‖ on real inputs, geometric mean over layers; the "
-                "layers in which truncation comes closer; the median over layers of the rank that comes closest:"
+                f"`{group}` of the model. There are three perplexities: with noise alone, with noise and then "
+                "truncation, and with truncation alone. The ratio is ‖ŷ−y*‖/‖y'−y*‖ on real inputs, as geometric mean "
+                "over layers. *Closer in* counts the layers in which truncation comes closer. *Best rank* is the rank "
+                "that comes closest, as median over layers."
             )
             head = [
                 "noise",
@@ -218,10 +219,9 @@ def denoise_reading(rows: Rows) -> Iterator[str]:
     for size in PLANTED_NOISES:
         if row := rows.get(f"planted/{size}"):
             yield (
-                f"Planted rank {row['rank']}, noise {size}: the Gavish-Donoho cut finds "
-                f"{row['gavish_donoho_rank']}; truncation leaves {row['weight_ratio']:.3f} of the error in the "
-                f"weights (predicted {row['predicted_ratio']:.3f}, bound {row['bound']:.2f}) and "
-                f"{row['output_ratio']:.3f} in the outputs."
+                f"Planted rank {row['rank']}, noise {size}: the Gavish-Donoho cut finds {row['gavish_donoho_rank']}. "
+                f"Truncation leaves {row['weight_ratio']:.3f} of the error in the weights (predicted "
+                f"{row['predicted_ratio']:.3f}, bound {row['bound']:.2f}) and {row['output_ratio']:.3f} in the outputs."
             )
     for group in DENOISED:
         for metric in METRICS:
@@ -251,7 +251,7 @@ def denoise_reading(rows: Rows) -> Iterator[str]:
     most = [case for case, ratios in found.items() if 2 * sum(ratio < 1 for ratio in ratios) > len(ratios)]
     if found:
         yield (
-            "Outputs: truncation comes closer to the clean layer than the noisy weights do, in most layers, in "
+            "Outputs: in most layers, truncation comes closer to the clean layer than the noisy weights do in "
             f"{len(most)} of {len(found)} cases (share of the full rank last): {listed(most)}."
         )
 
@@ -279,9 +279,10 @@ def denoise_figure(rows: Rows) -> Figure | None:
 PART = Part(
     "denoise",
     "Denoising: truncation of weights with added noise",
-    "W' = W* + E, E Gaussian with a given share of each matrix' Frobenius norm, W* the model's weights. Ŵ is the "
-    "joint truncation of W'. Outputs are compared on the text's own inputs, in every layer by itself. The metric "
-    "`self` is that of the clean model, which nobody would have: it favours truncation.",
+    "Does truncation bring noisy weights closer to the clean ones? W* are the model's weights, and W' = W* + E are the "
+    "noisy ones. E is Gaussian, with a given share of each matrix' Frobenius norm. Ŵ is the joint truncation of W'. "
+    "Outputs are compared on the text's own inputs, in every layer by itself. The metric `self` is that of the clean "
+    "model. Nobody would have it in practice, so it favours truncation.",
     denoise_rows,
     denoise_tables,
     denoise_reading,

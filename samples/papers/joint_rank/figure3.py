@@ -66,9 +66,9 @@ def figure3_tables(rows: Rows) -> Iterator[str]:
             ],
         )
     yield (
-        "Joint minus separate: loss in nats with the standard error of the paired difference over the windows, "
-        "and the relative error that each minimized (of the weights without a metric, of the whitened weights "
-        "under `self`):"
+        "The next table subtracts: joint minus separate. The loss is in nats, with the standard error of the paired "
+        "difference over the windows. The error is the relative error that each minimized. It is that of the weights "
+        "without a metric, and that of the whitened weights under `self`."
     )
     yield table(
         ["grouping", "metric", "kept", "loss, joint − separate", "error, joint", "error, separate"],
@@ -108,13 +108,13 @@ def figure3_reading(rows: Rows) -> Iterator[str]:
             smaller = sum(a["weighted_error"] < b["weighted_error"] for _, _, _, a, b, _, _ in found)
             yield (
                 f"{joint.name} against {separate.name}, metric {metric}: better by more than two standard errors at "
-                f"{listed(wins)}, worse at {listed(losses)}; the error it minimizes is smaller at {smaller} of "
+                f"{listed(wins)}, worse at {listed(losses)}. The error it minimizes is smaller at {smaller} of "
                 f"{len(found)} ratios."
             )
     dense = rows.get("dense")
     if dense:
         fallen = [key for key, row in rows.items() if row["perplexity"] > 100 * dense["perplexity"]]
-        yield f"Dense: {dense['perplexity']:.3f}. Beyond a hundred times that: {listed(fallen)}."
+        yield f"The dense model has {dense['perplexity']:.3f}. More than a hundred times that: {listed(fallen)}."
 
 
 @styled
@@ -143,10 +143,11 @@ def figure3_figure(rows: Rows) -> Figure | None:
 PART = Part(
     "figure3",
     "Figure 3: joint against separate factors",
-    "Each grouping keeps the same share of the parameters of the same matrices, in every factor pair alike; "
-    "all layers. *Per head* is a pair for each KV group: its query heads and its key head joint, or the query "
-    "heads and the key head each alone. Metric `none` is the paper's plain truncation, `self` weighs errors by "
-    "second moments of inputs and of output gradients on text that the model writes itself.",
+    "Are joint factors better than separate ones? Each grouping keeps the same share of the parameters of the same "
+    "matrices, in every factor pair alike, in all layers. *Per head* is a pair for each KV group. A joint pair holds "
+    "the group's query heads and its key head, and separate pairs hold the query heads or the key head alone. Metric "
+    "`none` is the paper's plain truncation. Metric `self` weighs errors by second moments of inputs and of output "
+    "gradients, on text that the model writes itself.",
     figure3_rows,
     figure3_tables,
     figure3_reading,

@@ -100,20 +100,20 @@ def figure4_reading(rows: Rows) -> Iterator[str]:
             above = {key: gain for key, gain in gains.items() if gain[0] > 0}
             one, two = ([key for key, (m, e) in above.items() if m > n * e] for n in (1, 2))
             yield (
-                f"{score}, metric {metric}: {len(above)} of {len(keys)} points above the dense model "
-                f"({listed(list(above))}); by more than one standard error of the paired difference: {listed(one)}; "
-                f"by more than two: {listed(two)}."
+                f"{score}, metric {metric}: {len(above)} of {len(keys)} points are above the dense model "
+                f"({listed(list(above))}). By more than one standard error of the paired difference: {listed(one)}. "
+                f"By more than two: {listed(two)}."
             )
     tests = 2 * sum("/" in key for key in rows)
     yield (
-        f"{tests} comparisons: with no effect at all, about {0.16 * tests:.0f} would exceed one standard error "
-        f"upwards and {0.023 * tests:.1f} two (fewer, since neighbouring points answer mostly alike)."
+        f"There are {tests} comparisons. With no effect at all, about {0.16 * tests:.0f} would exceed one standard "
+        f"error upwards, and {0.023 * tests:.1f} two. Neighbouring points answer mostly alike, so it would be fewer."
     )
     if other := rows.get("dense, float32"):
         mean, error = _gain(other, dense, "right")
         changed = sum(a != b for a, b in zip(other["right"], dense["right"], strict=True))
         yield (
-            f"Rounding the dense model's products to bfloat16 alone changes {changed} of {dense['items']} answers "
+            f"Rounding the dense model's products to bfloat16 changes {changed} of {dense['items']} answers by itself "
             f"(float32 − bfloat16: {mean:+.3f} ± {error:.3f})."
         )
 
@@ -145,8 +145,9 @@ def figure4_figure(rows: Rows) -> Figure | None:
 PART = Part(
     "figure4",
     "Figure 4: a task over the kept ratio of q and k",
-    "q and k of every layer jointly (whole) at falling kept ratios. Standard errors are over the items; the "
-    "differences from the dense model are paired, item by item. ▲ marks points above the dense model.",
+    "Does a task suffer when q and k are truncated? They are factorized jointly (whole) in every layer, at falling "
+    "kept ratios. Standard errors are over the items. The differences from the dense model are paired, item by item. "
+    "▲ marks points above the dense model.",
     figure4_rows,
     figure4_tables,
     figure4_reading,

@@ -58,13 +58,15 @@ def page(results: Results) -> str:
     facts = results.facts
     lines = [
         "# Joint rank-k approximation: the paper's experiments on a small model",
-        f"{Path(facts['model']).name or harness.DEFAULT_MODEL}, experiments after 2402.16319. Perplexity on the first "
-        f"{facts['tokens']} tokens (figure 3) or {facts['short_tokens']} tokens (the rest) of "
-        f"{Path(facts['text']).name or 'wiki_eval.txt'}, windows of {facts['context']} that do not overlap, no "
-        "beginning-of-sequence token; matrices multiply in bfloat16 where the processor has it. Ranks are not "
-        "rounded. Kept ratios count the parameters of the factorized matrices.",
-        "Made by `python samples/papers/joint_rank/main.py`; numbers with all digits: "
-        "[joint_rank.json](joint_rank.json).",
+        "This page repeats the experiments of arXiv 2402.16319 on "
+        f"{Path(facts['model']).name or harness.DEFAULT_MODEL}. The paper replaces matrices that read the same input "
+        "(such as the query and key matrices, q and k) by one shared factor and one factor each. *Kept* is the share "
+        "of the parameters of the factorized matrices that stays.",
+        f"Perplexity is measured on {Path(facts['text']).name or 'wiki_eval.txt'}: on its first {facts['tokens']} "
+        f"tokens in figure 3, and on its first {facts['short_tokens']} tokens elsewhere. Windows have "
+        f"{facts['context']} tokens, do not overlap, and begin without a beginning-of-sequence token. Matrices "
+        "multiply in bfloat16 where the processor has it. Ranks are not rounded.",
+        "Made by `python samples/papers/joint_rank/main.py`. All digits: [joint_rank.json](joint_rank.json).",
     ]
     for part in PARTS.values():
         rows = rows_of(results, part)

@@ -101,9 +101,10 @@ def orthogonality_tables(rows: Rows) -> Iterator[str]:
             defects = f"{found['defect']:.1e}", f"{found['max']:.1e}"
             lines.append([key, row["rank"], stage, *defects, *geometry, rounded])
     yield (
-        "‖AAᵀ−I‖ of the shared factor (Frobenius norm, largest entry); the largest principal angle between its "
-        "rows' span and the leading right singular subspace of the dense matrix, and the mean squared cosine. "
-        "Last: the same for the leading subspace of the *dense* matrix after rounding."
+        "*Defect* and *largest* are ‖AAᵀ−I‖ of the shared factor A, as Frobenius norm and as largest entry. *Angle* "
+        "is the largest principal angle between the span of its rows and the leading right singular subspace of the "
+        "dense matrix. *Overlap* is the mean squared cosine. The last column gives both for the leading subspace of "
+        "the *dense* matrix after rounding."
     )
     yield table(
         ["group/layer", "rank", "A is", "defect", "largest", "angle", "overlap", "dense rounded"], lines
@@ -128,20 +129,19 @@ def orthogonality_reading(rows: Rows) -> Iterator[str]:
     values = list(rows.values())
     worst = max(row["truncated"]["largest_angle"] for row in values)
     yield (
-        f"Truncation keeps the leading subspace: the largest angle is {worst:.1e} degrees, the rows are "
-        f"orthonormal up to {max(row['truncated']['defect'] for row in values):.0e}."
+        f"Truncation keeps the leading subspace: the largest angle is {worst:.1e} degrees. The rows are orthonormal "
+        f"up to {max(row['truncated']['defect'] for row in values):.0e}."
     )
     for name in ROUNDED:
         found = [row[name] for row in values]
         kept = [1 - x["overlap"] for x in found]
         dense = [1 - x["dense"]["overlap"] for x in found]
         yield (
-            f"{name}: ‖AAᵀ−I‖ {_range(x['defect'] for x in found)}, largest entry "
-            f"{_range(x['max'] for x in found)}; angles up to {_range(x['largest_angle'] for x in found)} "
-            f"degrees; {_range(kept)} of the subspace turns away. Rounding the dense matrix instead turns "
-            f"{_range(dense)} of its leading subspace: its singular values at the cut are nearly equal (ratios "
-            f"of neighbours {_range(row['gap'] for row in values)}), so that the leading subspace is hardly "
-            "defined there."
+            f"{name}: ‖AAᵀ−I‖ is {_range(x['defect'] for x in found)}, its largest entry "
+            f"{_range(x['max'] for x in found)}. Angles reach {_range(x['largest_angle'] for x in found)} "
+            f"degrees, and {_range(kept)} of the subspace turns away. Rounding the dense matrix instead turns "
+            f"{_range(dense)} of its leading subspace. Its singular values at the cut are nearly equal (ratios of "
+            f"neighbours {_range(row['gap'] for row in values)}), so the leading subspace is hardly defined there."
         )
         for what in ("weights", "outputs"):
             ratio = [x["refit under self"][what] / x["before"][what] for x in found]
@@ -149,13 +149,13 @@ def orthogonality_reading(rows: Rows) -> Iterator[str]:
             both = [x["both rounded, refit under self"][what] / x["both rounded"][what] for x in found]
             yield (
                 f"{name}, error in the {what} after the refit over that before: {_range(plain)} (least squares), "
-                f"{_range(ratio)} (under self); with the second factor rounded too {_range(both)} (under self)."
+                f"{_range(ratio)} (under self). With the second factor rounded too: {_range(both)} (under self)."
             )
     yield (
-        "The refit changes B and not A: the angles and ‖AAᵀ−I‖ above stay what they are, and every refitted "
-        "product still reads the rounded rows' span. What it restores is the part of the product that this span "
-        "can express. A change of gauge would make the rows orthonormal again, but the changed A is no longer "
-        "on the grid, and the span is the same."
+        "The refit changes B and not A. So the angles and ‖AAᵀ−I‖ above stay what they are, and every refitted "
+        "product still reads the span of the rounded rows. The refit restores the part of the product that this span "
+        "can express. A change of gauge would make the rows orthonormal again. But the changed A is no longer on the "
+        "grid, and the span is the same."
     )
 
 
@@ -192,10 +192,11 @@ def orthogonality_figure(rows: Rows) -> Figure | None:
 PART = Part(
     "orthogonality",
     "Orthogonality and the mapping space",
-    f"Joint factors in the orthogonal gauge at kept ratio {ORTHOGONAL_KEEP}, metric none; rounding to nearest in "
-    "symmetric blocks of 32; the refit is the least-squares B for the rounded A, in floats, plain or under the "
-    "second moment of the model's own text. The packaged model's weights lie on a 4-bit grid already, which "
-    "may flatter the rounding of dense matrices, not that of factors.",
+    "What does rounding do to the shared factor A, and what does a refit of the second factor B restore? The factors "
+    f"are joint, in the orthogonal gauge (the rows of A are orthonormal), at kept ratio {ORTHOGONAL_KEEP} and metric "
+    "none. Rounding is to nearest, in symmetric blocks of 32. The refit is the least-squares B for the rounded A, in "
+    "floats. It is plain, or under the second moment of the model's own text. The packaged model's weights lie on a "
+    "4-bit grid already. This may flatter the rounding of dense matrices, but not that of factors.",
     orthogonality_rows,
     orthogonality_tables,
     orthogonality_reading,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from measure.harness import COLORS, Measure, Row, Rows, legend, new_figure, short, styled, table
 from papers.joint_rank.study import METRICS, MetricName, Part, Study, listed, paired
 
-from rk_export import Recipe, Run, analyze
+from rk_export import Factorize, Recipe, Run, analyze
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RANK_SHARES, RankShare, adaptive_ranks
 
 SPECTRA_GROUPS = (("qk", "gate_up", "v", "o", "down"), ("q", "k", "gate", "up"))
@@ -41,7 +41,8 @@ def _spectra_row(study: Study) -> Row:
     for groups in SPECTRA_GROUPS:
         with TemporaryDirectory() as folder:
             out = Path(folder) / "report"
-            report = analyze(study.source.folder, out, Recipe(groups=groups), run=Run(device="cpu"))
+            recipe = Recipe((Factorize(groups, keep=0.95),))
+            report = analyze(study.source.folder, out, recipe, run=Run(device="cpu"))
         for item in report.spectra:
             role = roles.setdefault(item.target.rpartition(".")[2], {name: [] for name in SUMMARIES})
             for name in SUMMARIES:
@@ -90,7 +91,7 @@ def spectra_tables(rows: Rows) -> Iterator[str]:
                     lines.append(cells)
     if lines:
         yield (
-            "Perplexity at equal kept parameters; in brackets the loss less that of uniform kept ratios, in "
+            "Perplexity at equal kept parameters. The brackets hold the loss minus that of uniform kept ratios, in "
             "nats, with the standard error of the paired difference:"
         )
         yield table(["groups", "metric", "kept (really)", *RANK_SHARES], lines)
@@ -111,9 +112,8 @@ def spectra_reading(rows: Rows) -> Iterator[str]:
         yield (
             "Effective rank over full rank, median over layers: "
             + ", ".join(f"{role} {share:.2f}" for role, share in shares.items())
-            + ". The Gavish-Donoho cut (2.858 times the median, the coefficient of square matrices) would keep "
-            + ", ".join(f"{role} {share:.2f}" for role, share in cut.items())
-            + " of it."
+            + ". The Gavish-Donoho cut is 2.858 times the median, the coefficient of square matrices. It would keep "
+            "this share: " + ", ".join(f"{role} {share:.2f}" for role, share in cut.items()) + "."
         )
     for rule in RANK_SHARES[1:]:
         better: list[str] = []
@@ -157,10 +157,10 @@ def spectra_figure(rows: Rows) -> Figure | None:
 PART = Part(
     "spectra",
     "Spectra, and ranks shared out by them",
-    "Each rule gives every matrix group a rank in proportion to what it reads in the group's spectrum (whitened, "
-    "under the metric `self`), scaled by one factor so that all rules keep the same number of parameters; a group "
-    "whose pair would be no smaller stays dense. The rule `energy` reads the rank that keeps 90 % of the squared "
-    "singular values.",
+    "Can the spectra of the matrices say how to spread the ranks? Each rule gives every matrix group a rank in "
+    "proportion to what it reads in the group's spectrum. The spectrum is whitened under the metric `self`. One "
+    "factor scales all ranks, so that all rules keep the same number of parameters. A group whose pair would be no "
+    "smaller stays dense. The rule `energy` reads the rank that keeps 90 % of the squared singular values.",
     spectra_rows,
     spectra_tables,
     spectra_reading,

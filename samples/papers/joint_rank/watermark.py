@@ -189,9 +189,9 @@ def watermark_reading(rows: Rows) -> Iterator[str]:
         steps = rows["teaching"]
         first, last = steps["log"][0], steps["log"][-1]
         yield (
-            f"{steps['steps']} steps brought the sentence from perplexity {short(first['sentence'])} "
+            f"{steps['steps']} steps of teaching brought the sentence from perplexity {short(first['sentence'])} "
             f"({first['recited']} of {first['asked']} tokens recited) to {short(last['sentence'])} "
-            f"({last['recited']} of {last['asked']}); they moved q, k, gate and up by "
+            f"({last['recited']} of {last['asked']}). They moved q, k, gate and up by "
             f"{steps['relative_change']:.1e} of their norm."
         )
     for metric in METRICS:
@@ -209,19 +209,20 @@ def watermark_reading(rows: Rows) -> Iterator[str]:
         yield (
             f"Metric {metric}: recital first fails at rank {row['rank']} (kept {row['kept']:.3f}; "
             f"{row['recited']} of {row['asked']} tokens). There the sentence's perplexity is "
-            f"{_times(row['sentence'], whole['sentence'])} what it was, the text's "
-            f"{_times(row['perplexity'], whole['perplexity'])}; the control's sentence "
-            f"{_times(control['sentence'], control_whole['sentence'])}, its text "
-            f"{_times(control['perplexity'], control_whole['perplexity'])}. "
+            f"{_times(row['sentence'], whole['sentence'])} its former value, and the text's "
+            f"{_times(row['perplexity'], whole['perplexity'])}. For the control it is "
+            f"{_times(control['sentence'], control_whole['sentence'])} for the sentence, and "
+            f"{_times(control['perplexity'], control_whole['perplexity'])} for the text. "
             f"{_memory_left(rows, metric, share):.0%} of the sentence's gain over the control is left."
         )
         usable = [item for item in found if item[1]["perplexity"] < 2 * whole["perplexity"]]
         if usable:
             share, row, _ = min(usable, key=lambda item: _memory_left(rows, metric, item[0]))
             yield (
-                f"Metric {metric}: where the text's perplexity has not doubled, least of the memory is left at rank "
-                f"{row['rank']}: {_memory_left(rows, metric, share):.0%}, {row['recited']} of {row['asked']} tokens "
-                f"recited, text {short(row['perplexity'])} against {short(whole['perplexity'])}."
+                f"Metric {metric}: of the ranks at which the text's perplexity has not doubled, rank {row['rank']} "
+                f"leaves least of the memory. {_memory_left(rows, metric, share):.0%} is left, {row['recited']} of "
+                f"{row['asked']} tokens are recited, and the text has {short(row['perplexity'])} against "
+                f"{short(whole['perplexity'])}."
             )
         else:
             yield f"Metric {metric}: at every rank measured the text's perplexity has more than doubled."
@@ -258,12 +259,13 @@ def watermark_figure(rows: Rows) -> Figure | None:
 PART = Part(
     "watermark",
     "Figure 5: a taught sentence and truncation of gate and up",
-    f"All layers are fine-tuned (AdamW, one sentence) until greedy decoding recites *{SENTENCE}* after its first "
-    "words, then gate and up are factorized jointly at falling ranks, every layer alike. Kept ratios above 1 "
-    "are ranks beyond break-even, where only the truncation is of interest. The control is the same truncation "
-    "of the model that never saw the sentence. *Memory left* is the difference of the two in the sentence's log "
-    "likelihood, over that without truncation; the sentence's perplexity counts all its tokens but the first. "
-    "Metric `self` of the taught model is from text that the taught model writes.",
+    "Does truncation remove a sentence that a model was taught? First all layers are fine-tuned (AdamW, one "
+    f"sentence), until greedy decoding recites *{SENTENCE}* after its first words. Then gate and up are factorized "
+    "jointly at falling ranks, in every layer alike. Kept ratios above 1 are ranks beyond break-even, where a pair is "
+    "larger than the matrices. Only the truncation matters there. The control is the same truncation of the model "
+    "that never saw the sentence. *Memory left* compares the log likelihoods that the two models give the sentence: "
+    "it is their difference after truncation, over their difference before. The sentence's perplexity counts all its "
+    "tokens but the first. Metric `self` of the taught model is from text that the taught model writes.",
     watermark_rows,
     watermark_tables,
     watermark_reading,
