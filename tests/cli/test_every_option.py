@@ -306,7 +306,7 @@ def places(
     moved = text.rename(folder / "moved.txt")
     make_plan(llama, Recipe.load("joint-rank")).save(folder / "plan.json")
     page = folder / "page.html"
-    page.write_text(comparison_html(compare([bundle, bundle])), encoding="utf-8")
+    page.write_text(comparison_html(compare([bundle, folder / "of-text"])), encoding="utf-8")
     task = folder / "sums.jsonl"
     item = {"context": "2 + 2 =", "choices": ["4", "5"]}
     task.write_text("\n".join(json.dumps({**item, "gold": gold}) for gold in (0, 1)), encoding="utf-8")

@@ -30,7 +30,7 @@ LINES: dict[str, tuple[object, ...]] = {
     "eval": ("{llama}", "--text", "{prose}", "--context", 64, "--tokens", 128),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
-    "compare": ("{bundle}", "{bundle}"),
+    "compare": ("{bundle}", "{own}"),
     "report": ("{bundle}",),
     "bundle": ("{own}", "--for", "triton"),
     "explain": ("{bundle}",),
@@ -94,7 +94,7 @@ def test_errors_of_every_command_are_json_too(cli: Cli, places: dict[str, Path],
 @pytest.mark.parametrize("command", [command for command in commands() if LINES.get(command)])
 def test_what_is_missing_is_an_error_in_json(cli: Cli, places: dict[str, Path], command: str) -> None:
     words = line(
-        command, {**places, "llama": places["none"], "bundle": places["none"], "own": places["none"]}
+        command, {**places, "llama": places["none"], "bundle": places["none"], "own": places["none"] / "own"}
     )
     ended = cli(*words, "--json", "--quiet")
     assert (ended.code, ended.out) == (2, "")
