@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ pytestmark = pytest.mark.whole
 LINES: dict[str, tuple[object, ...]] = {
     "compress": ("{llama}", "-o", "{out}", "--dry-run"),
     "analyze": ("{llama}", "-o", "{out}"),
-    "plan": ("{llama}", "-o", "{out}", "--metric", "none", "--quantizer", "rtn"),
+    "plan": ("{llama}", "-o", "{out}", "--recipe", "floats"),
+    "recipes": (),
     "prepare": ("{llama}", "-o", "{out}", "--passes", "fold"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
     "verify": ("{bundle}", "--threads", 1),
     "eval": ("{llama}", "--text", "{prose}", "--context", 64, "--tokens", 128),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
+    "bundle": ("{copy}", "--for", "triton"),
+    "compare": ("{bundle}", "{bundle}"),
+    "report": ("{bundle}",),
     "explain": ("{bundle}",),
     "doctor": (),
 }
@@ -44,6 +49,7 @@ def places(llama: Path, bundle: Path, prose: Path, tmp_path: Path) -> dict[str, 
     return {
         "llama": llama,
         "bundle": bundle,
+        "copy": Path(shutil.copytree(bundle, tmp_path / "copy")),
         "prose": prose,
         "out": tmp_path / "out",
         "none": tmp_path / "no",
@@ -88,7 +94,7 @@ def test_errors_of_every_command_are_json_too(cli: Cli, places: dict[str, Path],
 
 @pytest.mark.parametrize("command", [command for command in commands() if LINES.get(command)])
 def test_what_is_missing_is_an_error_in_json(cli: Cli, places: dict[str, Path], command: str) -> None:
-    words = line(command, {**places, "llama": places["none"], "bundle": places["none"]})
+    words = line(command, {**places, **dict.fromkeys(("llama", "bundle", "copy"), places["none"])})
     ended = cli(*words, "--json", "--quiet")
     assert (ended.code, ended.out) == (2, "")
     error = document(ended.err)["error"]
