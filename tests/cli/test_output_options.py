@@ -32,7 +32,7 @@ LINES: dict[str, tuple[object, ...]] = {
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
     "bundle": ("{copy}", "--for", "triton"),
-    "compare": ("{bundle}", "{bundle}"),
+    "compare": ("{bundle}",),
     "report": ("{bundle}",),
     "explain": ("{bundle}",),
     "doctor": (),
