@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,10 +46,14 @@ class TextFile:
         return cls(place.name, hashlib.sha256(place.read_bytes()).hexdigest(), place)
 
     def found_in(self, texts: tuple[Path, ...]) -> TextFile:
-        """Return it with the path of the one among some files that has its content, where one has."""
+        """Return it with the path of the one among some files that has its content, where one has.
+
+        It keeps its name, whatever that file is called: what names it stays the same.
+        """
         if self.path is not None:
             return self
-        return next((text for text in map(TextFile.of, texts) if text.sha256 == self.sha256), self)
+        paths = (text.path for text in map(TextFile.of, texts) if text.sha256 == self.sha256)
+        return replace(self, path=next(paths, None))
 
     def place(self) -> Path:
         """Return where it lies.
