@@ -14,7 +14,6 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
 FEWEST_WORDS = 3  # of a sentence; "see below" and entries of lists are none
 
 _FORMULA = re.compile(r"\$\$.+?\$\$|(?<![\\$\w])\$(?!\s)[^$\n]+(?:\n[^$\n]+)?(?<!\s)\$(?!\w)", re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rk_export.options.step import step_kinds
+from rk_export.options.kinds import step_kinds
 from rk_export.recipes import presets
 from rk_export.recipes.fields import SectionHelp, section_help
 from rk_export.recipes.tables import presets_table

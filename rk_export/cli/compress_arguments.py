@@ -62,9 +62,7 @@ def asked_recipe(args: argparse.Namespace) -> Recipe | None:
     if args.recipe is None and not args.set and amount is None and ep is None:
         return None
     settings = [text for text in args.set if amount is None or not text.startswith(_PHASE)]
-    recipe = load(DEFAULT if args.recipe is None else args.recipe, settings)
-    if amount is not None:
-        recipe = recipe.with_budget(amount)
+    recipe = load(DEFAULT if args.recipe is None else args.recipe, settings, amount)
     if ep is not None:
         recipe = replace(recipe, target=replace(recipe.target, ep=ep))
     return recipe

@@ -28,7 +28,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "plan": (("plan MODEL -o plan.json --size 90MB", "one line for each choice, to read and edit"),),
     "recipes": (
         ("recipes", "all presets"),
-        ("recipes cap", "the file of one, to redirect and edit"),
+        ("recipes int4", "the file of one, to redirect and edit"),
         ("recipes --steps", "every step and field"),
     ),
     "prepare": (

@@ -61,7 +61,7 @@ BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 
 @dataclass(frozen=True)
 class Budget:
-    """What the whole model may cost; the planner spends it on rank, bits and blocks together.
+    """A limit on the cost of the whole model. The planner spends it on rank, bits and blocks together.
 
     Args:
         kind: `keep` is a share of the parameters of the matrices that may be factorized, `size` the bytes of the

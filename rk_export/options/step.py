@@ -85,9 +85,10 @@ class Step:
         from pydantic_core import core_schema
 
         if not hasattr(cls, "name"):
+            kinds: tuple[type[Step], ...] = import_module("rk_export.options.kinds").step_kinds()  # above us
             known = {
                 kind.name: core_schema.typed_dict_field(handler.generate_schema(kind), required=False)
-                for kind in step_kinds()
+                for kind in kinds
             }
             table = core_schema.typed_dict_schema(known, extra_behavior="forbid")
             return core_schema.no_info_after_validator_function(_only, table)
@@ -145,20 +146,6 @@ class MethodOptions(Step):
     sized_by_shapes: ClassVar[bool] = False
     # How a bundle came to be that cannot be made again from the dense model and the plan; empty where it can.
     trained: ClassVar[str] = ""
-
-
-def step_kinds() -> tuple[type[Step], ...]:
-    """Return every kind of step, in the order of the stages."""
-    from rk_export.options.correct import Correct
-    from rk_export.options.factorize import Factorize
-    from rk_export.options.prepare import Prepare
-    from rk_export.options.quantize import Quantize
-
-    methods: tuple[type[MethodOptions], ...] = import_module(
-        "rk_export.methods"
-    ).METHODS  # it stands above us
-    kinds: list[type[Step]] = [Prepare, Factorize, Quantize, Correct, *methods]
-    return tuple(sorted(kinds, key=lambda kind: STAGES.index(kind.stage)))
 
 
 def key_of(item: Field[Any]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from rk_export.json_codec import to_json
 from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.kinds import step_kinds
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import key_of, step_kinds
+from rk_export.options.step import key_of
 from rk_export.options.target import Target
 from rk_export.options.texts import TextFile
 from rk_export.recipes.presets import About

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
-from rk_export.json_codec import MisfitError, read
+from rk_export.json_codec import MisfitError, read, to_json
 from rk_export.options.choices import nearest
-from rk_export.options.ranks import BUDGET_KINDS
+from rk_export.options.kinds import step_kinds
+from rk_export.options.ranks import BUDGET_KINDS, Budget
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import key_of, step_kinds
+from rk_export.options.step import key_of
 from rk_export.options.texts import texts_beside
 from rk_export.recipes.places import Path as DataPath
 from rk_export.recipes.places import Places, parsed
@@ -23,15 +24,17 @@ from rk_export.recipes.settings import Settings
 _LARGEST = 1_000_000
 
 
-def load(name: str | Path = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
+def load(name: str | Path = DEFAULT, settings: Sequence[str] = (), amount: Budget | None = None) -> Recipe:
     """Return a preset, or the recipe of a file.
 
     Args:
         name: Name of a preset, or path of a file.
-        settings: Single fields that are set in it, such as ``cap.keep=0.4``.
+        settings: Single fields that are set in it, such as ``quantize.bits=8``.
+        amount: How much stays, instead of what it says.
 
     Raises:
-        InputError: There is no such preset and no such file, or it is no recipe; with line and column.
+        InputError: There is no such preset and no such file, or it is no recipe; with line and column. Or it takes
+            no such amount.
     """
     file, text, folder = _found(name)
     data, places = parsed(text, file)
@@ -39,10 +42,23 @@ def load(name: str | Path = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
     try:
         data = _recipe_data(data, places)
         made.apply(data)
+        if amount is not None and _leaves_groups_open(data):
+            data["budget"] = to_json(amount)  # without one its groups would be refused
         with texts_beside(folder):
-            return read(Recipe, data)
+            recipe = read(Recipe, data)
     except MisfitError as error:
         raise _refusal(error, data, places, made) from error
+    return recipe if amount is None else recipe.with_budget(amount)
+
+
+def _leaves_groups_open(data: dict[str, Any]) -> bool:
+    """Whether a step factorize leaves it to a budget how much stays."""
+    steps = data.get("steps")
+    found = (
+        [step.get("factorize") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    )
+    amounts = ("keep", "rank", "energy")
+    return any(isinstance(one, dict) and all(one.get(name) is None for name in amounts) for one in found)
 
 
 def _found(name: str | Path) -> tuple[str, str, Path]:
@@ -112,7 +128,7 @@ def _known_part(data: Any, path: DataPath) -> DataPath:
 
 
 def _pointed(data: Any, path: DataPath, where: str) -> DataPath:
-    """Return the path of what a refusal names, such as ``cap.keep``, at or below a path."""
+    """Return the path of what a refusal names, such as ``quantize.bits``, at or below a path."""
     if path in ((), ("steps",)):
         first, *rest = where.split(".")
         steps = (data.get("steps") if isinstance(data, dict) else None) or ()
@@ -124,7 +140,7 @@ def _pointed(data: Any, path: DataPath, where: str) -> DataPath:
 
 
 def _name(path: DataPath) -> str:
-    """Return ``cap.keep`` for ("steps", 2, "cap", "keep")."""
+    """Return ``quantize.bits`` for ("steps", 2, "quantize", "bits")."""
     return ".".join(str(step) for step in (path[2:] if path[:1] == ("steps",) and len(path) > 2 else path))
 
 

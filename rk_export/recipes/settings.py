@@ -1,4 +1,4 @@
-"""Single fields of a recipe that are set from the command line: ``cap.keep=0.4``."""
+"""Single fields of a recipe that are set from the command line: ``quantize.bits=8``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from rk_export.errors import InputError
 from rk_export.json_codec import MisfitError
 from rk_export.options.choices import nearest
+from rk_export.options.kinds import step_kinds
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import STAGES, Step, step_kinds
+from rk_export.options.step import STAGES, Step
 from rk_export.recipes.places import Path, scalar
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,8 @@ def _parsed(text: str) -> _Setting:
     where = f"--set {text}"
     match = re.fullmatch(r"([\w-]+)(?:\[(\d+)\])?(?:\.(\w+))?=(.*)", text, re.DOTALL)
     if match is None:
-        raise InputError("no setting", where=where, fix="write STEP.FIELD=VALUE, such as --set cap.keep=0.4")
+        raise InputError(
+            "no setting", where=where, fix="write STEP.FIELD=VALUE, such as --set quantize.bits=8"
+        )
     head, number, name, value = match.groups()
     return _Setting(text, head, None if number is None else int(number), name or "", scalar(value, where))

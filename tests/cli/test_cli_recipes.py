@@ -171,6 +171,16 @@ def test_a_recipe_that_leaves_nothing_open_may_factorize_under_an_amount() -> No
     assert (found.budget, found.quant) == (Budget("size", 90e6), INT4)
 
 
+def test_an_amount_decides_over_groups_that_are_set_beside_it() -> None:
+    words = settings("factorize.groups=[qk]", "factorize.rank_multiple=8")
+    found = recipe_of("--recipe", "floats", "--keep", 0.8, *words)
+    assert (found.groups, found.rank, found.budget) == (("qk",), None, Budget("keep", 0.8))
+    found = recipe_of("--size", "90MB", *words)
+    assert (found.groups, found.budget) == (("qk",), Budget("size", 90e6))
+    found = recipe_of("--recipe", "joint-rank", "--keep", 0.8, *words)
+    assert (found.rank, found.budget) == (RankRule("keep", 0.8), None)
+
+
 @pytest.mark.parametrize(
     ("words", "where"),
     [

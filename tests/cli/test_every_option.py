@@ -102,7 +102,7 @@ def refused(why: str) -> Effect:
 
 
 LINES: dict[str, tuple[object, ...]] = {
-    "prepare": ("{llama}", "-o", "{out}", "--passes", "rotate"),
+    "prepare": ("{llama}", "-o", "{out}", "--passes", "fold,rotate"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
     "verify": ("{bundle}", "--threads", 1, "--provider", "cpu"),
     "eval": ("{bundle}", "--text", "{prose}", "--context", 64, "--tokens", 128, "--threads", 1),

@@ -16,7 +16,7 @@ import pytest
 from conftest import Cli
 from sample_report import full_report
 
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import _progress, show
 from rk_export.report.render import summary, text_table
 from rk_export.report.table import Column, Table
 
@@ -127,6 +127,17 @@ def test_a_terminal_without_bars_gets_lines(how: str) -> None:
     assert "testing steps: 4\r\n" in shown.screen
 
 
+def test_a_bar_that_goes_on_is_estimated_by_this_run_alone() -> None:
+    now = 0.0
+    progress = _progress()
+    progress.get_time = lambda: now
+    task = progress.add_task("steps", total=100, completed=90, note="")
+    for _ in range(3):
+        now += 2.0
+        progress.update(task, advance=1)
+    assert progress.tasks[0].time_remaining == 14  # 7 steps of 2 seconds
+
+
 def test_quiet_shows_results_alone() -> None:
     shown = _on_a_terminal(_program(quiet=True))
     assert (shown.screen, shown.out) == ("", "result\n")
@@ -165,7 +176,7 @@ WIDE = Table(
 
 
 SHOW = f"""
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import _progress, show
 from rk_export.report.table import Column, Table
 show("a [b]line[/b]", {WIDE!r})
 """

@@ -155,12 +155,12 @@ def test_unknown_architecture(refused: Refused, model: Path, out: Path, model_ty
 
 
 AMOUNTS: list[tuple[tuple[object, ...], str]] = [
-    (("--keep", 0), "keep: 0.0 is not a share"),
-    (("--keep", 1), "keep: 1.0 is not a share"),
-    (("--keep", 1.5), "keep: 1.5 is not a share"),
-    (("--keep", -0.5), "keep: -0.5 is not a share"),
-    (("--keep", "nan"), "keep: nan is not a share"),
-    (("--mean-bits", 1), "mean_bits: 1.0 bits"),
+    (("--keep", 0), "--keep: 0.0 is not a share"),
+    (("--keep", 1), "--keep: 1.0 is not a share"),
+    (("--keep", 1.5), "--keep: 1.5 is not a share"),
+    (("--keep", -0.5), "--keep: -0.5 is not a share"),
+    (("--keep", "nan"), "--keep: nan is not a share"),
+    (("--mean-bits", 1), "--mean-bits: 1.0 bits"),
     (("--device", "tpu"), "--device: unknown device 'tpu'"),
 ]
 # A recipe, the settings that are made in it, and what is said of the last one.

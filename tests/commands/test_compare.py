@@ -37,7 +37,6 @@ def test_bundles_are_compared_without_running_them(
     assert (query.form, query.shared_with, query.bits) == ("joint", ("k",), 4)
     assert len(query.errors) == 2
     assert second.matrices["layers.0.q"].choice == "dense, INT8 in blocks of 32"
-    roles = ("q", "k", "gate", "up", "v", "o", "down")
     assert set(found.differing) == {
         f"layers.{i}.{role}" for i in (0, 1) for role in ("q", "k", "gate", "up", "v", "o", "down")
     }

@@ -17,12 +17,13 @@ from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.correct import Correct
 from rk_export.options.factorize import Factorize
+from rk_export.options.kinds import step_kinds
 from rk_export.options.prepare import Prepare
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.quantize import Quantize
 from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import STAGES, Step, step_kinds
+from rk_export.options.step import STAGES, Step
 from rk_export.options.target import Target
 from rk_export.options.texts import TextFile
 

@@ -52,7 +52,7 @@ def _commands(path: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] == ["rk-export"]:
-                yield words[1:]
+                yield words[1 : words.index(">") if ">" in words else None]
 
 
 def _subparsers() -> dict[str, argparse.ArgumentParser]:
@@ -91,10 +91,6 @@ def _write_recipe(name: str | None) -> None:
     if name is not None and name.endswith(".yaml"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(presets()["cap"].text, encoding="utf-8")
-
-
-def test_readme_shows_every_command() -> None:
-    assert {words[0] for words in _commands(README)} == set(_subparsers())
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=_page_id)
@@ -153,9 +149,9 @@ def test_family_list_equals_the_codes() -> None:
     assert set(re.findall(r"`(\w+)`", "".join(rows))) == known
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "docs" / "reference" / "parity.md"], ids=_page_id)
-def test_tier_table_lists_every_tier(path: Path) -> None:
-    rows = re.findall(r"^\| ([0a-z]) \|", path.read_text(encoding="utf-8"), re.MULTILINE)
+def test_tier_table_lists_every_tier() -> None:
+    page = (ROOT / "docs" / "reference" / "parity.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([0a-z]) \|", page, re.MULTILINE)
     assert rows == list(TIERS)
 
 

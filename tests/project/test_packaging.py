@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rk_export.cli.parser import add_compress_arguments
+from rk_export.cli.parser import add_compress_arguments, add_output_arguments
 
 ROOT = Path(__file__).parents[2]
 TREES = {"rk_export": "rk_export", "passes": "rk_export/passes", "runtime": "rk_export/runtime"}
@@ -98,6 +98,7 @@ def _options(parser: ArgumentParser) -> set[str]:
 def test_command_takes_the_options_of_compress(command: Any) -> None:
     ours, theirs = ArgumentParser(), ArgumentParser()
     add_compress_arguments(ours)
+    add_output_arguments(ours)
     command.RkOnnxExportCommand.parse_args(theirs)
     assert _options(theirs) - {"-m", "--model"} == _options(ours) - {"-o", "--output"}
 

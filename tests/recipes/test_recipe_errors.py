@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rk_export.errors import InputError
+from rk_export.options.kinds import step_kinds
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import Step, step_kinds
+from rk_export.options.step import Step
 from rk_export.recipes import load
 
 # What stands where the file's text is wrong, and what the fix names.

@@ -13,9 +13,10 @@ from jsonschema import Draft202012Validator
 from random_recipes import recipes
 
 from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.kinds import step_kinds
 from rk_export.options.ranks import BUDGET_KINDS
 from rk_export.options.recipe import Recipe
-from rk_export.options.step import Step, key_of, step_kinds
+from rk_export.options.step import Step, key_of
 from rk_export.options.target import Target
 from rk_export.recipes import preset_names, presets, recipe_text
 from rk_export.recipes.fields import documented, json_schema, section_help

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import Cli
 
-from rk_export.options.step import step_kinds
+from rk_export.options.kinds import step_kinds
 from rk_export.recipes import DEFAULT, preset_names, presets
 from rk_export.recipes.tables import presets_table
 
