@@ -90,4 +90,4 @@ def _check_page(page: Path, force: bool) -> None:
     if page.is_dir():
         raise InputError("is a folder", where=str(page), fix="give the name of a file")
     if page.exists() and not force:
-        raise InputError("exists already", where=str(page), fix="choose another name or give --force")
+        raise InputError("already exists", where=str(page), fix="choose another name or give --force")

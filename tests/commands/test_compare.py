@@ -96,7 +96,7 @@ def test_the_command_writes_a_page(cli: Cli, bundle: Path, other: Path, prose: P
     assert f"page  {page}" in ended.err
     assert "--context 64" in page.read_text(encoding="utf-8")
     ended = cli("compare", bundle, other, "-o", page)
-    assert (ended.code, "exists already" in ended.err) == (2, True)
+    assert (ended.code, "already exists" in ended.err) == (2, True)
     assert cli("compare", bundle, other, "-o", page, "--force").code == 0
     data = json.loads(cli("compare", bundle, other, "--json").out)
     assert [model["kind"] for model in data["models"]] == ["bundle", "bundle"]
@@ -111,3 +111,23 @@ def test_a_page_has_a_place(
     (tmp_path / "folder.html").mkdir()
     ended = cli("compare", bundle, other, "-o", tmp_path / page)
     assert (ended.code, message in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--context", 64), "--context: goes with --text"),
+        (("--limit", 1), "--limit: goes with --tasks FILE"),
+        (("--base", "somewhere"), "--base: goes with --text FILE or --tasks FILE"),
+        (("--threads", 1), "--threads: goes with --text, --tasks or --speed"),
+        (("--provider", "cpu"), "--provider: goes with --text, --tasks or --speed"),
+        (("--force",), "--force: goes with -o FILE"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
+)
+def test_options_that_nothing_would_use_are_refused(
+    cli: Cli, bundle: Path, other: Path, words: tuple[object, ...], message: str
+) -> None:
+    ended = cli("compare", bundle, other, *words)
+    assert ended.code == 2
+    assert message in ended.err
