@@ -215,7 +215,9 @@ CASES: dict[tuple[str, str], Case] = {
     ("compare", "--force"): Case(("--force",), allows, line=("{bundle}", "{of_text}", "-o", "{page}")),
     ("compare", "--text"): Case(("--text", "{moved}"), prints_other),
     ("compare", "--tasks"): Case(("--tasks", "{task}"), prints_other),
-    ("compare", "--limit"): Case(("--limit", 1), prints_other, line=("{bundle}", "{of_text}", "--tasks", "{task}")),
+    ("compare", "--limit"): Case(
+        ("--limit", 1), prints_other, line=("{bundle}", "{of_text}", "--tasks", "{task}")
+    ),
     ("compare", "--speed"): Case(("--speed",), prints_other),
     ("compare", "--base"): NO_BASE,
     ("compare", "--context"): Case(("--context", 32), prints_other),
