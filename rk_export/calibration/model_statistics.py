@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 # Bytes; beyond them only the diagonals of the gradients' moments are kept.
 GRADIENT_LIMIT = 8_000_000_000
+# Diagonals settle with little text: by the gradients of 4096 tokens, formats of SmolLM2 that were chosen by those of
+# 1024 lose 0.0497 nats, those chosen by 2048 lose 0.0495.
+DIAGONAL_TOKENS = 1024
 
 
 def model_statistics(
@@ -34,12 +37,13 @@ def model_statistics(
     """
     weighed = recipe.weighs_outputs
     wanted = weighed and recipe.calibration.gradients
+    back = tokens.numel() // 2 if directions else min(tokens.numel(), DIAGONAL_TOKENS)
     statistics = dense_statistics(
         source,
         tokens,
         diagonal=not (wanted and directions) or only_diagonals(source, recipe),
         device=device,
-        gradient_tokens=tokens.numel() // 2 if wanted else 0,
+        gradient_tokens=back if wanted else 0,
     )
     if wanted or not weighed:
         return statistics

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ pytestmark = pytest.mark.whole
 
 # A line of every command on the tiny model; `{name}` stands for a path of `places`.
 LINES: dict[str, tuple[object, ...]] = {
-    "compress": ("{llama}", "-o", "{out}", "--dry-run"),
-    "analyze": ("{llama}", "-o", "{out}"),
-    "plan": ("{llama}", "-o", "{out}", "--recipe", "floats"),
+    "compress": ("{llama}", "-o", "{out}", "--recipe", "floats", "--dry-run"),
+    "analyze": ("{llama}", "-o", "{out}", "--recipe", "joint-rank"),
+    "plan": ("{llama}", "-o", "{out}", "--recipe", "joint-rank"),
     "recipes": (),
     "prepare": ("{llama}", "-o", "{out}", "--passes", "fold"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
@@ -31,9 +30,9 @@ LINES: dict[str, tuple[object, ...]] = {
     "eval": ("{llama}", "--text", "{prose}", "--context", 64, "--tokens", 128),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
-    "bundle": ("{copy}", "--for", "triton"),
-    "compare": ("{bundle}",),
+    "compare": ("{bundle}", "{own}"),
     "report": ("{bundle}",),
+    "bundle": ("{own}", "--for", "triton"),
     "explain": ("{bundle}",),
     "doctor": (),
 }
@@ -45,11 +44,11 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.fixture
-def places(llama: Path, bundle: Path, prose: Path, tmp_path: Path) -> dict[str, Path]:
+def places(llama: Path, bundle: Path, own_bundle: Path, prose: Path, tmp_path: Path) -> dict[str, Path]:
     return {
         "llama": llama,
         "bundle": bundle,
-        "copy": Path(shutil.copytree(bundle, tmp_path / "copy")),
+        "own": own_bundle,
         "prose": prose,
         "out": tmp_path / "out",
         "none": tmp_path / "no",
@@ -94,7 +93,9 @@ def test_errors_of_every_command_are_json_too(cli: Cli, places: dict[str, Path],
 
 @pytest.mark.parametrize("command", [command for command in commands() if LINES.get(command)])
 def test_what_is_missing_is_an_error_in_json(cli: Cli, places: dict[str, Path], command: str) -> None:
-    words = line(command, {**places, **dict.fromkeys(("llama", "bundle", "copy"), places["none"])})
+    words = line(
+        command, {**places, "llama": places["none"], "bundle": places["none"], "own": places["none"] / "own"}
+    )
     ended = cli(*words, "--json", "--quiet")
     assert (ended.code, ended.out) == (2, "")
     error = document(ended.err)["error"]
