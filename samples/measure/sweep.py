@@ -46,9 +46,10 @@ from rk_export.runtime import Session
 
 TEXT = "wiki"  # the text whose perplexity is drawn
 KEPT = (0.95, 0.9, 0.8)
-MEGABYTES = (75, 80, 86.5, 92, 99, 107, 115, 125, 140)
+MEGABYTES = (75, 80, 90, 99, 115, 140)
 TEXTS = {"wiki": partial(wiki_text, "eval"), "news": news_text}
 TOKENS, CONTEXT = 5120, 512
+FRONT_CLIP = 45.0  # perplexity that the front page still shows
 HEAL_STEPS = 96
 TEXT_METRIC = CalibrationOptions("self", tokens=16384)
 SINGLE = ("q", "k", "v", "o", "gate", "up", "down")
@@ -118,9 +119,7 @@ class Sweep:
         recipe = Recipe.load("default").with_budget(Budget("size", megabytes * 1e6))
         bundle = self.work / f"size-{megabytes}"
         run = Run(device=self.device, threads=self.threads)
-        report = compress(
-            self.off_grid(), bundle, replace(recipe, calibration=TEXT_METRIC), run=run, force=True
-        )
+        report = compress(self.off_grid(), bundle, recipe, run=run, force=True)
         return self.bundle(bundle) | {"timings": report.timings}
 
     def peer(self, name: str, options: tuple[str, ...]) -> Row:
@@ -236,6 +235,29 @@ def draw(rows: Rows, path: Path) -> None:
     harness.save_figure(figure, path)
 
 
+@harness.styled
+def draw_front(rows: Rows, path: Path) -> None:
+    """Draw the picture of the front page: files of every exporter, each peer with its settings."""
+    figure, panels = harness.new_figure(1, 1, 4.6)
+    panel = panels[0][0]
+    sized = sized_rows(rows)
+    draw_series(
+        panel, {k: row for k, row in sized.items() if row["series"] == "rk-export"}, "files, MB", clip=70.0
+    )
+    for name, row in sized.items():
+        if row["series"] != "rk-export" and row["perplexity"][TEXT][0] <= FRONT_CLIP:
+            point = (row["x"], row["perplexity"][TEXT][0])
+            panel.plot(*point, marker="s", markersize=5, color=harness.COLORS[1], linestyle="")
+            label = f"{row['series']}, {name.removeprefix('peer-')}"
+            panel.annotate(label, point, xytext=(6, 2), textcoords="offset points", fontsize=7)
+    if "dense" in rows:
+        panel.axhline(
+            rows["dense"]["perplexity"][TEXT][0], color="grey", linewidth=0.8, label="dense, 538 MB"
+        )
+    harness.legend(panel)
+    harness.save_figure(figure, path)
+
+
 def draw_series(panel: Any, rows: Mapping[str, Row], label: str, clip: float) -> None:
     """Draw one line a series; values above `clip` are left to the table."""
     for series in dict.fromkeys(row["series"] for row in rows.values()):
@@ -267,6 +289,7 @@ def script(args: argparse.Namespace) -> None:
     results.measure(sweep.rows(), args.rows)
     results.write_page(page(results))
     draw(results.rows, args.out / "pareto.svg")
+    draw_front(results.rows, args.out / "frontier.svg")
 
 
 if __name__ == "__main__":
