@@ -2,6 +2,7 @@
 
     python tests/measure_structure.py                               measures this tree, counts included
     python tests/measure_structure.py --tree OLDER --name before    another checkout, as it stands
+    python tests/measure_structure.py --flags --tree OLDER --name before    the flags of its commands alone
     python tests/measure_structure.py --seconds unit=80 gate=900    notes what `time make unit` and the gate showed
 
 Writes ``docs/results/structure.json``, one entry a tree, and ``structure.md`` from it. What one compression reads and
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -145,6 +147,26 @@ def _words(module: ast.Module) -> set[str]:
     return {word for word in named | {text for text in said if isinstance(text, str)} if word}
 
 
+def flags(root: Path) -> dict[str, int]:
+    """Return how many options each command of a checkout takes, `--help` left out."""
+    count = (
+        "import argparse, json; from rk_export.cli.parser import build_parser; "
+        "found = next(one for one in build_parser()._actions if isinstance(one, argparse._SubParsersAction)); "
+        "print(json.dumps({name: sum(bool(one.option_strings) and one.dest != 'help' for one in command._actions) "
+        "for name, command in found.choices.items()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", count],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
 def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -165,9 +187,22 @@ def page(found: dict[str, Any]) -> str:
     ]
     head = HEAD.format(before=before["commit"], after=after["commit"])
     counts = _counts(found["counts"])
-    return "\n".join([head, *_table(("", "before", "after"), rows), "", COUNTED, *counts, "", METHOD])
+    shown = _table(("command", "before", "after"), _flags(found["flags"]))
+    return "\n".join(
+        [head, *_table(("", "before", "after"), rows), "", FLAGS, *shown, "", COUNTED, *counts, "", METHOD]
+    )
 
 
+def _flags(found: dict[str, dict[str, int]]) -> Iterator[tuple[object, ...]]:
+    """Yield a row for each command; one that was not there before has a dash."""
+    for name, count in found["after"].items():
+        yield f"`{name}`", found["before"].get(name, "–"), count
+
+
+FLAGS = """## Flags of the commands
+
+*Before* is the commit in front of recipes. `--json` and `--quiet`, which every command takes, are counted.
+"""
 NAMING = "modules that name a method"
 HEAD = """# Structure
 
@@ -263,22 +298,26 @@ def main() -> int:
     parser.add_argument(
         "--seconds", nargs="+", default=[], metavar="NAME=SECONDS", help="times to note with it"
     )
+    parser.add_argument("--flags", action="store_true", help="count the flags of the commands alone")
     args = parser.parse_args()
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     entry = found.setdefault(args.name, {})
-    if args.seconds:
+    if args.flags:
+        found.setdefault("flags", {})[args.name] = flags(args.tree)
+    elif args.seconds:
         entry.setdefault("seconds", {}).update(
             (name, int(value)) for name, _, value in (one.partition("=") for one in args.seconds)
         )
     else:
         entry |= measure(args.tree)
-    if args.tree == ROOT and not args.seconds:
+    if args.tree == ROOT and not args.seconds and not args.flags:
+        found.setdefault("flags", {})[args.name] = flags(args.tree)
         from run_counts import measured
 
         counts = {run: both["empty"] for run, both in measured().items()}
         found.setdefault("counts", {})[args.name] = counts
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if {"before", "after", "counts"} <= found.keys():
+    if {"before", "after", "counts", "flags"} <= found.keys():
         RESULTS.with_suffix(".md").write_text(page(found), encoding="utf-8")
     json.dump(entry, sys.stdout, indent=1)
     return 0
