@@ -317,7 +317,7 @@ def main() -> int:
         counts = {run: both["empty"] for run, both in measured().items()}
         found.setdefault("counts", {})[args.name] = counts
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if {"before", "after", "counts", "flags"} <= found.keys():
+    if {"before", "after", "counts"} <= found.keys() and {"before", "after"} <= found.get("flags", {}).keys():
         RESULTS.with_suffix(".md").write_text(page(found), encoding="utf-8")
     json.dump(entry, sys.stdout, indent=1)
     return 0
