@@ -48,6 +48,17 @@ of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 The contestants run in turns, in a batch of one, on random tokens. The result is medians, and ratios to the
 first bundle. Prompt, new tokens and one more must fit into the context of every contestant.
 """,
+    "compare": """
+With `--text` every model meets the same windows. The difference to the first model then has its own, smaller standard
+error. Dense models and checkpoints may be named too. Only bundles are timed.
+""",
+    "report": """
+The command works on a bundle, and on a folder of spectra that `analyze` wrote.
+""",
+    "bundle": """
+Every checksum is compared first. The manifest lists the new files, so `verify` checks them too. `kserve` brings `triton`
+along.
+""",
     "explain": """
 Matrices that were left alone are listed with the reason.
 """,
