@@ -3,6 +3,7 @@
 #   make demo     compress, export, verify and run a small model; everything it makes is in out/demo
 #   make unit     the tests that run no whole pipeline: a minute or so, before every commit
 #   make test     ruff, mypy and all tests: unit, whole runs on tiny models, real models
+#   make docs     the documentation as a site in out/site; a dead link ends it
 #   make PYTHON=python3.12 ...    another interpreter (3.11 or newer)
 #   make TORCH=torch ...          another PyTorch, e.g. the newest one with CUDA; any pip requirement or options
 
@@ -17,6 +18,7 @@ VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
@@ -27,7 +29,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite test-optimum results inputs clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum results inputs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +57,7 @@ test: lint types suite
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python tests/prose.py
 
 types: $(READY)
 	$(BIN)/python -m mypy
@@ -66,6 +69,14 @@ unit: $(READY)
 suite: $(READY)
 	$(PYTEST) --durations=30
 
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . out/site
+	@echo "== open out/site/index.html"
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -e '.[docs]'
+	@touch $@
+
 format: $(READY)
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
@@ -73,7 +84,7 @@ format: $(READY)
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
 test-optimum: $(READY) $(OPTIMUM_READY)
 	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python samples/assets smollm2)" \
-		-o out/optimum --groups none --asymmetric
+		-o out/optimum --recipe int4 --set quantize.symmetric=false
 	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
 $(OPTIMUM_READY): tests/optimum_env/requirements.txt

@@ -15,7 +15,7 @@ from optimum.commands.export.base import ExportCommand
 
 from rk_export.cli.handlers import run_compress
 from rk_export.cli.main import run_command
-from rk_export.cli.parser import add_compress_options
+from rk_export.cli.parser import add_compress_options, add_output_arguments
 
 
 class RkOnnxExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
@@ -31,6 +31,7 @@ class RkOnnxExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("-m", "--model", required=True, help="HF folder, hub id or .gguf file")
         parser.add_argument("output", type=Path, help="bundle folder")
         add_compress_options(parser)
+        add_output_arguments(parser)
 
     def run(self) -> None:
         """Run the command and end with the exit status of ``rk-export``."""

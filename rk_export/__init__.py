@@ -20,7 +20,9 @@ from rk_export.methods import METHODS  # noqa: E402  after the variables above
 if TYPE_CHECKING:
     from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
+    from rk_export.commands.compare import compare
     from rk_export.commands.compress import compress, dry_run, rewrite_model
+    from rk_export.commands.deployment_files import deployment_files
     from rk_export.commands.evaluate import evaluate
     from rk_export.commands.explain import explain
     from rk_export.commands.export import export
@@ -42,12 +44,19 @@ if TYPE_CHECKING:
     from rk_export.folders import library_versions
     from rk_export.model.torch_logits import torch_logits
     from rk_export.options.calibration import CalibrationOptions
+    from rk_export.options.correct import Correct
+    from rk_export.options.factorize import Factorize
+    from rk_export.options.prepare import Prepare
     from rk_export.options.quantization import W8A8, QuantSpec
+    from rk_export.options.quantize import Quantize
     from rk_export.options.ranks import Budget, RankRule
     from rk_export.options.recipe import Recipe
     from rk_export.options.run import Run
+    from rk_export.options.target import Target
     from rk_export.options.texts import TextFile
     from rk_export.plan import Plan
+    from rk_export.report.comparison import Comparison
+    from rk_export.report.comparison_page import comparison_html
     from rk_export.report.records import Finding, ParityTier, Report
     from rk_export.report.render import findings_table, parity_text, text_table
     from rk_export.rewrite.apply import Rewritten
@@ -58,9 +67,11 @@ if TYPE_CHECKING:
 _HOME = {
     "quiet_libraries": "rk_export.cli.main",
     "analyze": "rk_export.commands.analyze",
+    "compare": "rk_export.commands.compare",
     "compress": "rk_export.commands.compress",
     "dry_run": "rk_export.commands.compress",
     "rewrite_model": "rk_export.commands.compress",
+    "deployment_files": "rk_export.commands.deployment_files",
     "evaluate": "rk_export.commands.evaluate",
     "explain": "rk_export.commands.explain",
     "export": "rk_export.commands.export",
@@ -82,6 +93,11 @@ _HOME = {
     "library_versions": "rk_export.folders",
     "torch_logits": "rk_export.model.torch_logits",
     "CalibrationOptions": "rk_export.options.calibration",
+    "Correct": "rk_export.options.correct",
+    "Factorize": "rk_export.options.factorize",
+    "Prepare": "rk_export.options.prepare",
+    "Quantize": "rk_export.options.quantize",
+    "Target": "rk_export.options.target",
     "Recipe": "rk_export.options.recipe",
     "QuantSpec": "rk_export.options.quantization",
     "W8A8": "rk_export.options.quantization",
@@ -90,6 +106,8 @@ _HOME = {
     "Run": "rk_export.options.run",
     "TextFile": "rk_export.options.texts",
     "Plan": "rk_export.plan",
+    "Comparison": "rk_export.report.comparison",
+    "comparison_html": "rk_export.report.comparison_page",
     "Finding": "rk_export.report.records",
     "ParityTier": "rk_export.report.records",
     "Report": "rk_export.report.records",
@@ -106,15 +124,20 @@ __all__ = [
     "W8A8",
     "Budget",
     "CalibrationOptions",
+    "Comparison",
+    "Correct",
     "EvalText",
+    "Factorize",
     "Finding",
     "FusionError",
     "InputError",
     "ParityError",
     "ParityTier",
     "Plan",
+    "Prepare",
     "ProviderError",
     "QuantSpec",
+    "Quantize",
     "RankRule",
     "Recipe",
     "Report",
@@ -123,11 +146,15 @@ __all__ = [
     "Run",
     "SpeedTest",
     "StoredModel",
+    "Target",
     "TextFile",
     "UnsupportedModelError",
     "analyze",
     "assert_parity",
+    "compare",
+    "comparison_html",
     "compress",
+    "deployment_files",
     "dry_run",
     "evaluate",
     "evaluate_models",

@@ -8,18 +8,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rk_export.atomic import beside
+from rk_export.atomic import atomic_file, beside
 from rk_export.errors import InputError
 from rk_export.plan import PLAN_MARK
+from rk_export.progress import stage
+from rk_export.report.records import Report
 
 MANIFEST = "rk_manifest.json"
 _FORMAT = 1
+_BLOCK = 1 << 20
+_LONG = 512  # blocks of a file whose checksum takes more than a second or two
 _MARKS = (MANIFEST, "report.json", "plan.json")
 _LIBRARIES = (
     "rk-export",
@@ -134,6 +139,11 @@ def check_replaceable(target: Path, force: bool, *, inputs: Iterable[Path] = ())
         ) from error
 
 
+def state_file(out: Path, name: str) -> Path:
+    """Return where an interrupted training waits for the next run: beside the output."""
+    return out.with_name(f".{out.name}.{name}")
+
+
 def check_plan_place(target: Path, force: bool) -> None:
     """Refuse, before any work, a place where no plan can be written; only a plan is replaced.
 
@@ -229,11 +239,15 @@ def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputE
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the hexadecimal SHA-256 of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal SHA-256 of a file, read in blocks of 1 MiB; that of a large one shows its progress."""
+    digest, blocks = hashlib.sha256(), -(-os.path.getsize(path) // _BLOCK)
     with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
+        shown = stage(f"checksum of {Path(path).name}, MiB", blocks) if blocks > _LONG else nullcontext()
+        with shown as bar:
+            while block := handle.read(_BLOCK):
+                digest.update(block)
+                if bar is not None:
+                    bar.advance()
     return digest.hexdigest()
 
 
@@ -258,16 +272,40 @@ def write_manifest(folder: str | os.PathLike[str], info: dict[str, Any]) -> Path
         info: JSON-ready facts of the run; ``format``, ``versions`` and ``files`` are the manifest's own keys.
     """
     root = Path(folder)
+    files = _entries(root, root)
+    return _write_json(root, {**info, "format": _FORMAT, "versions": library_versions(), "files": files})
+
+
+def replace_in_manifest(folder: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """List what lies in some of a bundle's subfolders anew; the entries of all other files stay as they are.
+
+    Args:
+        folder: A bundle with a manifest.
+        names: The subfolders.
+    """
+    root = Path(folder)
+    manifest = _read_manifest(root)
+    kept = {file: entry for file, entry in manifest["files"].items() if file.split("/")[0] not in names}
+    added = {file: entry for name in names for file, entry in _entries(root, root / name).items()}
+    _write_json(root, {**manifest, "files": dict(sorted({**kept, **added}.items()))})
+
+
+def _entries(root: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and checksum of every file below a folder by its path below the root."""
     digests: dict[tuple[int, int], str] = {}
     files = {}
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != root / MANIFEST):
         stat = path.stat()
         inode = (stat.st_dev, stat.st_ino)
         if inode not in digests:
             digests[inode] = sha256_of(path)
         files[path.relative_to(root).as_posix()] = {"bytes": stat.st_size, "sha256": digests[inode]}
-    manifest = {**info, "format": _FORMAT, "versions": library_versions(), "files": files}
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _write_json(root: Path, manifest: dict[str, Any]) -> Path:
+    with atomic_file(root / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return root / MANIFEST
 
 
@@ -304,6 +342,25 @@ def check_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> di
                 "corrupted: its checksum differs from the manifest", where=str(root / name), fix=fix
             )
     return manifest
+
+
+def read_report(folder: str | os.PathLike[str]) -> Report:
+    """Return the report of a bundle or of a folder of spectra.
+
+    Args:
+        folder: What `compress`, `export` or `analyze` wrote.
+
+    Raises:
+        InputError: The folder holds no report, or a broken one.
+    """
+    path = Path(folder).expanduser() / "report.json"
+    if not path.is_file():
+        raise InputError(
+            "no report here: neither a bundle nor a folder of spectra",
+            where=str(folder),
+            fix="give a folder that compress, export or analyze wrote",
+        )
+    return Report.load(path)
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WRITE_AGAIN = "correct it, or write the file again with this rk-export"
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 class _NonFinite:
@@ -43,16 +44,23 @@ Float = Annotated[float, _NonFinite()]
 def to_json(value: Any) -> Any:
     """Return a value as `json.dumps` takes it: dataclasses as objects, tuples as arrays, enumerations by value.
 
-    A field whose metadata say ``saved: False`` is left out; a dataclass with a `json_tag` stands under that name.
+    A field whose metadata say ``saved: False`` is left out, and one with a ``key`` stands under that name. A dataclass
+    with a `json_tag` stands under that name; one with `bare` is the value of that field, where it has no other; one
+    with `json_form` says itself what it is.
 
     Floats that JSON cannot hold become strings: ``"inf"``, ``"-inf"``, ``"nan"``.
     """
+    if hasattr(value, "json_form"):
+        return to_json(value.json_form())
     if is_dataclass(value):
-        saved = {
-            item.name: to_json(getattr(value, item.name))
+        saved: Any = {
+            item.metadata.get("key", item.name): to_json(getattr(value, item.name))
             for item in fields(value)
             if item.metadata.get("saved", True)
         }
+        bare = getattr(value, "bare", None)
+        if [*saved] == [bare]:
+            saved = saved[bare]
         tag = getattr(value, "json_tag", None)
         return saved if tag is None else {tag: saved}
     if isinstance(value, enum.Enum):
@@ -78,6 +86,40 @@ def from_json(cls: type[T], data: Any, where: str, *, fix: str = _WRITE_AGAIN) -
     Raises:
         InputError: A field is missing, unknown or of the wrong type, or its value is refused.
     """
+    try:
+        return read(cls, data)
+    except MisfitError as error:
+        raise _refusal(error, where, fix) from error
+
+
+class MisfitError(Exception):
+    """Data that are no `cls`.
+
+    Args:
+        path: Keys and indices that lead to the place.
+        what: What is wrong there.
+        unknown: Whether the last key of the path is a field that does not exist.
+        cause: The refusal of one of our classes, if it was one.
+    """
+
+    def __init__(
+        self,
+        path: tuple[int | str, ...],
+        what: str,
+        *,
+        unknown: bool = False,
+        cause: InputError | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.path, self.what, self.unknown, self.cause = path, what, unknown, cause
+
+
+def read(cls: type[T], data: Any) -> T:
+    """Return the dataclass that `to_json` wrote.
+
+    Raises:
+        MisfitError: A field is missing, unknown or of the wrong type, or its value is refused.
+    """
     from pydantic import ValidationError
 
     kind: Any = cls
@@ -85,9 +127,34 @@ def from_json(cls: type[T], data: Any, where: str, *, fix: str = _WRITE_AGAIN) -
         # As text, because only there an array is as good as a tuple, and a string as an enumeration.
         (value,) = _reader(kind).validate_json(json.dumps([data]))
     except ValidationError as error:
-        raise _refusal(error.errors()[0], where, fix) from error
+        raise _misfit(error.errors()) from error
     found: T = value
     return found
+
+
+def _misfit(found: list[ErrorDetails]) -> MisfitError:
+    """Return the first misfit; where a field may be one of several kinds, what each of them says."""
+    first = found[0]
+    if first["type"] == "missing":  # a misspelled name explains the missing one
+        first = next((one for one in found if one["type"] in _UNKNOWN), first)
+    if first["type"] == "literal_error" and len(found) > 1:
+        kinds = [one for one in found if one["loc"][:-1] == first["loc"][:-1]]
+        said = " nor ".join(_said(one) for one in kinds)
+        what = f"neither {said}; found {reprlib.repr(first['input'])}" if len(kinds) > 1 else _what(first)
+        return MisfitError(first["loc"][1:-1] if len(kinds) > 1 else first["loc"][1:], what)
+    cause = first.get("ctx", {}).get("error")
+    unknown = first["type"] in _UNKNOWN
+    what = str(cause) if cause is not None else _what(first)
+    own = cause if isinstance(cause, InputError) else None
+    return MisfitError(first["loc"][1:], what, unknown=unknown, cause=own)
+
+
+def _said(details: ErrorDetails) -> str:
+    """Return what one of several kinds wants, in a few words."""
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return f"a file ({cause.what}: {cause.where})"
+    return details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
 
 
 def load_json(path: Path, *, fix: str) -> Any:
@@ -118,16 +185,12 @@ def _float_of(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
-def _refusal(details: ErrorDetails, where: str, fix: str) -> InputError:
-    place = f"{where}: {path}" if (path := _path(details["loc"][1:])) else where
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return InputError(
-            cause.what,
-            where=place if cause.where is None else f"{place}: {cause.where}",
-            fix=cause.fix or fix,
-        )
-    return InputError(_what(details) if cause is None else str(cause), where=place, fix=fix)
+def _refusal(misfit: MisfitError, where: str, fix: str) -> InputError:
+    place = f"{where}: {path}" if (path := _path(misfit.path)) else where
+    if (cause := misfit.cause) is None:
+        return InputError(misfit.what, where=place, fix=fix)
+    inner = place if cause.where is None else f"{place}: {cause.where}"
+    return InputError(cause.what, where=inner, fix=cause.fix or fix)
 
 
 def _path(steps: tuple[int | str, ...]) -> str:
@@ -138,7 +201,7 @@ def _path(steps: tuple[int | str, ...]) -> str:
 def _what(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return "the field is missing"
-    if details["type"] == "unexpected_keyword_argument":
+    if details["type"] in _UNKNOWN:
         return "there is no such field"
     expected = details["msg"].replace("Input should be", "expected")
     return f"{expected}; found {reprlib.repr(details['input'])}"

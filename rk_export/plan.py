@@ -182,13 +182,14 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Plan:
-    """A complete, machine-independent recipe for one model structure.
+    """What becomes of every matrix of one model structure; it names no machine.
 
     Args:
         model_type: The architecture, as in the model's config.
         structure: Fingerprint of the config's shapes; a plan applies to equal structures only.
         recipe: What was asked for.
         sites: What was decided, site by site.
+        table: Format of the embedding, and of an output projection of its own; None for floats.
         shapes: The layers that lose dimensions, each once.
         predicted_loss: Increase of the mean loss that a budget's planner predicted, in nats per token; None where
             nothing was predicted.
@@ -199,6 +200,7 @@ class Plan:
     structure: str
     recipe: Recipe
     sites: tuple[SitePlan, ...]
+    table: QuantSpec | None
     shapes: tuple[LayerShape, ...] = ()
     predicted_loss: Float | None = None
     pruning: Pruning | None = None

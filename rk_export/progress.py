@@ -1,23 +1,23 @@
 """How far a long loop is. The library only says it; the program that runs it chooses how it is shown.
 
-Without a program that shows bars, a stage is a line in the log when it starts, and one more at most every tenth of it
-and every ten seconds.
+Without a program that shows bars, a stage is a line in the log when it starts, and more lines while it runs: at most
+one in five seconds, and in a long stage one a minute. Each says how far it is and about how long the rest takes.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NEWS_SHARE = 0.1
-_NEWS_SECONDS = 10.0
+# Seconds between two lines: a tenth of the time that the stage has taken, within these bounds.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 5.0, 60.0
 
 
 class Bar(Protocol):
@@ -70,6 +70,31 @@ def stage(title: str, total: int, done: int = 0) -> Iterator[Bar]:
         bar.close()
 
 
+class Watched(Protocol):
+    """A PyTorch module, as far as `track_calls` knows it."""
+
+    def register_forward_hook(self, hook: Callable[..., None]) -> Any:
+        """Call the hook after every forward pass, until the handle that is returned is removed."""
+
+
+@contextmanager
+def track_calls(modules: Sequence[Watched], title: str, times: int = 1) -> Iterator[None]:
+    """Show a pass over a whole model while the context lasts, layer by layer.
+
+    Args:
+        modules: The layers; each call of one counts.
+        title: What the stage does.
+        times: How often each layer will be called.
+    """
+    with stage(title, len(modules) * times) as bar:
+        handles = [module.register_forward_hook(lambda *_: bar.advance()) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 @contextmanager
 def shown_by(open_bar: OpenBar) -> Iterator[None]:
     """Show stages in another way while the context lasts."""
@@ -86,27 +111,37 @@ class LogBar:
 
     def __init__(self, title: str, total: int, done: int) -> None:
         self._title, self._total, self._first, self._done = title, total, done, done
-        self._begin = self._last = time.monotonic()
-        self._next = done + _NEWS_SHARE * total
-        logger.info("%s: %d", title, total)
+        self._begin = time.monotonic()
+        self._due = self._begin + _SHORTEST_PAUSE
+        went_on = f", {done} of them done before" if done else ""
+        logger.info("%s: %d%s", title, total, went_on)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count, and log where there is news."""
+        """Count, and log when it is time to."""
         self._done += count
         now = time.monotonic()
-        if self._next <= self._done < self._total and now - self._last >= _NEWS_SECONDS:
-            left = (now - self._begin) / (self._done - self._first) * (self._total - self._done)
-            minutes, seconds = divmod(round(left), 60)
-            news = [
-                f"{self._done} of {self._total}",
-                *([note] if note else []),
-                f"{minutes}:{seconds:02d} left",
-            ]
-            logger.info("%s: %s", self._title, ", ".join(news))
-            self._last, self._next = now, self._done + _NEWS_SHARE * self._total
+        if now < self._due or not self._first < self._done < self._total:
+            return
+        spent = now - self._begin
+        # What an earlier run did took none of this run's time.
+        left = spent / (self._done - self._first) * (self._total - self._done)
+        news = [f"{self._done} of {self._total}", *([note] if note else []), f"about {_rounded(left)} left"]
+        logger.info("%s: %s", self._title, ", ".join(news))
+        self._due = now + min(max(0.1 * spent, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:
         """Nothing is left on the screen."""
+
+
+def _rounded(seconds: float) -> str:
+    """Return a time as exactly as an estimate deserves: 7 s, 40 s, 12 min, 2.5 h."""
+    if seconds < 10:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90:
+        return f"{5 * round(seconds / 5)} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 _open_bar: OpenBar = LogBar

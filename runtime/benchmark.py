@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError
+from rk_export.progress import track
 from rk_export.report.table import Column, Table, make_table
 from rk_export.runtime.contestants import BundleContestant, Contestant, GenAIContestant
 from rk_export.runtime.providers import Provider
@@ -129,7 +130,8 @@ def bench(
     _check_length(contestants, prompt_tokens, new_tokens)
     vocabulary = min(contestant.vocab_size for contestant in contestants)
     prompt = np.random.default_rng(_SEED).integers(vocabulary, size=prompt_tokens)
-    rounds = [_round(contestants, turn, prompt, new_tokens) for turn in range(repeats + 1)][1:]
+    turns = track(range(repeats + 1), "rounds of the benchmark, a first one to warm up")
+    rounds = [_round(contestants, turn, prompt, new_tokens) for turn in turns][1:]
     rows = tuple(_row(index, contestant.name, rounds) for index, contestant in enumerate(contestants))
     return BenchResult(rows, prompt_tokens, new_tokens, threads)
 

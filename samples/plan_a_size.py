@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'MB':>8}  {'loss +':>7}  matrices")
     for megabytes in args.megabytes:
         # One budget for the whole file: the planner weighs formats and ranks of all matrices against each other.
-        plan = make_plan(args.model, Recipe(budget=Budget("size", megabytes * 1e6)))
+        recipe = Recipe.load("default").with_budget(Budget("size", megabytes * 1e6))
+        plan = make_plan(args.model, recipe)
         plan.save(path_of(args.out, megabytes))
         # The predicted increase of the mean loss, in nats per token: it ranks plans, it is no measured perplexity.
         print(f"{megabytes:>8g}  {plan.predicted_loss or 0:>7.3f}  {what_is_done(plan)}")

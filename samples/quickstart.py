@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import rk_export
-from rk_export import QuantSpec, RankRule, Recipe, findings_table, parity_text
+from rk_export import Factorize, Prepare, Quantize, Recipe, findings_table, parity_text
 from rk_export.runtime import GenerationOptions, Session
 
 
@@ -23,12 +23,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", default="The harbour was quiet")
     args = parser.parse_args(arguments)
 
-    # What to do: joint rank-k factors for [W_q; W_k], INT4 with zero points, embedding and head in INT8.
+    # A recipe is a list of steps; `Recipe.load("int4")` takes a preset, and `Recipe.load("mine.yaml")` a file. Here:
+    # joint rank-k factors for [W_q; W_k], INT4 with zero points, embedding and head in INT8.
     recipe = Recipe(
-        groups=("qk",),
-        rank=RankRule("keep", 0.95),
-        quant=QuantSpec(bits=4, block_size=32, symmetric=False),
-        embedding_quant=QuantSpec(bits=8, block_size=32),
+        (
+            Prepare(),
+            Factorize(("qk",), keep=0.95),
+            Quantize(("layers",), bits=4, symmetric=False),
+            Quantize(("embed_tokens", "lm_head"), bits=8),
+        )
     )
 
     # A plan says what will happen to each matrix. It can be saved, read, edited and applied again.

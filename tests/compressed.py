@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from made_recipes import made_recipe
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rk_export.graph.build import build_graph, save_graph
-from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.options.recipe import Recipe
@@ -31,15 +32,15 @@ Past = dict[str, np.ndarray]
 
 
 def floats(groups: tuple[str, ...] = (), **options: Any) -> Recipe:
-    """Return options that quantize nothing and compute in floats."""
+    """Return a recipe that quantizes nothing and computes in floats."""
     fields = {
         "quant": None,
-        "embedding_quant": None,
+        "table": None,
         "accuracy_level": 0,
-        "calibration": CalibrationOptions("none"),
+        "calibration": UNWEIGHED,
         "quantizer": "rtn",
     }
-    return Recipe(groups=groups, **{**fields, **options})
+    return made_recipe(groups=groups, **{**fields, **options})
 
 
 def compress(source: StoredModel, recipe: Recipe, probe: Tensor | None = None) -> Rewritten:

@@ -118,21 +118,19 @@ def trained_tokenizer() -> Any:
 
 
 def tiny_options(**changes: Any) -> Recipe:
-    """Return options that factorize and quantize every matrix of the tiny model."""
-    from rk_export.options.calibration import CalibrationOptions
-    from rk_export.options.quantization import QuantSpec
+    """Return a recipe that factorizes and quantizes every matrix of the tiny model."""
+    from made_recipes import made_recipe
+
+    from rk_export.options.calibration import UNWEIGHED
     from rk_export.options.ranks import RankRule
-    from rk_export.options.recipe import Recipe
 
     fields = {
         "groups": ("qk", "gate_up"),
         "rank": RankRule("keep", 0.8),
-        "quant": QuantSpec(4, 32),
-        "embedding_quant": QuantSpec(8, 32),
-        "calibration": CalibrationOptions("none"),
+        "calibration": UNWEIGHED,
         "quantizer": "rtn",
     }
-    return Recipe(**{**fields, **changes})
+    return made_recipe(**{**fields, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -177,10 +175,11 @@ def off_grid(made_once: MakeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_int4(made_once: MakeOnce, off_grid: Path) -> Path:
-    """Bundle of `off_grid` as `compress` makes it without any option; for tests marked `real_model`."""
-    from rk_export import Run, compress
+    """Bundle of `off_grid` by the recipe `int4`; for tests marked `real_model`."""
+    from rk_export import Recipe, Run, compress
 
-    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, run=Run(threads=1)))
+    int4 = Recipe.load("int4")
+    return made_once("smollm2-int4", lambda folder: compress(off_grid, folder, int4, run=Run(threads=1)))
 
 
 @pytest.fixture

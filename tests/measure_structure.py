@@ -196,8 +196,8 @@ How much code does a new method need? SSLC (arXiv 2510.26446) was added to the p
 - a word each in two tests that list public classes and methods,
 - a paragraph in `docs/explanation/methods.md` and three lines in `docs/reference/cli.md`.
 
-Flags, `--method sslc`, the plan's JSON, `rk_export.SslcOptions`, report and model card followed by themselves. Before,
-twelve modules outside the methods' own named `basel` or `cap`.
+The step `sslc` of recipes, its help, the plan's JSON, `rk_export.SslcOptions`, report and model card followed by
+themselves. Before, twelve modules outside the methods' own named `basel` or `cap`.
 
 [cap.md](cap.md) compares SSLC with Wanda and CAP.
 """

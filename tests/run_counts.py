@@ -13,16 +13,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from made_recipes import made_recipe
+
 from rk_export import compress, tensor_cache
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.quantization import W8A8
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.source import tensor_files
@@ -148,13 +149,12 @@ def _counted_files(counts: Counter[str], reads: Counter[str]) -> Iterator[None]:
 
 
 def runs() -> dict[str, Recipe]:
-    """Return the options of the three compressions that are counted: INT4, W8A8, one of two blocks pruned."""
-    calibration = CalibrationOptions("self", tokens=512)
-    int4 = Recipe(calibration=calibration, quant=QuantSpec(4, 32))
+    """Return the recipes of the three compressions that are counted: INT4, W8A8, one of two blocks pruned."""
+    short = CalibrationOptions(tokens=512)
     return {
-        "int4": int4,
-        "w8a8": replace(int4, quant=W8A8),
-        "one block pruned": replace(int4, methods=(PruneOptions(blocks=1),)),
+        "int4": made_recipe(calibration=short),
+        "w8a8": made_recipe(calibration=short, quant=W8A8),
+        "one block pruned": made_recipe(calibration=short, methods=(PruneOptions(blocks=1),)),
     }
 
 

@@ -32,7 +32,7 @@ def sparse_plan(
     """Return a plan that puts every matrix but experts into the sparse form, and its parts."""
     roles = {item.role for item in source.architecture.projections(source.config, 0)}
     groups = tuple(name for name in SINGLE_GROUPS if name in roles)
-    plan = decide_plan(source, replace(recipe, groups=()))
+    plan = decide_plan(source, recipe)
     parts, sites = {}, []
     for layer in source.layers():
         for site in plan.of_layer(layer.index):

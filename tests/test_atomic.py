@@ -58,7 +58,7 @@ Writer = Callable[[Path], object]
 WRITERS: dict[str, Writer] = {
     "tensors": lambda path: write_tensors(path, {"a": torch.zeros(3)}),
     "state": lambda path: StateFile(path, "run").write(STATE),
-    "plan": lambda path: Plan("llama", "fingerprint", Recipe(), ()).save(path),
+    "plan": lambda path: Plan("llama", "fingerprint", Recipe(), (), None).save(path),
 }
 
 

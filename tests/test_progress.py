@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from rk_export import progress
-from rk_export.progress import Bar, shown_by, stage, track
+from rk_export.progress import Bar, shown_by, stage, track, track_calls
 
 
 class Recorded:
@@ -98,19 +100,68 @@ def test_a_short_stage_is_one_line(caplog: pytest.LogCaptureFixture, monkeypatch
     assert _lines(caplog, monkeypatch, 1000, 0.005) == ["items: 1000"]
 
 
-def test_a_long_stage_is_a_line_a_tenth_with_the_time_that_is_left(
+def test_a_long_stage_says_how_long_the_rest_takes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = _lines(caplog, monkeypatch, 1000, 1.0)
-    assert lines[:3] == ["items: 1000", "items: 100 of 1000, 15:00 left", "items: 200 of 1000, 13:20 left"]
-    assert len(lines) == 10
+    assert lines[:3] == [
+        "items: 1000",
+        "items: 5 of 1000, about 17 min left",
+        "items: 10 of 1000, about 16 min left",
+    ]
+    assert lines[-1] == "items: 952 of 1000, about 50 s left"
+    assert len(lines) == 42
 
 
-def test_lines_are_ten_seconds_apart(
+def test_lines_are_five_seconds_to_a_minute_apart(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = _lines(caplog, monkeypatch, 10, 4.0)
-    assert lines[1:] == [f"items: {done} of 10, 0:{4 * (10 - done):02d} left" for done in (3, 6, 9)]
+    lines = _lines(caplog, monkeypatch, 36_000, 1.0)
+    places = [int(line.split()[1]) for line in lines[1:]]
+    pauses = {after - before for before, after in itertools.pairwise(places)}
+    assert (min(pauses), max(pauses)) == (5, 60)
+    assert lines[-300].endswith("about 5.0 h left")
+
+
+def test_a_stage_that_goes_on_is_estimated_by_this_run_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with caplog.at_level(logging.INFO, progress.__name__), stage("steps", 100, done=90) as bar:
+        now = 6.0
+        bar.advance()
+    assert caplog.messages == [
+        "steps: 100, 90 of them done before",
+        "steps: 91 of 100, about 55 s left",
+    ]
+
+
+class Module:
+    """What `track_calls` needs of a PyTorch module."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Callable[..., None]] = []
+
+    def register_forward_hook(self, hook: Callable[..., None]) -> Module:
+        self.hooks.append(hook)
+        return self
+
+    def remove(self) -> None:
+        self.hooks.clear()
+
+    def __call__(self) -> None:
+        for hook in self.hooks:
+            hook(self, (), None)
+
+
+def test_calls_of_layers_are_counted(bars: list[Recorded]) -> None:
+    layers = [Module(), Module()]
+    with shown_by(_opening(bars)), track_calls(layers, "layers", 2):
+        for layer in layers * 2:
+            layer()
+    layers[0]()
+    assert bars[0].told == [("layers", 4, 0), 1, 1, 1, 1, "closed"]
 
 
 def test_the_note_is_in_the_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +170,7 @@ def test_the_note_is_in_the_line(caplog: pytest.LogCaptureFixture, monkeypatch: 
     with caplog.at_level(logging.INFO, progress.__name__), stage("steps", 4, done=2) as bar:
         now = 11.0
         bar.advance(note="loss 2.5")
-    assert caplog.messages[1:] == ["steps: 3 of 4, loss 2.5, 0:11 left"]
+    assert caplog.messages[1:] == ["steps: 3 of 4, loss 2.5, about 10 s left"]
 
 
 def test_it_is_a_leaf_of_the_standard_library() -> None:

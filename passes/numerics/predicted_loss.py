@@ -7,6 +7,7 @@ In this one unit a singular direction here is comparable with a bit there, which
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,7 @@ def rank_losses(W: Tensor, curvature: Curvature) -> Tensor:
 
 
 def rounding_loss(W: Tensor, spec: QuantSpec, curvature: Curvature, columns: Tensor) -> float:
-    """Return the predicted loss of quantizing W (out, in) to a spec.
-
-    Rounding errors are taken as independent and uniform over a step, which is right for many bits and
-    pessimistic for two.
+    """Return the predicted loss of quantizing W (out, in) to a spec, see `rounding_losses`.
 
     Args:
         W: The matrix.
@@ -41,14 +39,34 @@ def rounding_loss(W: Tensor, spec: QuantSpec, curvature: Curvature, columns: Ten
         curvature: Of the matrix.
         columns: Cost of a unit of squared error in each column, see `Inputs.column_weights`.
     """
+    return rounding_losses(W, {spec: columns}, curvature)[spec]
+
+
+def rounding_losses(
+    W: Tensor, columns: Mapping[QuantSpec, Tensor], curvature: Curvature
+) -> dict[QuantSpec, float]:
+    """Return the predicted loss of quantizing W (out, in) to each of several specs; W is read once.
+
+    Rounding errors are taken as independent and uniform over a step, which is right for many bits and
+    pessimistic for two.
+
+    Args:
+        W: The matrix.
+        columns: By spec, cost of a unit of squared error in each column, see `Inputs.column_weights`.
+        curvature: Of the matrix.
+    """
     out_weights = curvature.output_weights.to(torch.float32)
-    by_block = _blocks(columns.to(torch.float32)[None], spec.block_size).sum(-1)[0]
-    rows = product(_squared_steps(W, spec), by_block[:, None])[:, 0]
-    loss = 0.5 * _UNIFORM * float(out_weights @ rows)
-    if spec.activations == 8:
-        norms = W.to(torch.float32).square().sum(1)
-        loss += 0.5 * _UNIFORM * curvature.inputs.token_peak / _INT8_LEVELS**2 * float(out_weights @ norms)
-    return loss
+    ranges = _ranges(W, columns)
+    losses = {}
+    for spec, weights in columns.items():
+        by_block = _blocks(weights.to(torch.float32)[None], spec.block_size).sum(-1)[0]
+        rows = product(ranges[spec.block_size].squared_steps(spec), by_block[:, None])[:, 0]
+        losses[spec] = 0.5 * _UNIFORM * float(out_weights @ rows)
+        if spec.activations == 8:
+            norms = W.to(torch.float32).square().sum(1)
+            peak = curvature.inputs.token_peak / _INT8_LEVELS**2
+            losses[spec] += 0.5 * _UNIFORM * peak * float(out_weights @ norms)
+    return losses
 
 
 def block_peaks(x: Tensor, block_size: int) -> Tensor:
@@ -88,24 +106,31 @@ class TableCurvature:
     lookup: Curvature
 
 
-def table_loss(table: Tensor, spec: QuantSpec, curvature: TableCurvature, columns: Tensor) -> float:
-    """Return the predicted loss of quantizing a table (vocabulary, dim), as output projection and as embedding.
+def table_losses(
+    table: Tensor, specs: Sequence[QuantSpec], curvature: TableCurvature, columns: Tensor
+) -> dict[QuantSpec, float]:
+    """Return the predicted loss of quantizing a table (vocabulary, dim) to each of several specs.
+
+    It is the loss as output projection and that as embedding together.
 
     Args:
         table: The table.
-        spec: A blockwise spec.
+        specs: Blockwise specs.
         curvature: Of the table.
         columns: Cost of a unit of squared error in each column of the output projection (dim,).
     """
-    steps = _squared_steps(table, spec)
-
-    def weighed(rows: Tensor, weights: Tensor) -> float:
-        by_block = _blocks(weights.to(torch.float32)[None], spec.block_size).sum(-1)[0]
-        return float(rows.to(torch.float32) @ (steps @ by_block))
-
+    ranges = _ranges(table, specs)
     head, lookup = curvature.head, curvature.lookup
-    as_head = weighed(head.output_weights, columns)
-    return 0.5 * _UNIFORM * (as_head + weighed(lookup.inputs.alone, lookup.output_weights))
+    losses = {}
+    for spec in specs:
+        steps = ranges[spec.block_size].squared_steps(spec)
+        total = 0.0
+        read_in = (head.output_weights, columns), (lookup.inputs.alone, lookup.output_weights)
+        for rows, weights in read_in:
+            by_block = _blocks(weights.to(torch.float32)[None], spec.block_size).sum(-1)[0]
+            total += float(rows.to(torch.float32) @ (steps @ by_block))
+        losses[spec] = 0.5 * _UNIFORM * total
+    return losses
 
 
 def _blocks(W: Tensor, block_size: int) -> Tensor:
@@ -116,13 +141,31 @@ def _blocks(W: Tensor, block_size: int) -> Tensor:
     return cut
 
 
-def _squared_steps(W: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the squared step of each block's grid (N, blocks), float32."""
-    cut = _blocks(W.to(torch.float32), spec.block_size)
-    high, low = cut.amax(-1), cut.amin(-1)
-    if not spec.symmetric:
-        steps: Tensor = (high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)
-    else:
-        levels = _INT8_LEVELS if spec.activations == 8 else 2 ** (spec.bits - 1)
-        steps = torch.maximum(high, -low) / levels
-    return steps.square()
+@dataclass(frozen=True)
+class _Range:
+    """The largest and the least entry of each block of a matrix (N, blocks), zeros that fill the last one included."""
+
+    high: Tensor
+    low: Tensor
+
+    def coarser(self, times: int) -> _Range:
+        """Return the range of blocks that hold so many of these; 0 is one block a row."""
+        return _Range(_blocks(self.high, times).amax(-1), _blocks(self.low, times).amin(-1))
+
+    def squared_steps(self, spec: QuantSpec) -> Tensor:
+        """Return the squared step of each block's grid (N, blocks), float32."""
+        if not spec.symmetric:
+            steps: Tensor = (self.high.clamp_min(0) - self.low.clamp_max(0)) / (2**spec.bits - 1)
+        else:
+            levels = _INT8_LEVELS if spec.activations == 8 else 2 ** (spec.bits - 1)
+            steps = torch.maximum(self.high, -self.low) / levels
+        return steps.square()
+
+
+def _ranges(W: Tensor, specs: Iterable[QuantSpec]) -> dict[int, _Range]:
+    """Return the ranges of W's blocks by block size; those of coarse blocks come from those of the finest."""
+    sizes = {spec.block_size for spec in specs}
+    finest = min(sizes - {0}, default=0)
+    low, high = torch.aminmax(_blocks(W.to(torch.float32), finest), dim=-1)
+    whole = _Range(high, low)
+    return {size: whole if size == finest else whole.coarser(size // finest) for size in sizes}

@@ -40,16 +40,16 @@ def _what_helps(recipe: Recipe) -> list[str]:
     """Return what to change, the likeliest cause first."""
     help_ = []
     stages = {method.stage for method in recipe.methods}
-    if recipe.budget is not None or recipe.rank is not None or "prune" in stages:
+    if recipe.limit is not None or recipe.rank is not None or "prune" in stages:
         help_.append("keep more of the model")
     if recipe.quant is not None and recipe.quant.bits < 8:
-        help_.append("more bits (--bits 8)")
+        help_.append("more bits (--set quantize.bits=8)")
     if recipe.quant is not None and recipe.quantizer != "gptq":
-        help_.append("--quantizer gptq")
+        help_.append("rounding by GPTQ (--set quantize.with=gptq)")
     if not recipe.calibration.uses_text:
-        help_.append("errors weighed by text (--metric self, or corpus:FILE)")
+        help_.append("errors weighed by text (--set calibration.text=self, or a file)")
     elif recipe.calibration.metric == "self":
-        help_.append("text of your own (--metric corpus:FILE)")
+        help_.append("text of your own (--set calibration.text=FILE)")
     if "recover" not in stages:
-        help_.append("recovery (--heal 100)")
+        help_.append("recovery (--set heal.steps=100)")
     return help_

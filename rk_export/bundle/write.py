@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from transformers import GenerationConfig
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
-from rk_export.bundle.triton import triton_repository
-from rk_export.errors import InputError
 from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
@@ -33,6 +30,7 @@ from rk_export.parity.preflight import Preflight
 from rk_export.parity.probe import Probe
 from rk_export.parity.tiers import checkpoint_tiers, method_tiers, runtime_tiers
 from rk_export.planning.fixed_parts import fixed_findings
+from rk_export.recipes import RECIPE, save_recipe
 from rk_export.report.humanize import share, size
 from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
 from rk_export.report.render import html
@@ -59,25 +57,17 @@ class BundleRequest:
     Args:
         text: Measure perplexity on it.
         speed: Measure tokens per second; decoders only.
-        triton: Name of a Triton model repository to add.
         threads: Threads of ONNX Runtime while verifying.
         command: Command line to note in the report.
     """
 
     text: EvalText | None = None
     speed: SpeedTest | None = None
-    triton: str | None = None
     threads: int | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
         SessionSettings(threads=self.threads)  # refuses a wrong number now, not after the work
-        if self.triton is not None and not re.fullmatch(r"\w[\w.-]*", self.triton):
-            raise InputError(
-                f"{self.triton!r} cannot name a Triton model",
-                where="--triton",
-                fix="use letters, digits, '_', '-' and '.'",
-            )
 
 
 @dataclass
@@ -143,8 +133,6 @@ def write_bundle(
         tiers = (*method, *runtime)
         require_parity(tiers, str(folder))
     measured = _measure(folder, origin, request, stages, provider)
-    if request.triton is not None:
-        triton_repository(folder, request.triton, ep="cuda" if options.ep == "cuda" else "cpu")
     report = new_report(
         origin.name if isinstance(origin, Path) else origin.title,
         rewritten.plan.model_type,
@@ -162,7 +150,7 @@ def write_bundle(
             *loaded,
             *known,
             *notices,
-            *context_notices(rewritten.description, options.context_length),
+            *context_notices(rewritten.description, options.target.context_length),
             *tokens_without_rows(folder, rewritten.model.config.vocab_size),
             *_length_notice(rewritten),
             *_over_budget(folder, options),
@@ -190,10 +178,10 @@ def new_report(model: str, model_type: str, **fields: Any) -> Report:
 
 def write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path | None) -> GenerationConfig:
     """Write tokenizer and the configs of the runtimes; `base` is the folder of the generation config, or None."""
-    config = with_context(rewritten.model.config, rewritten.plan.recipe.context_length)
+    config = with_context(rewritten.model.config, rewritten.plan.recipe.target.context_length)
     generation = write_side_files(folder, source=source, config=config, generation_from=base)
     if not rewritten.architecture.is_encoder:
-        ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.recipe.ep == "cuda" else "cpu"
+        ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.recipe.target.ep == "cuda" else "cpu"
         context = exact_length(config)
         write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
     return generation
@@ -201,7 +189,7 @@ def write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path |
 
 def _provider(recipe: Recipe) -> tuple[Provider, tuple[str, ...]]:
     """Return the execution provider to verify on, and a notice where it is not the one exported for."""
-    if recipe.ep != "cuda":
+    if recipe.target.ep != "cuda":
         return "cpu", ()
     obstacle = cuda_obstacle()
     if obstacle is None:
@@ -258,15 +246,16 @@ def tokens_without_rows(folder: Path, rows: int) -> tuple[str, ...]:
 
 
 def _length_notice(rewritten: Rewritten) -> tuple[str, ...]:
-    note = length_note(with_context(rewritten.model.config, rewritten.plan.recipe.context_length))
+    note = length_note(with_context(rewritten.model.config, rewritten.plan.recipe.target.context_length))
     return () if note is None else (note,)
 
 
 def _over_budget(folder: Path, recipe: Recipe) -> tuple[str, ...]:
     """Say that files are larger than they were to be: what surrounds the matrices is only estimated before."""
-    if recipe.budget is None or recipe.budget.kind != "size" or file_bytes(folder) <= recipe.budget.value:
+    budget = recipe.limit
+    if budget is None or budget.kind != "size" or file_bytes(folder) <= budget.amount:
         return ()
-    return (f"the files take {size(file_bytes(folder))}, the budget was {size(round(recipe.budget.value))}",)
+    return (f"the files take {size(file_bytes(folder))}, the budget was {size(round(budget.amount))}",)
 
 
 def file_bytes(folder: Path) -> int:
@@ -295,14 +284,15 @@ def _write_report(
     """Write plan, report, model card and, last, the manifest that lists every file."""
     options = rewritten.plan.recipe
     rewritten.plan.save(folder / "plan.json")
+    save_recipe(folder / RECIPE, options)
     report.save(folder / "report.json")
     (folder / "report.html").write_text(html(report), encoding="utf-8")
     card = ModelCard(
         name=name,
         base_model=report.model,
-        ep="cuda" if options.ep == "cuda" else "cpu",
-        context_length=context_of(rewritten.model.config, options.context_length),
-        length_note=length_note(with_context(rewritten.model.config, options.context_length)),
+        ep="cuda" if options.target.ep == "cuda" else "cpu",
+        context_length=context_of(rewritten.model.config, options.target.context_length),
+        length_note=length_note(with_context(rewritten.model.config, options.target.context_length)),
         summary=_summary(options),
         results=_results(report),
         ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
@@ -310,7 +300,7 @@ def _write_report(
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
         "source": {"model": report.model, "structure": rewritten.plan.structure},
-        "ep": options.ep,
+        "ep": options.target.ep,
         "shared_kv_cache": not rewritten.architecture.is_encoder,
         "parity": to_json(report.parity),
         "golden": to_json(golden),
@@ -319,26 +309,9 @@ def _write_report(
 
 
 def _summary(recipe: Recipe) -> str:
-    done = ", ".join(_done(recipe))
-    if recipe.quant is None:
-        return f"Compressed by rk-export: {done}, floats ({recipe.float_dtype})."
-    if recipe.quant.activations == 8:
-        return f"Compressed by rk-export: {done}, INT8 weights with INT8 inputs."
-    bits, block = recipe.quant.bits, recipe.quant.block_size
-    return f"Compressed by rk-export: {done}, INT{bits} weights in blocks of {block}."
-
-
-def _done(recipe: Recipe) -> Iterator[str]:
-    """Yield what was done to the matrices before they were rounded, in words."""
-    for method in recipe.methods:
-        if method.stage == "prune":
-            yield method.describe()
-    if recipe.deciding is not None:
-        yield recipe.deciding.describe()
-    elif recipe.groups:
-        yield f"joint rank-k factorization of {', '.join(recipe.groups)}"
-    else:
-        yield "dense matrices"
+    done = ", ".join(recipe.describe()) or "dense matrices"
+    floats = "" if recipe.quant is not None else f", floats ({recipe.target.float_dtype})"
+    return f"Compressed by rk-export: {done}{floats}."
 
 
 def _results(report: Report) -> tuple[tuple[str, str], ...]:

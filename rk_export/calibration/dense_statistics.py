@@ -17,6 +17,7 @@ from rk_export.plan import SitePlan
 
 _KINDS = ("second", "peaks", "gradients")
 _TOKEN_PEAKS = "token_peaks"
+_TOKENS, _EMBEDDING = "tokens", "embedding"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class DenseStatistics:
         gradients: Sum over tokens of g gᵀ, g the gradient of the mean loss by the matrix' output, float32
             (out, out), or its diagonal (out,); times `tokens` it is the G of `Curvature`. Empty where nothing ran back.
         tokens: Predicted tokens that the loss is the mean of.
+        embedding: Mean over tokens of the squared gradient of a token's loss by what the embedding writes (dim,); None
+            where nothing ran back.
     """
 
     second: Mapping[MatrixId, Tensor]
@@ -38,6 +41,7 @@ class DenseStatistics:
     token_peaks: Mapping[MatrixId, float]
     gradients: Mapping[MatrixId, Tensor]
     tokens: int
+    embedding: Tensor | None = None
 
     def at(self, place: MatrixId) -> Curvature:
         """Return the curvature of one matrix.
@@ -91,7 +95,9 @@ class DenseStatistics:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors, each once, named by kind, layer and the paths that share it."""
-        packed = {"tokens": torch.tensor(self.tokens)}
+        packed = {_TOKENS: torch.tensor(self.tokens)}
+        if self.embedding is not None:
+            packed[_EMBEDDING] = self.embedding
         for (layer, path), peak in self.token_peaks.items():
             packed[f"{_TOKEN_PEAKS}|{layer}|{path}"] = torch.tensor(peak, dtype=torch.float64)
         for kind in _KINDS:
@@ -109,11 +115,16 @@ class DenseStatistics:
         """Return the statistics that `to_tensors` packed."""
         kinds: dict[str, dict[MatrixId, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
         for name, tensor in packed.items():
-            if name != "tokens":
+            if name not in (_TOKENS, _EMBEDDING):
                 kind, layer, *paths = name.split("|")
                 kinds[kind] |= {MatrixId(int(layer), path): tensor for path in paths}
         token_peaks = {place: float(peak) for place, peak in kinds.pop(_TOKEN_PEAKS).items()}
-        return cls(**kinds, token_peaks=token_peaks, tokens=int(packed["tokens"]))
+        return cls(
+            **kinds,
+            token_peaks=token_peaks,
+            tokens=int(packed[_TOKENS]),
+            embedding=packed.get(_EMBEDDING),
+        )
 
 
 def layerwise(statistics: DenseStatistics, layers: Iterable[Layer]) -> DenseStatistics:
@@ -133,4 +144,4 @@ def layerwise(statistics: DenseStatistics, layers: Iterable[Layer]) -> DenseStat
             C = statistics.second[place].to(W.device)
             power = float(((W @ C) * W).sum(dtype=torch.float64))
             gradients[place] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)
-    return replace(statistics, gradients=gradients)
+    return replace(statistics, gradients=gradients, embedding=None)

@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 GRADIENT_LIMIT = 8_000_000_000
 
 
-def model_statistics(source: Source, tokens: Tensor, recipe: Recipe, device: torch.device) -> DenseStatistics:
+def model_statistics(
+    source: Source, tokens: Tensor, recipe: Recipe, device: torch.device, *, directions: bool = True
+) -> DenseStatistics:
     """Gather statistics of a dense model on a text, or read those of an earlier run.
 
     Args:
@@ -28,13 +30,14 @@ def model_statistics(source: Source, tokens: Tensor, recipe: Recipe, device: tor
         tokens: Calibration text, int64 (sequences, length).
         recipe: Whether outputs weigh by gradients.
         device: Where the model runs.
+        directions: Whether whole second moments of the gradients are needed, or their diagonals do.
     """
     weighed = recipe.weighs_outputs
     wanted = weighed and recipe.calibration.gradients
     statistics = dense_statistics(
         source,
         tokens,
-        diagonal=only_diagonals(source, recipe) or not wanted,
+        diagonal=not (wanted and directions) or only_diagonals(source, recipe),
         device=device,
         gradient_tokens=tokens.numel() // 2 if wanted else 0,
     )

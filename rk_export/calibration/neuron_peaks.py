@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import recorded_inputs
+from rk_export.progress import track_calls
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
@@ -49,10 +50,13 @@ def _peaks(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Te
         for matrix in source.description.matrices
         if matrix.role == "down" or (matrix.role == "expert" and matrix.id.path.endswith("down_proj"))
     }
-    for ids in torch.split(tokens, max(1, SHORT_TEXT // tokens.shape[1])):
-        with recorded_inputs(modules) as inputs:
-            model(input_ids=ids.to(device), use_cache=False)
-        for name, x in inputs.items():
-            peak = x.flatten(0, -2).abs().amax(0).float().cpu()
-            peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+    layers = list(model.get_submodule(source.architecture.layers).children())
+    chunks = torch.split(tokens, max(1, SHORT_TEXT // tokens.shape[1]))
+    with track_calls(layers, "peaks of FFN neurons, layers", len(chunks)):
+        for ids in chunks:
+            with recorded_inputs(modules) as inputs:
+                model(input_ids=ids.to(device), use_cache=False)
+            for name, x in inputs.items():
+                peak = x.flatten(0, -2).abs().amax(0).float().cpu()
+                peaks[name] = torch.maximum(peaks.get(name, peak), peak)
     return peaks

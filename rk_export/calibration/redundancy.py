@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rk_export.calibration.cache_keys import key_on_text
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.model.families import Architecture
+from rk_export.progress import track_calls
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
@@ -61,10 +62,12 @@ def _influence(
         return hook
 
     handles = [block.register_forward_hook(note(number)) for number, block in enumerate(blocks)]
+    chunks = torch.split(tokens, max(1, _TOGETHER // tokens.shape[1]))
     try:
-        for ids in torch.split(tokens, max(1, _TOGETHER // tokens.shape[1])):
-            with matmuls_in(matmul_dtype(device), device):
-                model.base_model(input_ids=ids.to(device), use_cache=False)
+        with track_calls(blocks, "influence of blocks, layers", len(chunks)):
+            for ids in chunks:
+                with matmuls_in(matmul_dtype(device), device):
+                    model.base_model(input_ids=ids.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

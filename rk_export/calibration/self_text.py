@@ -96,7 +96,7 @@ def start_token(source: Source) -> int:
     if source.architecture.is_encoder:
         raise InputError(
             f"{config.model_type} is an encoder: it writes no text",
-            where="--metric self",
+            where="calibration.text",
             fix="choose none, gain or corpus:FILE",
         )
     for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
@@ -109,7 +109,7 @@ def start_token(source: Source) -> int:
     raise InputError(
         "the model names no token that text starts with",
         where=str(source.folder / "config.json"),
-        fix="add bos_token_id there, or choose --metric corpus:FILE",
+        fix="add bos_token_id there, or set calibration.text to a file",
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
+from rk_export.calibration.moments import MomentSum
 from rk_export.calibration.recorders import GradientRecorder, InputRecorder, recording
 from rk_export.calibration.self_text import draw
 from rk_export.device import matmul_dtype, matmuls_in
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 CHUNK, GRADIENT_CHUNK = 2048, 512  # tokens that run together, forward only and forward and back
 GRADIENT_TOKENS = 4096
 CACHE_LIMIT = 2_000_000_000  # bytes; larger statistics are not kept on disk
-_VERSION = 1
+_VERSION = 2
 
 Labels = Literal["model", "text"]
 
@@ -96,10 +97,10 @@ def dense_statistics(
     modules = _matrices(model, architecture, device)
     inputs, gradients = InputRecorder(), GradientRecorder(diagonal=diagonal)
     sequences = max(1, gradient_tokens // tokens.shape[1]) if gradient_tokens else 0
-    predicted = 0
+    predicted, embedded = 0, MomentSum(diagonal=True)
     if sequences:
         with recording(modules, inputs.record, gradients.record):
-            predicted = _run_back(model, architecture, tokens[:sequences], passes)
+            predicted = _run_back(model, architecture, tokens[:sequences], passes, embedded)
     with recording(modules, inputs.record):
         _run_forward(model, tokens[sequences:], passes)
     statistics = DenseStatistics(
@@ -108,6 +109,7 @@ def dense_statistics(
         inputs.token_peaks(),
         gradients.moments(predicted),
         predicted or tokens.numel(),
+        embedded.mean() if sequences else None,
     )
     _keep(path, statistics.to_tensors())
     return statistics
@@ -132,7 +134,7 @@ def output_weights(
     gradients = GradientRecorder(diagonal=True)
     with recording(modules, gradients.record):
         passes = _Passes(True, tokens.numel(), "model", 0, matmul_dtype(device))
-        predicted = _run_back(model, architecture, tokens, passes)
+        predicted = _run_back(model, architecture, tokens, passes, MomentSum(diagonal=True))
     return {place: moment * predicted for place, moment in gradients.moments(predicted).items()}
 
 
@@ -171,15 +173,28 @@ def _run_forward(model: PreTrainedModel, tokens: Tensor, passes: _Passes) -> Non
             model.base_model(input_ids=ids.to(device), use_cache=False)
 
 
-def _run_back(model: PreTrainedModel, architecture: Architecture, tokens: Tensor, passes: _Passes) -> int:
-    """Run text forward and back, chunk by chunk; return how many tokens were predicted."""
+def _run_back(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    tokens: Tensor,
+    passes: _Passes,
+    embedded: MomentSum,
+) -> int:
+    """Run text forward and back, chunk by chunk; return how many tokens were predicted.
+
+    The gradients by what the embedding writes are added to `embedded`.
+    """
     device = model.device
     rows = max(1, GRADIENT_CHUNK // tokens.shape[1])
     uniforms = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(passes.seed))
     chunks = list(zip(torch.split(tokens, rows), torch.split(uniforms, rows), strict=True))
     predicted = 0
     # Weights are frozen: the graph that gradients flow back through begins at the embedding's output.
-    handle = model.get_submodule(architecture.embedding).register_forward_hook(_require_gradient)
+
+    def begin(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        output.requires_grad_(True).register_hook(embedded.add)  # type: ignore[no-untyped-call]
+
+    handle = model.get_submodule(architecture.embedding).register_forward_hook(begin)
     try:
         for ids, draws in track(chunks, "gradients, chunks of text"):
             with matmuls_in(passes.dtype, device):
@@ -189,10 +204,6 @@ def _run_back(model: PreTrainedModel, architecture: Architecture, tokens: Tensor
     finally:
         handle.remove()
     return predicted
-
-
-def _require_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-    output.requires_grad_(True)
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, uniforms: Tensor, labels: Labels) -> tuple[Tensor, int]:

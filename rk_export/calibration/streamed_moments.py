@@ -60,7 +60,7 @@ def calibration_tokens(source: Source, options: CalibrationOptions, device: torc
         raise InputError(
             f"the text has {len(ids)} tokens, {options.tokens} were asked for",
             where=str(path),
-            fix="give a longer text, or fewer with --calibration-tokens",
+            fix="give a longer text, or set calibration.tokens to fewer",
         )
     length = min(LENGTH, int(source.config.max_position_embeddings))
     return ids[: options.tokens // length * length].view(-1, length)

@@ -17,19 +17,20 @@ from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
+from rk_export.progress import track
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
 CHUNK = 512  # tokens of one pass
-_VERSION = 1  # raise when other numbers come out: cached ones of an older version are then computed again
+_VERSION = 2  # raise when other numbers come out: cached ones of an older version are then computed again
 
 
 def table_curvature(
     source: Source,
     tokens: Tensor,
     device: torch.device,
+    gradients: Tensor | None = None,
     *,
-    gradients: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> TableCurvature:
     """Gather the curvature of the embedding and the output projection of a dense decoder, or read it.
@@ -41,7 +42,8 @@ def table_curvature(
         source: The dense model.
         tokens: Calibration text, int64 (sequences, length), without padding.
         device: Where the passes run.
-        gradients: Run back too, for what errors of the embedding's rows cost; else those count as nothing.
+        gradients: Mean square of the loss' gradient by what the embedding writes (dim,), see `DenseStatistics`; without
+            it errors of the embedding's rows count as nothing.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
 
     Raises:
@@ -50,76 +52,57 @@ def table_curvature(
     if source.architecture.lm_head is None:
         raise InputError("an encoder has no output projection", where=source.architecture.model_type)
     runs = [device.type, str(matmul_dtype(device))]
-    key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs, gradients=gradients)
+    key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs)
 
     def make() -> Mapping[str, Tensor]:
-        return _gathered(source.shared(), source.architecture, tokens, device, gradients=gradients)
+        return _gathered(source.shared(), source.architecture, tokens, device)
 
     known = cached("table-curvature", key, make, cache_dir)
     head = Curvature(Inputs(known["inputs"]), {"lm_head": known["outputs"]})
-    lookup = Curvature(Inputs(known["frequencies"]), {"embedding": known["gradients"]})
+    felt = torch.zeros(source.config.hidden_size) if gradients is None else gradients
+    lookup = Curvature(Inputs(known["frequencies"]), {"embedding": felt})
     return TableCurvature(head, lookup)
 
 
+@torch.no_grad()
 def _gathered(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    tokens: Tensor,
-    device: torch.device,
-    *,
-    gradients: bool,
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
     if architecture.lm_head is None:
         raise ValueError("an encoder has no output projection")
     model.requires_grad_(False).to(device)
     head = model.get_submodule(architecture.lm_head)
-    recorder = _Recorder(model.config.vocab_size, model.config.hidden_size)
+    recorder = _Recorder(model.config.vocab_size)
     inner = head.head if isinstance(head, RotatedHead) else head
-    embedding = model.get_submodule(architecture.embedding)
-    handles = [inner.register_forward_pre_hook(recorder.reads)]
-    if gradients:
-        handles.append(embedding.register_forward_hook(recorder.writes))
+    handle = inner.register_forward_pre_hook(recorder.reads)
     try:
-        for ids in torch.split(tokens, max(1, CHUNK // tokens.shape[1])):
-            with matmuls_in(matmul_dtype(device), device), torch.set_grad_enabled(gradients):
+        chunks = torch.split(tokens, max(1, CHUNK // tokens.shape[1]))
+        for ids in track(chunks, "statistics of the embedding, chunks of text"):
+            with matmuls_in(matmul_dtype(device), device):
                 logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
             recorder.see(ids, logits)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return recorder.means()
 
 
 class _Recorder:
     """Sums over the tokens of a text."""
 
-    def __init__(self, vocabulary: int, width: int) -> None:
+    def __init__(self, vocabulary: int) -> None:
         self._inputs = MomentSum()
         self._outputs = torch.zeros(vocabulary, dtype=torch.float64)
         self._counts = torch.zeros(vocabulary, dtype=torch.float64)
-        self._gradients = torch.zeros(width, dtype=torch.float64)
 
     def reads(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Note what the output projection reads."""
         self._inputs.add(arguments[0])
 
-    def writes(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        """Note the gradient by what the embedding writes; the graph of the gradients begins there."""
-        output.requires_grad_(True)
-        output.register_hook(self._note_gradient)  # type: ignore[no-untyped-call]
-
-    def _note_gradient(self, gradient: Tensor) -> None:
-        self._gradients += gradient.flatten(0, -2).double().square().sum(0).cpu()
-
     def see(self, ids: Tensor, logits: Tensor) -> None:
-        """Note the probabilities; if asked, run back from the loss of labels drawn from them (Fisher information)."""
-        probabilities = logits.detach().softmax(-1)
+        """Note the tokens and the probabilities behind them."""
+        probabilities = logits.softmax(-1)
         self._outputs += (probabilities * (1 - probabilities)).sum(0).double().cpu()
         self._counts += torch.bincount(ids.flatten().cpu(), minlength=len(self._counts))
-        if not logits.requires_grad:
-            return
-        labels = torch.multinomial(probabilities, 1, generator=_generator(probabilities.device))[:, 0]
-        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
 
     def means(self) -> dict[str, Tensor]:
         """Return the means over tokens, as they are cached."""
@@ -131,9 +114,4 @@ class _Recorder:
             "outputs": self._outputs / tokens,
             "inputs": inputs,
             "frequencies": self._counts / tokens,
-            "gradients": self._gradients / tokens,
         }
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(0)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rk_export.cli.compress_arguments import compress_options
+from rk_export.cli.compress_arguments import asked_recipe
 from rk_export.cli.terminal import show
+from rk_export.errors import InputError
 from rk_export.json_codec import to_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rk_export.evaluation.measure import EvalText
     from rk_export.options.run import Run
     from rk_export.plan import Plan
+
+
+logger = logging.getLogger(__name__)
 
 
 def _run_of(args: argparse.Namespace) -> Run:
@@ -29,6 +36,21 @@ def _plan_of(args: argparse.Namespace) -> Plan | None:
     return None if args.plan is None else Plan.load(args.plan)
 
 
+def _texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
+    """Return the texts to measure perplexity on.
+
+    Raises:
+        InputError: If there is none, and something is said about how to measure.
+    """
+    from rk_export.evaluation.measure import EvalText
+
+    for name in ("context", "tokens"):
+        if not paths and getattr(args, name) is not None:
+            raise InputError("goes with --text", where=f"--{name}", fix="give --text FILE, or drop it")
+    context = EvalText.context if args.context is None else args.context
+    return [EvalText(path, context, args.tokens) for path in paths]
+
+
 def _print_json(data: object) -> None:
     print(json.dumps(data, indent=1, ensure_ascii=False))
 
@@ -36,14 +58,13 @@ def _print_json(data: object) -> None:
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
     from rk_export.commands.compress import compress, dry_run
-    from rk_export.evaluation.measure import EvalText, SpeedTest
     from rk_export.report.render import planned, summary
 
-    options, plan, run = compress_options(args), _plan_of(args), _run_of(args)
+    recipe, plan, run = asked_recipe(args), _plan_of(args), _run_of(args)
     if args.dry_run:
         report = dry_run(
             args.model,
-            options,
+            recipe,
             plan=plan,
             base=args.base,
             run=run,
@@ -56,19 +77,16 @@ def run_compress(args: argparse.Namespace) -> int:
     report = compress(
         args.model,
         args.output,
-        options,
+        recipe,
         plan=plan,
         base=args.base,
         run=run,
-        text=None if args.text is None else EvalText(args.text, args.context, args.tokens),
-        speed=SpeedTest() if args.speed else None,
         checkpoint=args.checkpoint,
-        triton=args.triton,
         force=args.force,
         command=args.command_line,
     )
     _print_json(report.to_json()) if args.json else show(*summary(report))
-    print(f"\nbundle  {args.output}\nreport  {args.output / 'report.html'}", file=sys.stderr)
+    logger.info("\nbundle  %s\nreport  %s", args.output, args.output / "report.html")
     return 0
 
 
@@ -79,13 +97,16 @@ def run_analyze(args: argparse.Namespace) -> int:
     report = analyze(
         args.model,
         args.output,
-        compress_options(args),
+        asked_recipe(args),
         plan=_plan_of(args),
         base=args.base,
         run=_run_of(args),
         command=args.command_line,
         force=args.force,
     )
+    if args.json:
+        _print_json(report.to_json())
+        return 0
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
 
@@ -98,10 +119,42 @@ def run_plan(args: argparse.Namespace) -> int:
     from rk_export.source.stored import open_source
 
     check_plan_place(args.output, args.force)
-    plan = make_plan(args.model, compress_options(args), base=args.base, run=_run_of(args))
+    plan = make_plan(args.model, asked_recipe(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
+    if args.json:
+        _print_json(plan.to_json())
+        return 0
     parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
+    return 0
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """`recipes`: a table, one file, all fields, or the schema."""
+    from rk_export.errors import InputError
+    from rk_export.options.choices import nearest
+    from rk_export.recipes.fields import json_schema, section_help
+    from rk_export.recipes.presets import presets
+    from rk_export.recipes.tables import fields_tables, presets_table
+
+    if sum((args.name is not None, args.steps, args.schema)) > 1:
+        raise InputError("name, --steps and --schema print different things", where="recipes", fix="give one")
+    if args.schema:
+        _print_json(json_schema())
+    elif args.steps:
+        _print_json(to_json(section_help())) if args.json else show(*fields_tables(section_help()))
+    elif args.name is None:
+        known = {name: preset.about for name, preset in presets().items()}
+        _print_json(to_json(known)) if args.json else show(presets_table(known))
+    else:
+        if args.name not in presets():
+            raise InputError(
+                "no preset",
+                where=args.name,
+                fix=f"{nearest(args.name, presets())}`rk-export recipes` lists them",
+            )
+        preset = presets()[args.name]
+        _print_json(to_json(preset)) if args.json else print(preset.text, end="")
     return 0
 
 
@@ -119,25 +172,24 @@ def run_prepare(args: argparse.Namespace) -> int:
         seed=args.seed,
         force=args.force,
     )
-    show(matrices_table(findings))
-    print(f"\nmodel  {args.output}", file=sys.stderr)
+    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
+    logger.info("\nmodel  %s", args.output)
     return 0
 
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
     from rk_export.commands.export import export
-    from rk_export.options.recipe import Recipe
+    from rk_export.options.run import Run
     from rk_export.report.render import summary
 
     report = export(
         args.model,
         args.output,
-        None if args.ep is None else Recipe(ep=args.ep),
         base=args.base,
+        ep=args.ep,
         context_length=args.context_length,
-        run=_run_of(args),
-        triton=args.triton,
+        run=Run(threads=args.threads),
         force=args.force,
         command=args.command_line,
     )
@@ -157,12 +209,13 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`eval`: one perplexity, or a table of all models, texts and tasks."""
-    from rk_export.evaluation.measure import EvalText
     from rk_export.evaluation.models import evaluate_models
     from rk_export.evaluation.score_table import score_table, scores_json
     from rk_export.evaluation.tasks import load_tasks
 
-    texts = [EvalText(path, args.context, args.tokens) for path in args.text]
+    texts = _texts_of(args, args.text)
+    if args.limit is not None and not args.tasks:
+        raise InputError("goes with --tasks", where="--limit", fix="give --tasks FILE, or drop it")
     runtime = {"base": args.base, "provider": args.provider, "threads": args.threads}
     if not args.tasks and len(args.models) == len(texts) == 1:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
@@ -194,7 +247,7 @@ def run_bench(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
         repeats=args.repeats,
-        threads=args.threads or 2,
+        threads=2 if args.threads is None else args.threads,
         provider=args.provider,
     )
     _print_json(result.to_json()) if args.json else show(result.table())

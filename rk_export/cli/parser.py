@@ -8,11 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rk_export.cli.compress_arguments import (
-    add_context_argument,
-    add_format_arguments,
-    add_rank_arguments,
-)
+from rk_export.cli.bundle import add_bundle_arguments, run_bundle
+from rk_export.cli.compare import add_compare_arguments, run_compare
+from rk_export.cli.compress_arguments import add_recipe_arguments
+from rk_export.cli.examples import epilog
+from rk_export.cli.failure import Parser
 from rk_export.cli.handlers import (
     run_analyze,
     run_bench,
@@ -23,9 +23,10 @@ from rk_export.cli.handlers import (
     run_export,
     run_plan,
     run_prepare,
+    run_recipes,
     run_verify,
 )
-from rk_export.cli.method_arguments import add_method_arguments
+from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
 
 Command = Callable[[argparse.Namespace], int]
@@ -40,7 +41,7 @@ _THREADS: dict[str, Any] = {"type": int, "help": "threads of ONNX Runtime"}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rk-export",
         description="Compress Hugging Face language models, export them to ONNX Runtime, and prove parity.",
     )
@@ -48,12 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run)
         return command
 
     _add_model_commands(add)
     _add_bundle_commands(add)
+    for command in commands.choices.values():
+        add_output_arguments(command)
     return parser
 
 
@@ -72,17 +81,20 @@ def _add_model_commands(add: AddCommand) -> None:
     analyze = add("analyze", run_analyze, "spectra and effective ranks of a model, as JSON, plots and a page")
     _add_model(analyze)
     _add_output(analyze, "folder for report.json, report.html and plots")
-    add_rank_arguments(analyze)
+    add_recipe_arguments(analyze, target=False)
     _add_plan(analyze)
     _add_run(analyze)
 
     plan = add("plan", run_plan, "write the plan that compress would apply, to read and edit")
     _add_model(plan)
     _add_output(plan, "plan file (JSON)")
-    add_rank_arguments(plan)
-    add_method_arguments(plan)
-    add_format_arguments(plan)
+    add_recipe_arguments(plan)
     _add_run(plan)
+
+    recipes = add("recipes", run_recipes, "list the presets, print one to edit, or explain every field")
+    recipes.add_argument("name", nargs="?", help="a preset: print its file")
+    recipes.add_argument("--steps", action="store_true", help="every step and field, with defaults")
+    recipes.add_argument("--schema", action="store_true", help="JSON schema of recipe files, for editors")
 
     prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
     _add_model(prepare)
@@ -99,21 +111,27 @@ def _add_model_commands(add: AddCommand) -> None:
     _add_model(export, "checkpoint folder, HF folder, hub id, .gguf file or LoRA adapter")
     _add_output(export, "bundle folder")
     export.add_argument(
-        "--ep", default=None, help="cpu (fp32), cuda (fp16) or portable (fp16); dense models only"
+        "--ep",
+        choices=("cpu", "cuda", "portable"),
+        help="cpu (fp32), cuda (fp16) or portable (fp16) (default cpu); dense models only",
     )
-    add_context_argument(export)
-    _add_bundle_arguments(export, texts=False)
+    export.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default the model's own)",
+    )
+    export.add_argument("--threads", **_THREADS)
 
 
 def _add_bundle_commands(add: AddCommand) -> None:
     """Add the commands that work on what was made, and `doctor`."""
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
-    verify.add_argument("bundle", type=Path)
+    verify.add_argument("bundle", type=Path, help="bundle folder")
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
     _add_base(verify)
     verify.add_argument("--provider", **_PROVIDER)
     _add_run(verify)
-    _add_json(verify)
 
     evaluate = add("eval", run_eval, "perplexity and task accuracy of models, checkpoints and bundles")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="dense model, checkpoint or bundle")
@@ -125,32 +143,36 @@ def _add_bundle_commands(add: AddCommand) -> None:
     )
     evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
     _add_runtime_arguments(evaluate)
-    _add_json(evaluate)
 
     run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
-    run.add_argument("bundle", type=Path)
+    run.add_argument("bundle", type=Path, help="bundle folder")
     add_run_arguments(run)
     _add_runtime_arguments(run)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
-    bench.add_argument("bundle")
+    bench.add_argument("bundle", help="bundle folder; genai:PATH runs GenAI")
     bench.add_argument(
         "--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI"
     )
-    bench.add_argument("--prompt-tokens", type=int, default=512)
-    bench.add_argument("--new-tokens", type=int, default=64)
-    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill (default 512)")
+    bench.add_argument("--new-tokens", type=int, default=64, help="decoded after it (default 64)")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default 5)")
     _add_runtime_arguments(bench)
-    _add_json(bench)
+
+    compare = add("compare", run_compare, "put bundles side by side: size, quality, speed, parity, matrices")
+    add_compare_arguments(compare)
+    _add_base(compare)
+    _add_text_arguments(compare)
+    _add_runtime_arguments(compare)
+
+    add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
+
+    add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
 
     explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
-    explain.add_argument("bundle", type=Path)
-    _add_json(explain)
+    explain.add_argument("bundle", type=Path, help="bundle folder")
 
-    doctor = add(
-        "doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it"
-    )
-    _add_json(doctor)
+    add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")
 
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,22 +186,15 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
     _add_base(parser)
     _add_force(parser)
-    add_rank_arguments(parser)
-    add_method_arguments(parser)
-    add_format_arguments(parser)
+    add_recipe_arguments(parser)
     _add_plan(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
     )
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="measure dense and compressed perplexity on a text"
-    )
-    _add_text_arguments(parser)
-    parser.add_argument("--speed", action="store_true", help="measure the bundle's tokens per second")
-    parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
-    _add_bundle_arguments(parser, texts=True)
+    _add_run(parser)
 
 
 def _add_model(
@@ -207,26 +222,18 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", type=int, default=512, help="window in tokens (default 512)")
+    parser.add_argument("--context", type=int, help="window in tokens (default 512)")
     parser.add_argument("--tokens", type=int, default=None, help="only the first tokens of the text")
 
 
-def _add_bundle_arguments(parser: argparse.ArgumentParser, *, texts: bool) -> None:
-    parser.add_argument("--triton", metavar="NAME", help="also add a Triton model repository")
-    _add_run(parser, texts=texts)
-    _add_json(parser)
-
-
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of options")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan instead of a recipe")
 
 
-def _add_run(parser: argparse.ArgumentParser, *, texts: bool = True) -> None:
+def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add what describes the machine; it goes with a plan too."""
     parser.add_argument("--device", **_DEVICE)
     parser.add_argument("--threads", **_THREADS)
-    if not texts:
-        return
     parser.add_argument(
         "--calibration-text",
         type=Path,
@@ -242,5 +249,18 @@ def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", **_THREADS)
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes about what it shows; optimum's command takes the same.
+
+    With `--json` standard output holds one JSON document and nothing else. Errors go to standard error, as one line of
+    JSON; exit statuses are the same in both forms.
+    """
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON document, and errors as JSON on stderr",
+    )
+    shown.add_argument(
+        "--quiet", action="store_true", help="no log lines, warnings and bars: results and errors only"
+    )

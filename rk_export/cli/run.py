@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
-    from rk_export.runtime import GenerationOptions
+    from rk_export.runtime import GenerationOptions, Session
 
 # Template arguments that the command sets itself.
 _OWN = ("messages", "add_generation_prompt", "continue_final_message")
@@ -27,7 +28,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=JSON",
         help="argument of the chat template, such as enable_thinking=false; may be repeated",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="most tokens of an answer (default 128)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens")
     parser.add_argument(
@@ -36,7 +39,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one"
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition (default 1)"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], help="stop string, special tokens included; may be repeated"
     )
@@ -48,7 +53,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="also end at this token; may be repeated",
     )
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
 
 
 def run_run(args: argparse.Namespace) -> int:
@@ -58,6 +63,8 @@ def run_run(args: argparse.Namespace) -> int:
         for name, value in (("--system", args.system), ("--template-arg", template_args)):
             if value:
                 raise InputError("goes with a chat", where=name, fix="add --chat, or drop it")
+    if args.prompt is None and args.json:
+        raise InputError("a chat is no JSON document", where="--json", fix="give --prompt TEXT, or drop it")
     from rk_export.runtime import Session
 
     session = Session.from_pretrained(args.bundle, provider=args.provider, threads=args.threads)
@@ -69,10 +76,27 @@ def run_run(args: argparse.Namespace) -> int:
     prompt: str | list[int] = args.prompt
     if args.chat:
         prompt = session.chat_tokens([*system, {"role": "user", "content": args.prompt}], **template_args)
+    if args.json:
+        print(json.dumps(_generated(session, prompt, options), indent=1, ensure_ascii=False))
+        return 0
     for piece in session.stream(prompt, options):
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _generated(session: Session, prompt: str | list[int], options: GenerationOptions) -> dict[str, Any]:
+    """Return a continuation, and how many tokens it took in which time; opening the bundle does not count."""
+    begin = time.perf_counter()
+    (found,) = session.generate([prompt], options=options)
+    return {
+        "text": found.text,
+        "token_ids": found.token_ids,
+        "finish_reason": found.finish_reason,
+        "prompt_tokens": found.prompt_tokens,
+        "new_tokens": len(found.token_ids),
+        "seconds": time.perf_counter() - begin,
+    }
 
 
 def generation_options(args: argparse.Namespace) -> GenerationOptions:

@@ -22,13 +22,19 @@ _AVERAGED_SECONDS = 3600.0  # a layer of a large model takes minutes: the time t
 
 
 @contextmanager
-def work_shown(*, bars: bool) -> Iterator[None]:
+def work_shown(*, bars: bool, quiet: bool = False) -> Iterator[None]:
     """Send log lines to standard error, and show stages there.
 
     Args:
         bars: Show a bar a stage where standard error is a terminal; otherwise stages are log lines.
+        quiet: Show neither, and no warnings; what is worth knowing later is in the results.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StandardError()], force=True)
+    level = logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_StandardError()], force=True)
+    if quiet:
+        with _libraries_silent():
+            yield
+        return
     if not (bars and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
         yield
         return
@@ -38,6 +44,27 @@ def work_shown(*, bars: bool) -> Iterator[None]:
             yield
     finally:
         screen.close()  # an error leaves loops where they are: the terminal must not wait for them
+
+
+@contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """Keep away what libraries write to standard error by themselves: warnings, and bars of downloads."""
+    asked = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # read when they are imported
+    before = {name: os.environ.get(name) for name in asked}
+    os.environ.update(asked)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _StandardError(logging.StreamHandler[TextIO]):

@@ -51,7 +51,7 @@ def spectra(source: Source, plan: Plan, device: torch.device) -> Iterator[Spectr
 def _planned(task: Task) -> tuple[Source, Plan]:
     """Return a plan and the model that it was made for; text is read only where ranks depend on it."""
     options = task.recipe
-    reads_text = options.budget is not None or options.allocation != "uniform" or options.methods
+    reads_text = options.budget is not None or options.factorize.allocation != "uniform" or options.methods
     if task.plan is None and not reads_text:
         return task.source, planner.decide_plan(task.source, options, device=task.device)
     if task.plan is not None and task.plan.pruning is None:
@@ -62,7 +62,7 @@ def _planned(task: Task) -> tuple[Source, Plan]:
 
 def _grouped(source: Source, layer: Layer, groups: tuple[str, ...]) -> list[SitePlan]:
     projections = source.description.projections(layer.index)
-    return dense_sites(layer, projections, Recipe(groups=groups))
+    return dense_sites(layer, projections, Recipe(), groups)
 
 
 def analyze(
@@ -82,7 +82,7 @@ def analyze(
         model: HF folder, hub id or GGUF file.
         out: Folder for report.json, report.html and the plots.
         recipe: As in `compress`: the ranks that they lead to are marked.
-        plan: A plan whose ranks are marked, instead of options.
+        plan: A plan whose ranks are marked, instead of a recipe.
         base: Base model of a LoRA adapter; None takes the one that it names.
         run: The machine.
         command: Command line to note in the report.
@@ -91,6 +91,8 @@ def analyze(
     Raises:
         InputError: If the folder exists and `force` is not set, or the model is broken.
     """
+    if recipe is None and plan is None:
+        recipe = Recipe()  # the spectra of the default groups, no rank marked
     task = open_task(model, recipe, plan, base=base, run=run)
     source = task.source
     check_outputs(source, out, force=force)

@@ -9,13 +9,14 @@ import torch
 
 from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
 from rk_export.commands.compression_inputs import CompressionInputs
-from rk_export.commands.stages import Task, check_outputs, open_task, state_file
+from rk_export.commands.stages import Task, check_outputs, open_task
 from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length
-from rk_export.folders import AtomicFolder, check_free_space
+from rk_export.folders import AtomicFolder, check_free_space, state_file
 from rk_export.model.context import context_notices
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.parity.probe import Probe
 from rk_export.plan import Plan
 from rk_export.planning.fixed_parts import fixed_findings
@@ -31,12 +32,12 @@ def compress(
     recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
+    target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
     text: EvalText | None = None,
     speed: SpeedTest | None = None,
     checkpoint: str | Path | None = None,
-    triton: str | None = None,
     force: bool = False,
     command: str = "",
 ) -> Report:
@@ -45,14 +46,14 @@ def compress(
     Args:
         model: HF folder, hub id, GGUF file or LoRA adapter.
         out: Bundle folder; written beside its place and moved in once everything passed.
-        recipe: What to do; the defaults quantize to INT4 under statistics of self-written text.
-        plan: A plan made earlier, instead of options.
+        recipe: What to do; None takes the preset `default`: the best model of the size that plain INT4 takes.
+        plan: A plan made earlier, instead of a recipe.
+        target: Where the bundle will run; None takes what the recipe says.
         base: Of a LoRA adapter, the model that it is merged into; None takes the one that the adapter names.
         run: The machine; None takes what is there.
         text: Also measure the perplexity of the dense and of the compressed model on it.
         speed: Also measure the bundle's tokens per second.
         checkpoint: Also save the compressed PyTorch model there.
-        triton: Also add a Triton model repository of this name.
         force: Replace an existing output.
         command: Command line to note in the report.
 
@@ -64,35 +65,35 @@ def compress(
         ParityError: If ONNX Runtime does not compute what PyTorch computes; no bundle is left.
     """
     threads = None if run is None else run.threads
-    request = BundleRequest(text=text, speed=speed, triton=triton, threads=threads, command=command)
-    target, stages = Path(out), Stages()
+    request = BundleRequest(text=text, speed=speed, threads=threads, command=command)
+    place, stages = Path(out), Stages()
     with stages.stage("load", f"opening {model}"):
-        task = open_task(model, recipe, plan, base=base, run=run)
+        task = open_task(model, recipe, plan, target=target, base=base, run=run)
         check_outputs(task.source, out, checkpoint, force)
         check_free_space(out, task.least_bytes)
         request = _fitting(request, task)
     with stages.stage("check", "comparing with transformers"):
         before = task.preflight()
     with stages.stage("calibrate", f"metric {task.recipe.calibration.metric}"):
-        inputs = task.inputs(target, torch.from_numpy(before.probe.batch))
+        inputs = task.inputs(place, torch.from_numpy(before.probe.batch))
     with stages.stage("plan", "choosing ranks and bits"):
         plan = task.decided(inputs)
         needed = planned_bytes(inputs.source, plan)
     with AtomicFolder(out, force=force, needed=needed) as partial:
         with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
             rewritten = inputs.rewrite(plan, torch.from_numpy(before.probe.batch))
-        rewritten = _recovered(rewritten, inputs, before.probe, target, stages)
+        rewritten = _recovered(rewritten, inputs, before.probe, place, stages)
         if checkpoint is not None:
             folder = task.source.folder
             save_pretrained(rewritten, Path(checkpoint), tokenizer_from=folder, force=force)
         report = write_bundle(
             *(partial, rewritten, task.source, request, stages),
-            name=target.name,
+            name=place.name,
             probe=before.probe,
             before=before,
         )
     for method in inputs.methods:
-        state_file(target, method.options.name).unlink(missing_ok=True)
+        state_file(place, method.options.name).unlink(missing_ok=True)
     return report
 
 
@@ -102,7 +103,7 @@ def _fitting(request: BundleRequest, task: Task) -> BundleRequest:
     if request.speed is not None:
         request = replace(request, speed=request.speed.within(context_length(config, "--speed")))
     if request.text is not None:
-        longest = context_length(config, "--text", task.recipe.context_length)
+        longest = context_length(config, "--text", task.recipe.target.context_length)
         check_text(request.text, source.folder, longest, int(config.vocab_size))
     return request
 
@@ -128,6 +129,7 @@ def rewrite_model(
     recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
+    target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
 ) -> Rewritten:
@@ -137,13 +139,14 @@ def rewrite_model(
         model: As in `compress`.
         recipe: As in `compress`.
         plan: As in `compress`.
+        target: As in `compress`.
         base: As in `compress`.
         run: As in `compress`.
 
     Raises:
         RkExportError: As `compress`, parity of an exported graph apart.
     """
-    task = open_task(model, recipe, plan, base=base, run=run)
+    task = open_task(model, recipe, plan, target=target, base=base, run=run)
     before = task.preflight()
     inputs = task.inputs()
     rewritten = inputs.rewrite(task.decided(inputs))
@@ -155,6 +158,7 @@ def dry_run(
     recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
+    target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
     out: str | Path | None = None,
@@ -167,6 +171,7 @@ def dry_run(
         model: As in `compress`.
         recipe: As in `compress`.
         plan: As in `compress`.
+        target: As in `compress`.
         base: As in `compress`.
         run: As in `compress`.
         out: Where the bundle would go: refused if it will not fit there, or that place cannot be used.
@@ -177,7 +182,7 @@ def dry_run(
         InputError: As `compress`.
         ParityError: As `compress`, before any work.
     """
-    task = open_task(model, recipe, plan, base=base, run=run)
+    task = open_task(model, recipe, plan, target=target, base=base, run=run)
     source = task.source
     if out is not None:
         check_outputs(source, out, checkpoint, force)
@@ -189,7 +194,7 @@ def dry_run(
         check_free_space(out, planned_bytes(inputs.source, plan))
     fixed = fixed_findings(inputs.source.description, plan.recipe)
     findings = (*inputs.findings, *planned_findings(inputs.source, plan), *fixed)
-    context = context_notices(source.description, task.recipe.context_length)
+    context = context_notices(source.description, task.recipe.target.context_length)
     return new_report(
         *(source.title, source.config.model_type),
         findings=findings,

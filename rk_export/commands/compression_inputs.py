@@ -30,10 +30,12 @@ from rk_export.device import CPU
 from rk_export.methods.base import Decision, Method, Work, methods_of
 from rk_export.methods.sparse_sites import check_parts
 from rk_export.model.torch_logits import torch_logits
-from rk_export.options.method import MethodOptions
-from rk_export.options.recipe import PARTS_OF_FOLD, Recipe
+from rk_export.options.prepare import PARTS_OF_FOLD, Prepare
+from rk_export.options.recipe import Recipe
+from rk_export.options.step import MethodOptions
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
+from rk_export.planning.planner import with_default_groups
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
 from rk_export.source.memory import Memory
@@ -158,7 +160,8 @@ def compression_inputs(
     dense = Transformed(source, (), Memory())
     tokens = _tokens(dense, recipe, device, weighs)
     choice = decided_preparations(dense, recipe, tokens, device)
-    recipe = replace(recipe, prepare=choice.names)
+    if recipe.find(Prepare) is not None:
+        recipe = recipe.with_step(Prepare(choice.names))
     dense = teacher = prepared_source(dense, recipe, tokens, device)
     work = Work(dense, recipe, device, tokens, pruning=pruning)
     methods = methods_of(recipe)
@@ -189,10 +192,10 @@ def _tokens(source: Source, recipe: Recipe, device: torch.device, weighs: bool) 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
-    statistics = model_statistics(work.source, tokens, work.recipe, work.device)
-    priced = work.recipe.budget is not None
-    table = table_curvature(work.source, shortened(tokens), work.device, gradients=priced)
-    reduced = only_diagonals(work.source, work.recipe)
+    directions = _weighs_directions(work.source, work.recipe)
+    statistics = model_statistics(work.source, tokens, work.recipe, work.device, directions=directions)
+    table = table_curvature(work.source, shortened(tokens), work.device, statistics.embedding)
+    reduced = directions and only_diagonals(work.source, work.recipe)
     left_out = (diagonals_finding(work.source),) if reduced else ()
     return replace(started, work=replace(work, statistics=statistics), table=table, left_out=left_out)
 
@@ -204,10 +207,16 @@ def _decision(methods: Sequence[Method[MethodOptions]], work: Work) -> Decision 
 
 def _weighs_errors(recipe: Recipe) -> bool:
     """Whether anything that was asked for weighs errors by statistics."""
-    rounds = recipe.quant is not None or recipe.embedding_quant is not None
+    rounds = recipe.quant is not None or recipe.table_quant is not None
     recovers = any(method.stage == "recover" for method in recipe.methods)
     compensates = rounds and recipe.quantizer != "rtn"
-    return bool(recipe.budget or recipe.rank or recipe.groups or recovers or compensates)
+    return bool(recipe.limit or recipe.rank or recovers or compensates)
+
+
+def _weighs_directions(source: Source, recipe: Recipe) -> bool:
+    """Whether errors are weighed along directions of the outputs; rounding weighs every output on its own."""
+    factorizes = bool(with_default_groups(source, recipe).groups)
+    return factorizes or any(method.weighs_outputs for method in recipe.methods)
 
 
 def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from rk_export.model.switches import switches_of
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import GraphTarget, Target
 from rk_export.parity.probe import make_probe
 from rk_export.planning.stored_bytes import FLOAT_BYTES
 from rk_export.report.records import Report
@@ -28,12 +29,11 @@ from rk_export.source.stored import read_config
 def export(
     model: str | Path,
     out: str | Path,
-    recipe: Recipe | None = None,
     *,
-    base: str | Path | None = None,
+    ep: GraphTarget | None = None,
     context_length: int | None = None,
+    base: str | Path | None = None,
     run: Run | None = None,
-    triton: str | None = None,
     force: bool = False,
     command: str = "",
 ) -> Report:
@@ -42,11 +42,10 @@ def export(
     Args:
         model: A checkpoint folder that rk-export saved, or a dense model.
         out: Bundle folder.
-        recipe: For a dense model, its execution provider; a checkpoint carries its own.
+        ep: The execution provider of a dense model's graph; a checkpoint holds its own.
+        context_length: As in `Target`; for a checkpoint too.
         base: As in `compress`.
-        context_length: As in `Recipe`; for a checkpoint too.
         run: As in `compress`.
-        triton: As in `compress`.
         force: Replace an existing output.
         command: Command line to note in the report.
 
@@ -55,26 +54,22 @@ def export(
     """
     folder = Path(model).expanduser()
     if not (folder.is_dir() and is_checkpoint(folder)):
-        dense = replace(recipe or Recipe(), groups=(), qk="whole", quant=None, embedding_quant=None)
-        if context_length is not None:
-            dense = replace(dense, context_length=context_length)
-        return compress(model, out, dense, base=base, run=run, triton=triton, force=force, command=command)
+        target = Target(ep=ep or "cpu", context_length=context_length)
+        return compress(model, out, Recipe(target=target), base=base, run=run, force=force, command=command)
     if base is not None:
         raise InputError("goes with a LoRA adapter, and this is a checkpoint", where="--base", fix="drop it")
-    if recipe is not None:
-        raise InputError(
-            "a checkpoint carries its own options", where=str(model), fix="drop the other options"
-        )
+    if ep is not None:
+        raise InputError("a checkpoint holds its own execution provider", where="--ep", fix="drop it")
     check_context(describe(read_config(folder)), context_length)
     check_replaceable(Path(out).expanduser(), force, inputs=[folder])
     threads = None if run is None else run.threads
-    request = BundleRequest(triton=triton, threads=threads, command=command)
+    request = BundleRequest(threads=threads, command=command)
     stages = Stages()
     with stages.stage("load", f"opening {model}"):
         rewritten = _with_context(load_pretrained(folder), context_length)
         if not rewritten.architecture.is_encoder:
             check_ends(folder, rewritten.model.config)
-    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.recipe.float_dtype])
+    needed = model_bytes(rewritten.model, FLOAT_BYTES[rewritten.plan.recipe.target.float_dtype])
     with AtomicFolder(out, force=force, needed=needed) as partial:
         config = rewritten.model.config
         probe = make_probe(folder, config.vocab_size, switches_of(rewritten.description))
@@ -89,5 +84,6 @@ def _with_context(rewritten: Rewritten, context_length: int | None) -> Rewritten
     if context_length is None:
         return rewritten
     plan = rewritten.plan
-    changed = replace(plan, recipe=replace(plan.recipe, context_length=context_length))
+    target = replace(plan.recipe.target, context_length=context_length)
+    changed = replace(plan, recipe=replace(plan.recipe, target=target))
     return replace(rewritten, plan=changed)

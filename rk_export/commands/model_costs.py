@@ -12,28 +12,29 @@ from rk_export.graph.build import build_graph, save_graph
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.recipe import Recipe
 from rk_export.planning import planner
-from rk_export.planning.budget_units import TIMED_FORMATS
+from rk_export.planning.budget_units import timed_formats
 from rk_export.planning.cost_table import DECODED, TOKENS, CostTable, Phase, measure_costs
 from rk_export.rewrite.apply import rewrite
 from rk_export.runtime import bench
 from rk_export.source.protocol import Source
 
-_DENSE = Recipe(
-    groups=(), quant=None, embedding_quant=None, prepare=(), quantizer="rtn", calibration=UNWEIGHED
-)
+_DENSE = Recipe(calibration=UNWEIGHED)
 
 
-def model_costs(dense: Source, source: Source, phase: Phase, threads: int | None) -> CostTable:
+def model_costs(
+    dense: Source, source: Source, recipe: Recipe, phase: Phase, threads: int | None
+) -> CostTable:
     """Measure the time of a dense model in floats and of its matrix products in every format.
 
     Args:
         dense: The dense model; its graph is written to a temporary folder and timed.
         source: The model that is compressed; its products are timed.
+        recipe: The formats that it fixes are timed too.
         phase: `prefill` or `decode`.
         threads: Threads of ONNX Runtime; None takes all cores.
     """
     shapes = [matrix.shape for matrix in source.description.matrices]
-    table = measure_costs(shapes, TIMED_FORMATS, phase, threads=threads)
+    table = measure_costs(shapes, timed_formats(source, recipe), phase, threads=threads)
     with TemporaryDirectory() as folder:
         _write_dense(dense, Path(folder))
         result = bench(

@@ -7,6 +7,7 @@ from pathlib import Path
 from rk_export.commands.stages import open_task
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.plan import Plan
 
 
@@ -14,6 +15,7 @@ def make_plan(
     model: str | Path,
     recipe: Recipe | None = None,
     *,
+    target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
 ) -> Plan:
@@ -23,6 +25,6 @@ def make_plan(
         InputError: If the model or an option cannot be used.
         UnsupportedModelError: If the family cannot be exported exactly.
     """
-    task = open_task(model, recipe, None, base=base, run=run)
+    task = open_task(model, recipe, None, target=target, base=base, run=run)
     task.preflight()
     return task.decided(task.inputs())

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.neuron_peaks import SHORT_TEXT, neuron_peaks, shortened
-from rk_export.options.recipe import PREPARATIONS, Recipe
+from rk_export.options.prepare import PREPARATIONS
+from rk_export.options.recipe import Recipe
 from rk_export.planning.preparation_choice import PreparationChoice, Rounding, choose_preparations
 from rk_export.source.prepared import LayerPreparation, Prepared
 from rk_export.source.protocol import Source
@@ -40,7 +41,7 @@ def decided_preparations(
     if spec.activations == 8:
         names, peaks = PREPARATIONS, neuron_peaks(source, shortened(tokens), device)
     preparation = LayerPreparation(source.description, names, recipe.calibration.seed, peaks, SCALE_ALPHA)
-    int8_inputs = recipe.ep == "cpu" and recipe.accuracy_level == 4
+    int8_inputs = recipe.target.ep == "cpu" and recipe.target.accuracy_level == 4
     rounding = Rounding(spec, compensated=recipe.quantizer == "gptq", int8_inputs=int8_inputs)
     return choose_preparations(source, tokens, rounding, preparation, device)
 

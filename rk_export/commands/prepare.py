@@ -12,6 +12,7 @@ from rk_export.commands.preparations import SCALE_ALPHA
 from rk_export.commands.stages import check_outputs
 from rk_export.device import resolve_device
 from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.prepare import Prepare
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.comparison import require_parity
@@ -37,7 +38,7 @@ def prepare(
     Args:
         model: HF folder, hub id or GGUF file.
         out: Folder to write; `rotate` unties a tied embedding there.
-        names: Names from `rk_export.options.recipe.PREPARATIONS`.
+        names: Names from `rk_export.options.prepare.PREPARATIONS`.
         base: As in `compress`.
         run: As in `compress`.
         seed: Of the rotations, and of the text whose peaks `scale` evens out.
@@ -47,12 +48,12 @@ def prepare(
         InputError: If the model, a name or the output cannot be used.
         ParityError: If the prepared model computes other logits; nothing is written.
     """
+    device = resolve_device((run or Run()).device)
     source, peaks = open_source(model, base), {}
     check_outputs(source, out, force=force)
-    before = preflight(source, Recipe(prepare=names))
+    before = preflight(source, Recipe((Prepare(names),)))
     if "scale" in names:
-        device = resolve_device((run or Run()).device)
-        text = calibration_tokens(source, CalibrationOptions("self", tokens=SHORT_TEXT, seed=seed), device)
+        text = calibration_tokens(source, CalibrationOptions(tokens=SHORT_TEXT, seed=seed), device)
         peaks = neuron_peaks(source, text, device)
     change = Prepared(source.description, names, seed=seed, peaks=peaks, alpha=SCALE_ALPHA)
     logits, _ = dense_logits(source.then(change), torch.from_numpy(before.probe.batch))

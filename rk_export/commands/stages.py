@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,16 +14,22 @@ from rk_export.commands.compression_inputs import CompressionInputs, compression
 from rk_export.commands.model_costs import model_costs
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.folders import check_replaceable
+from rk_export.folders import check_replaceable, state_file
 from rk_export.graph.dense.frontend import check_supported
+from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
 from rk_export.planning import planner
+from rk_export.planning.plain_size import plain_int4_bytes, why_plain
+from rk_export.recipes import load
 from rk_export.rewrite.sizes import least_bytes, planned_bytes
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel, open_source
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Task:
         device: Where to compute.
         threads: Threads of ONNX Runtime.
         plan: What was decided earlier; None leaves it to be decided.
+        notices: What became of the recipe otherwise than it says.
     """
 
     source: StoredModel
@@ -42,6 +50,7 @@ class Task:
     device: torch.device
     threads: int | None = None
     plan: Plan | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def least_bytes(self) -> int:
@@ -52,7 +61,8 @@ class Task:
 
     def preflight(self) -> Preflight:
         """Read the model as transformers does, and run it on the probe; refuse what cannot be exported."""
-        return preflight(self.source, self.recipe)
+        found = preflight(self.source, self.recipe)
+        return replace(found, notices=(*found.notices, *self.notices))
 
     def inputs(self, out: Path | None = None, probe: torch.Tensor | None = None) -> CompressionInputs:
         """Gather what compression starts from, to be rewritten on a probe; trainings keep their states beside `out`."""
@@ -75,7 +85,7 @@ class Task:
     def _planned(self, inputs: CompressionInputs) -> Plan:
         costs, budget = None, inputs.recipe.budget
         if budget is not None and budget.kind == "speed_up":
-            costs = model_costs(inputs.dense, inputs.source, budget.phase, self.threads)
+            costs = model_costs(inputs.dense, inputs.source, inputs.recipe, budget.phase, self.threads)
         return planner.decide_plan(
             inputs.source,
             inputs.recipe,
@@ -91,6 +101,7 @@ def open_task(
     recipe: Recipe | None,
     plan: Plan | None,
     *,
+    target: Target | None = None,
     base: str | Path | None,
     run: Run | None,
     needs_texts: bool = True,
@@ -99,8 +110,9 @@ def open_task(
 
     Args:
         model: As in `compress`.
-        recipe: What was asked for.
-        plan: What was decided earlier, instead of options.
+        recipe: What was asked for; None takes the default.
+        plan: What was decided earlier, instead of a recipe.
+        target: Where the bundle will run, instead of what the recipe says.
         base: As in `compress`.
         run: The machine.
         needs_texts: Refuse a plan whose calibration text is not at hand.
@@ -114,19 +126,37 @@ def open_task(
     source = open_source(model, base)
     if plan is not None and recipe is not None:
         raise InputError(
-            "a plan already holds the options", where="--plan", fix="drop the other compression options"
+            "a plan already holds its recipe", where="--plan", fix="drop the recipe and what changes it"
         )
     if plan is not None:
+        if target is not None:
+            raise InputError("a plan already holds its target", where="--plan", fix="drop --ep")
         planner.check_plan(source, plan)
         recipe = plan.recipe
-    recipe = (recipe or Recipe()).with_texts(run.texts)
-    check_supported(source.description, ep=recipe.ep, dtype=recipe.float_dtype)
+    recipe = recipe or load()
+    if target is not None:
+        recipe = replace(recipe, target=target)
+    recipe, notices = _with_known_size(source, recipe.with_texts(run.texts))
+    check_supported(source.description, ep=recipe.target.ep, dtype=recipe.target.float_dtype)
     check_options(source, recipe)
     if needs_texts and recipe.missing_text is not None:
         recipe.missing_text.place()
     if not source.architecture.is_encoder:
         check_ends(source.folder, source.config, source.origin[1])
-    return Task(source, recipe, resolve_device(run.device), run.threads, plan)
+    return Task(source, recipe, resolve_device(run.device), run.threads, plan, notices)
+
+
+def _with_known_size(source: Source, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """Return a recipe whose size is a number, where it was to be that of plain INT4, and why there is none.
+
+    Without a budget `bits: auto` is plain INT4 itself.
+    """
+    if recipe.budget is None or recipe.budget.value != "int4":
+        return recipe, ()
+    if why := why_plain(source, recipe):
+        logger.info("plain INT4: %s", why)
+        return replace(recipe, budget=None), (f"plain INT4: {why}",)
+    return replace(recipe, budget=Budget("size", float(plain_int4_bytes(source, recipe)))), ()
 
 
 def check_outputs(
@@ -137,8 +167,3 @@ def check_outputs(
     check_replaceable(target, force, inputs=source.places)
     if checkpoint is not None:
         check_replaceable(Path(checkpoint), force, inputs=[*source.places, target])
-
-
-def state_file(out: Path, name: str) -> Path:
-    """Return where an interrupted training waits for the next run: beside the output."""
-    return out.with_name(f".{out.name}.{name}")

@@ -54,8 +54,7 @@ def verify(
     manifest = check_manifest(folder)
     plan = Plan.load(folder / "plan.json")
     if against is None:
-        if base is not None:
-            raise InputError("goes with --against", where="--base", fix="give --against ADAPTER, or drop it")
+        _refuse_without_model(base, run or Run())
         return _alone(folder, manifest, plan, provider, threads)
     _check_repeatable(folder, plan.recipe)
     task = open_task(against, None, plan, base=base, run=run, needs_texts=False)
@@ -69,6 +68,18 @@ def verify(
     rewritten = choose_levels(task.inputs(probe=batch).rewrite(plan, batch), batch)
     tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, before), *tiers)
+
+
+def _refuse_without_model(base: str | Path | None, run: Run) -> None:
+    """Refuse what only a comparison with the dense model reads."""
+    given = {
+        "--base": base is not None,
+        "--device": run.device != Run.device,
+        "--calibration-text": bool(run.texts),
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise InputError("goes with --against", where=option, fix="give --against MODEL, or drop it")
 
 
 def _without_statistics(task: Task, before: Preflight, why: str) -> Iterator[ParityTier]:
@@ -95,7 +106,7 @@ def _alone(
     golden = from_json(
         Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
     )
-    return bundle_tiers(folder, golden, plan.recipe.float_dtype, provider=provider, threads=threads)
+    return bundle_tiers(folder, golden, plan.recipe.target.float_dtype, provider=provider, threads=threads)
 
 
 def _check_repeatable(folder: Path, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class PerplexityResult:
         tokens: Predicted tokens.
         windows: Windows evaluated.
         context: Tokens per full window.
+        window_losses: Summed negative log likelihood of each window, for paired comparisons.
+        window_tokens: Predicted tokens of each window.
     """
 
     perplexity: float
@@ -41,6 +43,8 @@ class PerplexityResult:
     tokens: int
     windows: int
     context: int
+    window_losses: tuple[float, ...] = field(default=(), repr=False)
+    window_tokens: tuple[int, ...] = field(default=(), repr=False)
 
 
 def perplexity(
@@ -131,4 +135,29 @@ def _summarize(sums: np.ndarray, counts: np.ndarray, context: int) -> Perplexity
         value = math.exp(nll)
     except OverflowError:
         value = math.inf
-    return PerplexityResult(value, nll, error, value * error, int(counts.sum()), windows, context)
+    paired = tuple(map(float, sums)), tuple(map(int, counts))
+    return PerplexityResult(value, nll, error, value * error, int(counts.sum()), windows, context, *paired)
+
+
+def paired_perplexity(mine: PerplexityResult, theirs: PerplexityResult) -> tuple[float, float] | None:
+    """Return the difference of two perplexities on the same windows, and its standard error to first order.
+
+    Both models find the same windows hard, so the error is below those of the two. It is NaN for a single window.
+
+    Args:
+        mine: The perplexity.
+        theirs: What is taken from it.
+
+    Returns:
+        None where the windows differ, as under two tokenizers.
+    """
+    if mine.window_tokens != theirs.window_tokens or not mine.window_tokens:
+        return None
+    counts = np.array(mine.window_tokens)
+    moved = np.zeros(len(counts))
+    for sign, one in ((1.0, mine), (-1.0, theirs)):
+        moved += sign * one.perplexity * (np.array(one.window_losses) - one.nll * counts)
+    error = math.nan
+    if (windows := len(counts)) > 1:
+        error = math.sqrt(float((moved**2).sum()) * windows / (windows - 1)) / float(counts.sum())
+    return mine.perplexity - theirs.perplexity, error

@@ -9,6 +9,7 @@ from typing import Any
 
 from rk_export.evaluation.models import ModelScores, short_names
 from rk_export.evaluation.multiple_choice import TaskResult, mean_and_error
+from rk_export.evaluation.perplexity import PerplexityResult, paired_perplexity
 from rk_export.report.table import Column, Table, make_table
 
 _PAIRED = {"acc": "right", "acc_norm": "right_norm"}  # measure -> answers to the single items
@@ -23,7 +24,7 @@ def paired_difference(mine: Sequence[bool], theirs: Sequence[bool]) -> tuple[flo
 
 
 def score_table(scores: Sequence[ModelScores]) -> Table:
-    """One row a measure, one column a model, ± one standard error; then accuracy less that of the first model."""
+    """One row a measure, one column a model, ± one standard error; then what it is less that of the first model."""
     names = short_names([one.model for one in scores])
     columns = [Column("on"), Column("measure"), *(Column(name, "number") for name in names)]
     columns += [Column(f"{name} − {names[0]}", "number") for name in names[1:]]
@@ -36,10 +37,15 @@ def _text_rows(scores: Sequence[ModelScores]) -> list[tuple[str, ...]]:
             name,
             "perplexity",
             *(_plus_minus(one.texts[name].perplexity, one.texts[name].perplexity_error) for one in scores),
-            *[""] * (len(scores) - 1),
+            *(_perplexity_difference(one.texts[name], scores[0].texts[name]) for one in scores[1:]),
         )
         for name in scores[0].texts
     ]
+
+
+def _perplexity_difference(mine: PerplexityResult, theirs: PerplexityResult) -> str:
+    paired = paired_perplexity(mine, theirs)
+    return "" if paired is None else _plus_minus(*paired, sign="+")
 
 
 def _task_rows(scores: Sequence[ModelScores]) -> list[tuple[str, ...]]:
@@ -75,7 +81,10 @@ def scores_json(scores: Sequence[ModelScores]) -> list[dict[str, Any]]:
     return [
         {
             "model": one.model,
-            "texts": {name: _finite(asdict(result)) for name, result in one.texts.items()},
+            "texts": {
+                name: _text_json(result) | (_text_difference(result, scores[0].texts[name]) if index else {})
+                for name, result in one.texts.items()
+            },
             "tasks": {
                 name: _task_json(result) | (_differences(result, scores[0].tasks[name]) if index else {})
                 for name, result in one.tasks.items()
@@ -83,6 +92,16 @@ def scores_json(scores: Sequence[ModelScores]) -> list[dict[str, Any]]:
         }
         for index, one in enumerate(scores)
     ]
+
+
+def _text_json(result: PerplexityResult) -> dict[str, Any]:
+    fields = asdict(result)
+    return _finite({name: value for name, value in fields.items() if not name.startswith("window_")})
+
+
+def _text_difference(mine: PerplexityResult, theirs: PerplexityResult) -> dict[str, Any]:
+    value, error = paired_perplexity(mine, theirs) or (None, None)
+    return _finite({"perplexity_difference": value, "perplexity_difference_error": error})
 
 
 def _task_json(result: TaskResult) -> dict[str, Any]:

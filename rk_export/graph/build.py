@@ -33,9 +33,9 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
     options = rewritten.plan.recipe
     module = frontend.build_module(
         rewritten.description,
-        ep=options.ep,
-        dtype=options.float_dtype,
-        positions=options.context_length,
+        ep=options.target.ep,
+        dtype=options.target.float_dtype,
+        positions=options.target.context_length,
     )
     swapped = swap_projections(rewritten, module)
     swap_outer(rewritten, module)

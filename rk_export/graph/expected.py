@@ -133,5 +133,5 @@ def _has_half_scales(rewritten: Rewritten) -> bool:
     """Whether all scales are fp16 and the graph is not: a checkpoint may hold wider ones."""
     kinds = QuantizedLinear | QuantizedEmbedding
     scales = [module.scales for module in rewritten.model.modules() if isinstance(module, kinds)]
-    wide_graph = rewritten.plan.recipe.float_dtype == "fp32"
+    wide_graph = rewritten.plan.recipe.target.float_dtype == "fp32"
     return bool(scales) and wide_graph and all(scale.dtype is torch.float16 for scale in scales)

@@ -38,8 +38,8 @@ def projections_of(rewritten: Rewritten) -> Iterator[tuple[int, tuple[Projection
 
 def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:
     """Put our modules where the plain linears stand; return the torch names of the modules they came from."""
-    level = rewritten.plan.recipe.accuracy_level
-    dtype = frontend.float_type(rewritten.plan.recipe.float_dtype)
+    level = rewritten.plan.recipe.target.accuracy_level
+    dtype = frontend.float_type(rewritten.plan.recipe.target.float_dtype)
     swapped = set()
     for index, projections in projections_of(rewritten):
         layer = rewritten.model.get_submodule(f"{rewritten.architecture.layers}.{index}")
@@ -80,7 +80,7 @@ def swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
     architecture, model = rewritten.architecture, rewritten.model
     if architecture.lm_head is None or architecture.onnx_lm_head is None:
         return
-    level = rewritten.plan.recipe.accuracy_level
+    level = rewritten.plan.recipe.target.accuracy_level
     embedding: Any = model.get_submodule(architecture.embedding)
     head: Any = model.get_submodule(architecture.lm_head)
     site = Mark("lm_head", "lm_head")

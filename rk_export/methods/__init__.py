@@ -9,14 +9,12 @@ from __future__ import annotations
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.heal.options import HealOptions
-from rk_export.methods.joint_rank.options import JointRankOptions
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.sslc.options import SslcOptions
-from rk_export.options.method import MethodOptions
+from rk_export.options.step import MethodOptions
 
 METHODS: tuple[type[MethodOptions], ...] = (
     PruneOptions,
-    JointRankOptions,
     BaselOptions,
     CapOptions,
     SslcOptions,

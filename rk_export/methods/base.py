@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,8 +14,8 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
 from rk_export.model.sites import plain_sites
-from rk_export.options.method import MethodOptions
 from rk_export.options.recipe import Recipe
+from rk_export.options.step import MethodOptions
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.plan import Plan, Pruning, SitePlan
 from rk_export.report.records import Finding
@@ -63,8 +63,7 @@ class Decision:
 
     def plan(self, source: Source, recipe: Recipe) -> Plan:
         """Return the plan that stores every matrix as it was decided."""
-        named = replace(recipe, groups=())
-        return Plan(source.config.model_type, source.structure(), named, self.sites)
+        return Plan(source.config.model_type, source.structure(), recipe, self.sites, recipe.table_quant)
 
 
 class Method(Generic[OptionsT]):

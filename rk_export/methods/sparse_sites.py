@@ -58,8 +58,9 @@ def sparse_decision(source: Source, recipe: Recipe, parts: Mapping[MatrixId, Par
     def decided(site: SitePlan) -> SitePlan:
         own = parts[site.matrices[0]]
         chosen = replace(site, form="sparse", rank=own.rank, entries=own.entries)
-        if own.rank or recipe.quant is None:
-            return replace(chosen, quant=recipe.quant)
+        quant = recipe.format_of(site.members[0], site.paths[0], site.layer)
+        if own.rank or quant is None:
+            return replace(chosen, quant=quant)
         return replace(chosen, reason="no direction was chosen: entries are not quantized further")
 
     return Decision(tuple(decided(site) for site in matrices(source)), parts)
@@ -90,7 +91,7 @@ def stored_prices(recipe: Recipe) -> Prices:
     The place of a full column is left out: 4 bytes, to two for each of its rows.
     """
     sample = 256  # numbers that fill whole blocks of every size
-    number = matrix_bytes(1, sample, recipe.quant, FLOAT_BYTES[recipe.float_dtype]) / sample
+    number = matrix_bytes(1, sample, recipe.quant, FLOAT_BYTES[recipe.target.float_dtype]) / sample
     return Prices(number, ENTRY_BYTES, VALUE_BYTES)
 
 
@@ -100,26 +101,26 @@ def sparse_budget(source: Source, recipe: Recipe) -> Budget:
     Raises:
         InputError: If nothing is left for them.
     """
-    budget = recipe.budget
+    budget = recipe.limit
     if budget is None:
-        raise ValueError("the options have no budget")
+        raise ValueError("the recipe has no budget")
     if budget.kind != "size":
         return budget
     config = source.config
-    float_bytes = FLOAT_BYTES[recipe.float_dtype]
-    table = matrix_bytes(config.vocab_size, config.hidden_size, recipe.embedding_quant, float_bytes)
+    float_bytes = FLOAT_BYTES[recipe.target.float_dtype]
+    table = matrix_bytes(config.vocab_size, config.hidden_size, recipe.table_quant, float_bytes)
     matrices = len(source.description.matrices)
     parts = fixed_parts(source.description, recipe)
     fixed, tables = sum(part.bytes for part in parts), table_count(source) * table
     rest = fixed + tables + matrices * SUM_GRAPH_BYTES
-    if rest >= budget.value:
+    if rest >= budget.amount:
         raise InputError(
             f"{size(rest)} are taken by what low rank and sparse parts do not replace: embedding {size(tables)}, "
             f"nodes of sparse products {size(matrices * SUM_GRAPH_BYTES)}, {in_words(parts)}",
-            where="--size",
-            fix="give a larger budget, or fewer --embedding-bits",
+            where=budget.flag,
+            fix="give a larger budget, or quantize embed_tokens and lm_head",
         )
-    return replace(budget, value=budget.value - rest)
+    return replace(budget, value=budget.amount - rest)
 
 
 def check_source(source: Source, method: str) -> None:
@@ -136,7 +137,7 @@ def check_source(source: Source, method: str) -> None:
         raise InputError(
             f"{source.config.model_type} is an encoder: it has no next-token loss to choose by",
             where=method,
-            fix="give a rank rule: --keep with --uniform",
+            fix="take a recipe with a rank rule: --recipe joint-rank",
         )
     for layer in range(source.layer_count):
         for item in source.description.projections(layer):
@@ -167,17 +168,17 @@ def amount_of(source: Source, budget: Budget, stored: Prices | None = None) -> t
     """
     if budget.kind not in ("keep", "size"):
         raise InputError(
-            f"rank and sparsity have no price in {budget.kind.replace('_', ' ')}",
-            where=option_of(budget),
+            f"rank and sparsity have no price in {budget.name}",
+            where=budget.flag,
             fix="give --keep or --size",
         )
     numbers = sum(rows * columns for rows, columns in linear_shapes(source).values())
     prices = PARAMETERS if budget.kind == "keep" else stored or BYTES
-    amount = budget.value * numbers if budget.kind == "keep" else budget.value
+    amount = budget.amount * numbers if budget.kind == "keep" else budget.amount
     if amount >= numbers * prices.column:
         raise InputError(
             f"all entries of the matrices take {size(numbers * prices.column)}, which the budget holds",
-            where=option_of(budget),
+            where=budget.flag,
             fix="give less, or leave them dense",
         )
     if amount < prices.entry:
@@ -214,8 +215,4 @@ def log_choice(parts: Mapping[MatrixId, Parts]) -> None:
 
 
 def keeps_nothing(budget: Budget) -> InputError:
-    return InputError("the budget keeps nothing of any matrix", where=option_of(budget), fix="give more")
-
-
-def option_of(budget: Budget) -> str:
-    return f"--{budget.kind.replace('_', '-')}"
+    return InputError("the budget keeps nothing of any matrix", where=budget.flag, fix="give more")

@@ -1,4 +1,4 @@
-"""How many positions a bundle takes: the model's own context, or what `--context-length` asks for."""
+"""How many positions a bundle takes: the model's own context, or what `target.context_length` asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rk_export.model.description import ModelDescription
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
-OPTION = "--context-length"
+OPTION = "target.context_length"
 # Positions become float32 in the rotary tables, which holds no larger whole number exactly.
 MOST_POSITIONS = 2**24
 # Scalings that name the length that they were made for: factor times the original length.

@@ -14,7 +14,7 @@ from rk_export.matrix_id import MatrixId
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
-from rk_export.options.recipe import PARTS_OF_FOLD, PREPARATIONS
+from rk_export.options.prepare import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding, Outcome
 
@@ -71,13 +71,13 @@ def check_names(names: Iterable[str]) -> None:
     if unknown := set(names) - {*PREPARATIONS, *PARTS_OF_FOLD}:
         raise InputError(
             f"unknown preparation {min(unknown)!r}",
-            where="--prepare",
+            where="prepare",
             fix=f"choose from {', '.join((*PREPARATIONS, *PARTS_OF_FOLD))}",
         )
     if "rotate" in names and "fold" not in names:
         raise InputError(
             "a norm commutes with a rotation only without its gain",
-            where="--prepare",
+            where="prepare",
             fix="add fold to rotate",
         )
 

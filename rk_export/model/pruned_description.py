@@ -63,12 +63,14 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
     if any(has_experts(config, layer) for layer in range(config.num_hidden_layers)):
         raise _refusal(
             "every expert would need neurons of its own choice, from statistics of its own tokens",
-            "--prune-ffn",
+            "prune.ffn_keep",
             "drop it",
         )
     present = description.decoder.intermediate_size
     if width >= present:
-        raise _refusal(f"{width} neurons are not fewer than {present}", "--prune-ffn", "give a smaller share")
+        raise _refusal(
+            f"{width} neurons are not fewer than {present}", "prune.ffn_keep", "give a smaller share"
+        )
     setattr(pruned, _WIDTH.get(config.model_type, "intermediate_size"), width)
 
 
@@ -76,12 +78,12 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     heads, kept = description.heads, len(pruning.kv_groups[0])
     if kept >= heads.kv_heads or max(max(groups) for groups in pruning.kv_groups) >= heads.kv_heads:
         raise _refusal(
-            f"{kept} key/value heads are not fewer than {heads.kv_heads}", "--prune-heads", "keep fewer"
+            f"{kept} key/value heads are not fewer than {heads.kv_heads}", "prune.kv_heads_keep", "keep fewer"
         )
     if description.decoder.query_key_norm == "all":
         raise _refusal(
             "queries and keys are normalized over all heads together, so those that stay would change",
-            "--prune-heads",
+            "prune.kv_heads_keep",
             "drop it",
         )
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
@@ -91,7 +93,7 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
     if (rows["q"], rows["k"]) != (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim):
         raise _refusal(
-            "the family ties the width of a head to the number of heads", "--prune-heads", "drop it"
+            "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
         )
 
 
@@ -107,7 +109,7 @@ def _check_kinds(left: ModelDescription, description: ModelDescription, pruning:
     if left.decoder.layers != wanted:
         raise _refusal(
             f"{description.model_type} derives the kind of a block from its number, so none can go",
-            "--prune-blocks",
+            "prune.blocks",
             "drop it",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rk_export.errors import InputError
 from rk_export.model.families import Projection
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS
@@ -15,15 +16,27 @@ SMALL_HIDDEN_SIZE = 2048
 
 def plain_sites(layer: Layer, projections: tuple[Projection, ...]) -> list[SitePlan]:
     """Return every matrix of a layer as a dense site of its own, in floats."""
-    return dense_sites(layer, projections, Recipe(groups=(), quant=None))
+    return dense_sites(layer, projections, Recipe())
 
 
-def dense_sites(layer: Layer, projections: tuple[Projection, ...], recipe: Recipe) -> list[SitePlan]:
-    """Return the sites of one layer, all dense: the groups asked for first, then every other matrix."""
+def dense_sites(
+    layer: Layer, projections: tuple[Projection, ...], recipe: Recipe, groups: tuple[str, ...] | None = None
+) -> list[SitePlan]:
+    """Return the sites of one layer, all dense: the groups asked for first, then every other matrix.
+
+    Args:
+        layer: Gives the index.
+        projections: The layer's matrices.
+        recipe: Their formats and corrections.
+        groups: What is joined; None takes the groups of the recipe.
+
+    Raises:
+        InputError: Matrices that are joined have different formats.
+    """
     paths: dict[str, str] = {item.role: item.path for item in projections if item.role != "expert"}
     left = dict(paths)
     members: dict[str, dict[str, str]] = {}
-    for group in recipe.groups or ():
+    for group in (recipe.groups or ()) if groups is None else groups:
         if all(role in paths for role in GROUPS[group]):
             members[group] = {role: left.pop(role) for role in GROUPS[group]}
     members |= {role: {role: path} for role, path in left.items()}
@@ -39,15 +52,17 @@ def dense_sites(layer: Layer, projections: tuple[Projection, ...], recipe: Recip
 def _dense_site(
     layer: int, name: str, members: tuple[str, ...], paths: tuple[str, ...], recipe: Recipe
 ) -> SitePlan:
+    formats = [recipe.format_of(role, path, layer) for role, path in zip(members, paths, strict=True)]
+    if any(spec != formats[0] for spec in formats):
+        raise InputError(
+            f"{' and '.join(dict.fromkeys(members))} share a site, and need one format",
+            where=f"quantize: layers.{layer}.{name}",
+            fix="name all of them in the targets, or do not factorize them together",
+        )
+    weight_only = formats[0] is not None and formats[0].activations != 8
+    correction = recipe.correction if weight_only else 0
     return SitePlan(
-        f"layers.{layer}.{name}",
-        layer,
-        members,
-        paths,
-        "dense",
-        0,
-        recipe.quant,
-        correction=recipe.correction,
+        f"layers.{layer}.{name}", layer, members, paths, "dense", 0, formats[0], correction=correction
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rk_export.errors import FieldError
-from rk_export.options.texts import TextFile
+from rk_export.options.texts import TextFile, TextSource
+
+WrittenText = Literal["self", "gain", "none"]
 
 
 @dataclass(frozen=True)
@@ -14,39 +16,46 @@ class CalibrationOptions:
     """Where the second moments of the matrices' inputs come from.
 
     Args:
-        metric: `none` weighs all inputs alike (2402.16319), `gain` by the norm's gain in front, `self` by text
-            that the model samples itself (data-free), `corpus` by a text file.
-        corpus: The text of `corpus`, else None.
-        tokens: Tokens to sample or to read.
-        seed: Of the sampling.
-        gradients: Weigh outputs by the loss' gradients, from one backward pass; else every matrix by its relative
-            error, layer by layer.
-        prefix: Take the moments of the inputs anew through the part that is compressed already, layer by layer,
-            while matrices are factorized and quantized; plans are made from those of the dense model either way.
+        text: `self` is text that the model writes itself, so no data is needed. A file is your own text in UTF-8.
+            `gain` weighs inputs by the gain of the norm in front of them. `none` weighs all inputs alike
+            (2402.16319).
+        tokens: Tokens that are written or read, at least 512.
+        seed: Of the written text, and of rotations.
+        gradients: Weigh outputs by the gradients of the loss, from one backward pass. Otherwise every matrix counts
+            by its relative error.
+        prefix: Take the moments anew for every layer, through the layers that are compressed already. Plans are
+            made from those of the dense model either way.
     """
 
-    metric: Literal["none", "gain", "self", "corpus"] = "self"
-    corpus: TextFile | None = None
+    text: WrittenText | TextSource = "self"
     tokens: int = 8192
     seed: int = 0
     gradients: bool = True
     prefix: bool = False
 
     def __post_init__(self) -> None:
-        if self.metric not in ("none", "gain", "self", "corpus"):
+        if isinstance(self.text, str) and self.text not in get_args(WrittenText):
             raise FieldError(
-                f"unknown metric {self.metric!r}",
-                where="--metric",
-                fix="choose none, gain, self or corpus:FILE",
+                f"unknown text {self.text!r}",
+                where="calibration.text",
+                fix="choose self, gain, none or a file",
             )
-        if (self.metric == "corpus") != (self.corpus is not None):
-            raise FieldError("the metric corpus reads a text file", where="--metric", fix="write corpus:FILE")
         if self.tokens < 512:
             raise FieldError(
                 f"{self.tokens} tokens are too few for second moments",
-                where="--calibration-tokens",
+                where="calibration.tokens",
                 fix="give at least 512",
             )
+
+    @property
+    def corpus(self) -> TextFile | None:
+        """The text file, where there is one."""
+        return self.text if isinstance(self.text, TextFile) else None
+
+    @property
+    def metric(self) -> Literal["self", "gain", "none", "corpus"]:
+        """What weighs errors."""
+        return "corpus" if isinstance(self.text, TextFile) else self.text
 
     @property
     def uses_text(self) -> bool:

@@ -31,19 +31,19 @@ class QuantSpec:
         if self.activations != 16:
             raise FieldError(
                 f"{self.activations}-bit activations do not go with {self.bits} bits in blocks of {self.block_size}",
-                where="quant",
+                where="quantize.activations",
                 fix="8-bit activations take bits 8, block_size 0 and symmetric weights; 16 leaves them in floats",
             )
         if self.bits not in (2, 4, 8):
             raise FieldError(
                 f"{self.bits} bits cannot be packed",
-                where="--bits or --embedding-bits",
-                fix="choose 2, 4 or 8 (16 keeps the matrix in floats)",
+                where="quantize.bits",
+                fix="choose 2, 4 or 8",
             )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise FieldError(
                 f"a block of {self.block_size} columns is not supported",
-                where="--block",
+                where="quantize.block",
                 fix="choose 16, 32, 64, 128 or 256",
             )
 

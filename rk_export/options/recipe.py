@@ -1,240 +1,217 @@
-"""What a user may ask for: frozen values, validated on construction."""
+"""What is done to a model's weights: an ordered list of steps, and what they are weighed and paid by."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 from rk_export.errors import FieldError
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.choices import require_choice
-from rk_export.options.method import STAGES, MethodOptions
+from rk_export.options.correct import Correct
+from rk_export.options.factorize import Factorize
+from rk_export.options.prepare import Prepare
 from rk_export.options.quantization import W8A8, QuantSpec
-from rk_export.options.ranks import ALLOCATIONS, DEFAULT_GROUPS, GROUPS, Allocation, Budget, Gauge, RankRule
+from rk_export.options.quantize import TABLES, Quantize, Rounding, names_of, names_of_table
+from rk_export.options.ranks import GROUPS, Budget, Gauge, RankRule
+from rk_export.options.step import STAGES, MethodOptions, Step
+from rk_export.options.target import Target
 from rk_export.options.texts import TextFile
 
-# Exact reparameterizations, in the order in which they are applied.
-PREPARATIONS = ("fold", "rotate", "rotate-heads", "scale")
-# `fold` for the norms in front of one kind of block alone.
-PARTS_OF_FOLD = ("fold-attention", "fold-mlp")
+logger = logging.getLogger(__name__)
 
-# Parity is measured on prompts of 32 tokens, and on what follows them.
-SHORTEST_CONTEXT = 64
-
-# Whether matrices that come quantized are quantized anew, or keep their codes.
-Recompute = Literal["all", "none"]
-GraphTarget = Literal["cpu", "cuda", "portable"]
+StepT = TypeVar("StepT", bound=Step)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a user may choose about compression; validated on construction.
+    """What is done to a model's weights. Without steps the model stays dense and in floats.
 
     Args:
-        groups: Names from `GROUPS`; no role may stand in two of them. Empty factorizes nothing. None leaves it to
-            the rule: a budget may factorize every matrix by itself, a rank rule takes `DEFAULT_GROUPS`.
-        qk: Factorize the group qk `whole` or `per-head` (one factor pair per KV group).
-        rank: The rank rule of every factorized group; None keeps 0.95 of the groups that are named, and
-            factorizes nothing where none is.
-        allocation: How the share of a rank rule `keep` is spread: `uniform` keeps it of every group, the others give
-            ranks in proportion to what they see in each spectrum, and keep it of all groups together.
-        rank_multiple: Ranks are rounded down to a multiple of it; None chooses by model size and bits.
-        gauge: Which factor carries the singular values.
-        quant: Quantization of linear layers, or None to keep floats.
-        embedding_quant: Quantization of the embedding and lm_head, or None to keep floats.
-        ep: The execution provider the graph is made for: cpu (fp32), cuda (fp16), portable (fp16).
-        accuracy_level: MatMulNBits' accuracy level: 4 computes in int8 on CPU, 0 in floats.
-        form: `plain` factor pairs, or `identity`: rows of the matrix itself and coefficients for the others. None
-            is plain for a rank rule, and lets a budget choose.
-        prepare: Exact reparameterizations before anything else, names from `PREPARATIONS` or `PARTS_OF_FOLD`. None
-            takes those that lower the predicted loss; the plan names them.
-        quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also spreads each column's
-            error over the columns to come, which needs the metric self or corpus.
-        calibration: The metric and its text.
-        budget: What the whole model may cost; None applies `rank` and `quant` to every matrix alike.
-        correction: Rank of a float branch that corrects the error of every dense quantized matrix; 0 for none.
-        methods: What methods are asked for, in the order in which they work: structures that go first, at most one
-            method that decides every matrix, recovery.
-        context_length: Tokens of prompt and answer together that the bundle takes; None takes the model's context.
-        recompute: `none` carries the codes, scales and zero points of a quantized checkpoint over as they are, where
-            MatMulNBits can hold them; `all` quantizes the values that they stand for anew.
+        steps: What is done, in this order: prune and prepare, at most one step that decides what stays of every
+            matrix, quantize, correct, heal.
+        calibration: The text that errors are weighed by.
+        budget: What the whole model may cost. Steps that leave something open are decided by it.
+        target: Where the bundle will run.
     """
 
-    groups: tuple[str, ...] | None = None
-    qk: Literal["whole", "per-head"] = "whole"
-    rank: RankRule | None = None
-    allocation: Allocation = "uniform"
-    rank_multiple: int | None = None
-    gauge: Gauge = "orthogonal"
-    quant: QuantSpec | None = QuantSpec(4, 32)
-    embedding_quant: QuantSpec | None = QuantSpec(8, 32)
-    ep: GraphTarget = "cpu"
-    accuracy_level: int = 4
-    form: Literal["plain", "identity"] | None = None
-    prepare: tuple[str, ...] | None = None
-    quantizer: Literal["rtn", "search", "gptq"] = "gptq"
+    steps: tuple[Step, ...] = ()
     calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget | None = None
-    correction: int = 0
-    methods: tuple[MethodOptions, ...] = ()
-    context_length: int | None = None
-    recompute: Recompute = "all"
+    target: Target = Target()
 
     def __post_init__(self) -> None:
-        self._check_groups()
-        require_choice("choice", self.qk, ("whole", "per-head"), "--qk")
-        if self.qk == "per-head" and "qk" not in (self.groups or DEFAULT_GROUPS):
-            raise FieldError("per-head needs the group qk", where="--qk", fix="add qk to --groups")
-        require_choice("gauge", self.gauge, ("orthogonal", "balanced"), "--gauge")
-        require_choice("execution provider", self.ep, ("cpu", "cuda", "portable"), "--ep")
-        require_choice("level", self.accuracy_level, (0, 1, 4), "--accuracy-level")
-        require_choice("form", self.form, ("plain", "identity", None), "--form")
-        require_choice("allocation", self.allocation, ALLOCATIONS, "--allocation")
-        if self.allocation != "uniform" and (self.rank_rule.kind != "keep" or self.budget or self.deciding):
+        self._check_order()
+        self._check_quantize()
+        self._check_amount()
+        for step in self.steps:
+            step.check_with(self)
+        if self.deciding is not None and self.calibration.prefix:
             raise FieldError(
-                f"{self.allocation} spreads the share of a rank rule",
-                where="--allocation",
-                fix="give --keep SHARE with --uniform, or drop it",
-            )
-        if self.allocation != "uniform" and self.qk == "per-head":
-            raise FieldError(
-                "it gives one rank to each group", where="--allocation", fix="drop it, or --qk per-head"
-            )
-        require_choice("quantizer", self.quantizer, ("rtn", "search", "gptq"), "--quantizer")
-        for name in self.prepare or ():
-            require_choice("preparation", name, (*PREPARATIONS, *PARTS_OF_FOLD), "--prepare")
-        if "rotate" in (self.prepare or ()) and "fold" not in (self.prepare or ()):
-            raise FieldError("rotate needs fold", where="--prepare", fix="add fold: fold,rotate")
-        require_choice("choice", self.recompute, ("all", "none"), "--recompute")
-        if self.recompute == "none":
-            self._check_carried()
-        self._check_int8()
-        self._check_methods()
-        if self.context_length is not None and self.context_length < SHORTEST_CONTEXT:
-            raise FieldError(
-                f"a context of {self.context_length} tokens is too short to verify a bundle in",
-                where="--context-length",
-                fix=f"give at least {SHORTEST_CONTEXT}",
-            )
-        if self.rank_multiple is not None and self.rank_multiple < 1:
-            raise FieldError(
-                f"{self.rank_multiple} is below 1", where="--rank-multiple", fix="give 1 for no rounding"
+                f"the parts of {self.deciding.name} do not depend on the compressed prefix",
+                where="calibration.prefix",
+                fix="drop it",
             )
 
-    def _check_groups(self) -> None:
-        seen: dict[str, str] = {}
-        for group in self.groups or ():
-            if group not in GROUPS:
+    def _check_order(self) -> None:
+        for first, second in pairwise(self.steps):
+            free = {"prune", "prepare"}
+            if STAGES.index(first.stage) > STAGES.index(second.stage) and {first.stage, second.stage} != free:
+                raise FieldError(f"it stands after {first.name}", where=second.name, fix="exchange the two")
+        for stage in STAGES:
+            steps = [step for step in self.steps if step.stage == stage]
+            if len(steps) < 2 or steps[0].repeats:
+                continue
+            one, other = steps[0].name, steps[1].name
+            if one == other:
+                raise FieldError("the step stands twice", where=other, fix="drop one of the two")
+            raise FieldError(
+                f"{one} decides already what stays of every matrix",
+                where=other,
+                fix="choose one of the two",
+            )
+
+    def _check_quantize(self) -> None:
+        rounding = {step.quantizer for step in self._quantize if step.quantizer is not None}
+        if len(rounding) > 1:
+            raise FieldError(
+                f"{' and '.join(sorted(rounding))} cannot round the same model",
+                where="quantize.with",
+                fix="give it in one step: it holds for all",
+            )
+        for table in TABLES:
+            step = self._step_of(names_of_table(table))
+            if step is not None and step.activations == 8:
                 raise FieldError(
-                    f"unknown group {group!r}", where="--groups", fix=f"choose from {', '.join(GROUPS)}"
+                    f"{table} has no inputs to quantize",
+                    where="quantize.activations",
+                    fix="leave it out of the targets",
                 )
-            for role in GROUPS[group]:
-                if role in seen:
-                    raise FieldError(
-                        f"{role!r} stands in both {seen[role]!r} and {group!r}",
-                        where="--groups",
-                        fix="name each matrix once",
-                    )
-                seen[role] = group
+        if self.target.ep != "cpu" and any(step.activations == 8 for step in self._quantize):
+            raise FieldError(
+                f"int8 inputs have no kernels in a graph for {self.target.ep}",
+                where="quantize.activations",
+                fix="use them with ep: cpu, or choose weight-only quantization",
+            )
+        if self.carries:
+            self._check_carried()
 
     def _check_carried(self) -> None:
         """Refuse what would change matrices whose codes are to stay."""
-        changes = {
-            "--groups": self.groups,
-            "--form": self.form,
-            "--qk": self.qk != "whole",
-            "--allocation": self.allocation != "uniform",
-            "--keep, --rank or --energy": self.rank,
-            "a budget": self.budget,
-            "--prepare": self.prepare,
-            "--correction": self.correction,
-            **{method.asked_by: True for method in self.methods},
-        }
-        if asked := [name for name, value in changes.items() if value]:
-            raise FieldError(
-                f"codes that are carried over cannot be changed, which {asked[0]} does",
-                where="--recompute",
-                fix=f"drop {asked[0]}, or --recompute none",
-            )
-
-    def _check_int8(self) -> None:
-        if self.quant is not None and self.quant.activations == 8 and self.ep != "cpu":
-            raise FieldError(
-                f"int8 inputs have no kernels in a graph for {self.ep}",
-                where="quant",
-                fix="use them with --ep cpu, or choose weight-only quantization",
-            )
-        if self.embedding_quant is not None and self.embedding_quant.activations == 8:
-            raise FieldError(
-                "an embedding has no inputs to quantize",
-                where="embedding_quant",
-                fix="choose weight-only quantization for it",
-            )
-
-    def _check_methods(self) -> None:
-        """Refuse methods that contradict each other, or how their sites must look."""
-        for first, second in pairwise(self.methods):
-            if first.stage == second.stage:
-                what = (
-                    "decide what stays of every matrix"
-                    if first.stage == "decide"
-                    else f"{first.stage} the model"
-                )
-                raise FieldError(
-                    f"both {what}", where=f"{first.name} and {second.name}", fix="choose one of the two"
-                )
-            if STAGES.index(first.stage) > STAGES.index(second.stage):
-                raise FieldError(
-                    f"{second.name} comes before {first.name}", where="methods", fix="exchange the two"
-                )
-        if self.deciding is not None:
-            self._check_single(self.deciding)
-        for method in self.methods:
-            method.check_with(self)
-        if self.correction:
-            self._check_correction()
-
-    def _check_correction(self) -> None:
-        where = "--correction"
-        if self.correction < 0:
-            raise FieldError(f"rank {self.correction}", where=where, fix="give 0 or more")
-        if self.quant is None or self.quant.activations == 8:
-            raise FieldError(
-                "only weight-only quantization is corrected", where=where, fix="give --bits 2, 4 or 8"
-            )
-        if self.deciding is not None:
-            raise FieldError(
-                f"{self.deciding.name} leaves factor pairs, and only dense quantized matrices are corrected",
-                where=where,
-                fix="drop it",
-            )
+        changing = [step.name for step in self.steps if not isinstance(step, (Quantize, Prepare))]
+        if isinstance(prepare := self.find(Prepare), Prepare) and prepare.names not in ("auto", ()):
+            changing.append(prepare.name)
         if self.budget is not None:
-            raise FieldError("a budget does not price corrections", where=where, fix="drop one of the two")
+            changing.append("a budget")
+        if changing:
+            raise FieldError(
+                f"codes that are carried over cannot be changed, which {changing[0]} does",
+                where="quantize.with",
+                fix=f"drop {changing[0]}, or with: carry",
+            )
 
-    def _check_single(self, method: MethodOptions) -> None:
-        if any(len(GROUPS[group]) > 1 for group in self.groups or ()):
+    def _check_amount(self) -> None:
+        factorize = self.find(Factorize)
+        if self.budget is not None:
+            self._check_budget(self.budget, factorize)
+        elif factorize is not None and factorize.rule is None and (field := factorize.first_set):
             raise FieldError(
-                "it decides matrix by matrix, so joint groups cannot follow it",
-                where=f"{method.name} and --groups",
-                fix="drop --groups",
+                "nothing says how much stays of the groups",
+                where=f"factorize.{field}",
+                fix="give keep, rank or energy, or a budget",
             )
-        if self.qk != "whole" or (method.decides_form and self.form is not None):
+
+    def _check_budget(self, budget: Budget, factorize: Factorize | None) -> None:
+        """Refuse a budget beside another amount, and one that has nothing to decide."""
+        if self.deciding is not None:
             raise FieldError(
-                "it decides the form of every matrix itself", where=method.name, fix="drop --form and --qk"
+                f"the recipe has a budget, and the step {self.deciding.name} says how much stays",
+                where="budget",
+                fix="give one of the two",
             )
-        if self.calibration.prefix:
+        if factorize is not None and factorize.rule is not None:
             raise FieldError(
-                "its parts do not depend on the compressed prefix", where=method.name, fix="drop --prefix"
+                f"factorize.{factorize.rule.kind} and the budget both say how much stays",
+                where="budget",
+                fix="drop one of the two",
             )
+        if factorize is not None and factorize.qk == "per-head":
+            raise FieldError(
+                "a budget takes q and k whole",
+                where="factorize.qk",
+                fix="drop it, or give factorize.keep instead of the budget",
+            )
+        factorizes = factorize is not None and factorize.groups != ()
+        if not factorizes and (budget.kind == "keep" or not self._has_open_formats):
+            raise FieldError(
+                f"the steps leave nothing open that the {budget.name} could decide",
+                where="budget",
+                fix="add a step factorize"
+                if budget.kind == "keep"
+                else "add a step factorize, or set quantize.bits to auto",
+            )
+
+    @property
+    def _has_open_formats(self) -> bool:
+        return any(step.bits == "auto" for step in self._quantize)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """Return a preset by its name, or a recipe file.
+
+        Raises:
+            InputError: There is no such preset and no such file, or the file is no recipe; with line and column.
+        """
+        recipe: Recipe = import_module("rk_export.recipes").load(name)  # it stands above us
+        return recipe
+
+    def find(self, kind: type[StepT]) -> StepT | None:
+        """Return the first step of a kind, or None."""
+        return next((step for step in self.steps if isinstance(step, kind)), None)
+
+    def with_step(self, step: Step) -> Recipe:
+        """Return the recipe with a step in the place of the first of its kind, or where it belongs by its stage."""
+        steps = list(self.steps)
+        place = next((index for index, own in enumerate(steps) if own.name == step.name), None)
+        if place is not None:
+            steps[place] = step
+        else:
+            later = STAGES.index(step.stage)
+            before = [index for index, own in enumerate(steps) if STAGES.index(own.stage) <= later]
+            steps.insert(before[-1] + 1 if before else 0, step)
+        return replace(self, steps=tuple(steps))
+
+    def with_budget(self, budget: Budget) -> Recipe:
+        """Return the recipe at another amount.
+
+        A step that says itself how much stays gets the amount. Otherwise it becomes the recipe's budget, and a recipe
+        that leaves nothing open may factorize every matrix.
+
+        Raises:
+            InputError: The step that says how much stays takes no such amount.
+        """
+        holder = self.deciding or self.find(Factorize)
+        if holder is not None and (holder is self.deciding or self.rank is not None):
+            return self.with_step(holder.with_amount(budget))
+        opened = self
+        if holder is None and (budget.kind == "keep" or not self._has_open_formats):
+            logger.info("factorize: added to the recipe, so that the %s can be met", budget.name)
+            opened = self.with_step(Factorize())
+        return replace(opened, budget=budget)
 
     def with_texts(self, files: tuple[Path, ...]) -> Recipe:
-        """Return the options with the paths of those texts that are among some files, by content."""
-        corpus = self.calibration.corpus
-        if corpus is None or not files:
+        """Return the recipe with the paths of those texts that are among some files, by content."""
+        if not files:
             return self
-        return replace(self, calibration=replace(self.calibration, corpus=corpus.found_in(files)))
+        calibration, corpus = self.calibration, self.calibration.corpus
+        if corpus is not None:
+            calibration = replace(calibration, text=corpus.found_in(files))
+        steps = tuple(step.with_texts(files) for step in self.steps)
+        return replace(self, steps=steps, calibration=calibration)
 
     @property
     def missing_text(self) -> TextFile | None:
@@ -243,25 +220,113 @@ class Recipe:
         return corpus if corpus is not None and corpus.path is None else None
 
     @property
+    def methods(self) -> tuple[MethodOptions, ...]:
+        """The steps that have a folder of their own, in the order in which they work."""
+        return tuple(step for step in self.steps if isinstance(step, MethodOptions))
+
+    @property
     def deciding(self) -> MethodOptions | None:
         """The method that decides what stays of every matrix; None leaves that to ranks and budgets."""
         return next((method for method in self.methods if method.stage == "decide"), None)
 
     @property
+    def limit(self) -> Budget | None:
+        """The recipe's budget, or that of the method that decides."""
+        own = None if self.deciding is None else self.deciding.budget
+        return own or self.budget
+
+    @property
     def weighs_outputs(self) -> bool:
         """Whether anything weighs the outputs of matrices by the loss; rounding weighs their inputs alone."""
         methods = any(method.weighs_outputs for method in self.methods)
-        return bool(self.budget or self.rank or self.groups or methods)
+        return bool(self.budget or self.rank or methods)
 
     @property
-    def rank_rule(self) -> RankRule:
-        """The rank rule of the groups that are factorized without a budget."""
-        return self.rank or RankRule("keep", 0.95)
+    def factorize(self) -> Factorize:
+        """How matrices are factorized; without the step, the settings that it would have."""
+        return self.find(Factorize) or Factorize()
+
+    @property
+    def groups(self) -> tuple[str, ...] | None:
+        """Groups that may be factorized; None leaves their names to the model's family."""
+        factorize = self.find(Factorize)
+        return () if factorize is None else factorize.groups
+
+    @property
+    def rank(self) -> RankRule | None:
+        """The rank rule of the groups; None leaves ranks to a budget."""
+        return self.factorize.rule
+
+    @property
+    def gauge(self) -> Gauge:
+        """Which factor carries the singular values."""
+        return self.factorize.gauge
+
+    @property
+    def _quantize(self) -> tuple[Quantize, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Quantize))
+
+    def _step_of(self, names: tuple[str, ...]) -> Quantize | None:
+        """Return the last step that takes a matrix."""
+        return next((step for step in reversed(self._quantize) if step.takes(names)), None)
+
+    def format_of(self, role: str, path: str, layer: int) -> QuantSpec | None:
+        """Return the format of a layer's matrix where no budget chooses it; None for floats."""
+        step = self._step_of(names_of(role, path, layer))
+        return None if step is None else step.spec(table=False)
+
+    def is_open(self, role: str, path: str, layer: int) -> bool:
+        """Whether a budget may choose the format of a layer's matrix."""
+        step = self._step_of(names_of(role, path, layer))
+        return step is not None and step.bits == "auto"
+
+    @property
+    def quant(self) -> QuantSpec | None:
+        """The format of most matrices of the layers: or of those that are named first; None for floats."""
+        named = (step for step in self._quantize if set(step.targets) - set(TABLES))
+        step = self._step_of(("all", "layers")) or next(named, None)
+        return None if step is None else step.spec(table=False)
+
+    @property
+    def table_quant(self) -> QuantSpec | None:
+        """The format of the embedding, and of an output projection of its own; None for floats."""
+        step = self._step_of(names_of_table(TABLES[0]))
+        return None if step is None else step.spec(table=True)
+
+    @property
+    def table_is_open(self) -> bool:
+        """Whether a budget may choose the format of the embedding."""
+        step = self._step_of(names_of_table(TABLES[0]))
+        return step is not None and step.bits == "auto"
+
+    @property
+    def head_quant(self) -> QuantSpec | None:
+        """The format that is asked for of an output projection."""
+        step = self._step_of(names_of_table(TABLES[1]))
+        return None if step is None else step.spec(table=True)
+
+    @property
+    def quantizer(self) -> Rounding:
+        """How numbers are rounded; codes that cannot be carried over are rounded by GPTQ."""
+        given = (step.quantizer for step in self._quantize)
+        return next((asked for asked in given if asked is not None and asked != "carry"), "gptq")
+
+    @property
+    def carries(self) -> bool:
+        """Whether codes of a quantized checkpoint are taken over as they are."""
+        return any(step.quantizer == "carry" for step in self._quantize)
+
+    @property
+    def correction(self) -> int:
+        """Rank of the branches that correct quantized matrices; 0 for none."""
+        correct = self.find(Correct)
+        return 0 if correct is None else correct.rank
 
     @property
     def preparations(self) -> tuple[str, ...]:
         """The reparameterizations that were named, or decided on."""
-        return self.prepare or ()
+        prepare = self.find(Prepare)
+        return () if prepare is None or prepare.names == "auto" else prepare.names
 
     @property
     def prepared_for(self) -> QuantSpec | None:
@@ -269,17 +334,28 @@ class Recipe:
 
         A budget offers several formats: the one that rounds most of the model then stands for all.
         """
-        if self.prepare is not None or not self.calibration.uses_text:
+        prepare = self.find(Prepare)
+        if prepare is None or prepare.names != "auto" or not self.calibration.uses_text:
             return None
-        if self.recompute == "none":
+        if self.carries:
             return None  # they would move the values off their grid
-        if self.budget is not None and self.budget.kind == "speed_up":
+        if self.budget is not None and self.budget.kind == "speed_up" and self.quant is not None:
             return W8A8
-        if self.budget is not None and self.budget.kind in ("size", "bits"):
-            return QuantSpec(4, 32)
         return self.quant
 
-    @property
-    def float_dtype(self) -> Literal["fp32", "fp16"]:
-        """The float type of the exported graph."""
-        return "fp32" if self.ep == "cpu" else "fp16"
+    def patterns(self) -> Iterator[str]:
+        """Yield every name that a step uses for what it quantizes or leaves out."""
+        for step in self._quantize:
+            yield from (*step.targets, *step.ignore)
+
+    def describe(self) -> Iterator[str]:
+        """Yield what is done to the model, in words for the model card."""
+        for step in self.steps:
+            empty = isinstance(step, Factorize) and step.rule is None and self.budget is None
+            if not isinstance(step, Prepare) and not empty:
+                yield step.describe()
+
+
+def joined(groups: tuple[str, ...] | None) -> list[str]:
+    """Return those groups that join several matrices."""
+    return [group for group in groups or () if len(GROUPS[group]) > 1]

@@ -66,7 +66,7 @@ def greedy_tier(rewritten: Rewritten, golden: Golden, error: float) -> ParityTie
         golden: What the bundle generated.
         error: The largest relative error of tiers c, e and f.
     """
-    exact = rewritten.plan.recipe.float_dtype == "fp32"
+    exact = rewritten.plan.recipe.target.float_dtype == "fp32"
     within_rounding = min(error, golden.bound) if exact else golden.bound
     same, within, total, widest = 0, 0, 0, 0.0
     for start, tokens in zip(golden.starts, golden.tokens, strict=True):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from rk_export.errors import InputError
 from rk_export.memory import available_memory
 from rk_export.model.torch_logits import torch_logits
 from rk_export.report.humanize import size
+from rk_export.source.quiet import transformers_quiet
 from rk_export.source.stored import StoredModel
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
         reason = f"transformers needs {size(needed)} for the whole model, {size(available)} are free"
         logger.warning("not compared with transformers: %s", reason)
         return Reference(None, reason)
-    with _quiet():
+    with transformers_quiet():
         model, note = _whole_model(source)
     return Reference(torch_logits(model)(tokens.numpy()).float(), note)
 
@@ -124,17 +123,3 @@ def _complete(source: StoredModel, load: Callable[[], tuple[Any, dict[str, Any]]
         )
     result: PreTrainedModel = model.eval()
     return result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and its table of tensors away: what matters of it becomes an error here."""
-    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bar:
-            hf_logging.enable_progress_bar()

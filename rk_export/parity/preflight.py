@@ -19,6 +19,7 @@ from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_
 from rk_export.parity.half_range import Peaks, check_half_range
 from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
+from rk_export.progress import track
 from rk_export.report.records import ParityTier
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel
@@ -64,10 +65,12 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     probe = make_probe(
         source.folder,
         source.config.vocab_size,
-        switches_of(replace(source.description, config=with_context(source.config, recipe.context_length))),
+        switches_of(
+            replace(source.description, config=with_context(source.config, recipe.target.context_length))
+        ),
     )
     tokens = torch.from_numpy(probe.batch)
-    peaks = Peaks() if recipe.float_dtype == "fp16" else None
+    peaks = Peaks() if recipe.target.float_dtype == "fp16" else None
     may_prepare = bool(recipe.preparations) or recipe.prepared_for is not None
     logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
     _check_finite(logits, source)
@@ -131,7 +134,7 @@ def dense_logits(
         streams.hidden[_SHAKEN] = streams.hidden[_EXACT]
     if peaks is not None:
         peaks.note("the token embedding", streams.hidden[_EXACT])
-    for index in range(source.layer_count):
+    for index in track(range(source.layer_count), "running the dense model on the probe, layers"):
         layer = source.load_layer(model, index)
         with nullcontext() if peaks is None else peaks.recording(layer, f"layer {index}"):
             streams.advance(_EXACT, index)

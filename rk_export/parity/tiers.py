@@ -42,6 +42,7 @@ from rk_export.parity.session_tiers import (
     shipped_padding_tier,
 )
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
+from rk_export.progress import Bar, stage
 from rk_export.report.records import Outcome, ParityTier
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
@@ -128,21 +129,38 @@ def runtime_tiers(
     Returns:
         The tiers, and the greedy tokens of tier g (None for an encoder).
     """
-    reference = float_reference(rewritten, probe)
     if rewritten.architecture.is_encoder:
-        encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
-        states = encoder.forward(probe.batch)
-        computed = compare("c", _RUNTIME, reference, states, bound=None)
-        padded = encoder_padding_tier(encoder, probe, bound=None)
-        worst = max(computed.relative_error or 0, padded.relative_error or 0)
-        bound, note = runtime_bound(rewritten, probe, worst)
-        return (held_to(replace(computed, note=note), bound), held_to(padded, bound)), None
+        return _encoder_tiers(bundle, rewritten, probe, provider, threads), None
+    with stage("parity, tiers", len("cdefgh")) as bar:
+        return _decoder_tiers(bundle, rewritten, probe, provider, threads, bar)
+
+
+def _encoder_tiers(
+    bundle: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None
+) -> tuple[ParityTier, ...]:
+    """Return tiers c and f of an encoder."""
+    reference = float_reference(rewritten, probe)
+    encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
+    states = encoder.forward(probe.batch)
+    computed = compare("c", _RUNTIME, reference, states, bound=None)
+    padded = encoder_padding_tier(encoder, probe, bound=None)
+    worst = max(computed.relative_error or 0, padded.relative_error or 0)
+    bound, note = runtime_bound(rewritten, probe, worst)
+    return held_to(replace(computed, note=note), bound), held_to(padded, bound)
+
+
+def _decoder_tiers(
+    bundle: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None, bar: Bar
+) -> tuple[tuple[ParityTier, ...], Golden]:
+    """Return tiers c to h of a decoder, and the greedy tokens of tier g."""
+    reference = float_reference(rewritten, probe)
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = exact.prefill_logits(probe.batch)
-    measured = [
-        compare("c", _RUNTIME, reference, logits, bound=None),
-        *session_tiers(exact, probe, logits, bound=None),
-    ]
+    measured = [compare("c", _RUNTIME, reference, logits, bound=None)]
+    bar.advance()
+    for tier in session_tiers(exact, probe, logits, bound=None):
+        measured.append(tier)
+        bar.advance()
     error = max(tier.relative_error or 0 for tier in measured)
     bound, note = runtime_bound(rewritten, probe, error)
     level_bound, level_note = shipped_bound(rewritten, probe, reference, bound)
@@ -150,11 +168,14 @@ def runtime_tiers(
     tiers[0] = replace(tiers[0], note=note)
     golden = Golden(probe, greedy_tokens(exact, probe), bound, level_bound)
     tiers.append(greedy_tier(rewritten, golden, error))
+    bar.advance()
     del exact
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     rounded = shipped.prefill_logits(probe.batch)
     tiers.insert(1, compare("d", LEVEL_TIER, logits, rounded, bound=level_bound, note=level_note))
+    bar.advance()
     tiers.append(shipped_padding_tier(shipped, probe))
+    bar.advance()
     return tuple(tiers), golden
 
 
@@ -179,7 +200,7 @@ def shipped_bound(
         reference: Its logits of them with all inputs in floats.
         bound: What exact computations may differ by.
     """
-    level = rewritten.plan.recipe.accuracy_level
+    level = rewritten.plan.recipe.target.accuracy_level
     with level4_inputs(rewritten.model) if level == 4 else nullcontext():
         rounded = torch_logits(rewritten.model)(probe.batch).float().numpy()
     lost = relative_error(reference, rounded)
@@ -193,7 +214,11 @@ def shipped_bound(
 
 def _remedy(rewritten: Rewritten) -> str:
     coarse = "that is too coarse for this model"
-    return f"{coarse}: --accuracy-level 0 computes in floats" if _has(rewritten, QuantizedLinear) else coarse
+    return (
+        f"{coarse}: target.accuracy_level 0 computes in floats"
+        if _has(rewritten, QuantizedLinear)
+        else coarse
+    )
 
 
 def _has(rewritten: Rewritten, kind: type[torch.nn.Module]) -> bool:
@@ -209,7 +234,7 @@ def runtime_bound(rewritten: Rewritten, probe: Probe, error: float = 0.0) -> tup
         probe: The prompts.
         error: What was found; in fp32 a bound of this model's own is looked for only where the common one is broken.
     """
-    float_dtype = rewritten.plan.recipe.float_dtype
+    float_dtype = rewritten.plan.recipe.target.float_dtype
     common = FLOAT_BOUND[float_dtype]
     if float_dtype == "fp32" and error <= common:
         return common, ""
@@ -241,13 +266,18 @@ def bundle_tiers(
 ) -> tuple[ParityTier, ...]:
     """Verify a decoder bundle on its own: tiers d, e, f and h, and g against the tokens that travel with it."""
     probe = golden.probe
-    exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
-    logits = exact.prefill_logits(probe.batch)
-    tiers = list(session_tiers(exact, probe, logits, golden.bound))
-    again = greedy_tokens(exact, probe)
-    del exact
-    shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
-    rounded = shipped.prefill_logits(probe.batch)
-    level = compare("d", LEVEL_TIER, logits, rounded, bound=golden.level_bound)
-    greedy = stored_greedy_tier(golden, again, float_dtype)
-    return (level, *tiers, greedy, shipped_padding_tier(shipped, probe))
+    with stage("parity, tiers", len("defgh")) as bar:
+        exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
+        logits = exact.prefill_logits(probe.batch)
+        tiers = []
+        for tier in session_tiers(exact, probe, logits, golden.bound):
+            tiers.append(tier)
+            bar.advance()
+        tiers.append(stored_greedy_tier(golden, greedy_tokens(exact, probe), float_dtype))
+        bar.advance()
+        del exact
+        shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
+        rounded = shipped.prefill_logits(probe.batch)
+        level = compare("d", LEVEL_TIER, logits, rounded, bound=golden.level_bound)
+        bar.advance()
+        return (level, *tiers, shipped_padding_tier(shipped, probe))

@@ -18,7 +18,7 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.allocation import SiteChoices, allocate, least_cost
-from rk_export.passes.numerics.predicted_loss import TableCurvature, table_loss
+from rk_export.passes.numerics.predicted_loss import TableCurvature, table_losses
 from rk_export.plan import SitePlan
 from rk_export.planning.budget_units import BudgetUnit, in_words
 from rk_export.planning.candidates import Candidate, candidates
@@ -77,24 +77,66 @@ def spend(
     Raises:
         InputError: If even the smallest model that the search space allows exceeds the budget.
     """
-    found: list[list[Candidate]] = []
+    found: list[SiteOptions] = []
     shapes: list[list[Shape]] = []
     for layer, sites in layers:
-        for site, curvature in zip(sites, statistics.of_sites(sites, device), strict=True):
+        curvatures = list(statistics.of_sites(sites, device))
+        for site, curvature in zip(sites, curvatures, strict=True):
             weights = [layer.linear(path).weight for path in site.paths]
             shapes.append([(weight.shape[0], weight.shape[1]) for weight in weights])
             stacked = torch.cat(weights).to(device) if curvature else weights[0]
-            found.append(candidates(site, stacked, shapes[-1], curvature, unit.space))
-    budget = unit.amount([options[0].plan for options in found], shapes)
-    choices = [_choices(options) for options in found] + ([_table_choices(table, unit)] if table else [])
+            offered = candidates(site, stacked, shapes[-1], curvature, unit.space)
+            # The inputs of a layer live as long as its curvatures: within it the address tells them apart.
+            reads = None if curvature is None else id(curvature.inputs)
+            found.append(SiteOptions(site, tuple(stacked.shape), reads, offered))
+    groups = packed_together(found) if unit.packs else [[index] for index in range(len(found))]
+    choices = [_choices([found[index] for index in group]) for group in groups]
+    choices += [_table_choices(table, unit)] if table else []
+    budget = unit.amount([options.site for options in found], shapes)
     if (least := least_cost(choices)) > budget:
         raise too_small(unit, least, budget)
     allocated = allocate(choices, budget)
-    chosen = tuple(
-        _with_runner_up(options[taken], options[other], unit.name)
-        for options, taken, other in zip(found, allocated.taken, allocated.runner_up, strict=False)
-    )
-    return BudgetResult(chosen, unit.tables[allocated.taken[-1]] if table else None, allocated.loss)
+    chosen = {
+        index: _with_runner_up(found[index].offered[taken], found[index].offered[other], unit.name)
+        for group, taken, other in zip(groups, allocated.taken, allocated.runner_up, strict=False)
+        for index in group
+    }
+    sites_taken = tuple(chosen[index] for index in range(len(found)))
+    return BudgetResult(sites_taken, unit.tables[allocated.taken[-1]] if table else None, allocated.loss)
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """A site with all that may become of it.
+
+    Args:
+        site: The site, dense.
+        shape: (out, in) of its members, stacked.
+        reads: What it reads, by a number that is the same for sites of the layer that read the same; None where
+            nothing is known about it.
+        offered: What it may become.
+    """
+
+    site: SitePlan
+    shape: tuple[int, ...]
+    reads: int | None
+    offered: list[Candidate]
+
+
+def packed_together(found: Sequence[SiteOptions]) -> list[list[int]]:
+    """Return the sites that take one format, by their numbers: equal shapes that read the same input,
+    and have the same choice.
+
+    The graph then computes them in one product, which is faster: keys with values, gates with ups. Sites that may
+    become factor pairs are on their own.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, options in enumerate(found):
+        alone = options.reads is None or any(item.plan.form != "dense" for item in options.offered)
+        formats = tuple(item.plan.quant for item in options.offered)
+        key = index if alone else (options.site.layer, options.reads, options.shape, formats)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
 
 
 def too_small(unit: BudgetUnit, least: float, budget: float) -> InputError:
@@ -105,38 +147,40 @@ def too_small(unit: BudgetUnit, least: float, budget: float) -> InputError:
         least: What the smallest model costs, fixed parts left out.
         budget: What may be spent on it.
     """
-    where = f"--{unit.budget.kind.replace('_', '-')}"
+    where = unit.budget.flag
     if unit.budget.kind != "size":
         return InputError(
             f"the smallest model that can be planned takes {in_words(least, unit.name)}, the budget leaves "
             f"{in_words(max(budget, 0), unit.name)}",
             where=where,
-            fix="give a larger budget, or let more matrices be factorized with --groups",
+            fix="give a larger budget, or let more matrices be factorized (factorize.groups)",
         )
     total = least + unit.fixed
     return InputError(
-        f"{size(unit.budget.value)} are too few: the smallest model that can be planned takes {size(total)}, "
+        f"{size(unit.budget.amount)} are too few: the smallest model that can be planned takes {size(total)}, "
         f"of which matrices and embedding {size(least)}, {parts_in_words(unit.parts)}",
         where=where,
-        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized with --groups",
+        fix=f"give at least {math.ceil(total / 1e4) / 100:.2f}MB, or let more matrices be factorized",
     )
 
 
-def _choices(options: Sequence[Candidate]) -> SiteChoices:
-    return SiteChoices(np.array([item.cost for item in options]), np.array([item.loss for item in options]))
+def _choices(group: Sequence[SiteOptions]) -> SiteChoices:
+    """Return the choices of sites that take the same one of their candidates."""
+    return SiteChoices(
+        np.sum([[item.cost for item in options.offered] for options in group], axis=0),
+        np.sum([[item.loss for item in options.offered] for options in group], axis=0),
+    )
 
 
 def _table_choices(table: EmbeddingTable, unit: BudgetUnit) -> SiteChoices:
     rows, columns = table.weight.shape
     weights = table.curvature.head.inputs.column_weights(compensated=unit.space.compensated)
+    specs = [spec for spec in unit.tables if spec is not None]
+    losses: dict[Format, float] = {None: 0.0}
+    losses.update(table_losses(table.weight, specs, table.curvature, weights).items())
     return SiteChoices(
         np.array([table.copies * unit.space.cost(rows, columns, spec) for spec in unit.tables]),
-        np.array(
-            [
-                0.0 if spec is None else table_loss(table.weight, spec, table.curvature, weights)
-                for spec in unit.tables
-            ]
-        ),
+        np.array([losses[spec] for spec in unit.tables]),
     )
 
 

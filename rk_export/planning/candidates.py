@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from rk_export.passes.numerics.curvature import Curvature
-from rk_export.passes.numerics.predicted_loss import rank_losses, rounding_loss
+from rk_export.passes.numerics.predicted_loss import rank_losses, rounding_losses
 from rk_export.plan import SitePlan
 from rk_export.planning.stored_bytes import Format, Shape, stored_shapes
 
@@ -26,19 +26,18 @@ class SearchSpace:
     """What the planner may choose from.
 
     Args:
-        formats: Formats of a dense matrix.
-        unweighed: Format of a matrix without statistics, whose loss nothing predicts.
-        pair_formats: Formats of a factor pair.
+        formats: Formats of a dense matrix whose format is open.
+        pair_formats: Formats of a factor pair of such matrices.
         forms: Forms of a factor pair.
         rank_step: Ranks are multiples of it.
         compensated: The quantizer spreads each column's error over the columns to come (2210.17323).
         kv_groups: Number of key-value heads.
         cost: What a stored matrix costs.
         factorized: Groups of roles that may become factor pairs.
+        is_open: Whether the format of a site is open; otherwise it stays as the site has it.
     """
 
     formats: tuple[Format, ...]
-    unweighed: Format
     pair_formats: tuple[Format, ...]
     forms: tuple[Form, ...]
     rank_step: int
@@ -46,6 +45,13 @@ class SearchSpace:
     kv_groups: int
     cost: Cost
     factorized: frozenset[tuple[str, ...]]
+    is_open: Callable[[SitePlan], bool]
+
+    def at(self, site: SitePlan) -> SearchSpace:
+        """Return what may be chosen from for one site."""
+        return (
+            self if self.is_open(site) else replace(self, formats=(site.quant,), pair_formats=(site.quant,))
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def candidates(
         site: The site, dense; names and members are taken from it.
         W: Its members stacked, (out, in).
         shapes: (out, in) of each member.
-        curvature: Of W; None offers the space's format for that case only, at no predicted loss.
+        curvature: Of W; None offers the site's own format only, at no predicted loss.
         space: What to choose from.
     """
 
@@ -98,7 +104,8 @@ def candidates(
 
     dense = replace(site, form="dense", rank=0)
     if curvature is None:
-        return [costed(replace(dense, quant=space.unweighed), 0.0)]
+        return [costed(dense, 0.0)]
+    space = space.at(site)
     rounding = _rounding_losses(W, curvature, space)
     result = [costed(replace(dense, quant=spec), rounding[spec]) for spec in space.formats]
     if site.members in space.factorized:
@@ -114,7 +121,8 @@ def least_cost_of(site: SitePlan, shapes: Sequence[Shape], space: SearchSpace) -
         shapes: (out, in) of each member.
         space: What to choose from.
     """
-    formats = {*space.formats, space.unweighed}
+    space = space.at(site)
+    formats = {*space.formats, site.quant}
     costs = [sum(space.cost(rows, columns, spec) for rows, columns in shapes) for spec in formats]
     if site.members in space.factorized:
         smallest = [replace(site, form=form, rank=space.rank_step) for form in space.forms]
@@ -130,13 +138,17 @@ def least_cost_of(site: SitePlan, shapes: Sequence[Shape], space: SearchSpace) -
 
 
 def _rounding_losses(W: Tensor, curvature: Curvature, space: SearchSpace) -> dict[Format, float]:
+    formats = space.formats
+    if space.factorized:
+        formats += space.pair_formats
+    # Rows of int8 matrices are rounded to nearest.
+    columns = {
+        spec: curvature.inputs.column_weights(compensated=space.compensated and spec.activations == 16)
+        for spec in formats
+        if spec is not None
+    }
     losses: dict[Format, float] = {None: 0.0}
-    for spec in {*space.formats, *space.pair_formats}:
-        if spec is not None:
-            # Rows of int8 matrices are rounded to nearest.
-            compensated = space.compensated and spec.activations == 16
-            columns = curvature.inputs.column_weights(compensated=compensated)
-            losses[spec] = rounding_loss(W, spec, curvature, columns)
+    losses.update(rounding_losses(W, columns, curvature).items())
     return losses
 
 

@@ -63,7 +63,7 @@ def source_grids(source: Source) -> Grids:
 def head_findings(source: Source, recipe: Recipe) -> Iterator[Finding]:
     """Yield that the codes of an output projection are not carried over, where there are any."""
     head = source.architecture.lm_head
-    if recipe.recompute == "none" and head and source.grid(f"{head}.weight") is not None:
+    if recipe.carries and head and source.grid(f"{head}.weight") is not None:
         reason = "its codes are not carried over: it is stored in the format of the embedding"
         yield Finding(head, Outcome.SKIPPED, reason)
 
@@ -83,7 +83,7 @@ def _carried(layer: Layer, site: SitePlan, grids: Grids, recipe: Recipe) -> Site
     specs = set()
     for path in site.paths:
         grid = grids(layer, path)
-        reason = why_not(grid, layer.linear(path), recipe.float_dtype)
+        reason = why_not(grid, layer.linear(path), recipe.target.float_dtype)
         if reason or grid is None:
             return _anew(site, f"{path}: {reason}")
         specs.add(block_spec(grid))

@@ -18,6 +18,7 @@ from scipy.optimize import nnls
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.graph.token_scales import TokenScales
 from rk_export.planning.stored_bytes import Format
+from rk_export.progress import track
 
 Phase = Literal["prefill", "decode"]
 TOKENS: dict[Phase, int] = {"prefill": 512, "decode": 1}
@@ -93,7 +94,7 @@ Key = tuple[Format | str, tuple[int, int]]
 def _interleaved(sessions: Mapping[Key, ort.InferenceSession], tokens: int) -> dict[Key, float]:
     """Return median milliseconds; rounds go over all sessions, so that a slow moment hits all alike."""
     samples: dict[Key, list[float]] = {key: [] for key in sessions}
-    for round_number in range(_WARM_UP + _REPEATS):
+    for round_number in track(range(_WARM_UP + _REPEATS), "timing products, rounds"):
         for key, session in sessions.items():
             x = np.random.default_rng(0).standard_normal((1, tokens, key[1][1]), np.float32)
             start = time.perf_counter()

@@ -42,7 +42,7 @@ class FixedPart:
 
 def fixed_parts(description: ModelDescription, recipe: Recipe) -> tuple[FixedPart, ...]:
     """Return the parts of a bundle beside the decided matrices, those that are absent left out."""
-    config, float_bytes = description.config, FLOAT_BYTES[recipe.float_dtype]
+    config, float_bytes = description.config, FLOAT_BYTES[recipe.target.float_dtype]
     parts = [
         FixedPart(kind, count, count * float_bytes)
         for kind, count in _undecided_parameters(description).items()
@@ -115,11 +115,11 @@ def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     config = description.config
     if description.architecture.is_encoder or has_learned_positions(config):
         return None
-    positions = context_of(config, recipe.context_length)
+    positions = context_of(config, recipe.target.context_length)
     module = type(description.canonical.get_submodule("model.rotary_emb"))
     tables = rotary_tables(config, module, positions).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
-    memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.float_dtype]) for table in tables)
+    memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)
     return FixedPart(
         _ROTARY, 0, stored, f"the tables of {positions:,} positions, {size(memory)}, are computed on loading"
     )

@@ -29,7 +29,7 @@ from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import EmbeddingTable, spend, too_small
-from rk_export.planning.budget_units import budget_unit, table_count
+from rk_export.planning.budget_units import budget_unit, is_comfortable, table_count
 from rk_export.planning.candidates import least_cost_of
 from rk_export.planning.carried import carried_sites
 from rk_export.planning.cost_table import CostTable
@@ -64,19 +64,18 @@ def decide_plan(
     """
     recipe = with_default_groups(source, recipe)
     check_groups(source, recipe.groups or ())
-    if recipe.recompute == "none":
-        return Plan(
-            source.config.model_type, source.structure(), recipe, tuple(carried_sites(source, recipe))
-        )
-    if recipe.allocation != "uniform":
+    if recipe.carries:
+        sites = tuple(carried_sites(source, recipe))
+        return Plan(source.config.model_type, source.structure(), recipe, sites, recipe.table_quant)
+    if recipe.factorize.allocation != "uniform":
         return spectral_plan(source, recipe, statistics, device)
     if recipe.budget is not None:
         return _budgeted_plan(source, recipe, statistics, table, costs, device)
-    reads_weights = recipe.rank_rule.kind == "energy" and recipe.groups
-    sites: list[SitePlan] = []
+    reads_weights = recipe.rank is not None and recipe.rank.kind == "energy"
+    found: list[SitePlan] = []
     for layer in source.layers() if reads_weights else source.description.layers():
-        sites += layer_sites(layer, source.description.projections(layer.index), recipe)
-    return Plan(source.config.model_type, source.structure(), recipe, tuple(sites))
+        found += layer_sites(layer, source.description.projections(layer.index), recipe)
+    return Plan(source.config.model_type, source.structure(), recipe, tuple(found), recipe.table_quant)
 
 
 def _budgeted_plan(
@@ -98,13 +97,12 @@ def _budgeted_plan(
         for layer in track(source.layers(), "predicting losses, layers", source.layer_count)
     )
     spent = spend(layers, unit, statistics, table, device)
-    if table is not None:
-        recipe = replace(recipe, embedding_quant=spent.table)
     return Plan(
         source.config.model_type,
         source.structure(),
         recipe,
         spent.sites,
+        recipe.table_quant if table is None else spent.table,
         predicted_loss=spent.predicted_loss,
     )
 
@@ -133,7 +131,7 @@ def check_size(source: Source, recipe: Recipe) -> None:
 
 def _rank_step(source: Source, recipe: Recipe) -> int:
     width = source.config.hidden_size
-    return recipe.rank_multiple or default_multiple(width, width, recipe.quant)
+    return recipe.factorize.rank_multiple or default_multiple(width, width, recipe.quant)
 
 
 def embedding_weight(source: Source) -> Tensor:
@@ -158,7 +156,7 @@ def check_groups(source: Source, groups: tuple[str, ...]) -> None:
             usable = [name for name, roles in GROUPS.items() if known.issuperset(roles)]
             raise InputError(
                 f"the group {group!r} matches nothing in a {source.config.model_type} model",
-                where="--groups",
+                where="factorize.groups",
                 fix=f"choose from {', '.join(usable)}",
             )
 
@@ -219,9 +217,9 @@ def _check_int8(plan: Plan) -> None:
     for site in plan.sites:
         if site.quant != W8A8:
             continue
-        if plan.recipe.ep != "cpu":
+        if plan.recipe.target.ep != "cpu":
             raise InputError(
-                f"int8 inputs have no kernels in a graph for {plan.recipe.ep}",
+                f"int8 inputs have no kernels in a graph for {plan.recipe.target.ep}",
                 where=site.site,
                 fix="plan weight-only quantization, or ep cpu",
             )
@@ -267,16 +265,19 @@ def _check_complete(layer: Layer, sites: tuple[SitePlan, ...], projections: tupl
 
 
 def with_default_groups(source: Source, recipe: Recipe) -> Recipe:
-    """Return options that name their groups, as far as the family has them.
+    """Return a recipe that names its groups, as far as the family has them.
 
     By default a rank rule factorizes q/k and gate/up, as the paper does (2402.16319), a budget may factorize every
-    matrix, each on its own, and without either nothing is factorized.
+    matrix, each on its own, and without either nothing is factorized; nor is it where a budget of bytes leaves every
+    matrix four bits.
     """
     if recipe.groups is not None:
         return recipe
-    if recipe.rank is None and recipe.budget is None:
-        return replace(recipe, groups=())
-    return replace(recipe, groups=default_groups(source, single=recipe.budget is not None))
+    groups: tuple[str, ...] = ()
+    free = recipe.factorize.form is None and is_comfortable(source, recipe)
+    if recipe.rank is not None or (recipe.budget is not None and not free):
+        groups = default_groups(source, single=recipe.budget is not None)
+    return recipe.with_step(replace(recipe.factorize, groups=groups))
 
 
 def default_groups(source: Source, *, single: bool = False) -> tuple[str, ...]:
@@ -295,15 +296,9 @@ def layer_sites(layer: Layer, projections: tuple[Projection, ...], recipe: Recip
 
 def _factorized_site(layer: Layer, site: SitePlan, recipe: Recipe) -> SitePlan:
     linears = [layer.linear(path) for path in site.paths]
-    per_head = site.members == GROUPS["qk"] and recipe.qk == "per-head"
+    per_head = site.members == GROUPS["qk"] and recipe.factorize.qk == "per-head"
     form: Literal["joint", "per_head", "identity"] = "per_head" if per_head else "joint"
-    if recipe.form == "identity":
-        if per_head:
-            raise InputError(
-                "the identity form takes q and k whole",
-                where="--form",
-                fix="drop --qk per-head, or choose plain",
-            )
+    if recipe.factorize.form == "identity":
         form = "identity"
     columns = linears[0].in_features
     rows = sum(linear.out_features for linear in linears) // (layer.kv_groups if per_head else 1)
@@ -315,13 +310,15 @@ def _factorized_site(layer: Layer, site: SitePlan, recipe: Recipe) -> SitePlan:
 def _choose_rank(layer: Layer, site: SitePlan, columns: int, rows: int, recipe: Recipe) -> tuple[int, str]:
     """Return the rank, and the reason for staying dense or an empty string."""
     identity = site.form == "identity"
-    rule, largest = recipe.rank_rule, min(columns, rows - 1 if identity else rows)
+    rule, largest = recipe.rank, min(columns, rows - 1 if identity else rows)
+    if rule is None:
+        raise ValueError("nothing says how much stays of the groups")
     if rule.kind == "rank":
         rank = int(rule.value)
         if rank > largest:
             raise InputError(
                 f"rank {rank} exceeds {largest}, the full rank of a ({rows}, {columns}) group",
-                where="--rank",
+                where="factorize.rank",
                 fix=f"give a rank from 1 to {largest}",
             )
         return rank, ""
@@ -334,7 +331,9 @@ def _choose_rank(layer: Layer, site: SitePlan, columns: int, rows: int, recipe: 
             )
             for _, pair in stacked_pairs(layer, site)
         )
-    rank = round_rank(wanted, recipe.rank_multiple or default_multiple(columns, rows, recipe.quant), largest)
+    rank = round_rank(
+        wanted, recipe.factorize.rank_multiple or default_multiple(columns, rows, site.quant), largest
+    )
     limit = break_even_rank(columns, rows, identity=identity)
     if rank > limit:
         return (

@@ -27,8 +27,8 @@ from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
+from rk_export.options.prepare import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.options.quantization import QuantSpec
-from rk_export.options.recipe import PARTS_OF_FOLD, PREPARATIONS
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import block_peaks, input_rounding_loss, rounding_loss
 from rk_export.passes.prepare.parameters import read, weight

@@ -34,7 +34,7 @@ def spectral_plan(
 
     Args:
         source: The dense model; all matrices of the groups are read.
-        recipe: With groups, a rank rule `keep` and an allocation.
+        recipe: With groups, a share to keep and an allocation.
         statistics: Of the dense model: spectra are then those of the whitened groups. None takes the weights' own.
         device: Where the spectra are computed.
 
@@ -43,13 +43,16 @@ def spectral_plan(
     """
     found = list(_sites(source, recipe, statistics, device))
     grouped = [shape for _, shape in found if shape is not None]
-    identity = recipe.form == "identity"
+    factorize, rule = recipe.factorize, recipe.rank
+    if rule is None:
+        raise ValueError("an allocation spreads the share of a rank rule")
+    identity = factorize.form == "identity"
     try:
-        ranks = iter(adaptive_ranks(grouped, recipe.rank_rule.value, recipe.allocation, identity=identity))
+        ranks = iter(adaptive_ranks(grouped, rule.value, factorize.allocation, identity=identity))
     except ValueError as error:
-        raise InputError(str(error), where="--keep", fix="keep more") from error
+        raise InputError(str(error), where="factorize.keep", fix="keep more") from error
     sites = [site if shape is None else _ranked(site, shape, next(ranks), recipe) for site, shape in found]
-    return Plan(source.config.model_type, source.structure(), recipe, tuple(sites))
+    return Plan(source.config.model_type, source.structure(), recipe, tuple(sites), recipe.table_quant)
 
 
 def _sites(
@@ -77,9 +80,11 @@ def _spectrum(W: Tensor, curvature: Curvature | None) -> Tensor:
 
 def _ranked(site: SitePlan, shape: RankSite, wanted: int, recipe: Recipe) -> SitePlan:
     if wanted == DENSE:
-        return replace(site, reason=f"its spectrum asks for more than break-even ({recipe.allocation})")
+        return replace(
+            site, reason=f"its spectrum asks for more than break-even ({recipe.factorize.allocation})"
+        )
     rows, columns = shape.out_features, shape.in_features
-    multiple = recipe.rank_multiple or default_multiple(columns, rows, recipe.quant)
-    form: Literal["joint", "identity"] = "identity" if recipe.form == "identity" else "joint"
+    multiple = recipe.factorize.rank_multiple or default_multiple(columns, rows, site.quant)
+    form: Literal["joint", "identity"] = "identity" if recipe.factorize.form == "identity" else "joint"
     rank = round_rank(wanted, multiple, min(rows, columns))
     return replace(site, form=form, rank=rank, correction=0)

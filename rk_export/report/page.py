@@ -1,20 +1,20 @@
-"""The HTML page of a report: cards, sections and inline plots in one file."""
+"""HTML pages: cards, sections, inline plots and the meaning of each number, in one file that loads nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import jinja2
 
 from rk_export.report import humanize, plots
+from rk_export.report.definitions import definition_of, definitions_of, row_label
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Report
-from rk_export.report.sections import outcomes, pairs, sections
+from rk_export.report.sections import Section, outcomes, pairs, sections
 from rk_export.report.svg import data_uri
 
-TEMPLATE = "templates/report.html"
+TEMPLATE = "page.html"
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,58 @@ class Drawing:
     caption: str
 
 
+@dataclass(frozen=True)
+class Page:
+    """What a page shows, from its head to the definitions at its foot.
+
+    Args:
+        title: What the browser's tab says.
+        heading: The first line.
+        subtitle: The line below it.
+        sections: The parts, with their tables.
+        drawings: Plots by the anchor of their section.
+        cards: Numbers at the head.
+        warnings: What went badly.
+        notices: What the reader must know.
+    """
+
+    title: str
+    heading: str
+    subtitle: str
+    sections: Sequence[Section]
+    drawings: Mapping[str, Sequence[Drawing]]
+    cards: Sequence[Card] = ()
+    warnings: Sequence[str] = ()
+    notices: Sequence[str] = ()
+
+    def html(self) -> str:
+        """Return the page; every name and reason is escaped, and every number leads to its definition."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("rk_export.report"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        environment.globals |= {"definition_of": definition_of, "row_label": row_label}
+        tables = [section.table for section in self.sections if section.table is not None]
+        definitions = definitions_of(tables, [card.label for card in self.cards])
+        page = environment.get_template(TEMPLATE)
+        return page.render(**vars(self), definitions=definitions)
+
+
 def html(report: Report) -> str:
-    """Return the whole page; names and reasons from the report are escaped by the template."""
-    source = resources.files("rk_export.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(source)
-    return page.render(
-        report=report, cards=_cards(report), sections=sections(report), drawings=_drawings(report)
-    )
+    """Return the page of a report."""
+    return Page(
+        f"{report.model} – rk-export report",
+        report.model,
+        " · ".join(filter(None, (report.model_type, report.created))),
+        sections(report),
+        _drawings(report),
+        _cards(report),
+        report.warnings,
+        report.notices,
+    ).html()
 
 
 def _cards(report: Report) -> list[Card]:

@@ -5,6 +5,7 @@ Figures are returned unrendered; ``rk_export.report.svg`` writes them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -201,6 +202,32 @@ def role_bytes_figure(groups: Sequence[MatrixGroup]) -> Figure | None:
     axes[0, 0].grid(axis="y", visible=False)
     axes[0, 0].set(xlabel="MB (upper, pale: before; lower: after)")
     return figure
+
+
+@styled
+def quality_figure(points: Sequence[tuple[str, float, float, float | None]], measure: str) -> Figure | None:
+    """Draw a quality against bytes, one named point a model, its standard error as a bar; None below two points.
+
+    Args:
+        points: Name, bytes, value and standard error of each model.
+        measure: What the value is.
+    """
+    if len(points) < 2:
+        return None
+    figure, axes = new_figure(1, 1, 3.6)
+    panel = axes[0, 0]
+    for color, (name, weight, value, error) in zip(itertools.cycle(COLORS), points, strict=False):
+        bar = None if error is None or not np.isfinite(error) else [error]
+        panel.errorbar([weight / 1e6], [value], yerr=bar, fmt="o", color=color, capsize=3, label=plain(name))
+    panel.set(xlabel="MB of files", ylabel=plain(measure))
+    panel.margins(0.12)
+    _legend(figure, panel)
+    return figure
+
+
+def model_lines_figure(lines: Mapping[str, Mapping[int, float]], label: str) -> Figure | None:
+    """Draw one line a model over the layers; None where no model has values."""
+    return _line_figure(lines, label)
 
 
 def save_spectra_plots(spectra: Sequence[Spectrum], directory: str | Path) -> list[Path]:

@@ -43,39 +43,27 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report.
+    """One part of a report or of a comparison.
 
     Args:
         anchor: Its name in links and at the head of a notice.
+        title: The heading.
+        intro: What the table means, in a sentence.
         table: What it shows, or None.
         notices: Why it is empty, or what to know about it.
         command: Command line to show above the table.
+        compact: The page may set the section beside others: its table has a few short columns.
+        folded: The page folds the table away under these words; empty leaves it open.
     """
 
     anchor: str
+    title: str
+    intro: str
     table: Table | None = None
     notices: tuple[str, ...] = ()
     command: str = ""
-
-    @property
-    def title(self) -> str:
-        """The heading."""
-        return TITLES[self.anchor]
-
-    @property
-    def intro(self) -> str:
-        """What the table means, in a sentence."""
-        return INTROS[self.anchor]
-
-    @property
-    def compact(self) -> bool:
-        """Whether the page may set the section beside others: its table has a few short columns."""
-        return self.anchor in ("size", "perplexity", "speed")
-
-    @property
-    def folded(self) -> bool:
-        """Whether the page folds the table away, because a plot shows the same numbers."""
-        return self.anchor == "layers"
+    compact: bool = False
+    folded: str = ""
 
 
 def sections(report: Report) -> list[Section]:
@@ -87,7 +75,10 @@ def sections(report: Report) -> list[Section]:
         if table is not None and not table.rows:
             table = None
         if table or notices or command:
-            filled.append(Section(anchor, table, notices, command))
+            compact = anchor in ("size", "perplexity", "speed")
+            folded = "The same as a table" if anchor == "layers" else ""
+            named = (anchor, TITLES[anchor], INTROS[anchor])
+            filled.append(Section(*named, table, notices, command, compact, folded))
     return filled
 
 

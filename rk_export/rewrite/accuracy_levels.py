@@ -52,7 +52,7 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
         for name, module in rewritten.model.named_modules()
         if isinstance(module, QuantizedLinear)
     }
-    if options.ep != "cpu" or options.accuracy_level != 4 or not names:
+    if options.target.ep != "cpu" or options.target.accuracy_level != 4 or not names:
         return rewritten
     costs = _Costs()
     with _watched(rewritten, names, costs):

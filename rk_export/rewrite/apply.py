@@ -100,18 +100,18 @@ def rewrite(
     carried.start(DENSE)
     statistics.begin(model)
     findings: list[Finding] = list(head_findings(source, options))
-    if options.embedding_quant is not None and not architecture.is_encoder:
+    if plan.table is not None and not architecture.is_encoder:
         findings += quantize_embedding(
             model,
             architecture.embedding,
             architecture.lm_head,
-            options.embedding_quant,
+            plan.table,
             quantize,
             table_inputs,
         )
     carried.start(QUANTIZED)
     statistics.embedded()
-    carry = Carry(source_grids(source), options.float_dtype)
+    carry = Carry(source_grids(source), options.target.float_dtype)
     passes = _LayerPasses(plan, dict(architecture.mlp), carry, quantize, parts or {})
     kv_groups = source.description.heads.kv_heads
     for index in track(range(source.layer_count), "rewriting layers"):

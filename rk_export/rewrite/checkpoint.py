@@ -88,7 +88,7 @@ def load_pretrained(folder: Path) -> Rewritten:
         size, head = config.hidden_size, model.get_submodule(architecture.lm_head)
         rotation = nn.Linear(size, size, bias=False, device="meta")
         model.set_submodule(architecture.lm_head, RotatedHead(rotation, head))
-    spec = plan.recipe.embedding_quant
+    spec = plan.table
     if spec is not None and not architecture.is_encoder:
         _empty_embedding(model, architecture.embedding, architecture.lm_head, spec)
     _fill(model, architecture, folder)

@@ -27,9 +27,11 @@ def planned_findings(source: Source, plan: Plan) -> list[Finding]:
     for dense in source.description.layers():
         layer, removed = planned_shape(dense, plan.shape_of(dense.index), plan.of_layer(dense.index))
         findings += removed
-        findings += [_planned(layer, site, plan.recipe.float_dtype) for site in plan.of_layer(layer.index)]
+        findings += [
+            _planned(layer, site, plan.recipe.target.float_dtype) for site in plan.of_layer(layer.index)
+        ]
     if not source.architecture.is_encoder:
-        findings += [_planned_table(path, source, plan.recipe) for path in _tables(source)]
+        findings += [_planned_table(path, source, plan) for path in _tables(source)]
     return findings
 
 
@@ -44,15 +46,18 @@ def least_bytes(source: Source, recipe: Recipe) -> int:
 
     Where shapes alone make the plan it is what the plan leaves; else what no plan touches.
     """
-    by_shapes = recipe.allocation == "uniform" and (recipe.rank_rule.kind != "energy" or not recipe.groups)
+    by_shapes = recipe.factorize.allocation == "uniform" and recipe.factorize.energy is None
     if by_shapes and recipe.budget is None and all(method.sized_by_shapes for method in recipe.methods):
         return planned_bytes(source, decide_plan(source, recipe))
     return round(fixed_bytes(source.description, recipe)) - graph_bytes(source.description)
 
 
-def _planned_table(path: str, source: Source, recipe: Recipe) -> Finding:
-    rows, columns, spec = source.config.vocab_size, source.config.hidden_size, recipe.embedding_quant
-    before, after = rows * columns * 4, matrix_bytes(rows, columns, spec, FLOAT_BYTES[recipe.float_dtype])
+def _planned_table(path: str, source: Source, plan: Plan) -> Finding:
+    rows, columns, spec = source.config.vocab_size, source.config.hidden_size, plan.table
+    before, after = (
+        rows * columns * 4,
+        matrix_bytes(rows, columns, spec, FLOAT_BYTES[plan.recipe.target.float_dtype]),
+    )
     if spec is None:
         return Finding(path, Outcome.SKIPPED, "stays in floats", before, after)
     return _finding(path, before, after, spec.details())
@@ -93,7 +98,7 @@ def _finding(target: str, before: int, after: int, details: dict[str, object]) -
 def size_summary(source: Source, rewritten: Rewritten, file_bytes: int | None) -> SizeSummary:
     """Return parameters and bytes of the dense and of the compressed model."""
     dense = source.parameter_count()
-    float_bytes = FLOAT_BYTES[rewritten.plan.recipe.float_dtype]
+    float_bytes = FLOAT_BYTES[rewritten.plan.recipe.target.float_dtype]
     return SizeSummary(
         dense_parameters=dense,
         kept_parameters=kept_parameters(rewritten.model),

@@ -20,7 +20,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.plain_form import plain_model
 from rk_export.model.preparable import check_scale, folded_norms, preparations_of
-from rk_export.options.recipe import PREPARATIONS
+from rk_export.options.prepare import PREPARATIONS
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.prepare.fold import fold_layer, fold_norm
 from rk_export.passes.prepare.heads import rotate_heads
@@ -30,6 +30,7 @@ from rk_export.passes.prepare.scale import scale_layer
 from rk_export.passes.prepare.wiring import Wiring
 from rk_export.report.records import Finding
 from rk_export.source.protocol import Source
+from rk_export.source.quiet import transformers_quiet
 from rk_export.source.side_files import write_side_files
 from rk_export.source.stored import StoredModel
 from rk_export.source.transformed import Transform
@@ -41,7 +42,7 @@ class LayerPreparation:
 
     Args:
         description: Of the model.
-        names: The preparations, names from `rk_export.options.recipe.PREPARATIONS` or a part of `fold`.
+        names: The preparations, names from `rk_export.options.prepare.PREPARATIONS` or a part of `fold`.
         seed: Of the rotations.
         peaks: As in `Prepared`.
         alpha: As in `Prepared`.
@@ -94,7 +95,7 @@ class Prepared(Transform):
 
     Args:
         description: Of the model.
-        names: Names from `rk_export.options.recipe.PREPARATIONS`; those that the family cannot take are left out.
+        names: Names from `rk_export.options.prepare.PREPARATIONS`; those that the family cannot take are left out.
         seed: Of the rotations.
         peaks: For `scale`: name of a down matrix (`layers.3.mlp.down_proj`, paths of canonical layers) -> the
             largest absolute input of each of its neurons, (intermediate,).
@@ -137,7 +138,7 @@ class Prepared(Transform):
             InputError: Says so.
         """
         if any(isinstance(transform, Prepared) for transform in earlier):
-            raise InputError("is prepared already", where="--prepare", fix="name all preparations at once")
+            raise InputError("is prepared already", where="prepare", fix="name all preparations at once")
 
     def layer(self, layer: nn.Module, index: int) -> nn.Module:
         """Reparameterize a layer."""
@@ -210,7 +211,8 @@ def save_prepared(
         )
     with AtomicFolder(folder, force=force) as partial:
         plain = plain_model(_with_plain_head(prepared.load(), prepared))
-        plain.save_pretrained(partial)
+        with transformers_quiet():
+            plain.save_pretrained(partial)
         write_side_files(partial, source=source.folder, config=plain.config, generation_from=source.origin[1])
         write_manifest(
             partial,

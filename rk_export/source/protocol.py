@@ -15,6 +15,7 @@ from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
+from rk_export.progress import track
 from rk_export.report.records import Finding
 
 
@@ -140,7 +141,7 @@ class Loading:
         """Return the whole model in canonical form, float32: the caller's own."""
         model = self.skeleton()
         self.load_rest(model)
-        for index in range(self.layer_count):
+        for index in track(range(self.layer_count), "reading layers"):
             self.load_layer(model, index)
         return model
 

@@ -52,6 +52,7 @@ class Training(ABC):
         self._batch = max(1, batch_tokens // tokens.shape[1])
         self._tokens = tokens
         self.step, self.seconds = 0, 0.0
+        self._between_steps = True  # what is in memory is the state after `step`
         self.losses: list[tuple[int, float]] = []
 
     @property
@@ -108,31 +109,44 @@ class Training(ABC):
             InputError: If the loss is not finite.
         """
         before, done, begin = self.seconds, self.step, time.monotonic()
-        with stage(f"steps of {self._title}", self._steps, done) as bar:
-            while self.step < self._steps:
-                loss = self._take_step()
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"the loss is {loss} at step {self.step + 1}",
-                        where=self._where,
-                        fix="give a smaller learning rate",
-                    )
-                self.step += 1
-                self.losses.append((self.step, loss))
-                self._stepped()
-                spent = time.monotonic() - begin
-                self.seconds = before + spent
-                speed = self.batch_tokens * (self.step - done) / spent
-                bar.advance(note=f"loss {loss:.4f}, {self._note(speed)}")
-                if file.is_due or self.step == self._steps:
-                    file.write(self._state(file.run))
+        try:
+            with stage(f"steps of {self._title}", self._steps, done) as bar:
+                while self.step < self._steps:
+                    loss = self._gradients()
+                    self._between_steps = False
+                    self._take_step(loss)
+                    self._between_steps = True
+                    spent = time.monotonic() - begin
+                    self.seconds = before + spent
+                    speed = self.batch_tokens * (self.step - done) / spent
+                    bar.advance(note=f"loss {loss:.4f}, {self._note(speed)}")
+                    if file.is_due or self.step == self._steps:
+                        file.write(self._state(file.run))
+        except (KeyboardInterrupt, SystemExit):
+            # Gradients are no part of the state, so only an interrupt inside a step must leave the last one on disk.
+            if self._between_steps and self.step > done:
+                file.write(self._state(file.run))
+            raise
 
-    def _take_step(self) -> float:
-        """Take one optimizer step; return the mean loss of its tokens before it."""
+    def _gradients(self) -> float:
+        """Sum up the gradients of the next step; return the mean loss of its tokens."""
         rows = batch_rows(self.step, self._batch, len(self._tokens), self._seed)
         together = max(1, _TOKENS_TOGETHER // self._tokens.shape[1])
         parts = [rows[begin : begin + together] for begin in range(0, len(rows), together)]
-        loss = sum(self._backward(part, len(part) / len(rows)) for part in parts)
+        return sum(self._backward(part, len(part) / len(rows)) for part in parts)
+
+    def _take_step(self, loss: float) -> None:
+        """Take one step of the optimizer, and note the loss before it.
+
+        Raises:
+            InputError: If the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} at step {self.step + 1}",
+                where=self._where,
+                fix="give a smaller learning rate",
+            )
         self._observe()
         torch.nn.utils.clip_grad_norm_(self._trained().values(), _CLIP)
         rate = self._rate()
@@ -140,7 +154,9 @@ class Training(ABC):
             group["lr"] = group["peak"] * rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss
+        self.step += 1
+        self.losses.append((self.step, loss))
+        self._stepped()
 
     def _state(self, run: str) -> TrainingState:
         tensors = {name: tensor.detach() for name, tensor in (self._trained() | self._more_state()).items()}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import QuantSpec, Recipe, Run, compress
+from rk_export import Prepare, Quantize, Recipe, Run, compress
 from rk_export.runtime import bench
 
 OURS, SAME_BUNDLE, ITS_BUILDER = (
@@ -77,10 +77,9 @@ def script(args: argparse.Namespace) -> None:
 def build(model: Path, ours: Path, peer: Path, threads: int) -> None:
     """Make both bundles unless they are there."""
     if not ours.exists():
-        quant = QuantSpec(4, 32)
         # Round to nearest, as the peer's builder: the comparison is one of sizes and speeds.
-        options = Recipe(quant=quant, embedding_quant=quant, quantizer="rtn")
-        compress(model, ours, options, run=Run(threads=threads))
+        recipe = Recipe((Prepare(), Quantize(("all",), bits=4, quantizer="rtn")))
+        compress(model, ours, recipe, run=Run(threads=threads))
     if not (peer / "model.onnx").exists():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         subprocess.run([*builder, "-i", str(model), "-o", str(peer)], check=True)

@@ -13,7 +13,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +23,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import Budget, ParityError, QuantSpec, Recipe, Run, compress
+from rk_export import Budget, ParityError, Prepare, Quantize, Recipe, Run, Target, compress
 from rk_export.runtime import bench
 
+TABLES = ("embed_tokens", "lm_head")
 BUNDLES: dict[str, Recipe] = {
-    "fp16 dense": Recipe(groups=(), quant=None, embedding_quant=None),
-    "INT8 dense": Recipe(groups=(), quant=QuantSpec(8, 64), embedding_quant=QuantSpec(8, 64)),
-    "INT4 dense": Recipe(groups=(), quant=QuantSpec(4, 64), embedding_quant=QuantSpec(8, 64)),
-    "fp16 kept 0.9": Recipe(budget=Budget("keep", 0.9), quant=None, embedding_quant=None),
-    "100 MB": Recipe(budget=Budget("size", 100e6)),
+    "fp16 dense": Recipe.load("floats"),
+    "INT8 dense": Recipe((Prepare(), Quantize(("all",), bits=8, block=64))),
+    "INT4 dense": Recipe(
+        (Prepare(), Quantize(("layers",), bits=4, block=64), Quantize(TABLES, bits=8, block=64))
+    ),
+    "fp16 kept 0.9": Recipe.load("floats").with_budget(Budget("keep", 0.9)),
+    "100 MB": Recipe.load("default").with_budget(Budget("size", 100e6)),
 }
 
 
@@ -60,7 +62,7 @@ def check(model: Path, bundle: Path, recipe: Recipe) -> Row:
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     try:
-        report = compress(model, bundle, replace(recipe, ep="cuda"), run=Run(device="cuda"), force=True)
+        report = compress(model, bundle, recipe, target=Target("cuda"), run=Run(device="cuda"), force=True)
     except ParityError as error:
         return {"failed": str(error)}
     row = bench([bundle], provider="cuda").rows[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Measure, Results, Row
 
-from rk_export import CalibrationOptions, EvalText, RankRule, Recipe, open_source, rewrite_model
+from rk_export import CalibrationOptions, EvalText, Factorize, Recipe, open_source, rewrite_model
 
 KEPT_RATIOS = (0.95, 0.9, 0.8)
 DENSE = "dense"
 COLLAPSE = 100  # perplexity beyond this multiple of the dense model's is called a collapse in the text
-FLOATS = Recipe(
-    quant=None, embedding_quant=None, prepare=(), rank_multiple=1, calibration=CalibrationOptions("none")
-)
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class Grouping:
     Args:
         name: Its name in the results.
         matrices: What it covers; groupings of equal `matrices` are compared.
-        groups: Groups of `Recipe`.
-        qk: As in `Recipe`.
+        groups: Groups of `Factorize`.
+        qk: As in `Factorize`.
     """
 
     name: str
@@ -73,8 +70,8 @@ def wanted(model: Path, text: EvalText) -> Iterator[tuple[str, Measure]]:
 
 def measure(model: Path, grouping: Grouping, kept_ratio: float, text: EvalText) -> Row:
     """Factorize and evaluate."""
-    options = replace(FLOATS, groups=grouping.groups, qk=grouping.qk, rank=RankRule("keep", kept_ratio))
-    rewritten = rewrite_model(model, options)
+    factorize = Factorize(grouping.groups, keep=kept_ratio, qk=grouping.qk, rank_multiple=1)
+    rewritten = rewrite_model(model, Recipe((factorize,), CalibrationOptions("none")))
     pairs = [finding for finding in rewritten.findings if finding.outcome.value == "applied"]
     return {
         "grouping": grouping.name,

@@ -22,10 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import CalibrationOptions, QuantSpec, Recipe, open_source, rewrite_model
+from rk_export import CalibrationOptions, Factorize, Quantize, Recipe, open_source, rewrite_model
 from rk_export.graph.build import build_graph, save_graph
 
-FORMATS = {"float32": None, "INT4": QuantSpec(4, 32)}
+# The steps after the factorization.
+FORMATS: dict[str, tuple[Quantize, ...]] = {
+    "float32": (),
+    "INT4": (Quantize(("all",), bits=4, quantizer="rtn"),),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,15 +53,8 @@ def script(args: argparse.Namespace) -> None:
 
 def measure(model: Path, name: str) -> Row:
     """Return seconds, extra peak memory, and bytes of the dense model in fp32 and of the exported files."""
-    options = Recipe(
-        groups=("qk",),
-        quant=FORMATS[name],
-        embedding_quant=FORMATS[name],
-        calibration=CalibrationOptions("none"),
-        prepare=(),
-        quantizer="rtn",
-    )
-    rewritten = rewrite_model(model, options)
+    steps = (Factorize(("qk",), keep=0.95), *FORMATS[name])
+    rewritten = rewrite_model(model, Recipe(steps, CalibrationOptions("none")))
     before = peak_bytes()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from measure import harness
 from measure.harness import Results, Rows
 
-from rk_export import Budget, CapOptions, open_source, rewrite_model
+from rk_export import CapOptions, Recipe, open_source, rewrite_model
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.graph.modules.sparse import ENTRIES
 from rk_export.passes.graph.nodes import PART_KEY
@@ -44,8 +44,8 @@ TOKENS, REPEATS = 256, 5
 
 def measure(model: Path, density: float, threads: int, work: Path) -> Rows:
     """Export one density three ways, and run all of them; return a row a storage."""
-    magnitude = CapOptions(selector="magnitude").recipe(Budget("keep", density))
-    rewritten = rewrite_model(model, magnitude)
+    magnitude = CapOptions(keep=density, selector="magnitude")
+    rewritten = rewrite_model(model, Recipe((magnitude,)))
     ours = work / STORAGES[2]
     ours.mkdir()
     save_graph(build_graph(rewritten)[0], ours)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from rk_export import (
     Budget,
     CalibrationOptions,
     EvalText,
+    Prepare,
     PruneOptions,
-    QuantSpec,
+    Quantize,
     Recipe,
     Rewritten,
     StoredModel,
@@ -38,9 +39,9 @@ from rk_export import (
 )
 
 DENSE = "dense"
-FLOATS = Recipe(groups=(), quant=None, embedding_quant=None, prepare=())
-BY_WEIGHTS = replace(FLOATS, calibration=CalibrationOptions("none"))
-INT4 = Recipe(embedding_quant=None)
+FLOATS = Recipe()
+BY_WEIGHTS = Recipe(calibration=CalibrationOptions("none"))
+INT4 = Recipe((Prepare(), Quantize(bits=4)))
 
 
 @dataclass(frozen=True)
@@ -59,32 +60,32 @@ class Case:
 
 
 def _pruned(name: str, family: str, base: Recipe = FLOATS, **prune: float) -> Case:
-    return Case(name, family, replace(base, methods=(PruneOptions(**prune),)))  # type: ignore[arg-type]
+    return Case(name, family, base.with_step(PruneOptions(**prune)))  # type: ignore[arg-type]
 
 
 CASES = (
     Case(DENSE, DENSE, FLOATS),
     *(_pruned(f"blocks-{count}", "blocks", blocks=count) for count in (1, 2, 3, 4, 6)),
-    *(_pruned(f"ffn-{share}", "FFN width", ffn=share) for share in (0.95, 0.9, 0.8, 0.7)),
+    *(_pruned(f"ffn-{share}", "FFN width", ffn_keep=share) for share in (0.95, 0.9, 0.8, 0.7)),
     *(
-        _pruned(f"ffn-{share}-by-weights", "FFN width, by weights", BY_WEIGHTS, ffn=share)
+        _pruned(f"ffn-{share}-by-weights", "FFN width, by weights", BY_WEIGHTS, ffn_keep=share)
         for share in (0.9, 0.8)
     ),
-    _pruned("heads-2-of-3", "heads", kv_groups=2),
-    _pruned("blocks-2+ffn-0.9", "together", blocks=2, ffn=0.9),
-    _pruned("blocks-2+heads-2+ffn-0.9", "together", blocks=2, ffn=0.9, kv_groups=2),
+    _pruned("heads-2-of-3", "heads", kv_heads_keep=2),
+    _pruned("blocks-2+ffn-0.9", "together", blocks=2, ffn_keep=0.9),
+    _pruned("blocks-2+heads-2+ffn-0.9", "together", blocks=2, ffn_keep=0.9, kv_heads_keep=2),
     *(
         Case(
             f"low-rank-{share}",
             "low rank, one budget",
-            replace(FLOATS, groups=None, budget=Budget("keep", share)),
+            Recipe.load("floats").with_budget(Budget("keep", share)),
         )
         for share in (0.9, 0.8)
     ),
     Case("INT4", "INT4", INT4),
-    _pruned("INT4+ffn-0.9", "INT4", INT4, ffn=0.9),
+    _pruned("INT4+ffn-0.9", "INT4", INT4, ffn_keep=0.9),
     _pruned("INT4+blocks-2", "INT4", INT4, blocks=2),
-    Case("INT2", "INT2", replace(INT4, quant=QuantSpec(2, 32))),
+    Case("INT2", "INT2", INT4.with_step(Quantize(bits=2))),
 )
 
 

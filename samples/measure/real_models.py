@@ -1,4 +1,4 @@
-"""Real models through the default of `rk-export compress`: what is left of each, and what it took.
+"""Real models in plain INT4, `rk-export compress MODEL --recipe int4`: what is left of each, and what it took.
 
     python samples/measure/real_models.py                    all four; minutes to half an hour a model
     python samples/measure/real_models.py --rows gemma3      one of them
@@ -33,7 +33,7 @@ from assets import gemma3, minilm, qwen2_5_coder, smollm2, wiki_text
 from measure import harness
 from measure.harness import Results, Row
 
-from rk_export import EvalText, Report, Run, compress, perplexity_of, torch_logits
+from rk_export import EvalText, Recipe, Report, Run, compress, perplexity_of, torch_logits
 from rk_export.runtime import EncoderSession, Session
 
 MODELS: dict[str, tuple[str, Callable[[], Path]]] = {
@@ -68,11 +68,11 @@ def script(args: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, threads: int, *, is_encoder: bool) -> Row:
-    """Compress one model with the defaults and return its row."""
+    """Compress one model with the preset `int4` and return its row."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
         begin = time.perf_counter()
-        report = compress(folder, bundle, run=Run(threads=threads))
+        report = compress(folder, bundle, Recipe.load("int4"), run=Run(threads=threads))
         seconds = time.perf_counter() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         quality = embeddings if is_encoder else perplexities
@@ -163,9 +163,9 @@ def page(results: Results) -> str:
     """Return the figures as a page."""
     rows = results.rows
     lines = [
-        "# Real models with the default",
+        "# Real models in plain INT4",
         "",
-        "This page shows what `rk-export compress MODEL` does to real models without any option.",
+        "This page shows what `rk-export compress MODEL --recipe int4` does to real models.",
         "",
         f"Made by `python samples/measure/real_models.py`. Perplexity is measured on {WINDOWS} windows of {WINDOW} "
         "tokens of English Wikipedia. Each window follows the token that the tokenizer begins a text with. *Dense* is "

@@ -31,8 +31,8 @@ from rk_export import (
     Budget,
     CalibrationOptions,
     EvalText,
+    Factorize,
     HealOptions,
-    RankRule,
     Recipe,
     Run,
     compress,
@@ -86,7 +86,7 @@ class Sweep:
             for series, options in kept_series(keep).items():
                 yield f"kept-{series}-{keep}", partial(self.row, series, keep, partial(self.kept, options))
         for keep in (0.9, 0.8):
-            options = replace(kept_series(keep)["rk-export"], methods=(HealOptions(HEAL_STEPS),))
+            options = kept_series(keep)["rk-export"].with_step(HealOptions(HEAL_STEPS))
             yield f"healed-{keep}", partial(self.row, "healed", keep, partial(self.kept, options))
         for size in MEGABYTES:
             yield f"size-{size}", partial(self.row, "rk-export", size, partial(self.sized, size))
@@ -115,10 +115,12 @@ class Sweep:
 
     def sized(self, megabytes: float) -> Row:
         """Compress into a bundle of a size."""
-        options = Recipe(budget=Budget("size", megabytes * 1e6), calibration=TEXT_METRIC)
+        recipe = Recipe.load("default").with_budget(Budget("size", megabytes * 1e6))
         bundle = self.work / f"size-{megabytes}"
         run = Run(device=self.device, threads=self.threads)
-        report = compress(self.off_grid(), bundle, options, run=run, force=True)
+        report = compress(
+            self.off_grid(), bundle, replace(recipe, calibration=TEXT_METRIC), run=run, force=True
+        )
         return self.bundle(bundle) | {"timings": report.timings}
 
     def peer(self, name: str, options: tuple[str, ...]) -> Row:
@@ -152,13 +154,12 @@ def kept_series(keep: float) -> dict[str, Recipe]:
     """
     joint = ("qk", "gate_up", "v", "o", "down")
     whitened = CalibrationOptions("self", tokens=TEXT_METRIC.tokens, gradients=False)
-    floats: dict[str, Any] = {"quant": None, "embedding_quant": None, "rank_multiple": 1}
-    rule: dict[str, Any] = {"rank": RankRule("keep", keep), **floats}
+    plain = Factorize(joint, keep=keep, rank_multiple=1)
     return {
-        "paper 1": Recipe(groups=joint, calibration=CalibrationOptions("none"), **rule),
-        "SVD-LLM": Recipe(groups=SINGLE, calibration=whitened, **rule),
-        "joint + identity": Recipe(groups=joint, calibration=whitened, form="identity", **rule),
-        "rk-export": Recipe(budget=Budget("keep", keep), calibration=TEXT_METRIC, **floats),
+        "paper 1": Recipe((plain,), CalibrationOptions("none")),
+        "SVD-LLM": Recipe((replace(plain, groups=SINGLE),), whitened),
+        "joint + identity": Recipe((replace(plain, form="identity"),), whitened),
+        "rk-export": Recipe((Factorize(rank_multiple=1),), TEXT_METRIC, Budget("keep", keep)),
     }
 
 

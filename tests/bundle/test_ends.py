@@ -269,16 +269,7 @@ def test_a_bundle_ends_where_only_the_tokenizer_says_so(cli: Cli, tmp_path: Path
 @pytest.mark.whole
 def test_a_checkpoint_keeps_the_ends_of_the_generation_config(cli: Cli, tmp_path: Path) -> None:
     source = with_generation([7, 8])(tmp_path / "source")
-    arguments = (
-        "--groups",
-        "none",
-        "--bits",
-        16,
-        "--metric",
-        "none",
-        "--checkpoint",
-        tmp_path / "checkpoint",
-    )
+    arguments = ("--recipe", "floats", "--checkpoint", tmp_path / "checkpoint")
     assert cli("compress", source, "-o", tmp_path / "a", *arguments).code == 0
     assert cli("export", tmp_path / "checkpoint", "-o", tmp_path / "b").code == 0
     for out in ("a", "b"):

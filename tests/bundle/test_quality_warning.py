@@ -29,8 +29,9 @@ def test_divergence_is_that_of_torch() -> None:
 @pytest.mark.whole
 def test_a_ruined_model_says_so_first(cli: Cli, llama: Path, tmp_path: Path) -> None:
     ended = cli(
-        *("compress", llama, "-o", tmp_path / "out", "--keep", 0.1, "--uniform", "--rank-multiple", 1),
-        *("--metric", "none", "--bits", 2, "--quantizer", "rtn", "--device", "cpu"),
+        *("compress", llama, "-o", tmp_path / "out", "--recipe", "int2", "--device", "cpu"),
+        *("--set", "factorize.keep=0.1", "--set", "factorize.rank_multiple=1"),
+        *("--set", "calibration.text=none", "--set", "quantize.with=rtn"),
     )
     assert ended.code == 0, ended.err
     assert ended.out.startswith("WARNING: the compressed model is far from the dense one")

@@ -74,10 +74,9 @@ def test_commands_name_the_token(cli: Cli, extended: Path, extended_bundle: Path
         ("run", extended_bundle, "-p", f"quiet {EXTRA}", "--chat", "--provider", "cpu"),
         ("eval", extended_bundle, "--text", strange_text, "--context", 32, "--provider", "cpu"),
         ("eval", extended, "--text", strange_text, "--context", 32),
-        ("compress", extended, "-o", strange_text.parent / "out", "--text", strange_text, "--context", 32),
         (
-            *("compress", extended, "-o", strange_text.parent / "out", "--metric", f"corpus:{strange_text}"),
-            *("--calibration-tokens", 512),
+            *("compress", extended, "-o", strange_text.parent / "out"),
+            *("--set", f"calibration.text={strange_text}", "--set", "calibration.tokens=512"),
         ),
     ):
         ended = cli(*arguments)

@@ -10,9 +10,7 @@ import pytest
 from conftest import tiny_options
 from tiny_models import tiny_model
 
-from rk_export import compress, export
-from rk_export.bundle.triton import triton_repository
-from rk_export.options.run import Run
+from rk_export import Run, compress, deployment_files, export
 
 pytestmark = pytest.mark.whole
 
@@ -39,7 +37,9 @@ def of_session(values: list[ort.NodeArg]) -> list[Tensor]:
     ]
 
 
-def assert_triton_takes(place: Path) -> None:
+def assert_served(bundle: Path) -> None:
+    (repository,) = deployment_files(bundle, ["triton"])
+    place = repository / bundle.name
     text = (place / "config.pbtxt").read_text(encoding="utf-8")
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 3
@@ -50,17 +50,17 @@ def assert_triton_takes(place: Path) -> None:
 
 
 def test_a_quantized_bundle(llama: Path, tmp_path: Path) -> None:
-    compress(llama, tmp_path / "out", tiny_options(), triton="tiny", run=Run(threads=1))
-    assert_triton_takes(tmp_path / "out" / "triton" / "tiny")
+    compress(llama, tmp_path / "out", tiny_options(), run=Run(threads=1))
+    assert_served(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_learned_positions_and_encoders(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "out", run=Run(threads=1))
-    assert_triton_takes(triton_repository(tmp_path / "out", "tiny"))
+    assert_served(tmp_path / "out")
 
 
 def test_half_precision(llama: Path, tmp_path: Path) -> None:
-    compress(llama, tmp_path / "out", tiny_options(ep="portable"), triton="half", run=Run(threads=1))
-    assert_triton_takes(tmp_path / "out" / "triton" / "half")
+    compress(llama, tmp_path / "out", tiny_options(ep="portable"), run=Run(threads=1))
+    assert_served(tmp_path / "out")

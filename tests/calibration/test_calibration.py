@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_recipes import made_recipe
 from torch import Tensor, nn
 
 from rk_export.calibration import streamed_moments as calibration
@@ -17,7 +18,6 @@ from rk_export.calibration.streamed_moments import CalibrationStreams, calibrati
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import RankRule
-from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature
@@ -45,7 +45,7 @@ def disturb(module: nn.Module, seed: int) -> None:
 
 def sites_of(source: StoredModel, index: int) -> tuple[SitePlan, ...]:
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
-    return decide_plan(source, Recipe(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
+    return decide_plan(source, made_recipe(groups=groups, rank=RankRule("keep", 0.95))).of_layer(index)
 
 
 def gather(source: StoredModel, tokens: Tensor, *, embedding: bool = False, **options: Any) -> Statistics:
@@ -202,9 +202,7 @@ def test_corpus_tokens_are_cut_into_sequences(llama: Path, prose: Path) -> None:
     source = open_source(llama)  # 128 positions
     long = prose.with_name("long.txt")
     long.write_text(prose.read_text(encoding="utf-8") * 4, encoding="utf-8")
-    tokens = calibration_tokens(
-        source, CalibrationOptions("corpus", TextFile.of(long), 600), torch.device("cpu")
-    )
+    tokens = calibration_tokens(source, CalibrationOptions(TextFile.of(long), 600), torch.device("cpu"))
     assert (tokens.dtype, tuple(tokens.shape)) == (torch.int64, (4, 128))
     from rk_export.text import tokens_of
 
@@ -214,18 +212,18 @@ def test_corpus_tokens_are_cut_into_sequences(llama: Path, prose: Path) -> None:
 def test_corpora_that_cannot_be_used(llama: Path, prose: Path, tmp_path: Path) -> None:
     source, cpu = open_source(llama), torch.device("cpu")
     with pytest.raises(InputError, match=r"the text has \d+ tokens, 16384"):
-        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(prose), 16384), cpu)
+        calibration_tokens(source, CalibrationOptions(TextFile.of(prose), 16384), cpu)
     with pytest.raises(InputError, match="no such file"):
-        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(tmp_path / "none.txt")), cpu)
+        calibration_tokens(source, CalibrationOptions(TextFile.of(tmp_path / "none.txt")), cpu)
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):
-        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(binary)), cpu)
+        calibration_tokens(source, CalibrationOptions(TextFile.of(binary)), cpu)
     source.config.vocab_size = 20
     long = tmp_path / "long.txt"
     long.write_text(prose.read_text(encoding="utf-8") * 4, encoding="utf-8")
     with pytest.raises(InputError, match="vocabulary of 20"):
-        calibration_tokens(source, CalibrationOptions("corpus", TextFile.of(long), 512), cpu)
+        calibration_tokens(source, CalibrationOptions(TextFile.of(long), 512), cpu)
     with pytest.raises(ValueError, match="uses no text"):
         calibration_tokens(source, CalibrationOptions("gain"), cpu)
 
@@ -238,7 +236,5 @@ def test_self_tokens_are_sampled(source_of: SourceOf, monkeypatch: pytest.Monkey
         return torch.zeros(1, 1, dtype=torch.int64)
 
     monkeypatch.setattr(calibration, "self_text", sampled)
-    calibration_tokens(
-        source_of("llama"), CalibrationOptions("self", tokens=600, seed=5), torch.device("cpu")
-    )
+    calibration_tokens(source_of("llama"), CalibrationOptions(tokens=600, seed=5), torch.device("cpu"))
     assert asked == [(600, 5)]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from made_recipes import made_recipe
 from scipy.linalg import hadamard
 from torch import Tensor
 
 from rk_export.calibration.gain import gain_statistics
 from rk_export.options.ranks import RankRule
-from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.planning.planner import decide_plan
@@ -24,7 +24,7 @@ SourceOf = Callable[..., StoredModel]
 def estimate(source: StoredModel) -> tuple[Layer, dict[str, Curvature]]:
     """Return the second layer and the statistics of its sites, by role of the first member."""
     groups = ("qk",) if source.config.model_type in ("bert", "gpt2") else None
-    sites = decide_plan(source, Recipe(groups=groups, rank=RankRule("keep", 0.95))).of_layer(1)
+    sites = decide_plan(source, made_recipe(groups=groups, rank=RankRule("keep", 0.95))).of_layer(1)
     model = source.skeleton()
     kv_groups = source.description.heads.kv_heads
     layer = Layer(1, source.load_layer(model, 1), kv_groups)

@@ -45,10 +45,8 @@ def matrix(model: PreTrainedModel, source: StoredModel, place: tuple[int, str]) 
     return module
 
 
-def reference(
-    source: StoredModel, place: tuple[int, str], targets: Tensor | None
-) -> tuple[Tensor, Tensor, int]:
-    """Return inputs and gradients of the mean loss by the outputs of one matrix, float64 (tokens, ...)."""
+def reference(source: StoredModel, path: str, targets: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Return inputs and gradients of the mean loss by the outputs of one module, float64 (tokens, ...)."""
     model = source.load().double()
     seen: list[Tensor] = []
 
@@ -57,7 +55,7 @@ def reference(
         seen.extend((args[0].detach(), moved))
         return moved
 
-    matrix(model, source, place).register_forward_hook(note)
+    model.get_submodule(path).register_forward_hook(note)
     tokens = tokens_for(source)
     logits = model(input_ids=tokens, use_cache=False).logits
     if targets is None:
@@ -87,13 +85,17 @@ def test_statistics_are_those_of_autograd(
     targets = drawn_labels(source, 7) if labels == "model" else None
     for role, path in (*source.architecture.attention[:2], *source.architecture.mlp[1:]):
         place = (1, path)
-        x, g, predicted = reference(source, place, targets)
+        x, g, predicted = reference(source, f"{source.architecture.layers}.1.{path}", targets)
         assert found.tokens == predicted
         torch.testing.assert_close(found.second[place].double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.peaks[place].double(), x.abs().amax(0), rtol=1e-3, atol=1e-4)
         assert found.token_peaks[place] == pytest.approx(float(x.abs().amax(1).square().mean()), rel=1e-3)
         expected = g.T @ g
         assert float((found.gradients[place] - expected).norm() / expected.norm()) < 2e-3, role
+    _, g, predicted = reference(source, source.architecture.embedding, targets)
+    assert found.embedding is not None
+    of_tokens = found.embedding * tokens_for(source).numel() / predicted**2
+    torch.testing.assert_close(of_tokens.double(), g.square().sum(0), rtol=5e-3, atol=1e-9)
 
 
 def random_error(linear: nn.Linear, scale: float, seed: int = 0) -> Tensor:

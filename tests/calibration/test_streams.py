@@ -26,7 +26,7 @@ def test_streamed_logits_are_those_of_whole_models(source_of: SourceOf, family: 
     """Three versions at once equal three models, each rewritten on its own."""
     source = source_of(family)
     ids = tokens(source, length=9)
-    rewritten = compress(source, options(quant=INT4, embedding_quant=QuantSpec(8, 16)), probe=ids)
+    rewritten = compress(source, options(quant=INT4, table=QuantSpec(8, 16)), probe=ids)
     probe = rewritten.probe_logits
     assert set(probe) == {DENSE, FACTORIZED, QUANTIZED}
     torch.testing.assert_close(probe[DENSE], logits(source.load(), ids))

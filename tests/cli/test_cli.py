@@ -27,51 +27,58 @@ COMMANDS = (
     "compress",
     "analyze",
     "plan",
+    "recipes",
     "prepare",
     "export",
     "verify",
     "eval",
     "run",
     "bench",
+    "compare",
+    "report",
+    "bundle",
     "explain",
     "doctor",
 )
-# What conftest.tiny_options() says, as a command line.
-# Those of `conftest.tiny_options`.
-PLAIN = ("--uniform", "--metric", "none", "--quantizer", "rtn", "--device", "cpu")
-OPTIONS = ("--groups", "qk,gate_up", "--keep", 0.8, *PLAIN, "--bits", 4, "--block", 32)
+# The recipe of conftest.tiny_options() as a command line.
+UNWEIGHED = ("--set", "calibration.text=none", "--device", "cpu")
+GROUPS = ("--set", "factorize.groups=[qk, gate_up]", "--set", "factorize.keep=0.8")
+OPTIONS = ("--recipe", "int4", *GROUPS, "--set", "quantize.with=rtn", *UNWEIGHED)
 PUBLIC = {
-    "BaselOptions",
+    "W8A8",
     "Budget",
     "CalibrationOptions",
-    "CapOptions",
-    "Recipe",
+    "Comparison",
+    "Correct",
     "EvalText",
+    "Factorize",
     "Finding",
     "FusionError",
-    "HealOptions",
     "InputError",
-    "JointRankOptions",
-    "StoredModel",
     "ParityError",
     "ParityTier",
     "Plan",
+    "Prepare",
     "ProviderError",
-    "PruneOptions",
     "QuantSpec",
+    "Quantize",
     "RankRule",
+    "Recipe",
     "Report",
     "Rewritten",
     "RkExportError",
     "Run",
     "SpeedTest",
-    "SslcOptions",
+    "StoredModel",
+    "Target",
     "TextFile",
     "UnsupportedModelError",
-    "W8A8",
     "analyze",
     "assert_parity",
+    "compare",
+    "comparison_html",
     "compress",
+    "deployment_files",
     "dry_run",
     "evaluate",
     "evaluate_models",
@@ -92,6 +99,11 @@ PUBLIC = {
     "text_table",
     "torch_logits",
     "verify",
+    "PruneOptions",
+    "BaselOptions",
+    "CapOptions",
+    "SslcOptions",
+    "HealOptions",
 }
 
 
@@ -137,10 +149,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compressed(llama: Path, prose: Path, work: Path) -> Path:
-    """A bundle from a process of its own (another hash seed, too), with checkpoint, text and Triton model."""
+def compressed(llama: Path, work: Path) -> Path:
+    """A bundle from a process of its own (another hash seed, too), with its checkpoint."""
     arguments = ("compress", llama, "-o", work / "bundle", "--checkpoint", work / "checkpoint", *OPTIONS)
-    extra = ("--text", prose, "--context", 64, "--triton", "tiny", "--threads", 1, "--json")
+    extra = ("--threads", 1, "--json")
     done = subprocess.run(
         [sys.executable, "-m", "rk_export.cli.main", *map(str, (*arguments, *extra))],
         capture_output=True,
@@ -156,19 +168,16 @@ def compressed(llama: Path, prose: Path, work: Path) -> Path:
 def test_printed_report_is_the_stored_one(compressed: Path, work: Path) -> None:
     printed = Report.from_json(json.loads((work / "printed.json").read_text(encoding="utf-8")))
     assert printed == Report.load(compressed / "report.json")
-    assert set(printed.perplexity) == {"dense", "compressed (ONNX Runtime)"}
-    assert "--triton tiny" in printed.command
+    assert "--recipe int4" in printed.command
 
 
 @pytest.mark.whole
 def test_bundle_is_complete(compressed: Path) -> None:
     files = {str(path.relative_to(compressed)) for path in compressed.rglob("*") if path.is_file()}
     assert files == {
-        *("README.md", "report.html", "report.json", "plan.json", "rk_manifest.json"),
+        *("README.md", "report.html", "report.json", "plan.json", "recipe.yaml", "rk_manifest.json"),
         *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-        "triton/tiny/config.pbtxt",
-        *("triton/tiny/1/model.onnx/model.onnx", "triton/tiny/1/model.onnx/model.onnx.data"),
     }
 
 
@@ -195,7 +204,7 @@ def test_a_checkpoint_gives_the_same_weights(cli: Cli, compressed: Path, work: P
     assert sha256_of(tmp_path / "out" / "model.onnx") == sha256_of(compressed / "model.onnx")
     ended = cli("export", work / "checkpoint", "-o", tmp_path / "other", "--ep", "portable")
     assert (ended.code, (tmp_path / "other").exists()) == (2, False)
-    assert "carries its own options" in ended.err
+    assert "a checkpoint holds its own execution provider" in ended.err
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -219,7 +228,7 @@ def test_export_of_a_dense_model(cli: Cli, llama: Path, tmp_path: Path) -> None:
 
 def test_analyze(cli: Cli, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ok(cli("analyze", llama, "-o", out, "--groups", "qk,gate_up"))
+    ok(cli("analyze", llama, "-o", out, *OPTIONS))
     report = Report.load(out / "report.json")
     model = open_source(llama).load()
     members = {"qk": ("self_attn.q_proj", "self_attn.k_proj"), "gate_up": ("mlp.gate_proj", "mlp.up_proj")}
@@ -312,7 +321,7 @@ def test_explain(cli: Cli, bundle: Path) -> None:
 
 @pytest.mark.whole
 def test_explain_leaves_no_matrix_out(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    options = ("--groups", "qk", "--keep", 0.8, *PLAIN, "--bits", 16)
+    options = ("--recipe", "floats", "--set", "factorize.groups=[qk]", "--set", "factorize.keep=0.8")
     ok(cli("compress", llama, "-o", tmp_path / "out", *options, "--checkpoint", tmp_path / "checkpoint"))
     told = {item["target"]: item for item in json.loads(ok(cli("explain", tmp_path / "out", "--json")).out)}
     assert told["layers.0.qk"]["outcome"] == "applied"

@@ -16,7 +16,7 @@ import pytest
 from conftest import Cli
 from sample_report import full_report
 
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import _progress, show
 from rk_export.report.render import summary, text_table
 from rk_export.report.table import Column, Table
 
@@ -39,7 +39,7 @@ def work(args):
     print("result")
     return 0
 
-sys.exit(run_command(work, argparse.Namespace(json={json}), ["test"]))
+sys.exit(run_command(work, argparse.Namespace(json={json}, quiet={quiet}), ["test"]))
 """
 DUMB = {"TERM": "dumb"}
 
@@ -51,8 +51,8 @@ class Shown:
     out: str = ""
 
 
-def _program(then: str = "pass", json: bool = False) -> list[str]:
-    return [sys.executable, "-c", PROGRAM.format(then=then, json=json)]
+def _program(then: str = "pass", json: bool = False, quiet: bool = False) -> list[str]:
+    return [sys.executable, "-c", PROGRAM.format(then=then, json=json, quiet=quiet)]
 
 
 def _on_a_terminal(command: list[str], *, interrupt_at: str = "", **more: str) -> Shown:
@@ -127,6 +127,22 @@ def test_a_terminal_without_bars_gets_lines(how: str) -> None:
     assert "testing steps: 4\r\n" in shown.screen
 
 
+def test_a_bar_that_goes_on_is_estimated_by_this_run_alone() -> None:
+    now = 0.0
+    progress = _progress()
+    progress.get_time = lambda: now
+    task = progress.add_task("steps", total=100, completed=90, note="")
+    for _ in range(3):
+        now += 2.0
+        progress.update(task, advance=1)
+    assert progress.tasks[0].time_remaining == 14  # 7 steps of 2 seconds
+
+
+def test_quiet_shows_results_alone() -> None:
+    shown = _on_a_terminal(_program(quiet=True))
+    assert (shown.screen, shown.out) == ("", "result\n")
+
+
 def test_without_a_terminal_a_stage_is_a_line() -> None:
     done = subprocess.run(_program(), capture_output=True, text=True, check=True)
     parts = ["testing parts: 2"] * 2
@@ -136,11 +152,11 @@ def test_without_a_terminal_a_stage_is_a_line() -> None:
 
 @pytest.mark.whole
 def test_compress_says_a_line_a_stage(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    ended = cli("compress", llama, "-o", tmp_path / "out", "--metric", "none", "--device", "cpu")
+    ended = cli("compress", llama, "-o", tmp_path / "out", "--recipe", "floats", "--device", "cpu")
     assert ended.code == 0
     assert "\x1b" not in ended.err
     lines = ended.err.splitlines()
-    assert [line for line in lines if line.startswith("rewrit")] == [
+    assert [line for line in lines if line.startswith("rewrit") and "left" not in line] == [
         "rewrite: factorizing and quantizing layer by layer",
         "rewriting layers: 2",
     ]
@@ -160,7 +176,7 @@ WIDE = Table(
 
 
 SHOW = f"""
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import _progress, show
 from rk_export.report.table import Column, Table
 show("a [b]line[/b]", {WIDE!r})
 """

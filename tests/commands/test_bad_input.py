@@ -22,7 +22,7 @@ from rk_export.bundle import write as write_bundle
 from rk_export.errors import FusionError, InputError
 
 Refused = Callable[..., str]
-SMALL = ("--groups", "qk", "--bits", 16, "--device", "cpu", "--threads", 1)
+SMALL = ("--recipe", "joint-rank", "--device", "cpu", "--threads", 1)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -154,66 +154,107 @@ def test_unknown_architecture(refused: Refused, model: Path, out: Path, model_ty
 # --- the options
 
 
-@pytest.mark.parametrize(
-    ("arguments", "where"),
-    [
-        (("--keep", 0), "--keep: 0.0 is not a share"),
-        (("--keep", 1), "--keep: 1.0 is not a share"),
-        (("--keep", 1.5), "--keep: 1.5 is not a share"),
-        (("--keep", -0.5), "--keep: -0.5 is not a share"),
-        (("--keep", "nan"), "--keep: nan is not a share"),
-        (("--energy", 2), "--energy: 2.0 is not a share"),
-        (("--rank", 0), "--rank: 0 is not a rank"),
-        (("--rank", 1000), "--rank: rank 1000 exceeds 64"),
-        (("--rank-multiple", 0), "--rank-multiple: 0 is below 1"),
-        (("--block", 48), "--block: a block of 48 columns"),
-        (("--bits", 1), "--bits: 1.0 bits"),
-        (("--embedding-bits", 5), "--bits or --embedding-bits: 5 bits"),
-        (("--groups", "qk,magic"), "--groups: unknown group 'magic'"),
-        (("--groups", "qk,gate_up,qk"), "--groups: 'q' stands in both"),
-        (("--groups", "qkv,k"), "--groups: 'k' stands in both 'qkv' and 'k'"),
-        (("--qk", "half"), "--qk: unknown choice 'half'"),
-        (("--qk", "per-head", "--groups", "gate_up"), "--qk: per-head needs the group qk"),
-        (("--gauge", "tight"), "--gauge: unknown gauge 'tight'"),
-        (("--ep", "tpu"), "--ep: unknown execution provider 'tpu'"),
-        (("--accuracy-level", 3), "--accuracy-level: unknown level 3"),
-        (("--device", "tpu"), "--device: unknown device 'tpu'"),
-        (("--allocation", "magic", "--keep", 0.5, "--uniform"), "--allocation: unknown allocation 'magic'"),
-        (("--allocation", "energy", "--keep", 0.5), "--allocation: energy spreads the share"),
-        (("--allocation", "energy", "--keep", 0.001, "--uniform"), "--keep: 0.001 of the parameters do not"),
-        (("--method", "magic"), "--method: unknown method 'magic'"),
-        (("--method", "joint-rank"), "--method: joint-rank needs to know how much stays"),
-        (("--method", "basel", "--keep", 0.5), "--method: basel needs the text of the task"),
-        (("--method", "cap"), "--method: cap needs to know how much stays"),
-        (("--method", "cap", "--keep", 0.5, "--selector", "dice"), "--selector: unknown selector 'dice'"),
-        (("--method", "cap", "--keep", 0.5, "--metric", "none"), "--metric: a budget needs statistics"),
-        (("--method", "cap", "--keep", 0.5, "--groups", "qk"), "cap and --groups: it decides matrix by"),
-        (("--target", "task.txt"), "--target: goes with --method basel"),
-        (("--prune-blocks", 2), "--prune-blocks: 2 of 2 blocks"),
-        (("--prune-blocks", -1), "--prune-blocks: -1 blocks"),
-        (("--prune-ffn", 0), "--prune-ffn: 0.0 is not a share"),
-        (("--prune-ffn", 0.1), "--prune-ffn: 0.1 of 128 neurons"),
-        (("--prune-heads", 0), "--prune-heads: 0 key/value heads"),
-        (("--prune-heads", 2), "--prune-heads: 2 key/value heads are not fewer"),
-        (("--correction", 4, "--bits", 16), "--correction: only weight-only quantization"),
-        (("--correction", 4, "--keep", 0.5), "--correction: a budget does not price"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
-)
+AMOUNTS: list[tuple[tuple[object, ...], str]] = [
+    (("--keep", 0), "--keep: 0.0 is not a share"),
+    (("--keep", 1), "--keep: 1.0 is not a share"),
+    (("--keep", 1.5), "--keep: 1.5 is not a share"),
+    (("--keep", -0.5), "--keep: -0.5 is not a share"),
+    (("--keep", "nan"), "--keep: nan is not a share"),
+    (("--mean-bits", 1), "--mean-bits: 1.0 bits"),
+    (("--device", "tpu"), "--device: unknown device 'tpu'"),
+]
+# A recipe, the settings that are made in it, and what is said of the last one.
+SETTINGS: list[tuple[str, tuple[str, ...], str]] = [
+    ("floats", ("factorize.keep=1.5",), "factorize.keep: 1.5 is not a share"),
+    ("floats", ("factorize.energy=2.0",), "factorize.energy: 2.0 is not a share"),
+    ("floats", ("factorize.rank=0",), "factorize.rank: 0 is not a rank"),
+    ("floats", ("factorize.rank_multiple=0",), "factorize.rank_multiple: 0 is below 1"),
+    ("int4", ("quantize.block=48",), "quantize.block: a block of 48 columns"),
+    ("int4", ("quantize.bits=1",), "quantize.bits: 1 bits cannot be packed"),
+    ("int4", ("quantize[1].bits=5",), "quantize.bits: 5 bits cannot be packed"),
+    ("joint-rank", ("factorize.groups=[qk, magic]",), "factorize.groups: unknown group 'magic'"),
+    ("joint-rank", ("factorize.groups=[qk, gate_up, qk]",), "factorize.groups: 'q' stands in both"),
+    ("joint-rank", ("factorize.groups=[qkv, k]",), "factorize.groups: 'k' stands in both 'qkv' and 'k'"),
+    ("joint-rank", ("factorize.qk=half",), "factorize.qk: "),
+    (
+        "joint-rank",
+        ("factorize.groups=[gate_up]", "factorize.qk=per-head"),
+        "factorize.qk: per-head needs the group qk",
+    ),
+    ("joint-rank", ("factorize.gauge=tight",), "factorize.gauge: "),
+    ("int4", ("target.ep=tpu",), "target.ep: "),
+    ("int4", ("target.accuracy_level=3",), "target.accuracy_level: unknown level 3"),
+    ("joint-rank", ("factorize.allocation=magic",), "factorize.allocation: "),
+    ("floats", ("factorize.allocation=energy",), "factorize.allocation: energy spreads the share"),
+    ("cap", ("cap.selector=dice",), "cap.selector: "),
+    ("cap", ("cap.keep=null",), "cap: nothing says how much stays"),
+    ("cap", ("factorize.groups=[qk]",), "cap decides already what stays of every matrix"),
+    ("int4", ("prune.blocks=-1",), "prune.blocks: -1 is too few"),
+    ("int4", ("prune.ffn_keep=0",), "prune.ffn_keep: 0.0 is not a share"),
+    ("int4", ("prune.kv_heads_keep=0",), "prune.kv_heads_keep: 0 is too few"),
+    ("floats", ("correct.rank=4",), "correct: only weight-only quantization"),
+    ("default", ("correct.rank=4",), "correct: a budget does not price"),
+]
+# Likewise, where only the model shows that it cannot be.
+OF_THE_MODEL: list[tuple[str, tuple[str, ...], str]] = [
+    ("floats", ("factorize.rank=1000",), "factorize.rank: rank 1000 exceeds 64"),
+    (
+        "floats",
+        ("factorize.keep=0.001", "factorize.allocation=energy"),
+        "factorize.keep: 0.001 of the parameters do not",
+    ),
+    ("cap", ("calibration.text=none",), "calibration.text: a budget needs statistics"),
+    ("int4", ("prune.blocks=2",), "prune.blocks: 2 of 2 blocks"),
+    ("int4", ("prune.ffn_keep=0.1",), "prune.ffn_keep: 0.1 of 128 neurons"),
+    ("int4", ("prune.kv_heads_keep=2",), "prune.kv_heads_keep: 2 key/value heads are not fewer"),
+]
+
+
+def settings(recipe: str, texts: tuple[str, ...]) -> list[str]:
+    return ["--recipe", recipe, *(word for text in texts for word in ("--set", text))]
+
+
+def shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else ""
+
+
+@pytest.mark.parametrize(("arguments", "where"), AMOUNTS, ids=shown)
 def test_impossible_option(
     refused: Refused, llama: Path, out: Path, arguments: tuple[object, ...], where: str
 ) -> None:
     assert refused("compress", llama, "-o", out, *arguments).startswith(where)
 
 
+@pytest.mark.parametrize(("recipe", "texts", "where"), SETTINGS, ids=shown)
+def test_impossible_setting(
+    refused: Refused, llama: Path, out: Path, recipe: str, texts: tuple[str, ...], where: str
+) -> None:
+    message = refused("compress", llama, "-o", out, *settings(recipe, texts))
+    assert message.startswith(f"--set {texts[-1]}: ")
+    assert where in message
+
+
+@pytest.mark.parametrize(("recipe", "texts", "where"), OF_THE_MODEL, ids=shown)
+def test_setting_that_does_not_fit_the_model(
+    refused: Refused, llama: Path, out: Path, recipe: str, texts: tuple[str, ...], where: str
+) -> None:
+    assert refused("compress", llama, "-o", out, *settings(recipe, texts)).startswith(where)
+
+
+def test_task_without_its_text(refused: Refused, llama: Path, out: Path) -> None:
+    message = refused("compress", llama, "-o", out, "--recipe", "basel", "--keep", 0.5)
+    assert "basel.target: the field is missing" in message
+
+
 def test_dry_run_refuses_the_same(refused: Refused, llama: Path, out: Path) -> None:
-    assert refused("compress", llama, "-o", out, "--dry-run", "--rank", 1000).startswith("--rank: ")
+    words = settings("floats", ("factorize.rank=1000",))
+    assert refused("compress", llama, "-o", out, "--dry-run", *words).startswith("factorize.rank: ")
 
 
 def test_group_that_matches_nothing(refused: Refused, tmp_path: Path, out: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
-    message = refused("compress", tmp_path / "gpt2", "-o", out, "--groups", "qk,gate_up")
-    assert message.startswith("--groups: the group 'gate_up' matches nothing in a gpt2 model")
+    message = refused("compress", tmp_path / "gpt2", "-o", out, "--recipe", "joint-rank")
+    assert message.startswith("factorize.groups: the group 'gate_up' matches nothing in a gpt2 model")
     assert "qk" in message.partition("Fix: ")[2]
     assert "gate_up" not in message.partition("Fix: ")[2]
 
@@ -233,7 +274,7 @@ def test_cuda_asked_for_and_absent(refused: Refused, llama: Path, bundle: Path, 
 def plan(cli: Cli, llama: Path, tmp_path: Path) -> Path:
     """A plan for the tiny model."""
     path = tmp_path / "plan.json"
-    assert cli("plan", llama, "-o", path, "--groups", "qk").code == 0
+    assert cli("plan", llama, "-o", path, "--recipe", "joint-rank").code == 0
     return path
 
 
@@ -252,7 +293,7 @@ def test_plan_of_another_model(refused: Refused, plan: Path, tmp_path: Path, out
 
 def test_plan_and_options_together(refused: Refused, llama: Path, plan: Path, out: Path) -> None:
     message = refused("compress", llama, "-o", out, "--plan", plan, "--keep", 0.5)
-    assert message.startswith("--plan: a plan already holds the options")
+    assert message.startswith("--plan: a plan already holds its recipe")
 
 
 @pytest.mark.parametrize(
@@ -466,9 +507,11 @@ def test_impossible_evaluation(
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("--context", 64, "--text", "none"), "none: no such file"),
+        (
+            ("--set", "calibration.text=absent.txt"),
+            "--set calibration.text=absent.txt: calibration.text: neither",
+        ),
         (("--threads", 0), "threads: 0 is out of range"),
-        (("--triton", "../../elsewhere"), "--triton: '../../elsewhere' cannot name a Triton model"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -486,10 +529,9 @@ def test_refusal_comes_before_the_work(
     assert refused("compress", llama, "-o", out, *SMALL, *arguments).startswith(what)
 
 
-def test_encoder_has_no_perplexity(refused: Refused, tmp_path: Path, out: Path, prose: Path) -> None:
+def test_encoder_has_no_perplexity(refused: Refused, tmp_path: Path, prose: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path / "bert")
-    for command in (("eval", tmp_path / "bert"), ("compress", tmp_path / "bert", "-o", out)):
-        assert refused(*command, "--text", prose).startswith("--text: bert is an encoder")
+    assert refused("eval", tmp_path / "bert", "--text", prose).startswith("--text: bert is an encoder")
 
 
 @pytest.mark.whole

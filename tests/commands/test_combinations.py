@@ -1,4 +1,4 @@
-"""Any two methods in one plan: a verified bundle, or a refusal before work begins. The table in the docs is made here.
+"""Any two kinds of steps in one recipe: a verified bundle, or a refusal before work. The docs' table is made here.
 
 RK_UPDATE_DOCS=1 pytest tests/commands/test_combinations.py      writes docs/reference/combinations.md anew
 """
@@ -7,133 +7,122 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rk_export.commands.compress import compress
-from rk_export.commands.plan import make_plan
 from rk_export.errors import InputError
+from rk_export.json_codec import MisfitError, read
 from rk_export.methods.basel.options import BaselOptions
-from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.quantization import W8A8, QuantSpec
-from rk_export.options.ranks import Budget, RankRule
 from rk_export.options.recipe import Recipe
-from rk_export.options.texts import TextFile
+from rk_export.options.step import STAGES, Step
 
 pytestmark = pytest.mark.whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "combinations.md"
-INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
+# What the second of two formats takes; the first has the other matrices.
+SECOND = ["k", "o", "up"]
 
 
 @dataclass(frozen=True)
-class Method:
+class Row:
     """One row of the table.
 
     Args:
         title: As the docs call it.
-        command: How the command line asks for it.
-        fields: Of `Recipe`.
-        prunes: Fields of `PruneOptions`, which two methods may share.
+        steps: As a recipe has them.
+        short: What makes a step short on a tiny model, by its name.
     """
 
     title: str
-    command: str
-    fields: dict[str, Any]
-    prunes: dict[str, Any]
+    steps: tuple[str, ...]
+    short: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def data(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return name and fields of each step."""
+        parsed = [next(iter(yaml.safe_load(step).items())) for step in self.steps]
+        return [(name, {**fields, **self.short.get(name, {})}) for name, fields in parsed]
 
 
-def methods(task: Path) -> list[Method]:
-    basel = BaselOptions(TextFile.of(task), steps=4, batch_tokens=128, new_basis=4, events=2)
-    cap = CapOptions(steps=2, batch_tokens=128)
+Outcomes = tuple[list[Row], dict[tuple[str, str], str]]
+
+
+def rows_of(task: Path) -> list[Row]:
+    basel = {"target": str(task), "steps": 4, "batch_tokens": 128, "new_basis": 4, "events": 2}
     return [
-        Method(
-            "joint rank",
-            "--groups qk,gate_up --keep 0.8 --uniform",
-            {"groups": ("qk", "gate_up"), "rank": RankRule("keep", 0.8)},
-            {},
-        ),
-        Method(
-            "Basel", "--method basel --keep 0.8", {"rank": RankRule("keep", 0.8), "methods": (basel,)}, {}
-        ),
-        Method("CAP", "--method cap --keep 0.6", {"budget": Budget("keep", 0.6), "methods": (cap,)}, {}),
-        Method("FFN width", "--prune-ffn 0.75", {}, {"ffn": 0.75}),
-        Method("heads", "--prune-heads 1", {}, {"kv_groups": 1}),
-        Method("blocks", "--prune-blocks 1", {}, {"blocks": 1}),
-        Method("INT8", "--bits 8", {"quant": INT8}, {}),
-        Method("INT4", "--bits 4", {"quant": INT4}, {}),
-        Method("W8A8", "--activations 8", {"quant": W8A8}, {}),
-        Method("error correction", "--bits 4 --correction 4", {"quant": INT4, "correction": 4}, {}),
+        Row("joint rank", ("factorize: {groups: [qk, gate_up], keep: 0.8}",)),
+        Row("Basel", ("basel: {target: task.txt, keep: 0.8}",), {"basel": basel}),
+        Row("CAP", ("cap: {keep: 0.6}",), {"cap": {"steps": 2, "batch_tokens": 128}}),
+        Row("FFN width", ("prune: {ffn_keep: 0.75}",)),
+        Row("heads", ("prune: {kv_heads_keep: 1}",)),
+        Row("blocks", ("prune: {blocks: 1}",)),
+        Row("INT8", ("quantize: {bits: 8}",)),
+        Row("INT4", ("quantize: {bits: 4}",)),
+        Row("W8A8", ("quantize: {bits: 8, activations: 8}",)),
+        Row("error correction", ("quantize: {bits: 4}", "correct: {rank: 4}")),
     ]
 
 
-def options_of(one: Method, other: Method) -> Recipe:
-    """Return the options of two methods together; of two formats the second takes every other matrix, see `run`."""
-    prunes = {**one.prunes, **other.prunes}
-    fields = {**one.fields, **other.fields}
-    pruning = (PruneOptions(**prunes),) if prunes else ()
-    rows = (one,) if one is other else (one, other)
-    fields["methods"] = (*pruning, *(method for row in rows for method in row.fields.get("methods", ())))
-    return Recipe(
-        **{
-            "groups": (),
-            "quant": None,
-            "embedding_quant": None,
-            "prepare": (),
-            "calibration": CalibrationOptions(tokens=512),
-            **fields,
-        }
-    )
+def recipe_of(*rows: Row) -> Recipe:
+    """Return the recipe of some rows: pruning is one step, and of two formats the second takes some matrices.
+
+    Raises:
+        InputError: They do not go together.
+    """
+    steps: list[tuple[str, dict[str, Any]]] = []
+    # What is corrected is the format of most matrices.
+    for name, fields in [
+        step for row in sorted(rows, key=lambda row: -len(row.steps)) for step in row.data()
+    ]:
+        own = next((known for kind, known in steps if kind == name), None)
+        if name == "quantize" and own is not None and own != fields:
+            steps.append((name, {**fields, "targets": SECOND}))
+        elif own is not None:
+            own.update(fields)
+        else:
+            steps.append((name, fields))
+    try:
+        read_steps = [read(Step, {name: fields}) for name, fields in steps]
+    except MisfitError as error:
+        raise error.cause or error from error
+    read_steps.sort(key=lambda step: STAGES.index(step.stage))
+    return Recipe(tuple(read_steps), CalibrationOptions(tokens=512))
 
 
-def run(model: Path, out: Path, one: Method, other: Method) -> str:
-    """Compress with two methods and return an empty string, or the reason of the refusal.
+def run(model: Path, out: Path, one: Row, other: Row) -> str:
+    """Compress with two rows and return an empty string, or the reason of the refusal.
 
     Parity that fails, and every error that is not ours, is raised.
     """
     try:
-        options = options_of(one, other)
-        formats = [item.fields["quant"] for item in (one, other) if "quant" in item.fields]
-        if len(set(formats)) < 2:
-            compress(model, out, options)
-            return ""
-        plan = make_plan(model, options)
-        sites = tuple(
-            replace(site, quant=formats[number % 2], correction=_correction(one, other, formats[number % 2]))
-            for number, site in enumerate(plan.sites)
-        )
-        compress(model, out, plan=replace(plan, sites=sites))
+        compress(model, out, recipe_of(*((one,) if one is other else (one, other))))
     except InputError as error:
         return f"{error.where}: {error.what}"
     return ""
 
 
-def _correction(one: Method, other: Method, quant: QuantSpec) -> int:
-    wanted = one.fields.get("correction", 0) or other.fields.get("correction", 0)
-    return wanted if quant == INT4 else 0
-
-
 _INTRODUCTION = (
-    "Two methods can work on one model. This page says which pairs do:",
+    "Two kinds of [steps](recipes.md) can stand in one recipe. This page says which pairs do:",
     "",
-    "- `yes` means that a tiny Llama was compressed with both methods and exported, and every bounded tier of",
+    "- `yes` means that a tiny Llama was compressed with both and exported, and every bounded tier of",
     "  [parity](parity.md) passed. Its weights are random, so it does not say how good the result is.",
     "- A number means that the pair is refused before any work begins. The reason stands below the table.",
-    "- Where row and column are the same, the method works alone.",
-    "- Two formats share a model matrix by matrix: every other matrix has the second format.",
+    "- Where row and column are the same, the step works alone.",
+    "- Two formats share a model: the second one takes the matrices `k`, `o` and `up`.",
     "",
     "`tests/commands/test_combinations.py` tries every pair and writes this page (`RK_UPDATE_DOCS=1`). It fails when",
     "the page is not what it finds.",
 )
 
 
-def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
-    """Return the docs page: the table of outcomes, the reasons of refusals, and how each method is asked for."""
+def page(rows: list[Row], outcomes: dict[tuple[str, str], str]) -> str:
+    """Return the docs page: the table of outcomes, the reasons of refusals, and the steps of each row."""
     reasons = list(dict.fromkeys(reason for reason in outcomes.values() if reason))
     names = [row.title for row in rows]
     lines = [
@@ -152,19 +141,18 @@ def page(rows: list[Method], outcomes: dict[tuple[str, str], str]) -> str:
         lines.append(f"| **{row}** | " + " | ".join(cells) + " |")
     lines += ["", "Why a pair is refused:", ""]
     lines += [*[f"{number}. {reason}" for number, reason in enumerate(reasons, 1)], ""]
-    lines += ["| method | how to ask for it |", "| --- | --- |"]
-    lines += [f"| {row.title} | `{row.command}` |" for row in rows]
+    lines += ["| row | steps |", "| --- | --- |"]
+    for row in rows:
+        lines.append(f"| {row.title} | " + ", ".join(f"`{step}`" for step in row.steps) + " |")
     return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Method], dict[tuple[str, str], str]]:
+def outcomes(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = tmp_path_factory.mktemp("combinations")
     task = folder / "task.txt"
     task.write_text(" ".join(f"{i} plus {i + 1} is {2 * i + 1}." for i in range(400)))
-    rows = methods(task)
+    rows = rows_of(task)
     found = {
         (one.title, other.title): run(llama, folder / f"{one.title}+{other.title}", one, other)
         for one, other in itertools.combinations_with_replacement(rows, 2)
@@ -173,7 +161,7 @@ def outcomes(
 
 
 def test_the_page_shows_what_happens(
-    outcomes: tuple[list[Method], dict[tuple[str, str], str]],
+    outcomes: Outcomes,
 ) -> None:
     text = page(*outcomes)
     if os.environ.get("RK_UPDATE_DOCS"):
@@ -181,34 +169,27 @@ def test_the_page_shows_what_happens(
     assert PAGE.read_text() == text
 
 
-def test_every_method_works_alone(outcomes: tuple[list[Method], dict[tuple[str, str], str]]) -> None:
+def test_every_step_works_alone(outcomes: Outcomes) -> None:
     rows, found = outcomes
     assert [row.title for row in rows if found[row.title, row.title]] == []
 
 
 @pytest.mark.parametrize("chosen", [("Basel", "INT4"), ("CAP", "INT8"), ("joint rank", "error correction")])
 def test_all_pruning_goes_with_a_method_and_a_format(
-    llama: Path,
-    outcomes: tuple[list[Method], dict[tuple[str, str], str]],
-    tmp_path: Path,
-    chosen: tuple[str, ...],
+    llama: Path, outcomes: Outcomes, tmp_path: Path, chosen: tuple[str, ...]
 ) -> None:
-    by_title = {row.title: row for row in outcomes[0]}
-    fields = {name: value for title in chosen for name, value in by_title[title].fields.items()}
-    fields["methods"] = (PruneOptions(1, 0.75, 1), *fields.get("methods", ()))
-    options = replace(options_of(by_title["INT8"], by_title["INT8"]), **{"quant": None, **fields})
-    report = compress(llama, tmp_path / "out", options)
+    recipe = recipe_of(*(row for row in outcomes[0] if row.title in chosen))
+    report = compress(llama, tmp_path / "out", recipe.with_step(PruneOptions(1, 0.75, 1)))
     assert all(tier.passed is not False for tier in report.parity)
 
 
-def test_selected_bases_take_the_identity_form(
-    llama: Path, outcomes: tuple[list[Method], dict[tuple[str, str], str]], tmp_path: Path
-) -> None:
-    basel = next(row for row in outcomes[0] if row.title == "Basel")
-    plain = options_of(basel, basel)
+def test_selected_bases_take_the_identity_form(llama: Path, outcomes: Outcomes, tmp_path: Path) -> None:
+    plain = recipe_of(next(row for row in outcomes[0] if row.title == "Basel"))
+    basel = plain.find(BaselOptions)
+    assert basel is not None
     sizes = []
-    for name, options in (("plain", plain), ("identity", replace(plain, form="identity"))):
-        report = compress(llama, tmp_path / name, options)
+    for form in ("plain", "identity"):
+        report = compress(llama, tmp_path / form, plain.with_step(replace(basel, form=form)))
         assert report.size is not None
         sizes.append(report.size.kept_parameters)
     assert sizes[1] < sizes[0]

@@ -9,7 +9,7 @@ import pytest
 from conftest import Cli
 from gguf_files import model_for_gguf, write_gguf
 
-DENSE = ("--bits", 16, "--groups", "none", "--metric", "none", "--device", "cpu")
+DENSE = ("--recipe", "floats", "--device", "cpu")
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def test_a_plan_replaces_plans_only(cli: Cli, llama: Path, tmp_path: Path) -> No
     plan, config = tmp_path / "plan.json", tmp_path / "config.json"
     shutil.copy(llama / "config.json", config)
     for _ in range(2):
-        assert cli("plan", llama, "-o", plan, "--force", "--groups", "qk").code == 0
+        assert cli("plan", llama, "-o", plan, "--force", "--recipe", "joint-rank").code == 0
     for place, what in (
         (config, "the file is no plan"),
         (tmp_path, "is a folder"),
         (tmp_path / "absent" / "plan.json", "no such folder"),
     ):
-        ended = cli("plan", llama, "-o", place, "--force", "--groups", "qk")
+        ended = cli("plan", llama, "-o", place, "--force", "--recipe", "joint-rank")
         assert (ended.code, what in ended.err) == (2, True), ended.err
     assert config.read_bytes() == (llama / "config.json").read_bytes()
 

@@ -18,6 +18,7 @@ from rk_export.errors import InputError
 from rk_export.folders import check_manifest
 from rk_export.json_codec import to_json
 from rk_export.options.quantization import QuantSpec
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Outcome, Report
@@ -29,13 +30,13 @@ from rk_export.source.stored import open_source
 pytestmark = pytest.mark.whole
 
 FORMS: dict[str, dict[str, Any]] = {
-    "floats": {"quant": None, "embedding_quant": None},
+    "floats": {"quant": None, "table": None},
     "dense INT4": {"groups": ()},
     "per head": {"qk": "per-head"},
     "all joined": {"groups": ("qkv", "gate_up")},
     "separate": {"groups": ("q", "k", "down")},
     "INT8 with zero points": {"quant": QuantSpec(8, 16, symmetric=False)},
-    "float embedding": {"embedding_quant": None},
+    "float embedding": {"table": None},
     "balanced": {"gauge": "balanced"},
 }
 
@@ -67,7 +68,7 @@ def test_bundle_computes_what_the_checkpoint_computes(
     with torch.no_grad():
         expected = load_pretrained(tmp_path / "checkpoint").model(torch.from_numpy(ids)).logits.numpy()
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error < tolerance[options.float_dtype]
+    assert error < tolerance[options.target.float_dtype]
 
 
 def test_report_and_manifest_tell_the_run(llama: Path, bundle: Path) -> None:
@@ -145,9 +146,7 @@ def test_encoder(tmp_path: Path, tolerance: dict[str, float]) -> None:
     with pytest.raises(InputError, match="can only be verified against its model"):
         verify(tmp_path / "out")
 
-    compress(
-        tmp_path / "model", tmp_path / "dense", tiny_options(groups=(), quant=None, embedding_quant=None)
-    )
+    compress(tmp_path / "model", tmp_path / "dense", Recipe())
     ids = np.array([[5, 6, 7, 8]])
     found = EncoderSession.from_pretrained(tmp_path / "dense", provider="cpu").forward(ids)
     with torch.no_grad():

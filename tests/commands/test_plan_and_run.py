@@ -32,34 +32,34 @@ def done(ended: Ended) -> Ended:
 
 
 def calibrated(text: Path) -> tuple[object, ...]:
-    return ("--metric", f"corpus:{text}", "--calibration-tokens", 512)
+    return ("--recipe", "int4", "--set", f"calibration.text={text}", "--set", "calibration.tokens=512")
 
 
 def test_no_file_of_a_bundle_tells_where_anything_lay(
     cli: Cli, llama: Path, tmp_path: Path, text: Path
 ) -> None:
     out = tmp_path / "out"
-    done(cli("compress", llama, "-o", out, *calibrated(text), "--text", text, "--context", 64))
+    done(cli("compress", llama, "-o", out, *calibrated(text)))
     for path in out.rglob("*"):
         if path.is_file():
             assert str(tmp_path).encode() not in path.read_bytes(), path.name
             assert str(llama.parent).encode() not in path.read_bytes(), path.name
     plan = json.loads((out / "plan.json").read_text())
     known = TextFile.of(text)
-    assert plan["recipe"]["calibration"]["corpus"] == {"name": "mine.txt", "sha256": known.sha256}
+    assert plan["recipe"]["calibration"]["text"] == {"name": "mine.txt", "sha256": known.sha256}
     assert "device" not in plan["recipe"]
-    assert f"corpus:{text.name}" in Report.load(out / "report.json").command
+    assert f"calibration.text={text.name}" in Report.load(out / "report.json").command
 
 
 def test_a_plan_goes_with_every_option_of_the_machine(cli: Cli, llama: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    done(cli("plan", llama, "-o", plan, "--groups", "qk", "--keep", 0.8, "--uniform", "--metric", "none"))
+    done(cli("plan", llama, "-o", plan, "--recipe", "joint-rank"))
     machine = ("--device", "cpu", "--threads", 1)
     done(cli("compress", llama, "-o", tmp_path / "out", "--plan", plan, *machine))
     done(cli("analyze", llama, "-o", tmp_path / "spectra", "--plan", plan, "--device", "cpu"))
-    refused = cli("compress", llama, "-o", tmp_path / "other", "--plan", plan, "--bits", 8)
+    refused = cli("compress", llama, "-o", tmp_path / "other", "--plan", plan, "--recipe", "int8")
     assert refused.code == 2
-    assert "a plan already holds the options" in refused.err
+    assert "a plan already holds its recipe" in refused.err
 
 
 def test_a_plan_knows_its_text_by_content(cli: Cli, llama: Path, tmp_path: Path, text: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_bundle_is_verified_after_its_text_has_moved(
 def test_texts_are_equal_by_name_and_content(text: Path) -> None:
     known = TextFile.of(text)
     assert known == replace(known, path=None)
-    options = Recipe(calibration=CalibrationOptions("corpus", replace(known, path=None)))
+    options = Recipe(calibration=CalibrationOptions(replace(known, path=None)))
     assert options.missing_text == known
     assert options.with_texts((text,)).missing_text is None
     with pytest.raises(InputError, match="sha256"):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 
 from rk_export.errors import InputError
-from rk_export.evaluation.perplexity import perplexity, token_nll
+from rk_export.evaluation.perplexity import paired_perplexity, perplexity, token_nll
 from rk_export.text import tokens_of
 
 VOCAB = 11
@@ -146,3 +146,44 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a b")
     with pytest.raises(InputError, match=r"tokenizer\.json is missing"):
         tokens_of(tmp_path / "text.txt", tmp_path)
+
+
+def test_the_paired_difference_has_the_error_of_the_differences() -> None:
+    ids = np.random.default_rng(1).integers(0, VOCAB, 64)
+    noise = np.random.default_rng(2).standard_normal((VOCAB, VOCAB)).astype(np.float32) * 0.05
+
+    def nearly(window: np.ndarray) -> np.ndarray:
+        return np.asarray(table_logits(window)) + noise[window]
+
+    theirs, mine = (perplexity(logits, ids, context=8) for logits in (table_logits, nearly))
+    paired = paired_perplexity(mine, theirs)
+    assert paired is not None
+    assert paired[0] == mine.perplexity - theirs.perplexity
+    assert 0 < paired[1] < 0.3 * theirs.perplexity_error  # both find the same windows hard
+    assert paired_perplexity(mine, mine) == (0.0, 0.0)
+
+
+def test_the_paired_error_is_that_of_the_jackknife() -> None:
+    """Leaving out one window at a time estimates the same error without any formula of ours."""
+    ids = np.random.default_rng(3).integers(0, VOCAB, 320)
+
+    def other(window: np.ndarray) -> torch.Tensor:
+        return table_logits(window) * 0.9
+
+    def difference(tokens: np.ndarray) -> tuple[float, float]:
+        paired = paired_perplexity(*(perplexity(f, tokens, context=8) for f in (other, table_logits)))
+        assert paired is not None
+        return paired
+
+    windows = ids.reshape(40, 8)
+    left_out = [difference(np.delete(windows, row, axis=0).ravel())[0] for row in range(40)]
+    jackknife = math.sqrt(39 / 40 * float(((np.array(left_out) - np.mean(left_out)) ** 2).sum()))
+    assert difference(ids)[1] == pytest.approx(jackknife, rel=0.05)
+
+
+def test_other_windows_have_no_paired_difference_and_one_window_no_error() -> None:
+    ids = np.arange(24) % VOCAB
+    whole = perplexity(table_logits, ids, context=8)
+    assert paired_perplexity(whole, perplexity(table_logits, ids, context=12)) is None
+    alone = perplexity(table_logits, ids[:8], context=8)
+    assert math.isnan((paired_perplexity(alone, alone) or (0, 0))[1])

@@ -28,7 +28,7 @@ LAYERS = 2
 
 @pytest.fixture
 def int4(source_of: SourceOf) -> Rewritten:
-    return compress(source_of("llama"), floats(quant=INT4, embedding_quant=QuantSpec(8, 16)))
+    return compress(source_of("llama"), floats(quant=INT4, table=QuantSpec(8, 16)))
 
 
 @pytest.mark.parametrize(

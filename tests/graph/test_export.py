@@ -41,7 +41,7 @@ def options_of(family: str, form: str, bits: str) -> Recipe:
         rank=RankRule("keep", 0.9),
         rank_multiple=8,
         quant=FORMATS[bits],
-        embedding_quant=None if bits == "float" else QuantSpec(8, 16),
+        table=None if bits == "float" else QuantSpec(8, 16),
     )
 
 
@@ -232,7 +232,7 @@ def test_quantized_tables(
 ) -> None:
     """Blocks wider than the hidden size too; a tied table stands once in the file."""
     source = source_of(family, tie_word_embeddings=tied)
-    rewritten = compress(source, floats(quant=spec, embedding_quant=spec))
+    rewritten = compress(source, floats(quant=spec, table=spec))
     ids = tokens(source)
     model = OnnxModel(rewritten, tmp_path)
     assert_close(model.run(ids)[0], logits(rewritten.model, ids))
@@ -267,7 +267,7 @@ def test_a_mixed_plan_exports(source_of: SourceOf, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     source = source_of(family)
-    rewritten = compress(source, floats(quant=INT4, embedding_quant=QuantSpec(8, 16)))
+    rewritten = compress(source, floats(quant=INT4, table=QuantSpec(8, 16)))
     model, ids = OnnxModel(rewritten, tmp_path), tokens(source)
     everything, _ = model.run(ids)
     last, _ = model.run(ids, logits_start=np.array([-1]))
@@ -279,9 +279,7 @@ def test_last_position_only(source_of: SourceOf, tmp_path: Path, family: str) ->
 def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     for level in (0, 4):
-        rewritten = compress(
-            source, floats(quant=INT4, embedding_quant=QuantSpec(8, 16), accuracy_level=level)
-        )
+        rewritten = compress(source, floats(quant=INT4, table=QuantSpec(8, 16), accuracy_level=level))
         graph, _ = build_graph(rewritten)
         nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
         assert nodes
@@ -293,16 +291,14 @@ def test_the_accuracy_level_of_the_plan_reaches_every_node(source_of: SourceOf, 
 def test_half_precision_graphs_run_on_cpu(source_of: SourceOf, tmp_path: Path, family: str) -> None:
     """The portable graph in the bound of tier c for fp16; the cuda graph has the same operators and types."""
     source = source_of(family)
-    options = floats(
-        ("qk",), rank=RankRule("rank", 16), quant=INT4, embedding_quant=QuantSpec(8, 16), ep="portable"
-    )
+    options = floats(("qk",), rank=RankRule("rank", 16), quant=INT4, table=QuantSpec(8, 16), ep="portable")
     rewritten = compress(source, options)
     model, ids = OnnxModel(rewritten, tmp_path), tokens(source)
     actual, expected = model.run(ids)[0], logits(rewritten.model, ids)
     assert actual.dtype == torch.float16
     assert float((actual.float() - expected).abs().max()) <= 5e-3 * float(expected.abs().max())
     assert float_types(model.graph) == {ir.DataType.FLOAT16}
-    other = compress(source, replace(options, ep="cuda"))
+    other = compress(source, replace(options, target=replace(options.target, ep="cuda")))
     cuda, _ = build_graph(other)
     assert float_types(cuda) == {ir.DataType.FLOAT16}
     assert [node.op_type for node in cuda.graph] == [node.op_type for node in model.graph.graph]

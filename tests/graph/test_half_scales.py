@@ -21,8 +21,8 @@ from rk_export.passes.numerics.quantize import dequantize, quantize_rtn, rounded
 from rk_export.rewrite.sizes import size_summary
 
 OPTIONS = {
-    "dense": floats(quant=INT4, embedding_quant=QuantSpec(8, 16)),
-    "asymmetric": floats(quant=QuantSpec(4, 32, False), embedding_quant=QuantSpec(8, 32, False)),
+    "dense": floats(quant=INT4, table=QuantSpec(8, 16)),
+    "asymmetric": floats(quant=QuantSpec(4, 32, False), table=QuantSpec(8, 32, False)),
     "factors": floats(("qk", "gate_up"), rank=RankRule("rank", 8), quant=INT4),
 }
 

@@ -17,9 +17,11 @@ from torch import nn
 from rk_export.errors import InputError
 from rk_export.graph.build import build_graph
 from rk_export.model.layer_wiring import wiring_of
+from rk_export.options.prepare import PREPARATIONS
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
-from rk_export.options.recipe import PREPARATIONS, Recipe
+from rk_export.options.recipe import Recipe
+from rk_export.options.target import Target
 from rk_export.passes.graph.nodes import PART_KEY, SITE_KEY
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.planning.planner import decide_plan
@@ -34,9 +36,9 @@ BOUND = 1e-4
 INT8 = QuantSpec(8, 16)
 OPTIONS = {
     "float": floats(prepare=PREPARATIONS),
-    "int8": floats(prepare=PREPARATIONS, quant=INT8, embedding_quant=INT8),
-    "int4": floats(("qk",), prepare=PREPARATIONS, rank=RankRule("rank", 8), quant=INT4, embedding_quant=INT4),
-    "asymmetric": floats(prepare=PREPARATIONS, quant=INT4, embedding_quant=QuantSpec(8, 32, symmetric=False)),
+    "int8": floats(prepare=PREPARATIONS, quant=INT8, table=INT8),
+    "int4": floats(("qk",), prepare=PREPARATIONS, rank=RankRule("rank", 8), quant=INT4, table=INT4),
+    "asymmetric": floats(prepare=PREPARATIONS, quant=INT4, table=QuantSpec(8, 32, symmetric=False)),
 }
 CASES = [(form, tied) for form in OPTIONS for tied in (True, False)]
 
@@ -108,7 +110,7 @@ def test_the_tied_table_is_stored_once_and_the_rotation_runs_on_the_last_rows(
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_half_precision_graphs_take_the_rotation(source_of: SourceOf, tmp_path: Path, form: str) -> None:
     source = source_of("llama", tie_word_embeddings=True)
-    rewritten = rewritten_of(source, replace(OPTIONS[form], ep="portable"))
+    rewritten = rewritten_of(source, replace(OPTIONS[form], target=Target("portable", 0)))
     ids = tokens(source)
     expected = logits(rewritten.model, ids)
     actual, _ = OnnxModel(rewritten, tmp_path).run(ids)

@@ -31,7 +31,8 @@ class Given:
         reference: Returns transformers' model of it, float32 and eager; None where the input is refused, or where it
             is rounded, so that the tiers of parity are what counts.
         base: The base model of an adapter, if it is named.
-        options: Of the command; None leaves its own.
+        recipe: Of `compress`.
+        context: Tokens that `export` is asked for; None leaves the model's own.
         placed: What is done to the bundle before it is opened.
         prompt: Token ids that are continued greedily, here and by transformers; empty continues none.
         new_tokens: How many follow the prompt at most.
@@ -43,7 +44,8 @@ class Given:
     model: Path
     reference: Callable[[], PreTrainedModel] | None = None
     base: Path | None = None
-    options: Recipe | None = None
+    recipe: Recipe | None = None
+    context: int | None = None
     placed: Callable[[Path], Path] = lambda bundle: bundle
     prompt: tuple[int, ...] = ()
     new_tokens: int = 24
@@ -124,8 +126,9 @@ def run_case(case: Case, folder: Path) -> Row:
 
 
 def _run(command: str, given: Given, out: Path) -> Report:
-    work = compress if command == "compress" else export
-    return work(given.model, out, given.options, base=given.base, run=Run(threads=1))
+    if command == "compress":
+        return compress(given.model, out, given.recipe, base=given.base, run=Run(threads=1))
+    return export(given.model, out, context_length=given.context, base=given.base, run=Run(threads=1))
 
 
 def outcome_of(report: Report, model: Path) -> Outcome:

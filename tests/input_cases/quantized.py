@@ -26,12 +26,13 @@ from tiny_models import tiny_model, transformers_own
 
 from input_cases.case import Build, Case, Given
 from rk_export import Recipe
-from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.calibration import UNWEIGHED
+from rk_export.options.quantize import Quantize
 
 Change = Callable[[Path], object]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128}
 # Every matrix keeps its codes; what has none stays in floats.
-CARRIED = Recipe(groups=(), recompute="none", embedding_quant=None, calibration=CalibrationOptions("none"))
+CARRIED = Recipe((Quantize(quantizer="carry"),), UNWEIGHED)
 
 
 def quantized(
@@ -48,7 +49,7 @@ def quantized(
         reference = save_quantized(tiny_model(family, **SIZES), model, config, quantize)
         for change in changes:
             change(model)
-        return Given(model, reference.eval, options=recipe)
+        return Given(model, reference.eval, recipe=recipe)
 
     return build
 
@@ -118,7 +119,7 @@ CASES = (
     ),
     Case(
         "GPTQ, codes kept",
-        "--recompute none",
+        "--recipe carry",
         "carried",
         quantized(gptq_config(), gptq(), recipe=CARRIED),
         "compress",
@@ -127,7 +128,7 @@ CASES = (
     Case("AWQ of experts", "a Mixtral", "dequantized", quantized(AWQ_CONFIG, awq, family="mixtral")),
     Case(
         "AWQ, codes kept",
-        "--recompute none",
+        "--recipe carry",
         "carried",
         quantized(AWQ_CONFIG, awq, recipe=CARRIED),
         "compress",

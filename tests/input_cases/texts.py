@@ -17,7 +17,6 @@ from tiny_models import massive, tiny_model, transformers_own
 
 from input_cases.case import Build, Case, Given
 from input_cases.folders import changed, config, saved
-from rk_export import Recipe
 
 PROMPT = (1, 70, 80, 90)
 SAMPLED = tuple(
@@ -91,7 +90,7 @@ def with_massive_row(folder: Path) -> Given:
 
 def rounded_with_massive_row(folder: Path) -> Given:
     """The same, to be rounded to INT4: inputs of some matrices must stay in floats."""
-    return Given(with_massive_row(folder).model, options=tiny_options(groups=(), rank=None))
+    return Given(with_massive_row(folder).model, recipe=tiny_options(groups=(), rank=None))
 
 
 def tokenizer_with_more(folder: Path) -> Given:
@@ -129,14 +128,13 @@ def asked(*ids: int) -> Build:
 
 def positions(family: str, *, length: int = 24, context: int | None = None, **fields: Any) -> Build:
     """Return what writes a model with a rotation of its own, and asks for a context."""
-    options = Recipe(context_length=context)
 
     def build(folder: Path) -> Given:
         model = saved(folder, family, **fields)
         return Given(
             model,
             lambda: tiny_model(family, **fields),
-            options=options,
+            context=context,
             length=length,
             prompt=SAMPLED,
             ends=(2,),

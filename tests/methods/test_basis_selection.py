@@ -20,6 +20,7 @@ from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import Selection, select_basis
 from rk_export.methods.basel.training import BasisTraining
 from rk_export.options.ranks import SINGLE_GROUPS, RankRule
+from rk_export.options.texts import TextFile
 from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Outcome
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 HALF = RankRule("keep", 0.5)
-OPTIONS = BaselOptions("task.txt", steps=12, events=6, batch_tokens=64, new_basis=4, learning_rate=0.03)
+TASK = TextFile("task.txt", "0" * 64)
+OPTIONS = BaselOptions(TASK, keep=0.5, steps=12, events=6, batch_tokens=64, new_basis=4, learning_rate=0.03)
 
 
 @pytest.fixture(autouse=True)
@@ -211,9 +213,9 @@ def test_the_pairs_shrink_step_by_step(source_of: SourceOf, monkeypatch: pytest.
     shares: list[float] = []
     take = BasisTraining._take_step
 
-    def step(training: BasisTraining) -> float:
+    def step(training: BasisTraining, loss: float) -> None:
         shares.append(training.share)
-        return take(training)
+        take(training, loss)
 
     monkeypatch.setattr(BasisTraining, "_take_step", step)
     selected(source_of("llama"))
@@ -365,7 +367,9 @@ def test_a_finished_run_is_not_repeated(
     source, state = source_of("llama"), tmp_path / "basel.pt"
     first = selected(source, replace(OPTIONS, steps=3), state=state)
     monkeypatch.setattr(BasisTraining, "_take_step", None)
-    again = selected(source, replace(OPTIONS, steps=3, target="elsewhere.txt"), state=state)
+    again = selected(
+        source, replace(OPTIONS, steps=3, target=replace(TASK, name="elsewhere.txt")), state=state
+    )
     assert again.losses == first.losses
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
 

@@ -37,7 +37,7 @@ def _chosen(source: StoredModel, folder: Path, budget: Budget, **options: Any) -
     return cap_parts(
         source,
         budget,
-        CapOptions(steps=3, batch_tokens=32, **options),
+        CapOptions(keep=0.5, steps=3, batch_tokens=32, **options),
         tokens=tokens,
         statistics=statistics,
         device=CPU,
@@ -74,8 +74,8 @@ def test_other_families_have_their_own_matrices(source_of: SourceOf, tmp_path: P
 @pytest.mark.parametrize(
     ("budget", "where", "message"),
     [
-        (Budget("bits", 4), "--bits", "no price in bits"),
-        (Budget("speed_up", 2), "--speed-up", "no price in speed up"),
+        (Budget("mean_bits", 4), "--mean-bits", "no price in mean bits"),
+        (Budget("speed_up", 2), "--speed-up", "no price in speed-up"),
         (Budget("size", 1e12), "--size", "which the budget holds"),
         (Budget("size", 2.9), "--size", "keeps nothing"),
         (Budget("keep", 1e-9), "--keep", "keeps nothing"),
@@ -95,7 +95,7 @@ def test_budgets_that_make_no_sense_are_refused_before_work(
         cap_parts(
             source,
             budget,
-            CapOptions(),
+            CapOptions(keep=0.5),
             tokens=_tokens(source),
             statistics=None,
             device=CPU,
@@ -118,7 +118,7 @@ def test_a_budget_that_holds_all_candidates_leaves_nothing_to_choose(
 def test_selectors_ask_for_what_they_need(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
     for selector, missing in (("policy", "text"), ("auction", "statistics")):
-        options = CapOptions(selector=selector)  # type: ignore[arg-type]
+        options = CapOptions(keep=0.5, selector=selector)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=missing):
             cap_parts(
                 source,

@@ -129,7 +129,7 @@ def test_the_cheapest_mixture_is_bought_before_nothing_is(
         cap_parts(
             source,
             Budget("size", 3.0),
-            CapOptions(selector="auction"),
+            CapOptions(size=3.0, selector="auction"),
             tokens=None,
             statistics=statistics,
             device=CPU,

@@ -106,7 +106,7 @@ def test_probabilities_of_what_raises_the_loss_fall(
     monkeypatch.setattr(cap_policy, "next_token_loss", kept_of_q)
     few = {place: Pool(_first_entries(pool.parts, 40)) for place, pool in pools.items()}
     budget = 0.5 * float(flat_prices(few, PARAMETERS).sum())
-    options = CapOptions(steps=100, learning_rate=0.01, batch_tokens=32)
+    options = CapOptions(keep=0.5, steps=100, learning_rate=0.01, batch_tokens=32)
     learned = learn(
         source,
         few,
@@ -133,7 +133,7 @@ def test_the_search_stays_in_the_budget_and_is_deterministic(
     source: StoredModel, pools: Pools, tmp_path: Path
 ) -> None:
     budget, prices = _budget(source, 0.5), flat_prices(pools, PARAMETERS)
-    options = CapOptions(steps=4, batch_tokens=32)
+    options = CapOptions(keep=0.5, steps=4, batch_tokens=32)
     runs = [
         learn(
             source,
@@ -160,7 +160,7 @@ def test_the_search_stays_in_the_budget_and_is_deterministic(
 def test_an_interrupted_search_goes_on_where_it_stopped(
     source: StoredModel, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, budget = CapOptions(steps=5, batch_tokens=32, seed=7), _budget(source, 0.5)
+    options, budget = CapOptions(keep=0.5, steps=5, batch_tokens=32, seed=7), _budget(source, 0.5)
     monkeypatch.setattr(cap_policy, "KEEP_EVERY", 2)
 
     def search(folder: str) -> cap_policy.Learned:

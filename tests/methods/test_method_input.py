@@ -28,7 +28,7 @@ def refusal(cli: Cli, *arguments: object, out: Path) -> str:
 
 
 def test_a_missing_task_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    arguments = (llama, "--method", "basel", "--keep", 0.9, "--target", tmp_path / "none.txt")
+    arguments = (llama, "--recipe", "basel", "--keep", 0.9, "--set", f"basel.target={tmp_path / 'none.txt'}")
     assert "none.txt" in refusal(cli, *arguments, out=tmp_path / "out")
 
 
@@ -45,13 +45,13 @@ def test_a_task_file_that_is_no_use(
 ) -> None:
     path = tmp_path / "task.txt"
     path.write_bytes(content)
-    arguments = (llama, "--method", "basel", "--keep", 0.9, "--target", path)
+    arguments = (llama, "--recipe", "basel", "--keep", 0.9, "--set", f"basel.target={path}")
     assert message in refusal(cli, *arguments, out=tmp_path / "out")
 
 
 def test_a_schedule_that_keeps_nothing(cli: Cli, llama: Path, task: Path, tmp_path: Path) -> None:
-    arguments = (llama, "--method", "basel", "--keep", 0.05, "--target", task, "--steps", 4)
-    assert "--keep" in refusal(cli, *arguments, out=tmp_path / "out")
+    arguments = (llama, "--recipe", "basel", "--keep", 0.05, "--set", f"basel.target={task}")
+    assert "basel.keep" in refusal(cli, *arguments, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("budget", [("--keep", 1e-6), ("--size", "1kB")])
@@ -61,26 +61,15 @@ def test_a_budget_that_the_pools_cannot_meet(
     tmp_path: Path,
     budget: tuple[str, object],
 ) -> None:
-    arguments = (llama, "--method", "cap", *budget, "--calibration-tokens", 512, "--steps", 1)
+    arguments = (llama, "--recipe", "cap", *budget, "--set", "calibration.tokens=512", "--set", "cap.steps=1")
     assert budget[0] in refusal(cli, *arguments, out=tmp_path / "out")
 
 
 @pytest.mark.whole
 def test_a_basel_bundle_cannot_be_made_again(cli: Cli, llama: Path, task: Path, tmp_path: Path) -> None:
-    steps = ("--steps", 2, "--new-basis", 4)
-    made = cli(
-        "compress",
-        llama,
-        "-o",
-        tmp_path / "out",
-        "--method",
-        "basel",
-        "--keep",
-        0.9,
-        "--target",
-        task,
-        *steps,
-    )
+    settings = [f"basel.target={task}", "basel.keep=0.9", "basel.steps=2", "basel.new_basis=4"]
+    flags = [argument for setting in settings for argument in ("--set", setting)]
+    made = cli("compress", llama, "-o", tmp_path / "out", "--recipe", "basel", *flags)
     assert made.code == 0, made.err
     assert cli("verify", tmp_path / "out").code == 0
     again = cli("verify", tmp_path / "out", "--against", llama)

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from made_recipes import made_recipe
 from tiny_models import DECODERS
 from torch import Tensor, nn
 
@@ -24,8 +25,7 @@ from rk_export.methods.heal.options import HealOptions
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.prune.pruned import Pruned
 from rk_export.model.plain_form import plain_model
-from rk_export.options.calibration import CalibrationOptions
-from rk_export.options.quantization import QuantSpec
+from rk_export.options.calibration import UNWEIGHED, CalibrationOptions
 from rk_export.options.ranks import RankRule
 from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan, Pruning
@@ -44,12 +44,13 @@ def options(prune: PruneOptions | None = None, **changes: Any) -> Recipe:
     fields = {
         "groups": (),
         "quant": None,
-        "embedding_quant": None,
+        "table": None,
         "prepare": (),
         "accuracy_level": 0,
-        "calibration": CalibrationOptions("none"),
+        "calibration": UNWEIGHED,
+        "methods": () if prune is None else (prune,),
     }
-    return Recipe(**{**fields, **changes}, methods=() if prune is None else (prune,))
+    return made_recipe(**{**fields, **changes})
 
 
 def plan_of(inputs: CompressionInputs) -> Plan:
@@ -74,7 +75,9 @@ def ids_for(source: StoredModel) -> Tensor:
 
 def parts_for(family: str) -> PruneOptions:
     """Return all that a family of four blocks can lose, without text: blocks are named in the plan instead."""
-    return PruneOptions(ffn=1.0 if family in NO_WIDTH else 0.75, kv_groups=None if family in NO_HEADS else 1)
+    return PruneOptions(
+        ffn_keep=1.0 if family in NO_WIDTH else 0.75, kv_heads_keep=None if family in NO_HEADS else 1
+    )
 
 
 @pytest.mark.parametrize("family", [name for name in DECODERS if name not in (*NO_WIDTH, *NO_HEADS)])
@@ -133,8 +136,8 @@ def silenced(source: StoredModel, folder: Path, change: Callable[[nn.Module], No
     return StoredModel(folder, "changed")
 
 
-def with_text(prune: PruneOptions) -> Recipe:
-    return options(prune, calibration=CalibrationOptions(tokens=512), quantizer="gptq")
+def with_text(prune: PruneOptions, **changes: Any) -> Recipe:
+    return options(prune, calibration=CalibrationOptions(tokens=512), **changes)
 
 
 def test_the_block_that_changes_nothing_goes(llama: Path, tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_neurons_and_heads_that_do_nothing_go(llama: Path, tmp_path: Path) -> No
 
     source = open_source(llama)
     changed = silenced(source, tmp_path / "dead", change)
-    rewritten = rewritten_of(changed, options(PruneOptions(ffn=0.75, kv_groups=1)))
+    rewritten = rewritten_of(changed, options(PruneOptions(ffn_keep=0.75, kv_heads_keep=1)))
     assert rewritten.plan.pruning is not None
     assert rewritten.plan.pruning.kv_groups == ((1,), (0,))
     ids = ids_for(source)
@@ -175,7 +178,7 @@ def test_statistics_make_up_for_what_goes(llama: Path) -> None:
     source = open_source(llama)
     ids = ids_for(source)
     wanted = logits(source.load(), ids)
-    prune = PruneOptions(ffn=0.75)
+    prune = PruneOptions(ffn_keep=0.75)
     errors = [
         float((logits(rewritten_of(source, asked).model, ids) - wanted).norm())
         for asked in (with_text(prune), options(prune))
@@ -209,17 +212,18 @@ def test_recovery_aims_at_the_whole_model(
         return train(rewritten, teacher, *arguments, **named)
 
     monkeypatch.setattr(heal_method, "heal", recorded)
-    asked = replace(with_text(PruneOptions(blocks=1, ffn=0.75)), groups=("qk",), rank=RankRule("keep", 0.9))
-    report = compress(llama, tmp_path / "out", replace(asked, methods=(*asked.methods, HealOptions(steps=2))))
+    asked = with_text(
+        PruneOptions(blocks=1, ffn_keep=0.75), groups=("qk",), rank=RankRule("keep", 0.9)
+    ).with_step(HealOptions(steps=2))
+    report = compress(llama, tmp_path / "out", asked)
     assert [teacher.pruning for teacher in teachers] == [None]
     assert all(tier.passed is not False for tier in report.parity)
 
 
 @pytest.mark.whole
 def test_a_pruned_bundle_is_verified_and_made_again(llama: Path, tmp_path: Path) -> None:
-    asked = Recipe(
-        methods=(PruneOptions(blocks=1, ffn=0.75, kv_groups=1),),
-        quant=QuantSpec(4, 32),
+    asked = made_recipe(
+        methods=(PruneOptions(blocks=1, ffn_keep=0.75, kv_heads_keep=1),),
         calibration=CalibrationOptions(tokens=512),
     )
     report = compress(llama, tmp_path / "out", asked, checkpoint=tmp_path / "saved")
@@ -237,7 +241,7 @@ def test_a_pruned_bundle_is_verified_and_made_again(llama: Path, tmp_path: Path)
 
 def test_checkpoints_of_pruned_models_load(source_of: SourceOf, tmp_path: Path) -> None:
     source = source_of("llama")
-    rewritten = rewritten_of(source, options(PruneOptions(ffn=0.75, kv_groups=1)))
+    rewritten = rewritten_of(source, options(PruneOptions(ffn_keep=0.75, kv_heads_keep=1)))
     save_pretrained(rewritten, tmp_path / "saved", tokenizer_from=source.folder)
     ids = ids_for(source)
     assert torch.equal(logits(load_pretrained(tmp_path / "saved").model, ids), logits(rewritten.model, ids))
@@ -259,12 +263,12 @@ def test_sources_of_one_folder_are_told_apart(source_of: SourceOf) -> None:
     [
         ("llama", PruneOptions(blocks=2), "2 of 2 blocks"),
         ("llama", PruneOptions(blocks=1), "blocks are judged on text"),
-        ("llama", PruneOptions(ffn=0.1), "less than 32"),
-        ("llama", PruneOptions(kv_groups=2), "not fewer than 2"),
-        ("gpt2", PruneOptions(kv_groups=1), "ties the width"),
-        ("olmo2", PruneOptions(kv_groups=1), "normalized over all heads"),
-        ("mixtral", PruneOptions(ffn=0.5), "every expert"),
-        ("bert", PruneOptions(ffn=0.5), "only decoders"),
+        ("llama", PruneOptions(ffn_keep=0.1), "less than 32"),
+        ("llama", PruneOptions(kv_heads_keep=2), "not fewer than 2"),
+        ("gpt2", PruneOptions(kv_heads_keep=1), "ties the width"),
+        ("olmo2", PruneOptions(kv_heads_keep=1), "normalized over all heads"),
+        ("mixtral", PruneOptions(ffn_keep=0.5), "every expert"),
+        ("bert", PruneOptions(ffn_keep=0.5), "only decoders"),
     ],
 )
 def test_what_cannot_go_is_refused(
@@ -276,7 +280,7 @@ def test_what_cannot_go_is_refused(
 
 def test_a_plan_of_another_pruning_is_refused(source_of: SourceOf) -> None:
     source = source_of("llama")
-    inputs = compression_inputs(source, options(PruneOptions(ffn=0.75)))
+    inputs = compression_inputs(source, options(PruneOptions(ffn_keep=0.75)))
     plan = replace(plan_of(inputs), pruning=Pruning((0, 1), 64))
     with pytest.raises(InputError, match="other blocks, neurons or heads"):
         inputs.rewrite(plan)
@@ -298,6 +302,6 @@ def test_a_pruning_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
 
 
 def test_plans_keep_the_pruning_in_json(source_of: SourceOf) -> None:
-    inputs = compression_inputs(source_of("llama"), options(PruneOptions(ffn=0.75, kv_groups=1)))
+    inputs = compression_inputs(source_of("llama"), options(PruneOptions(ffn_keep=0.75, kv_heads_keep=1)))
     plan = plan_of(inputs)
     assert Plan.from_json(plan.to_json()) == plan

@@ -17,8 +17,7 @@ from rk_export.methods.cap.baselines import wanda
 from rk_export.methods.sparse_sites import BYTES, PARAMETERS, Prices, linear_shapes
 from rk_export.methods.sslc.choose import RANK_SHARES, candidates_of, sslc_parts, targets
 from rk_export.methods.sslc.options import SslcOptions
-from rk_export.options.ranks import Budget, RankRule
-from rk_export.options.recipe import Recipe
+from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.stored import StoredModel
 
@@ -57,7 +56,7 @@ def _predicted(source: StoredModel, chosen: Chosen, statistics: DenseStatistics)
 
 
 def _chosen(source: StoredModel, budget: Budget, statistics: DenseStatistics, stages: int = 3) -> Chosen:
-    return sslc_parts(source, budget, SslcOptions(stages), statistics=statistics, device=CPU)
+    return sslc_parts(source, budget, SslcOptions(keep=0.5, stages=stages), statistics=statistics, device=CPU)
 
 
 @pytest.mark.parametrize("prices", [PARAMETERS, BYTES])
@@ -115,8 +114,10 @@ def test_budgets_that_leave_no_choice_are_refused(
     assert refused.value.where == f"--{kind}"
 
 
-def test_a_rank_rule_says_not_how_much_is_sparse() -> None:
-    with pytest.raises(InputError, match="budget of parameters or bytes"):
-        Recipe(groups=(), rank=RankRule("keep", 0.5), methods=(SslcOptions(),))
+def test_a_share_or_a_size_says_how_much_stays() -> None:
+    with pytest.raises(InputError, match="nothing says how much stays"):
+        SslcOptions()
+    with pytest.raises(InputError, match="keep and size both say"):
+        SslcOptions(keep=0.5, size=1e6)
     with pytest.raises(InputError, match="stages"):
-        SslcOptions(0)
+        SslcOptions(keep=0.5, stages=0)

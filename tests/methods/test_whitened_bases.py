@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import select_basis
 from rk_export.options.ranks import RankRule
+from rk_export.options.texts import TextFile
 from rk_export.passes.numerics.basis import directions
 from rk_export.passes.numerics.metric import Metric
 from rk_export.source.stored import StoredModel
@@ -34,8 +36,10 @@ def test_a_selection_from_whitened_bases_keeps_its_share(source_of: Callable[...
     source = source_of("qwen2")
     tokens = torch.randint(3, 160, (8, 32), generator=torch.Generator().manual_seed(0))
     kept = {}
-    for bases in ("plain", "whitened"):
-        options = BaselOptions("", steps=6, batch_tokens=64, new_basis=2, events=3, bases=bases)  # type: ignore[arg-type]
+    task = TextFile("task.txt", "0" * 64)
+    both: tuple[Literal["plain", "whitened"], ...] = ("plain", "whitened")
+    for bases in both:
+        options = BaselOptions(task, keep=0.6, steps=6, batch_tokens=64, new_basis=2, events=3, bases=bases)
         selection = select_basis(source, tokens, RankRule("keep", 0.6), options, device=torch.device("cpu"))
         details = selection.finding.details or {}
         assert details["kept"] <= 0.6

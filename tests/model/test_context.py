@@ -61,7 +61,7 @@ def test_notices_of_a_context_that_was_never_trained_and_of_one_that_could_be_lo
     scaled = describe(tiny_config("llama", rope_parameters=SHORT_YARN))
     assert context_notices(plain, None) == context_notices(plain, 64) == context_notices(scaled, 512) == ()
     assert "longer than the 128 that the model was made for" in context_notices(plain, 129)[0]
-    assert "give --context-length 512" in context_notices(scaled, None)[0]
+    assert "give target.context_length 512" in context_notices(scaled, None)[0]
 
 
 @pytest.mark.parametrize("context", [64, 100])
@@ -118,13 +118,13 @@ def test_any_rotary_model_takes_a_shorter_or_longer_context(
 ) -> None:
     report = export(llama, tmp_path / "out", context_length=context, run=Run(threads=1))
     assert_context(tmp_path / "out", llama, context)
-    assert Plan.load(tmp_path / "out" / "plan.json").recipe.context_length == context
+    assert Plan.load(tmp_path / "out" / "plan.json").recipe.target.context_length == context
     assert any("longer than" in notice for notice in report.notices) is (context > 128)
 
 
 @pytest.mark.whole
 def test_a_checkpoint_is_exported_with_another_context(llama: Path, tmp_path: Path, cli: Cli) -> None:
-    options = tiny_options(quant=None, embedding_quant=None, groups=())
+    options = tiny_options(quant=None, table=None, groups=())
     compress(llama, tmp_path / "a", options, checkpoint=tmp_path / "kept", run=Run(threads=1))
     ended = cli("export", tmp_path / "kept", "-o", tmp_path / "b", "--context-length", 200, "--threads", 1)
     assert ended.code == 0, ended.err
@@ -139,17 +139,19 @@ def test_learned_positions_can_be_shorter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("context", "message"),
     [
-        (("--context-length", 63), "too short to verify"),
-        (("--context-length", -1), "too short to verify"),
-        (("--context-length", 2**24 + 1), "give at most 16777216"),
+        (63, "too short to verify"),
+        (-1, "too short to verify"),
+        (2**24 + 1, "give at most 16777216"),
     ],
 )
 @pytest.mark.parametrize("command", ["compress", "plan", "export"])
 def test_a_context_that_cannot_be_is_refused(
-    command: str, arguments: tuple[object, ...], message: str, llama: Path, tmp_path: Path, cli: Cli
+    command: str, context: int, message: str, llama: Path, tmp_path: Path, cli: Cli
 ) -> None:
+    asked: dict[str, tuple[object, ...]] = {"export": ("--context-length", context)}
+    arguments = asked.get(command, ("--set", f"target.context_length={context}"))
     ended = cli(command, llama, "-o", tmp_path / "out", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.err

@@ -10,7 +10,8 @@ import torch
 from tiny_models import tiny_model
 
 from rk_export import Recipe, compress
-from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.calibration import UNWEIGHED
+from rk_export.options.prepare import Prepare
 from rk_export.options.run import Run
 from rk_export.parity.comparison import FLOAT_BOUND
 from rk_export.parity.float_steps import shaking_outputs
@@ -20,13 +21,7 @@ LARGE_GAIN = 100.0  # in a norm before the attention, whose softmax then saturat
 
 
 def in_floats(model: Path, bundle: Path, prepare: tuple[str, ...] = ()) -> dict[str, ParityTier]:
-    options = Recipe(
-        groups=(),
-        quant=None,
-        embedding_quant=None,
-        calibration=CalibrationOptions("none"),
-        prepare=prepare,
-    )
+    options = Recipe((Prepare(prepare),), UNWEIGHED)
     return {tier.tier: tier for tier in compress(model, bundle, options, run=Run(threads=1)).parity}
 
 

@@ -19,6 +19,7 @@ from rk_export import memory
 from rk_export.errors import InputError, ParityError
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.options.target import Target
 from rk_export.parity import half_range, oracle
 from rk_export.parity.preflight import preflight
 from rk_export.passes.prepare.fold import fold_layer
@@ -28,6 +29,7 @@ from rk_export.source.stored import StoredModel, open_source
 from rk_export.source.tensor_files import StoredTensors
 
 SourceOf = Callable[..., StoredModel]
+PORTABLE = Recipe(target=Target("portable"))
 
 
 # --- tier 0: transformers against what we read
@@ -57,7 +59,9 @@ def test_a_tensor_read_wrongly_stops_the_run_before_any_work(
 ) -> None:
     doubled("model.layers.1.mlp.up_proj.weight", monkeypatch)
     monkeypatch.setattr("rk_export.commands.stages.compression_inputs", None)
-    ended = cli("compress", llama, "-o", tmp_path / "out", "--metric", "none")
+    ended = cli(
+        "compress", llama, "-o", tmp_path / "out", "--recipe", "int4", "--set", "calibration.text=none"
+    )
     assert ended.code == 1
     assert "tier 0 (transformers vs PyTorch dense)" in ended.err
     assert "Fix: the model is not read as transformers reads it" in ended.err
@@ -253,28 +257,26 @@ def test_the_dry_run_refuses_it_too(tmp_path: Path, cli: Cli) -> None:
     model = loud(tmp_path / "model", 1e5)
     ended = cli("compress", model, "-o", tmp_path / "out", "--ep", "portable", "--dry-run")
     assert (ended.code, "reaches" in ended.err) == (2, True)
-    assert (
-        cli("compress", model, "-o", tmp_path / "out", "--ep", "cpu", "--dry-run", "--metric", "none").code
-        == 0
-    )
+    unweighed = ("--recipe", "int4", "--set", "calibration.text=none")
+    assert cli("compress", model, "-o", tmp_path / "out", "--ep", "cpu", "--dry-run", *unweighed).code == 0
 
 
 def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
     source = open_source(loud(tmp_path / "model", 1e7))
     with pytest.raises(InputError, match=r"layer 1, weight mlp\.down_proj\.weight reaches"):
-        preflight(source, Recipe(ep="portable"))
+        preflight(source, PORTABLE)
 
 
 def test_values_near_the_end_of_the_range_are_a_notice(tmp_path: Path) -> None:
     source = open_source(loud(tmp_path / "model", 2e3))
-    (notice,) = preflight(source, Recipe(ep="portable")).notices
+    (notice,) = preflight(source, PORTABLE).notices
     assert "other texts may overflow" in notice
-    assert preflight(source, Recipe(ep="cpu")).notices == ()
+    assert preflight(source, Recipe()).notices == ()
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_ordinary_models_raise_no_false_alarm(source_of: SourceOf, family: str) -> None:
-    assert preflight(source_of(family), Recipe(ep="portable")).notices == ()
+    assert preflight(source_of(family), PORTABLE).notices == ()
 
 
 def test_what_is_no_number_counts_as_infinite() -> None:

@@ -98,7 +98,7 @@ def test_method_tiers_tell_factorization_and_quantization_apart(llama: Path) -> 
         ]
         return [tier.max_error for tier in tiers[2:]]
 
-    factorized, quantized = errors(quant=None, embedding_quant=None)
+    factorized, quantized = errors(quant=None, table=None)
     assert factorized > 0
     assert quantized == 0
     factorized, quantized = errors(groups=())
@@ -215,7 +215,7 @@ def test_int8_inputs_may_cost_what_pytorch_says_that_they_cost(tmp_path: Path) -
     emulated = float(tier.note.removeprefix("PyTorch's own int8 inputs differ from floats by ").split(";")[0])
     assert tier.bound == pytest.approx(2 * emulated, rel=0.05)
     assert tier.relative_error == pytest.approx(emulated, rel=0.2)
-    exact = replace(tiny_options(groups=()), accuracy_level=0)
+    exact = tiny_options(groups=(), accuracy_level=0)
     report = rk_export.compress(tmp_path / "model", tmp_path / "exact", exact, run=Run(threads=1))
     (tier,) = (tier for tier in report.parity if tier.tier == "d")
     assert (tier.max_error, tier.bound, tier.note) == (0, 1e-4, "no inputs are rounded to int8")

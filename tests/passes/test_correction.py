@@ -95,7 +95,7 @@ def test_the_pass_installs_and_reports_the_branch(known: bool) -> None:
 
 def corrected_model(source: StoredModel, members: tuple[str, ...]) -> Rewritten:
     """Rewrite a source with the matrices of some roles corrected at rank 4, the others plainly quantized."""
-    plan = decide_plan(source, floats(quant=QuantSpec(4, 16), embedding_quant=QuantSpec(8, 16)))
+    plan = decide_plan(source, floats(quant=QuantSpec(4, 16), table=QuantSpec(8, 16)))
     sites = tuple(
         replace(site, correction=4) if set(site.members) & set(members) else site for site in plan.sites
     )

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from compressed import SourceOf, compress, floats
+from made_recipes import made_recipe
 from torch import Tensor, nn
 
 from rk_export.errors import InputError
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import RankRule
-from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.quantized import Int8Linear, float_inputs
 from rk_export.passes.numerics.int8 import int8_bytes, int8_product, quantize_rows, token_codes
@@ -164,7 +164,7 @@ def int8_plan(source: StoredModel) -> Plan:
 @pytest.mark.parametrize("ep", ["cuda", "portable"])
 def test_only_the_cpu_graph_has_int8_inputs(source_of: SourceOf, ep: str) -> None:
     with pytest.raises(InputError, match="int8 inputs"):
-        Recipe(quant=W8A8, ep=ep)  # type: ignore[arg-type]
+        made_recipe(quant=W8A8, ep=ep)
     plan = int8_plan(source_of("llama"))
     edited = replace(plan, recipe=floats(ep=ep))
     with pytest.raises(InputError, match="int8 inputs"):
@@ -172,8 +172,8 @@ def test_only_the_cpu_graph_has_int8_inputs(source_of: SourceOf, ep: str) -> Non
 
 
 def test_what_has_no_int8_form_is_refused(source_of: SourceOf) -> None:
-    with pytest.raises(InputError, match="embedding has no inputs"):
-        Recipe(embedding_quant=W8A8)
+    with pytest.raises(InputError, match="embed_tokens has no inputs"):
+        made_recipe(table=W8A8)
     plan = int8_plan(source_of("llama"))
     sites = (replace(plan.sites[0], correction=4), *plan.sites[1:])
     with pytest.raises(InputError, match="only weight-only quantization is corrected"):

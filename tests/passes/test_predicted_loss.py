@@ -19,7 +19,8 @@ from rk_export.passes.numerics.predicted_loss import (
     TableCurvature,
     rank_losses,
     rounding_loss,
-    table_loss,
+    rounding_losses,
+    table_losses,
 )
 from rk_export.passes.numerics.quantize import quantize_rtn
 
@@ -143,5 +144,18 @@ def test_a_table_is_weighed_as_projection_and_as_embedding() -> None:
     E = (table - quantize_rtn(table, spec).dequantize()).double()
     as_head = float((outputs.double()[:, None] * E.square() * inputs.diagonal()).sum())
     as_lookup = float((frequencies.double()[:, None] * E.square() * gradients.double()).sum())
-    predicted = table_loss(table, spec, TableCurvature(head, lookup), inputs.diagonal())
+    predicted = table_losses(table, [spec], TableCurvature(head, lookup), inputs.diagonal())[spec]
     assert predicted == pytest.approx(0.5 * (as_head + as_lookup), rel=0.2)
+
+
+def test_formats_together_cost_what_each_costs_on_its_own() -> None:
+    """The ranges of coarse blocks come from those of fine ones; blocks may be larger than the matrix is wide."""
+    W, curvature = _weight(), _curvature()
+    specs = [*FORMATS, QuantSpec(4, 64), QuantSpec(8, 128), QuantSpec(8, 256, symmetric=False), W8A8]
+    columns = dict.fromkeys(specs, curvature.inputs.alone)
+    together = rounding_losses(W, columns, curvature)
+    assert set(together) == set(specs)
+    for spec in specs:
+        assert together[spec] == pytest.approx(
+            rounding_loss(W, spec, curvature, curvature.inputs.alone), rel=1e-6
+        )

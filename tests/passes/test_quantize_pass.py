@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 from compressed import INT4, SourceOf, compress, floats, tokens
+from made_recipes import made_recipe
 from tiny_models import FAMILIES
 from torch import nn
 
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
-from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer, run_weight_pass
 from rk_export.passes.modules.factors import JointMember
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
@@ -93,7 +93,7 @@ def test_a_site_without_quantization_is_left_alone() -> None:
 def test_every_planned_matrix_of_a_family_is_quantized(source_of: SourceOf, family: str) -> None:
     """What stays a float linear is a router, or belongs to an encoder, where only queries and keys are rewritten."""
     source = source_of(family)
-    rewritten = compress(source, floats(("qk",), rank=RANK_8, quant=INT4, embedding_quant=INT8))
+    rewritten = compress(source, floats(("qk",), rank=RANK_8, quant=INT4, table=INT8))
     left = {
         name
         for name, module in rewritten.model.named_modules()
@@ -126,7 +126,7 @@ def head_of(rewritten: Rewritten) -> QuantizedLinear:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_table_is_stored_once(source_of: SourceOf, tied: bool) -> None:
     source = source_of("llama", tie_word_embeddings=tied)
-    rewritten = compress(source, floats(embedding_quant=INT8))
+    rewritten = compress(source, floats(table=INT8))
     embedding, head = embedding_of(rewritten), head_of(rewritten)
     assert (head.codes.data_ptr() == embedding.codes.data_ptr()) is tied
     tables = [finding for finding in rewritten.findings if finding.bytes_before]
@@ -138,7 +138,7 @@ def test_a_tied_table_is_stored_once(source_of: SourceOf, tied: bool) -> None:
 def test_gemmas_embedding_keeps_its_factor(source_of: SourceOf) -> None:
     source = source_of("gemma3")
     ids = tokens(source)
-    dense, quantized = source.load(), compress(source, floats(embedding_quant=INT8)).model
+    dense, quantized = source.load(), compress(source, floats(table=INT8)).model
     expected = dense.get_input_embeddings()(ids)
     actual = quantized.get_submodule(source.architecture.embedding)(ids)
     assert float((actual - expected).norm() / expected.norm()) < 0.01
@@ -150,13 +150,13 @@ def test_eight_bits_lose_about_a_sixteenth_of_what_four_lose(source_of: SourceOf
     dense, errors = weights(source.load()), {}
     for bits in (4, 8):
         spec = QuantSpec(bits, 16)
-        rounded = weights(compress(source, floats(quant=spec, embedding_quant=spec)).model)
+        rounded = weights(compress(source, floats(quant=spec, table=spec)).model)
         errors[bits] = float(torch.stack([(rounded[name] - dense[name]).norm() for name in dense]).norm())
     assert 12 < errors[4] / errors[8] < 20
 
 
 def test_members_of_a_joint_site_read_quantized_factors(source_of: SourceOf) -> None:
-    options = Recipe(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, embedding_quant=None)
+    options = made_recipe(groups=("qk", "gate_up"), rank=RANK_8, quant=INT4, table=None)
     model = compress(source_of("llama"), options).model
     members = [module for module in model.modules() if isinstance(module, JointMember)]
     assert len(members) == 2 * 4

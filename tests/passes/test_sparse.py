@@ -19,8 +19,7 @@ from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.sparse_sites import sparse_decision
-from rk_export.options.quantization import QuantSpec
-from rk_export.options.ranks import Budget
+from rk_export.options.quantize import Quantize
 from rk_export.options.recipe import Recipe
 from rk_export.passes.modules.sparse import SparseSum
 from rk_export.passes.numerics.gaps import encode_gaps
@@ -207,8 +206,8 @@ def sparse_plan_of(source: StoredModel, recipe: Recipe, parts: Mapping[MatrixId,
 def test_what_cannot_be_quantized_is_said(source_of: SourceOf) -> None:
     source = source_of("llama")
     _, parts = sparse_plan(source, floats(), 0, 50)
-    plans = [sparse_plan_of(source, CapOptions().recipe(Budget("keep", 0.5)), parts)]
-    plans.append(sparse_plan_of(source, replace(plans[0].recipe, quant=QuantSpec(8, 32)), parts))
+    plans = [sparse_plan_of(source, Recipe((CapOptions(keep=0.5),)), parts)]
+    plans.append(sparse_plan_of(source, plans[0].recipe.with_step(Quantize(bits=8)), parts))
     reasons = [{site.reason for site in plan.sites} for plan in plans]
     assert reasons == [{""}, {"no direction was chosen: entries are not quantized further"}]
     assert {site.quant for site in plans[1].sites} == {None}

@@ -1,4 +1,4 @@
-"""--recompute none: the codes in the graph are those of the checkpoint, and so are the logits."""
+"""with: carry. The codes in the graph are those of the checkpoint, and so are the logits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from compressed_models import arguments, compressed, compressed_config
 from conftest import Cli
+from made_recipes import made_recipe
 from onnx import numpy_helper
 from quantized_models import (
     AWQ_CONFIG,
@@ -29,9 +30,9 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rk_export import Recipe, compress, export, make_plan, verify
+from rk_export import compress, export, make_plan, verify
 from rk_export.errors import InputError
-from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.run import Run
 from rk_export.plan import Plan
@@ -40,10 +41,9 @@ from rk_export.runtime import Session
 
 IDS = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(1))
 OPTIONS: dict[str, Any] = {
-    "recompute": "none",
-    "embedding_quant": None,
-    "calibration": CalibrationOptions("none"),
-    "quantizer": "rtn",
+    "table": None,
+    "calibration": UNWEIGHED,
+    "quantizer": "carry",
 }
 
 
@@ -112,7 +112,7 @@ def test_codes_scales_and_zero_points_in_the_graph_are_the_checkpoints(
     quantize = recording(made, bits=bits, size=size, symmetric=symmetric)
     config = gptq_config(bits=bits, group_size=size)
     reference = save_quantized(small(), tmp_path / "model", config, quantize)
-    compress(tmp_path / "model", tmp_path / "bundle", Recipe(**OPTIONS), run=Run(threads=1))
+    compress(tmp_path / "model", tmp_path / "bundle", made_recipe(**OPTIONS), run=Run(threads=1))
     stored = graph_codes(tmp_path / "bundle")
     assert len(stored) == len(TOGETHER)
     for part, names in TOGETHER.items():
@@ -150,7 +150,7 @@ def test_every_matrix_is_carried_over(
     tmp_path: Path, family: str, config: dict[str, Any], quantize: Quantizer
 ) -> None:
     reference = save_quantized(small(family), tmp_path / "model", config, quantize)
-    report = compress(tmp_path / "model", tmp_path / "bundle", Recipe(**OPTIONS), run=Run(threads=1))
+    report = compress(tmp_path / "model", tmp_path / "bundle", made_recipe(**OPTIONS), run=Run(threads=1))
     sites = Plan.load(tmp_path / "bundle" / "plan.json").sites
     assert all(site.carried for site in sites)
     assert {site.site for site in sites} == {
@@ -168,7 +168,7 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
         return gptq(act_order="down" in name, symmetric=True)(name, matrix)
 
     save_quantized(small(), tmp_path / "model", gptq_config(), quantize)
-    options = Recipe(**{**OPTIONS, "quant": QuantSpec(8, 64)})
+    options = made_recipe(**{**OPTIONS, "quant": QuantSpec(8, 64)})
     report = compress(tmp_path / "model", tmp_path / "bundle", options, run=Run(threads=1))
     plan = Plan.load(tmp_path / "bundle" / "plan.json")
     assert {site.site: site.quant for site in plan.sites if not site.carried} == {
@@ -184,7 +184,7 @@ def test_what_cannot_be_carried_is_quantized_anew_and_said(tmp_path: Path) -> No
 @pytest.mark.whole
 def test_a_checkpoint_of_carried_codes_exports_the_same(tmp_path: Path) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
-    options = Recipe(**OPTIONS)
+    options = made_recipe(**OPTIONS)
     compress(
         tmp_path / "model", tmp_path / "one", options, checkpoint=tmp_path / "checkpoint", run=Run(threads=1)
     )
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_carried_codes_exports_the_same(tmp_path: Path) -> None:
 
 def test_a_plan_of_carried_codes_needs_the_quantized_checkpoint(tmp_path: Path) -> None:
     reference = save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
-    plan = make_plan(tmp_path / "model", Recipe(**OPTIONS))
+    plan = make_plan(tmp_path / "model", made_recipe(**OPTIONS))
     assert Plan.from_json(plan.to_json()) == plan
     reference.save_pretrained(tmp_path / "floats")
     with pytest.raises(InputError, match="not on integer grids"):
@@ -211,7 +211,7 @@ def test_an_output_projection_on_a_grid_is_said_to_lose_its_codes(tmp_path: Path
         tensors |= {f"lm_head.{leaf}": tensor for leaf, tensor in parts.items()}
 
     change_tensors(tmp_path / "model", change)
-    report = compress(tmp_path / "model", tmp_path / "bundle", Recipe(**OPTIONS), run=Run(threads=1))
+    report = compress(tmp_path / "model", tmp_path / "bundle", made_recipe(**OPTIONS), run=Run(threads=1))
     reasons = [item.reason for item in report.findings if item.target == "lm_head"]
     assert reasons == ["its codes are not carried over: it is stored in the format of the embedding"]
 
@@ -221,29 +221,33 @@ def test_an_output_projection_on_a_grid_is_said_to_lose_its_codes(tmp_path: Path
     [
         ((), "there are no codes to carry over: the model is stored in floats"),
         (("--keep", "0.9"), "codes that are carried over cannot be changed"),
-        (("--heal", "3"), "which --heal does"),
-        (("--prepare", "fold"), "which --prepare does"),
-        (("--prune-ffn", "0.5"), "which pruning does"),
+        (("--size", "1MB"), "which factorize does"),
+        (("--set", "factorize.keep=0.9"), "which factorize does"),
+        (("--set", "heal.steps=3"), "which heal does"),
+        (("--set", "prepare=[fold]"), "which prepare does"),
+        (("--set", "prune.ffn_keep=0.5"), "which prune does"),
+        (("--set", "correct.rank=4"), "which correct does"),
+        (("--set", "budget.mean_bits=4.5"), "which a budget does"),
     ],
 )
 def test_refused_on_the_command_line(
     llama: Path, tmp_path: Path, cli: Cli, arguments: tuple[str, ...], message: str
 ) -> None:
-    ended = cli("compress", llama, "-o", tmp_path / "bundle", "--recompute", "none", *arguments)
+    ended = cli("compress", llama, "-o", tmp_path / "bundle", "--recipe", "carry", *arguments)
     assert ended.code == 2
     assert message in ended.err
     assert not (tmp_path / "bundle").exists()
 
 
 def test_unknown_choice(llama: Path, tmp_path: Path, cli: Cli) -> None:
-    ended = cli("plan", llama, "-o", tmp_path / "plan.json", "--recompute", "some")
+    ended = cli("plan", llama, "-o", tmp_path / "plan.json", "--set", "quantize.with=copy")
     assert ended.code == 2
-    assert "--recompute" in ended.err
+    assert "quantize.with" in ended.err
 
 
 def test_fp8_has_no_codes(tmp_path: Path, cli: Cli) -> None:
     save_quantized(small(), tmp_path / "model", fp8_config(None), fp8(None))
-    ended = cli("compress", tmp_path / "model", "-o", tmp_path / "bundle", "--recompute", "none")
+    ended = cli("compress", tmp_path / "model", "-o", tmp_path / "bundle", "--recipe", "carry")
     assert ended.code == 2
     assert "the model is stored as FP8 with scales" in ended.err
 
@@ -253,7 +257,7 @@ def test_the_command_line_carries_codes_over(tmp_path: Path, cli: Cli) -> None:
     save_quantized(small(), tmp_path / "model", gptq_config(), gptq())
     ended = cli(
         "compress", tmp_path / "model", "-o", tmp_path / "bundle",
-        "--recompute", "none", "--metric", "none", "--quantizer", "rtn", "--device", "cpu",
+        "--recipe", "carry", "--set", "calibration.text=none", "--device", "cpu",
     )  # fmt: skip
     assert ended.code == 0, ended.err
     report = Report.load(tmp_path / "bundle" / "report.json")

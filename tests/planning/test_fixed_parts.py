@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli, tiny_options
+from made_recipes import made_recipe, open_recipe
 from tiny_models import FAMILIES
 
 from rk_export import compress, dry_run, folders, make_plan
@@ -25,7 +26,8 @@ from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import StoredModel
 
 CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add
-SIZED = Recipe(calibration=CalibrationOptions("self", tokens=1024))
+TEXT = CalibrationOptions(tokens=1024)
+SIZED = made_recipe(calibration=TEXT)
 
 
 @pytest.mark.whole
@@ -34,7 +36,7 @@ SIZED = Recipe(calibration=CalibrationOptions("self", tokens=1024))
 def test_planned_bytes_are_those_of_the_graph(source_of: object, family: str, ep: str) -> None:
     """Norms, biases, routers, positions and frequencies are all counted, and once."""
     source: StoredModel = source_of(family)  # type: ignore[operator]
-    plan = plan_of(source, tiny_options(groups=(), quant=None, embedding_quant=None, ep=ep))
+    plan = plan_of(source, tiny_options(groups=(), quant=None, table=None, ep=ep))
     model, _ = build_graph(rewrite(source, plan))
     values = [value.const_value for value in model.graph.initializers.values()]
     stored = sum(value.nbytes for value in values if value is not None)
@@ -56,9 +58,7 @@ def test_every_kind_has_its_own_name(source_of: object) -> None:
 
 @pytest.mark.whole
 def test_lines_of_the_dry_run_and_of_the_report(llama: Path, tmp_path: Path, cli: Cli) -> None:
-    shown = cli(
-        "compress", llama, "-o", tmp_path / "out", "--dry-run", "--groups", "none", "--metric", "none"
-    )
+    shown = cli("compress", llama, "-o", tmp_path / "out", "--dry-run", "--recipe", "int4")
     assert re.search(r"^norms .*stays in floats$", shown.out, re.MULTILINE)
     assert "the tables of 128 positions, 8.19 kB, are computed on loading" in shown.out
     report = compress(llama, tmp_path / "out", tiny_options(), run=Run(threads=1))
@@ -94,12 +94,12 @@ def test_a_size_below_the_smallest_model_is_refused_before_work_with_all_parts(
     advised = re.search(r"give at least ([\d.]+)MB", ended.err)
     assert advised is not None
     budget = Budget("size", float(advised[1]) * 1e6)
-    assert make_plan(llama, Recipe(budget=budget, calibration=SIZED.calibration)).sites
+    assert make_plan(llama, open_recipe(budget, calibration=TEXT)).sites
 
 
 def test_a_size_for_sparse_parts_names_what_they_do_not_replace(llama: Path) -> None:
     with pytest.raises(InputError, match=r"do not replace: embedding .* norms .* graph"):
-        make_plan(llama, CapOptions().recipe(Budget("size", 50_000)))
+        make_plan(llama, Recipe((CapOptions(size=50_000),)))
 
 
 @pytest.mark.parametrize("extra", [(), ("--dry-run",), ("--keep", "0.9")])

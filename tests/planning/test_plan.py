@@ -1,4 +1,4 @@
-"""Options and plans: validation that names the flag, and the JSON round trip."""
+"""Plans: the JSON round trip, and what is wrong in a file is said with its place."""
 
 from __future__ import annotations
 
@@ -11,74 +11,25 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_recipes import made_recipe
 
 from rk_export.errors import InputError
 from rk_export.options.quantization import QuantSpec
-from rk_export.options.ranks import GROUPS, RankRule
-from rk_export.options.recipe import Recipe
+from rk_export.options.ranks import RankRule
 from rk_export.plan import Plan, SitePlan
 
 SITE = SitePlan("layers.0.qk", 0, ("q", "k"), ("a.q", "a.k"), "joint", 24, QuantSpec(4, 32), reason="")
 PLAN = Plan(
     "llama",
     "0123456789abcdef",
-    Recipe(groups=("qk",), rank=RankRule("energy", 0.93), embedding_quant=None),
+    made_recipe(groups=("qk",), rank=RankRule("energy", 0.93), table=None),
     (
         SITE,
         dataclasses.replace(SITE, site="layers.1.qk", layer=1, form="per_head", quant=None),
         SitePlan("layers.0.v", 0, ("v",), ("a.v",), "dense", 0, QuantSpec(2, 256, symmetric=False), "why"),
     ),
+    table=QuantSpec(8, 32),
 )
-
-
-@pytest.mark.parametrize(
-    ("build", "flag"),
-    [
-        (lambda: QuantSpec(3, 32), "--bits or --embedding-bits"),
-        (lambda: QuantSpec(16, 32), "--bits or --embedding-bits"),
-        (lambda: QuantSpec(4, 24), "--block"),
-        (lambda: QuantSpec(4, 512), "--block"),
-        (lambda: RankRule("keep", 0.0), "--keep"),
-        (lambda: RankRule("keep", 1.0), "--keep"),
-        (lambda: RankRule("keep", float("nan")), "--keep"),
-        (lambda: RankRule("energy", 1.5), "--energy"),
-        (lambda: RankRule("rank", 0), "--rank"),
-        (lambda: RankRule("rank", 2.5), "--rank"),
-        (lambda: RankRule("rank", float("nan")), "--rank"),
-        (lambda: RankRule("rank", float("inf")), "--rank"),
-        (lambda: RankRule("half", 0.5), "rank"),  # type: ignore[arg-type]
-        (lambda: Recipe(groups=("qk", "moe")), "--groups"),
-        (lambda: Recipe(groups=("qk", "qkv")), "--groups"),
-        (lambda: Recipe(groups=("qk", "qk")), "--groups"),
-        (lambda: Recipe(qk="both"), "--qk"),  # type: ignore[arg-type]
-        (lambda: Recipe(groups=("gate_up",), qk="per-head"), "--qk"),
-        (lambda: Recipe(gauge="left"), "--gauge"),  # type: ignore[arg-type]
-        (lambda: Recipe(ep="tpu"), "--ep"),  # type: ignore[arg-type]
-        (lambda: Recipe(accuracy_level=3), "--accuracy-level"),
-        (lambda: Recipe(rank_multiple=0), "--rank-multiple"),
-    ],
-)
-def test_a_refused_option_names_its_flag_and_the_fix(build: Callable[[], Any], flag: str) -> None:
-    with pytest.raises(InputError) as caught:
-        build()
-    assert caught.value.where == flag
-    assert caught.value.fix
-    assert str(caught.value).startswith(f"{flag}: ")
-
-
-def test_two_groups_that_share_a_matrix_are_named() -> None:
-    with pytest.raises(InputError, match="'q' stands in both 'qk' and 'qkv'"):
-        Recipe(groups=("qk", "qkv"))
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_group_is_an_option(group: str) -> None:
-    assert Recipe(groups=(group,)).groups == (group,)
-
-
-@pytest.mark.parametrize(("ep", "dtype"), [("cpu", "fp32"), ("cuda", "fp16"), ("portable", "fp16")])
-def test_the_float_type_follows_the_provider(ep: Any, dtype: str) -> None:
-    assert Recipe(ep=ep).float_dtype == dtype
 
 
 def test_the_json_round_trip_is_exact(tmp_path: Path) -> None:
@@ -96,11 +47,11 @@ def test_the_json_round_trip_is_exact(tmp_path: Path) -> None:
     | st.builds(QuantSpec, st.sampled_from([2, 4, 8]), st.sampled_from([16, 64]), st.booleans()),
     multiple=st.none() | st.integers(1, 256),
 )
-def test_options_survive_json(
+def test_recipes_survive_json(
     groups: tuple[str, ...] | None, rank: RankRule, quant: QuantSpec | None, multiple: int | None
 ) -> None:
-    recipe = Recipe(groups=groups, rank=rank, quant=quant, embedding_quant=quant, rank_multiple=multiple)
-    plan = dataclasses.replace(PLAN, recipe=recipe)
+    recipe = made_recipe(groups=groups, rank=rank, quant=quant, table=quant, rank_multiple=multiple)
+    plan = dataclasses.replace(PLAN, recipe=recipe, table=quant)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -129,8 +80,12 @@ Edit = Callable[[dict[str, Any]], Any]
         lambda data: data.pop("recipe"),
         lambda data: data.pop("structure"),
         lambda data: data["recipe"].update(speed=9),
-        lambda data: data["recipe"]["rank"].update(kind="half"),
-        lambda data: data["recipe"].update(rank=0.5),
+        lambda data: data["recipe"]["steps"].append({"shrink": {}}),
+        lambda data: data["recipe"]["steps"][1]["factorize"].update(energy="half"),
+        lambda data: data["recipe"]["steps"][1].update(heal={"steps": 3}),
+        lambda data: data["recipe"].update(steps=0.5),
+        lambda data: data.pop("table"),
+        lambda data: data.update(table={"bits": 5, "block_size": 32}),
         lambda data: data["sites"][0].pop("paths"),
         lambda data: data["sites"][0].update(colour="red"),
         lambda data: data["sites"][0].update(form="sparse"),
@@ -158,12 +113,15 @@ def test_a_malformed_plan_is_an_input_error(edit: Edit) -> None:
     [
         (lambda data: data["sites"][1].update(rank="many"), "my.json: sites[1].rank"),
         (lambda data: data["sites"][2].update(rank=-4), "my.json: sites[2]: layers.0.v"),
-        (lambda data: data["sites"][2]["quant"].update(block_size=24), "my.json: sites[2].quant: --block"),
+        (
+            lambda data: data["sites"][2]["quant"].update(block_size=24),
+            "my.json: sites[2].quant: quantize.block",
+        ),
         (
             lambda data: data["recipe"]["calibration"].update(tokens=9),
-            "my.json: recipe.calibration: --calibration-tokens",
+            "my.json: recipe.calibration: calibration.tokens",
         ),
-        (lambda data: data["recipe"].update(groups=["moe"]), "my.json: recipe: --groups"),
+        (lambda data: data["recipe"].update(groups=["moe"]), "my.json: recipe.groups"),
         (
             lambda data: data.update(shapes=[{"layer": 1, "ffn_width": 0}]),
             "my.json: shapes[0]: shapes: layer 1",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compressed import INT4, SourceOf, floats
+from made_recipes import made_recipe
 from tiny_models import FAMILIES
 
 from rk_export.errors import InputError
@@ -61,7 +62,7 @@ def test_a_rank_beyond_full_is_refused(
     decide_plan(source_of("llama"), floats(groups, qk=qk, rank=RankRule("rank", largest)))
     with pytest.raises(InputError, match=f"rank {largest + 1} exceeds {largest}") as caught:
         decide_plan(source_of("llama"), floats(groups, qk=qk, rank=RankRule("rank", largest + 1)))
-    assert caught.value.where == "--rank"
+    assert caught.value.where == "factorize.rank"
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.8, 0.9])
@@ -133,7 +134,7 @@ def test_rounding_suits_size_and_block(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    plan = decide_plan(source, Recipe(rank=RankRule("keep", 0.95)))
+    plan = decide_plan(source, made_recipe(rank=RankRule("keep", 0.95)))
     assert (plan.model_type, plan.structure) == (source.config.model_type, source.structure())
     for index in range(source.layer_count):
         planned = [path for site in plan.of_layer(index) for path in site.paths]
@@ -151,7 +152,7 @@ def test_every_matrix_has_exactly_one_site(source_of: SourceOf, family: str) -> 
 def test_a_group_that_matches_nothing_is_refused(source_of: SourceOf, family: str, group: str) -> None:
     with pytest.raises(InputError, match=f"'{group}' matches nothing") as caught:
         decide_plan(source_of(family), floats((group,)))
-    assert caught.value.where == "--groups"
+    assert caught.value.where == "factorize.groups"
     assert "qk" in (caught.value.fix or "")
     assert group not in (caught.value.fix or "").replace(",", "").split()
 

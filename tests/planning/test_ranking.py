@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from compressed import floats, logits
+from made_recipes import open_recipe
 from ranking import rank_correlation
 from torch import Tensor
 
-from rk_export import Budget, CalibrationOptions, Recipe
+from rk_export import Budget
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 RANK_STEP = 32
-BUDGET = Recipe(budget=Budget("bits", 4.5), groups=SINGLE_GROUPS, calibration=CalibrationOptions("self"))
+BUDGET = open_recipe(Budget("mean_bits", 4.5), groups=SINGLE_GROUPS)
 
 
 @dataclass(frozen=True)

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from made_recipes import made_recipe
 from torch import nn
 
 from rk_export.commands.compression_inputs import compression_inputs
 from rk_export.model.plain_form import plain_model
-from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.calibration import UNWEIGHED, CalibrationOptions
 from rk_export.options.ranks import ALLOCATIONS, RankRule
-from rk_export.options.recipe import Recipe
 from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.stored import StoredModel, open_source
 
 SourceOf = Callable[..., StoredModel]
-OPTIONS = Recipe(
-    groups=("qk", "gate_up"),
-    rank=RankRule("keep", 0.5),
-    rank_multiple=1,
-    quant=None,
-    embedding_quant=None,
-    prepare=(),
-    quantizer="rtn",
-    calibration=CalibrationOptions("none"),
-)
+OPTIONS: dict[str, Any] = {
+    "groups": ("qk", "gate_up"),
+    "rank": RankRule("keep", 0.5),
+    "rank_multiple": 1,
+    "quant": None,
+    "table": None,
+    "prepare": (),
+    "calibration": UNWEIGHED,
+}
 
 
 def plan_of(source: StoredModel, **changes: Any) -> Plan:
-    return decide_plan(source, replace(OPTIONS, **changes))
+    return decide_plan(source, made_recipe(**{**OPTIONS, **changes}))
 
 
 def kept(source: StoredModel, plan: Plan) -> float:
@@ -78,7 +76,8 @@ def test_what_its_spectrum_asks_too_much_of_stays_dense_and_says_so(source_of: S
 
 def test_a_metric_whitens_the_spectra(llama: Path) -> None:
     source = open_source(llama)
-    asked = replace(OPTIONS, allocation="effective-rank", calibration=CalibrationOptions(tokens=512))
+    changes = {"allocation": "effective-rank", "calibration": CalibrationOptions(tokens=512)}
+    asked = made_recipe(**{**OPTIONS, **changes})
     known = compression_inputs(source, asked).statistics
     assert known is not None
     plans = [decide_plan(source, asked, statistics=statistics) for statistics in (None, known)]

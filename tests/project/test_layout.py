@@ -42,7 +42,18 @@ ORDER = (
         "folders",
         "tensor_cache",
     ),
-    *("passes", "model", "source", "calibration", "planning", "training", "rewrite", "methods", "graph"),
+    *(
+        "passes",
+        "model",
+        "source",
+        "calibration",
+        "planning",
+        "training",
+        "rewrite",
+        "methods",
+        "recipes",
+        "graph",
+    ),
     *("evaluation", "parity", "bundle", "commands", "testing", "cli"),
 )
 FRONT_DOORS = {"rk_export", "rk_export.testing"}  # may use the commands
@@ -143,7 +154,7 @@ def test_packages_import_what_stands_before_them() -> None:
     ("package", "others"),
     [
         ("rk_export.passes", {"errors", "report", "options", "matrix_id", "plan"}),
-        ("rk_export.runtime", {"errors", "json_codec", "report"}),
+        ("rk_export.runtime", {"errors", "json_codec", "progress", "report"}),
     ],
 )
 def test_lower_packages_import_themselves_and_leaves(package: str, others: set[str]) -> None:

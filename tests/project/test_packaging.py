@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rk_export.cli.parser import add_compress_arguments
+from rk_export.cli.parser import add_compress_arguments, add_output_arguments
 
 ROOT = Path(__file__).parents[2]
 TREES = {"rk_export": "rk_export", "passes": "rk_export/passes", "runtime": "rk_export/runtime"}
@@ -98,6 +98,7 @@ def _options(parser: ArgumentParser) -> set[str]:
 def test_command_takes_the_options_of_compress(command: Any) -> None:
     ours, theirs = ArgumentParser(), ArgumentParser()
     add_compress_arguments(ours)
+    add_output_arguments(ours)
     command.RkOnnxExportCommand.parse_args(theirs)
     assert _options(theirs) - {"-m", "--model"} == _options(ours) - {"-o", "--output"}
 
@@ -107,11 +108,11 @@ def test_command_hands_its_arguments_to_compress(command: Any, monkeypatch: pyte
     monkeypatch.setattr(command, "run_compress", lambda args: seen.append(args) or 7)
     subparsers = ArgumentParser().add_subparsers()
     parser = command.RkOnnxExportCommand(subparsers).parser
-    args = parser.parse_args(["--model", "org/name", "out", "--bits", "8"])
+    args = parser.parse_args(["--model", "org/name", "out", "--recipe", "int8"])
     with pytest.raises(SystemExit) as stop:
         args.func(args).run()
     assert stop.value.code == 7
-    assert (seen[0].model, seen[0].output, seen[0].bits) == ("org/name", Path("out"), 8)
+    assert (seen[0].model, seen[0].output, seen[0].recipe) == ("org/name", Path("out"), "int8")
 
 
 def test_command_turns_our_errors_into_a_message(

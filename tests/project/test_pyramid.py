@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import whole_runs
 
-from rk_export import CalibrationOptions, Recipe, compress, export
+from rk_export import Recipe, compress, export
 
 TESTS = Path(__file__).parents[1]
 
@@ -36,12 +36,12 @@ def test_a_name_is_no_file_s_twice() -> None:
     assert len(loose) == len(set(loose))
 
 
-@pytest.mark.parametrize("command", [compress, export])
+@pytest.mark.parametrize(("command", "asked"), [(compress, {"recipe": Recipe()}), (export, {})])
 def test_a_whole_run_without_the_marker_fails(
-    llama: Path, tmp_path: Path, command: Callable[..., object]
+    llama: Path, tmp_path: Path, command: Callable[..., object], asked: dict[str, Recipe]
 ) -> None:
     with pytest.raises(pytest.fail.Exception, match="makes the graph"):
-        command(llama, tmp_path / "out", Recipe(calibration=CalibrationOptions("none")))
+        command(llama, tmp_path / "out", **asked)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,24 +40,42 @@ class Row:
 
 ROWS = {
     "90 MB": Row(("--size", "90MB"), 24.23, 89.6),
-    "W8A8": Row(("--activations", 8), 22.59, 137.4, within=0.01),
-    "0.8 kept, floats": Row(("--keep", 0.8, "--bits", 16), 33.61),
+    "W8A8": Row(("--recipe", "w8a8"), 22.59, 137.4, within=0.01),
+    "0.8 kept, floats": Row(("--recipe", "floats", "--keep", 0.8), 33.61),
     # Wanda's entries: the one selector of CAP that takes seconds.
-    "CAP, 0.5 kept": Row(("--method", "cap", "--keep", 0.5, "--selector", "wanda"), 55.77, 271.2),
+    "CAP, 0.5 kept": Row(("--recipe", "wanda"), 55.77, 271.2),
 }
+INT4 = Row(("--recipe", "int4"), 24.85, 90.3)
+
+
+def perplexity(cli: Cli, bundle: Path) -> float:
+    ended = cli("eval", bundle, "--text", wiki_text("eval"), *TEXT, "--threads", 1, "--json")
+    assert ended.code == 0, ended.err
+    return float(json.loads(ended.out)["perplexity"])
 
 
 def check(cli: Cli, row: Row, bundle: Path) -> None:
     """Measure a bundle and compare it with what its row says."""
-    ended = cli("eval", bundle, "--text", wiki_text("eval"), *TEXT, "--threads", 1, "--json")
-    assert json.loads(ended.out)["perplexity"] == pytest.approx(row.perplexity, rel=row.within), ended.err
+    assert perplexity(cli, bundle) == pytest.approx(row.perplexity, rel=row.within)
     if row.megabytes is not None:
-        megabytes = (bundle / "model.onnx.data").stat().st_size / 1e6
-        assert megabytes == pytest.approx(row.megabytes, rel=0.01)
+        assert megabytes(bundle) == pytest.approx(row.megabytes, rel=0.01)
 
 
-def test_the_default(cli: Cli, smollm2_int4: Path) -> None:
-    check(cli, Row((), 24.85, 90.3), smollm2_int4)
+def megabytes(bundle: Path) -> float:
+    return (bundle / "model.onnx.data").stat().st_size / 1e6
+
+
+def test_plain_int4(cli: Cli, smollm2_int4: Path) -> None:
+    check(cli, INT4, smollm2_int4)
+
+
+def test_the_default_is_no_larger_and_no_worse_than_plain_int4(
+    cli: Cli, off_grid: Path, smollm2_int4: Path, tmp_path: Path
+) -> None:
+    ended = cli("compress", off_grid, "-o", tmp_path / "out", "--threads", 1)
+    assert ended.code == 0, ended.err
+    assert megabytes(tmp_path / "out") <= megabytes(smollm2_int4)
+    assert perplexity(cli, tmp_path / "out") <= INT4.perplexity
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -17,15 +17,16 @@ MEGABYTE = 10**6
 
 
 def test_joint_factorization_of_q_and_k(cli: Cli, tmp_path: Path) -> None:
-    paper = ("--groups", "qk", "--keep", 0.9, "--uniform", "--metric", "none")
-    options = (*paper, "--bits", 16, "--device", "cpu", "--threads", 2)
-    text = ("--text", wiki_text("eval"), "--tokens", 5120, "--context", 512)
-    ended = cli("compress", smollm2(), "-o", tmp_path / "out", *options, *text, "--json")
+    paper = ("--recipe", "joint-rank", "--set", "factorize.groups=[qk]", "--set", "factorize.keep=0.9")
+    out = tmp_path / "out"
+    ended = cli("compress", smollm2(), "-o", out, *paper, "--device", "cpu", "--threads", 2, "--json")
     assert ended.code == 0, ended.err
     report = Report.from_json(json.loads(ended.out))
 
-    assert report.perplexity["dense"] == pytest.approx(22.477, abs=0.01)
-    assert 22.5 < report.perplexity["compressed (ONNX Runtime)"] <= 27.2
+    text = ("--text", wiki_text("eval"), "--tokens", 5120, "--context", 512, "--threads", 2, "--json")
+    dense, compressed = (json.loads(cli("eval", model, *text).out) for model in (smollm2(), out))
+    assert dense["perplexity"] == pytest.approx(22.477, abs=0.01)
+    assert 22.5 < compressed["perplexity"] <= 27.2
     assert [tier.tier for tier in report.parity if tier.passed] == list("0pcdefg")
     fusions = {fusion.pattern: fusion.found for fusion in report.fusions}
     assert fusions["shared down-projection"] == 30

@@ -7,13 +7,14 @@ import dataclasses
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_reader import PageReader
 from sample_report import LAYERS, full_report, spectrum
 
 from rk_export.report import humanize, plots, render
+from rk_export.report.definitions import definition_of
 from rk_export.report.matrix_groups import matrix_groups, split_target
 from rk_export.report.records import Finding, LayerError, Outcome, Report
 from rk_export.report.sections import TITLES
@@ -25,40 +26,6 @@ pytestmark = pytest.mark.slow
 HOSTILE = "<script>alert('x')</script>|`*_$x^{$&\"\x1b[2J\n# head"
 EMPTY = Report("example/model", "llama", "2026-01-02")
 DATA = "data:image/svg+xml;base64,"
-VOID = {"meta", "link", "img", "br", "hr"}
-
-
-class PageReader(HTMLParser):
-    """Collects tags, attributes, text and ids, and checks that every element is closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +197,17 @@ def test_ids_are_unique_and_every_link_has_its_target(page: str) -> None:
     ids = [value for name, value in reader.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert {value[1:] for name, value in reader.attributes if name == "href"} <= set(ids)
+
+
+def test_numbers_lead_to_what_they_mean(page: str) -> None:
+    reader = PageReader(page)
+    linked = {value[1:] for name, value in reader.attributes if name == "href" and "#meaning-" in value}
+    shown = {value for name, value in reader.attributes if name == "id" and value.startswith("meaning-")}
+    assert linked == shown - {"meaning-title"}
+    for anchor in ("perplexity", "kept", "tier-c", "relative", "rank", "error", "effective", "decode"):
+        assert f"meaning-{anchor}" in linked
+    assert definition_of("rank").meaning in reader.text
+    assert '<a class="term" href="#meaning-perplexity">24.1</a>' in page
 
 
 def test_plots_have_names_and_tables_have_headers(page: str) -> None:

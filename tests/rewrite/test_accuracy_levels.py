@@ -11,6 +11,7 @@ from conftest import tiny_options
 from tiny_models import massive, tiny_model
 
 from rk_export import compress
+from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.planning.planner import decide_plan
@@ -33,7 +34,7 @@ def levels(bundle: Path) -> dict[str, int]:
 @pytest.mark.whole
 @pytest.mark.parametrize("metric_none", [True, False])
 def test_massive_activations_keep_float_inputs(llama: Path, tmp_path: Path, metric_none: bool) -> None:
-    options = tiny_options(groups=(), rank=None) if metric_none else None
+    options = tiny_options(groups=(), rank=None) if metric_none else Recipe.load("int4")
     report = compress(massive(llama, tmp_path / "model"), tmp_path / "out", options, run=Run(threads=1))
     found = set(levels(tmp_path / "out").values())
     assert found == {1, 4}, "the layer in front of the massive row is untouched"

@@ -29,9 +29,9 @@ INT8, ASYMMETRIC = QuantSpec(8, 16), QuantSpec(4, 32, symmetric=False)
 OPTIONS = {
     "whole": floats(("qk",), rank=RANK_8),
     "per-head": floats(("qk",), qk="per-head", rank=RANK_8, gauge="balanced"),
-    "quantized": floats(("qk",), rank=RANK_8, quant=INT4, embedding_quant=INT8),
-    "asymmetric": floats(("qk",), qk="per-head", rank=RANK_8, quant=ASYMMETRIC, embedding_quant=ASYMMETRIC),
-    "half": floats(("qk",), rank=RANK_8, quant=INT4, embedding_quant=INT8, ep="portable"),
+    "quantized": floats(("qk",), rank=RANK_8, quant=INT4, table=INT8),
+    "asymmetric": floats(("qk",), qk="per-head", rank=RANK_8, quant=ASYMMETRIC, table=ASYMMETRIC),
+    "half": floats(("qk",), rank=RANK_8, quant=INT4, table=INT8, ep="portable"),
     "dense": floats(),
 }
 CASES = [(family, form) for family in FAMILIES for form in ("whole", "per-head", "quantized")]
@@ -140,8 +140,8 @@ def edit_section(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
         lambda section: section["plan"]["sites"].pop(),
         lambda section: section["plan"]["sites"][0].update(rank=9),
         lambda section: section["plan"]["sites"][0].update(paths=["self_attn.q_proj", "nothing"]),
-        lambda section: section["plan"]["recipe"].update(embedding_quant=None),
-        lambda section: section["plan"]["recipe"]["embedding_quant"].update(bits=4),
+        lambda section: section["plan"].update(table=None),
+        lambda section: section["plan"]["table"].update(bits=4),
     ],
 )
 def test_a_section_that_does_not_fit_is_refused(

@@ -21,16 +21,19 @@ from rk_export.methods.heal.trainable import trainable
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.options.recipe import Recipe
+from rk_export.options.target import Target
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
 from rk_export.source.stored import StoredModel
 from rk_export.training.distillation import Head, backward_divergence, dense_states, last_hidden
 from rk_export.training.loop import batch_rows
 
-IDENTITY = floats(("qk",), rank=RankRule("rank", 24), form="identity")
-RANKS = floats(("qk",), rank=RankRule("rank", 24))
+RANK_24 = RankRule("rank", 24)
+IDENTITY = floats(("qk",), rank=RANK_24, form="identity")
+RANKS = floats(("qk",), rank=RANK_24)
+BALANCED = floats(("qk",), rank=RANK_24, gauge="balanced")
 PER_HEAD = floats(("qk",), qk="per-head", rank=RankRule("rank", 8))
-INT4_RANKS = floats(("qk",), rank=RankRule("rank", 24), quant=INT4, embedding_quant=QuantSpec(8, 16))
+INT4_RANKS = floats(("qk",), rank=RANK_24, quant=INT4, table=QuantSpec(8, 16))
 OPTIONS = HealOptions(steps=12, batch_tokens=64, learning_rate=0.01, precision="fp32")
 
 
@@ -164,7 +167,7 @@ def test_only_what_was_asked_for_changes(source_of: SourceOf, kind: str) -> None
 
 
 def test_everything_is_frozen_afterwards_and_keeps_its_type(source_of: SourceOf) -> None:
-    half = replace(INT4_RANKS, ep="portable")
+    half = replace(INT4_RANKS, target=Target("portable", accuracy_level=0))
     source = source_of("qwen2")
     types = {name: tensor.dtype for name, tensor in compress(source, half).model.state_dict().items()}
     rewritten, _ = healed(source, half, replace(OPTIONS, steps=1))
@@ -239,7 +242,7 @@ def test_the_state_of_another_run_is_refused(source_of: SourceOf, tmp_path: Path
     source, state, options = source_of("llama"), tmp_path / "heal.pt", replace(OPTIONS, steps=2)
     healed(source, RANKS, options, state=state)
     written = state.read_bytes()
-    rewritten = compress(source, replace(RANKS, gauge="balanced") if change == "plan" else RANKS)
+    rewritten = compress(source, BALANCED if change == "plan" else RANKS)
     if change == "weights":
         rewritten.model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] += 1
     ids = tokens(source, 8, 16, seed=int(change == "tokens"))
@@ -328,15 +331,15 @@ def test_the_finding_says_what_was_done(source_of: SourceOf) -> None:
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"steps": 0}, "--heal"),
-        ({"batch_tokens": 1}, "heal"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"warmup": 1.0}, "warmup"),
-        ({"what": ()}, "what"),
-        ({"what": ("weights",)}, "what"),
-        ({"precision": "fp16"}, "precision"),
+        ({"steps": 0}, "heal.steps"),
+        ({"batch_tokens": 1}, "heal.batch_tokens"),
+        ({"learning_rate": 0.0}, "heal.learning_rate"),
+        ({"learning_rate": float("nan")}, "heal.learning_rate"),
+        ({"temperature": -1.0}, "heal.temperature"),
+        ({"warmup": 1.0}, "heal.warmup"),
+        ({"what": ()}, "heal.what"),
+        ({"what": ("weights",)}, "heal.what"),
+        ({"precision": "fp16"}, "heal.precision"),
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict[str, Any], where: str) -> None:

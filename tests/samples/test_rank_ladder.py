@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import tiny_options
+from made_recipes import made_recipe
 from papers.joint_rank.ladder import RankLadder
 from transformers import PreTrainedModel
 
@@ -36,13 +36,13 @@ def test_cut_is_what_rewrite_computes(
     llama: Path, groups: tuple[str, ...], qk: Literal["whole", "per-head"], metric: Literal["none", "self"]
 ) -> None:
     source = open_source(llama)
-    options = tiny_options(
+    options = made_recipe(
         groups=groups,
         qk=qk,
         rank=RankRule("keep", 0.7),
         rank_multiple=1,
         quant=None,
-        embedding_quant=None,
+        table=None,
         calibration=CalibrationOptions(metric, tokens=512),
     )
     inputs = compression_inputs(source, options)

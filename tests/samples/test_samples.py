@@ -12,7 +12,6 @@ import pytest
 
 from rk_export import Plan
 from rk_export.folders import check_manifest
-from rk_export.report.records import Report
 from rk_export.runtime import Generation, GenerationOptions, Session
 
 pytestmark = pytest.mark.whole
@@ -83,27 +82,24 @@ def test_script_explains_itself(
     assert "usage" in capsys.readouterr().out
 
 
-def test_demo(llama: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"context": 32, "tokens": 64, "prompt-tokens": 8, "new-tokens": 4, "repeats": 1, "threads": 1}
+def test_demo(llama: Path, prose: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = {"context": 32, "tokens": 64, "threads": 1, "size": "0.3MB"}
     arguments = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     paths = ["--model", str(llama), "--text", str(prose), "--out", str(tmp_path)]
     assert importlib.import_module("demo").main([*paths, "--question", "Where?", *arguments]) == 0
-    shown = capsys.readouterr().out
-    for line in ("kept parameters", "perplexity", "tokens per second", "Parity", "Answer", "report.html"):
+    shown = capfd.readouterr().out
+    for line in ("$ rk-export compress", "perplexity on", "decode tok/s", "parity passed", "report.html"):
         assert line in shown
-    bundle = tmp_path / "bundle"
-    check_manifest(bundle)
-    report = Report.load(bundle / "report.json")
-    assert set(report.speed) == {"prefill", "decode"}
-    assert set(report.perplexity) == {"dense", "compressed (ONNX Runtime)"}
-    assert "prefill" in (bundle / "report.html").read_text(encoding="utf-8")
+    for name in ("default", "0.3MB", "w8a8", "dense"):
+        check_manifest(tmp_path / name)
+    assert "decode" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
-def test_demo_reports_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_reports_bad_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     absent = str(tmp_path / "absent")
     words = ["--model", absent, "--text", absent, "--out", str(tmp_path / "out")]
     assert importlib.import_module("demo").main(words) == 2
-    assert "absent" in capsys.readouterr().err
+    assert "absent" in capfd.readouterr().err
 
 
 def test_quickstart(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import edit_config
 from conftest import Cli
 
-DENSE = ("--bits", 16, "--groups", "none", "--metric", "none", "--device", "cpu")
+DENSE = ("--recipe", "floats", "--set", "calibration.text=none", "--device", "cpu")
 
 
 @pytest.fixture
@@ -73,8 +73,11 @@ def test_a_folder_in_place_of_the_weights(cli: Cli, model: Path, tmp_path: Path)
 
 
 def test_a_context_shorter_than_the_probe_names_the_option(cli: Cli, llama: Path, tmp_path: Path) -> None:
-    ended = cli("compress", llama, "-o", tmp_path / "out", "--context-length", 8, *DENSE)
-    assert (ended.code, "--context-length: a context of 8" in ended.err) == (2, True), ended.err
+    ended = cli("compress", llama, "-o", tmp_path / "out", *DENSE, "--set", "target.context_length=8")
+    assert (
+        ended.code,
+        "--set target.context_length=8: target.context_length: a context of 8" in ended.err,
+    ) == (2, True), ended.err
 
 
 def test_a_name_that_no_file_system_takes(cli: Cli, llama: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rk_export.errors import InputError
 from rk_export.folders import check_manifest
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import has_rotated_head, preparations_of
-from rk_export.options.recipe import PREPARATIONS
+from rk_export.options.prepare import PREPARATIONS
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.prepared import Prepared, save_prepared

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_files import edit_config
 from compressed_models import arguments, compressed, compressed_config
+from made_recipes import made_recipe
 from quantized_models import (
     AWQ_CONFIG,
     BITSANDBYTES,
@@ -36,7 +37,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rk_export import Recipe, compress, export
+from rk_export import compress, export
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.run import Run
@@ -436,7 +437,7 @@ def test_a_quantized_source_is_exported_and_compressed(
     compress(
         tmp_path / "model",
         tmp_path / "int4",
-        Recipe(calibration=CalibrationOptions(tokens=512)),
+        made_recipe(calibration=CalibrationOptions(tokens=512)),
         run=Run(threads=1),
     )
     assert caplog.text.count("GPTQ (4 bits, groups of 32): 7 matrices are dequantized") == 2

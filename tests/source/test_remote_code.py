@@ -23,7 +23,7 @@ from rk_export.training.state import StateFile
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("config", "model", "tokenizer", "generation", "decoding")
-SMALL = ("--groups", "none", "--bits", 16, "--device", "cpu", "--threads", 1)
+SMALL = ("--recipe", "floats", "--device", "cpu", "--threads", 1)
 
 
 @pytest.fixture

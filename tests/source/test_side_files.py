@@ -1,4 +1,4 @@
-"""Bundle files: atomic output folder, manifest, side files, GenAI config, Triton repository, model card."""
+"""Bundle files: atomic output folder, manifest, side files, GenAI config, model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,7 +16,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from rk_export import folders
 from rk_export.bundle.genai import genai_config, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
-from rk_export.bundle.triton import triton_repository
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, check_free_space, check_manifest, write_manifest
 from rk_export.source.side_files import write_side_files
@@ -313,70 +311,7 @@ def test_genai_takes_the_config_and_tokenizes_alike(source: Path, tmp_path: Path
     assert tokens == Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
 
 
-# --- Triton and model card
-
-
-def graph_of(folder: Path, kind: int = onnx.TensorProto.FLOAT) -> None:
-    """A graph with the bundle's kind of inputs and one external tensor; it is never run."""
-    make = onnx.helper.make_tensor_value_info
-    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [256], bytes(1024), raw=True)
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", ["past_key_values.0.key"], ["present.0.key"])],
-        "g",
-        [
-            make("input_ids", onnx.TensorProto.INT64, ["batch", "length"]),
-            make("past_key_values.0.key", kind, ["batch", 2, "past", 16]),
-        ],
-        [make("present.0.key", kind, ["batch", 2, "total", 16])],
-        [weight],
-    )
-    onnx.save_model(
-        onnx.helper.make_model(graph),
-        folder / "model.onnx",
-        save_as_external_data=True,
-        location="model.onnx.data",
-        size_threshold=100,
-    )
-
-
-def test_triton_repository_shares_the_files_and_describes_the_tensors(tmp_path: Path) -> None:
-    graph_of(tmp_path, onnx.TensorProto.FLOAT16)
-    place = triton_repository(tmp_path, "tiny", ep="cuda", max_batch_size=4)
-
-    model = place / "1" / "model.onnx"
-    assert sorted(p.name for p in model.iterdir()) == ["model.onnx", "model.onnx.data"]
-    assert (model / "model.onnx.data").samefile(tmp_path / "model.onnx.data")
-    text = (place / "config.pbtxt").read_text()
-    assert 'backend: "onnxruntime"' in text
-    assert "max_batch_size: 4" in text
-    assert 'input [ { name: "input_ids", data_type: TYPE_INT64, dims: [ -1 ] } ]' in text
-    assert 'output [ { name: "present.0.key", data_type: TYPE_FP16, dims: [ 2, -1, 16 ] } ]' in text
-    assert "KIND_GPU" in text
-    assert 'name: "cuda"' in text
-    assert text.count("{") == text.count("}")
-
-
-def test_triton_on_cpu_names_no_accelerator_and_copies_without_hard_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*paths: Path) -> None:
-        raise OSError(errno.EPERM, "no links here")
-
-    graph_of(tmp_path)
-    monkeypatch.setattr(os, "link", refuse)
-    place = triton_repository(tmp_path, "tiny")
-    copy = place / "1" / "model.onnx" / "model.onnx.data"
-    assert copy.read_bytes() == (tmp_path / "model.onnx.data").read_bytes()
-    assert "accelerator" not in (place / "config.pbtxt").read_text()
-
-
-def test_triton_refuses_what_it_cannot_describe(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.onnx is missing"):
-        triton_repository(tmp_path, "tiny")
-    graph_of(tmp_path, onnx.TensorProto.UINT16)
-    with pytest.raises(InputError, match=r"past_key_values\.0\.key has type UINT16"):
-        triton_repository(tmp_path, "tiny")
-    assert not (tmp_path / "triton").exists()
+# --- model card
 
 
 def test_the_model_card_has_front_matter_results_and_every_runtime() -> None:

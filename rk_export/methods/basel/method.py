@@ -32,17 +32,14 @@ class BasisSelection(Method[BaselOptions]):
 
     def check(self, source: Source, recipe: Recipe) -> None:
         """Refuse encoders, experts, a rank rule that cannot be met, and texts that cannot be used."""
-        if recipe.rank is not None:
-            check_selection(source, recipe.rank, self.options)
+        check_selection(source, self.options.rule, self.options)
         task_tokens(source, self.options)
 
     def transform(self, work: Work) -> Transformed:
         """Return the model with the trained values."""
-        if work.recipe.rank is None:
-            raise ValueError("basis selection needs a rank rule")
         tokens = task_tokens(work.source, self.options)
         self._selection = select_basis(
-            work.source, tokens, work.recipe.rank, self.options, device=work.device, state=work.state
+            work.source, tokens, self.options.rule, self.options, device=work.device, state=work.state
         )
         self.findings = (self._selection.finding,)
         return work.source.then(Replaced(self._selection.tensors))
@@ -51,11 +48,11 @@ class BasisSelection(Method[BaselOptions]):
         """Store every matrix at the rank that was left; the second singular value decomposition loses nothing."""
         if self._selection is None:
             raise RuntimeError("`transform` comes first")
-        ranks, options = self._selection.ranks, work.recipe
-        form: Form = "identity" if options.form == "identity" else "joint"
+        ranks = self._selection.ranks
+        form: Form = "identity" if self.options.form == "identity" else "joint"
 
         def decided(site: SitePlan) -> SitePlan:
-            site = replace(site, quant=options.quant)
+            site = replace(site, quant=work.recipe.format_of(site.members[0], site.paths[0], site.layer))
             if rank := ranks.get(site.matrices[0], 0):
                 return replace(site, form=form, rank=rank)
             return replace(site, reason="the selected bases are no smaller than the dense matrix")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal, cast
 
 from rk_export.errors import FieldError
-from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.choices import require_choice
-from rk_export.options.method import MethodOptions, Stage, flag
 from rk_export.options.ranks import Budget, RankRule
-from rk_export.options.recipe import Recipe
-from rk_export.options.texts import TextFile
+from rk_export.options.step import MethodOptions, Stage
+from rk_export.options.texts import TextSource
 
 
 @dataclass(frozen=True)
 class BaselOptions(MethodOptions):
-    """Basis selection for a target task (2405.15877); how much is kept is the rank rule's affair.
+    """Basis selection for a target task (2405.15877).
 
     Args:
-        target: UTF-8 text of the task.
+        target: The text of the task, a UTF-8 file.
+        keep: Share of the parameters of all linear layers that stays at the end.
+        energy: Share of the importances that stays at the end, instead of `keep`.
         steps: Training steps while directions are dropped.
         tune: Steps that train the factors afterwards, ranks fixed.
         batch_tokens: Tokens of a step.
@@ -30,67 +30,57 @@ class BaselOptions(MethodOptions):
             |coefficient x gradient|, or `second-order` for the loss' quadratic increase without it.
         bases: The directions of a matrix: `plain` singular ones (the paper's), or those of the matrix `whitened` by
             the second moment of its inputs on the task's text, which say how much each one matters there.
+        form: How factor pairs are stored: `plain`, or `identity`.
         learning_rate: Largest step of a tensor, relative to its root mean square.
         seed: Of the order of the text and of the new bases.
     """
 
     name: ClassVar[str] = "basel"
     stage: ClassVar[Stage] = "decide"
-    asked_by: ClassVar[str] = "--method basel"
-    by_name: ClassVar[bool] = True
     trained: ClassVar[str] = "was trained for a task"
 
-    target: TextFile = flag("--target", "text of the task, UTF-8", read=TextFile.of, metavar="FILE")
-    steps: int = flag("--steps", "steps of training (default 200)", default=200, read=int)
-    tune: int = flag("--tune", "steps that train the factors afterwards (default 0)", default=0, read=int)
+    target: TextSource
+    keep: float | None = None
+    energy: float | None = None
+    steps: int = 200
+    tune: int = 0
     batch_tokens: int = 1024
-    new_basis: int = flag("--new-basis", "rank of the new bases (default 32)", default=32, read=int)
+    new_basis: int = 32
     events: int = 100
-    importance: Literal["magnitude", "gradient", "second-order"] = flag(
-        "--importance",
-        "magnitude, gradient or second-order (default magnitude, the paper's)",
-        default="magnitude",
-    )
-    bases: Literal["plain", "whitened"] = flag(
-        "--bases", "plain directions (default, the paper's) or whitened by the task's inputs", default="plain"
-    )
+    importance: Literal["magnitude", "gradient", "second-order"] = "magnitude"
+    bases: Literal["plain", "whitened"] = "plain"
+    form: Literal["plain", "identity"] = "plain"
     learning_rate: float = 1e-2
     seed: int = 0
 
     def __post_init__(self) -> None:
         choices = ("magnitude", "gradient", "second-order")
-        require_choice("importance", self.importance, choices, "--importance")
-        require_choice("choice", self.bases, ("plain", "whitened"), "--bases")
+        require_choice("importance", self.importance, choices, "basel.importance")
+        require_choice("choice", self.bases, ("plain", "whitened"), "basel.bases")
+        require_choice("form", self.form, ("plain", "identity"), "basel.form")
         self.require_least(steps=1, tune=0, batch_tokens=1, new_basis=0, events=1)
-        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise FieldError(
-                f"a learning rate of {self.learning_rate}", where=self.name, fix="give a number above 0"
-            )
+        self.require_positive("learning_rate")
+        if (self.keep is None) == (self.energy is None):
+            raise FieldError("it ends at one share", where="basel", fix="give keep or energy")
+        _ = self.rule  # it refuses what is no share
 
-    def check_with(self, recipe: Recipe) -> None:
-        """Refuse anything but a share of the parameters or of the importances."""
-        if recipe.rank is None or recipe.rank.kind == "rank" or recipe.budget is not None:
-            raise FieldError(
-                "basis selection ends at a kept share of the parameters, or of the importances",
-                where=self.name,
-                fix=f"give {self.needed()}, and no other budget",
-            )
+    @property
+    def rule(self) -> RankRule:
+        """How much is kept at the end: of the parameters, or of the importances."""
+        if self.keep is not None:
+            return RankRule("keep", self.keep)
+        return RankRule("energy", cast(float, self.energy))
+
+    def with_amount(self, budget: Budget) -> BaselOptions:
+        """Return the step at another share of the parameters."""
+        if budget.kind != "keep":
+            raise FieldError("basis selection ends at a share", where=budget.flag, fix="give --keep SHARE")
+        return replace(self, keep=budget.amount, energy=None)
+
+    def with_texts(self, files: tuple[Path, ...]) -> BaselOptions:
+        """Return the step with the path of the task's text, if it is among some files."""
+        return replace(self, target=self.target.found_in(files))
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""
         return f"basis selection for the task of {self.target.name} (arXiv 2405.15877)"
-
-    def recipe(self, amount: RankRule | Budget) -> Recipe:
-        """Return basis selection as published: floats, and nothing weighed but by its own training."""
-        if not isinstance(amount, RankRule):
-            raise TypeError("basis selection takes a rank rule")
-        return Recipe(
-            groups=(),
-            rank=amount,
-            methods=(self,),
-            quant=None,
-            embedding_quant=None,
-            prepare=(),
-            quantizer="rtn",
-            calibration=UNWEIGHED,
-        )

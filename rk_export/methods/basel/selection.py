@@ -125,8 +125,8 @@ def check_selection(source: Source, rank: RankRule, options: BaselOptions) -> No
     if rank.kind == "rank":
         raise InputError(
             f"one rank {rank.value:.0f} for all matrices leaves nothing to choose",
-            where="--rank",
-            fix="give --keep or --energy",
+            where="basel",
+            fix="give keep or energy",
         )
     sizes = _sizes(source, options.new_basis)
     least = sum(size.stored(1) for size in sizes) / sum(size.dense for size in sizes)
@@ -134,7 +134,7 @@ def check_selection(source: Source, rank: RankRule, options: BaselOptions) -> No
         raise InputError(
             f"new bases of rank {options.new_basis} and one direction of each matrix hold {least:.4f} of the "
             f"parameters already, more than {rank.value}",
-            where="--keep",
+            where="basel.keep",
             fix="keep more, or give the new bases a smaller rank",
         )
 

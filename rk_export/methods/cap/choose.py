@@ -22,7 +22,6 @@ from rk_export.methods.sparse_sites import (
     check_source,
     keeps_nothing,
     log_choice,
-    option_of,
     share_of_entries,
 )
 from rk_export.options.ranks import Budget
@@ -108,7 +107,7 @@ def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> 
     if total <= amount:
         raise InputError(
             f"all candidates cost {total:.4g}, the budget is {amount:.4g}: there is nothing to choose",
-            where=option_of(budget),
+            where=budget.flag,
             fix="give less, or leave the matrices dense",
         )
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from rk_export.errors import FieldError
 from rk_export.options.choices import require_choice
-from rk_export.options.method import MethodOptions, Stage, flag
-from rk_export.options.ranks import Budget, RankRule
-from rk_export.options.recipe import Recipe
+from rk_export.options.ranks import Budget, Bytes, share_and_size, share_or_size
+from rk_export.options.step import MethodOptions, Stage
 
 
 @dataclass(frozen=True)
 class CapOptions(MethodOptions):
-    """Global rank and sparsity optimization (2505.03801); the budget says how much may be kept.
+    """Global rank and sparsity optimization (2505.03801).
 
     Args:
-        iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
+        keep: Share of all parameters of the matrices that stays, rank and entries together.
+        size: Bytes of the model's files, such as `90MB`, instead of `keep`.
         selector: `policy` is the paper's policy gradient over the parts of the split, `pools` takes of the same
             parts those of largest predicted gain per price. `auction`, ours, leaves the split aside and spends the
             budget on mixtures of rank and entries that are fitted anew. `wanda` (2306.11695) and `magnitude` keep
             entries only, as many in every row or matrix.
         steps: Updates of the policy, one forward pass each.
+        iterations: Of the alternating directions that split a matrix into low rank and sparse, for the policy.
         learning_rate: Of the policy.
         window: Losses that the moving baseline averages.
         batch_tokens: Tokens of an update.
@@ -32,17 +31,13 @@ class CapOptions(MethodOptions):
 
     name: ClassVar[str] = "cap"
     stage: ClassVar[Stage] = "decide"
-    asked_by: ClassVar[str] = "--method cap"
-    by_name: ClassVar[bool] = True
-    amount: ClassVar[Literal["rank rule", "budget"]] = "budget"
     weighs_outputs: ClassVar[bool] = True
-    decides_form: ClassVar[bool] = True
 
+    keep: float | None = None
+    size: Bytes | None = None
+    selector: Literal["policy", "pools", "auction", "wanda", "magnitude"] = "policy"
+    steps: int = 100
     iterations: int = 10
-    selector: Literal["policy", "pools", "auction", "wanda", "magnitude"] = flag(
-        "--selector", "policy (default, the paper's), pools, auction, wanda or magnitude", default="policy"
-    )
-    steps: int = flag("--steps", "steps of the search (default 100)", default=100, read=int)
     learning_rate: float = 0.05
     window: int = 5
     batch_tokens: int = 1024
@@ -50,35 +45,21 @@ class CapOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         choices = ("policy", "pools", "auction", "wanda", "magnitude")
-        require_choice("selector", self.selector, choices, "--selector")
+        require_choice("selector", self.selector, choices, "cap.selector")
         self.require_least(iterations=1, steps=1, window=1, batch_tokens=1)
-        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
-            raise FieldError(
-                f"a learning rate of {self.learning_rate}", where=self.name, fix="give a number above 0"
-            )
+        self.require_positive("learning_rate")
+        _ = self.budget  # it refuses anything but one amount
 
-    def check_with(self, recipe: Recipe) -> None:
-        """Refuse anything but a budget of parameters or bytes."""
-        if recipe.rank is not None:
-            raise FieldError(
-                "a rank rule does not say how much is sparse", where=self.name, fix=f"give {self.needed()}"
-            )
-        if recipe.budget is None or recipe.budget.kind not in ("keep", "size"):
-            raise FieldError(
-                "low rank and sparse parts are paid from a budget of parameters or bytes",
-                where=self.name,
-                fix=f"give {self.needed()}",
-            )
+    @property
+    def budget(self) -> Budget:
+        """What low rank and sparse parts may cost together."""
+        return share_or_size(self.name, self.keep, self.size)
+
+    def with_amount(self, budget: Budget) -> CapOptions:
+        """Return the step at another share or size."""
+        keep, size = share_and_size(self.name, budget)
+        return replace(self, keep=keep, size=size)
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""
         return "low rank plus sparse matrices (arXiv 2505.03801)"
-
-    def recipe(self, amount: RankRule | Budget) -> Recipe:
-        """Return the method as published: floats.
-
-        Matrices are not rotated before: that would spread the entries that the sparse part is to hold.
-        """
-        if not isinstance(amount, Budget):
-            raise TypeError("global rank and sparsity optimization takes a budget")
-        return Recipe(groups=(), budget=amount, methods=(self,), quant=None, embedding_quant=None, prepare=())

@@ -76,7 +76,7 @@ def heal(
         if not tensors:
             raise InputError(
                 "the compressed model has none of them",
-                where=f"what={','.join(options.what)}",
+                where="heal.what",
                 fix=f"choose among {', '.join(TRAINABLE)}, or leave recovery out",
             )
         training = _Recovery(rewritten, source, tokens, options, tensors, dtype)
@@ -98,7 +98,7 @@ class _Recovery(Training):
         tensors: dict[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        super().__init__("recovery", "--heal", tokens, options.batch_tokens, options.steps, options.seed)
+        super().__init__("recovery", "heal", tokens, options.batch_tokens, options.steps, options.seed)
         self._tokens = tokens[: options.steps * self._batch]
         self._model, self._options, self._tensors, self._dtype = rewritten.model, options, tensors, dtype
         self._device = rewritten.model.device
@@ -155,7 +155,7 @@ def _check(rewritten: Rewritten, tokens: Tensor) -> None:
     if rewritten.architecture.is_encoder:
         raise InputError(
             f"{config.model_type} is an encoder: it predicts no next token",
-            where="--heal",
+            where="heal",
             fix="leave it out",
         )
     check_tokens(config, tokens)

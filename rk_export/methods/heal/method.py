@@ -26,7 +26,9 @@ class Heal(Method[HealOptions]):
         """Refuse encoders, and recovery without text."""
         if source.architecture.is_encoder or not recipe.calibration.uses_text:
             raise InputError(
-                "recovery trains a decoder on text", where="--heal", fix="choose --metric self or corpus:FILE"
+                "recovery trains a decoder on text",
+                where="heal",
+                fix="set calibration.text to self or to a file",
             )
 
     def recover(self, rewritten: Rewritten, teacher: Source, work: Work) -> Rewritten:

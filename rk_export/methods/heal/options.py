@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from rk_export.errors import FieldError
 from rk_export.options.choices import require_choice
-from rk_export.options.method import MethodOptions, Stage, flag
+from rk_export.options.step import MethodOptions, Stage, listed
 
 # What can be trained: factors (pairs, corrections, and reduced heads), norm gains, biases, and the scales of
 # quantized matrices. Codes, zero points, dense matrices and embeddings stay.
@@ -32,35 +32,33 @@ class HealOptions(MethodOptions):
 
     name: ClassVar[str] = "heal"
     stage: ClassVar[Stage] = "recover"
-    asked_by: ClassVar[str] = "--heal"
     sized_by_shapes: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
     trained: ClassVar[str] = "was healed"
 
-    steps: int = flag("--heal", "steps of recovery afterwards", read=int, metavar="STEPS")
+    steps: int
     batch_tokens: int = 1024
     learning_rate: float = 3e-4
     warmup: float = 0.1
     seed: int = 0
     temperature: float = 1.0
-    what: tuple[str, ...] = TRAINABLE
+    what: tuple[str, ...] = listed(TRAINABLE)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise FieldError(f"{self.steps} steps train nothing", where="--heal", fix="give at least 1")
-        self.require_least(batch_tokens=2)
-        for name in ("learning_rate", "temperature"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise FieldError(f"{value} is out of range", where=name, fix="give a number above 0")
+        self.require_least(steps=1, batch_tokens=2)
+        self.require_positive("learning_rate", "temperature")
         if not 0 <= self.warmup < 1:
-            raise FieldError(f"{self.warmup} is no share of the steps", where="warmup", fix="0.1 is a tenth")
+            raise FieldError(
+                f"{self.warmup} is no share of the steps", where="heal.warmup", fix="0.1 is a tenth"
+            )
         if not self.what or set(self.what) - set(TRAINABLE):
             raise FieldError(
-                f"cannot train {list(self.what)}", where="what", fix=f"choose from {', '.join(TRAINABLE)}"
+                f"cannot train {list(self.what)}",
+                where="heal.what",
+                fix=f"choose from {', '.join(TRAINABLE)}",
             )
-        require_choice("precision", self.precision, ("auto", "fp32", "bf16"), "precision")
+        require_choice("precision", self.precision, ("auto", "fp32", "bf16"), "heal.precision")
 
     def describe(self) -> str:
         """Return what it does, in words for the model card."""

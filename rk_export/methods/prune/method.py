@@ -25,14 +25,16 @@ class Prune(Method[PruneOptions]):
         if self.options.blocks and not recipe.calibration.uses_text:
             raise InputError(
                 f"blocks are judged on text, which the metric {recipe.calibration.metric} does not read",
-                where="--prune-blocks",
-                fix="choose --metric self or corpus:FILE",
+                where="prune.blocks",
+                fix="set calibration.text to self or to a file",
             )
         kept = tuple(range(source.layer_count - self.options.blocks))
         groups: tuple[tuple[int, ...], ...] = ()
-        if self.options.kv_groups is not None:
-            groups = (tuple(range(self.options.kv_groups)),) * len(kept)
-        pruned_description(source.description, Pruning(kept, kept_width(source, self.options.ffn), groups))
+        if self.options.kv_heads_keep is not None:
+            groups = (tuple(range(self.options.kv_heads_keep)),) * len(kept)
+        pruned_description(
+            source.description, Pruning(kept, kept_width(source, self.options.ffn_keep), groups)
+        )
 
     def transform(self, work: Work) -> Transformed:
         """Return what is left; a plan says what stays, else calibration text decides, or the weights without it."""

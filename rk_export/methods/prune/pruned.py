@@ -169,14 +169,14 @@ def chosen_pruning(
     check_blocks(count, options)
     blocks = tuple(sorted(sorted(range(count), key=lambda block: influence[block])[options.blocks :]))
     groups: tuple[tuple[int, ...], ...] = ()
-    if (wanted := options.kv_groups) is not None:
+    if (wanted := options.kv_heads_keep) is not None:
         scores = [
             group_scores(layer, *_known(source.description, layer, statistics))
             for layer in source.layers()
             if layer.index in blocks
         ]
         groups = tuple(tuple(largest(score, min(wanted, len(score))).tolist()) for score in scores)
-    return Pruning(blocks, kept_width(source, options.ffn), groups)
+    return Pruning(blocks, kept_width(source, options.ffn_keep), groups)
 
 
 def check_blocks(count: int, options: PruneOptions) -> None:
@@ -187,7 +187,7 @@ def check_blocks(count: int, options: PruneOptions) -> None:
     """
     if options.blocks >= count:
         raise InputError(
-            f"{options.blocks} of {count} blocks", where="--prune-blocks", fix=f"drop at most {count - 1}"
+            f"{options.blocks} of {count} blocks", where="prune.blocks", fix=f"drop at most {count - 1}"
         )
 
 
@@ -204,7 +204,7 @@ def kept_width(source: Source, share: float) -> int | None:
     if width == 0:
         raise InputError(
             f"{share:g} of {present} neurons is less than {WIDTH_MULTIPLE}",
-            where="--prune-ffn",
+            where="prune.ffn_keep",
             fix="give a larger share",
         )
     return width

@@ -8,10 +8,12 @@ are refused, from the header alone, before a weight is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from rk_export.source.gguf.tokenizer import WHOLE_WORDS_FIRST, check_tokenizer, 
 
 logger = logging.getLogger(__name__)
 
+_QUANTIZATION = re.compile(r"[.-](?:I?Q\d(?:_\w+)?|MXFP4|BF16|F16|F32)$", re.IGNORECASE)
 CACHE = tensor_cache.CACHE / "gguf"
 # Raise what changes: cached folders of an older format are then made again, the others stay.
 _FORMAT, _FORMAT_OF_WHOLE_WORDS = 2, 3
@@ -66,13 +69,23 @@ def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     conversion = _read(Path(path).expanduser())
     source = conversion.source
     root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
-    folder = root / f"{source.stem}-{source.digest()[:16]}-v{_format(source)}"
+    folder = root / f"{source.digest()[:16]}-v{_format(source)}" / model_name(source.stem)
     if folder.is_dir():
         logger.info("%s: already converted, %s", source.path.name, folder)
         return folder
-    with AtomicFolder(folder, force=True) as partial:
-        _convert(conversion, partial)
+    try:
+        with AtomicFolder(folder, force=True) as partial:
+            _convert(conversion, partial)
+    except BaseException:
+        with contextlib.suppress(OSError):  # where it holds another name's model
+            folder.parent.rmdir()
+        raise
     return folder
+
+
+def model_name(stem: str) -> str:
+    """Return the name of a model from that of its file: without the quantization that people write behind it."""
+    return _QUANTIZATION.sub("", stem)
 
 
 def _format(source: GgufFile) -> int:

@@ -107,7 +107,7 @@ def _check_formats(config: Mapping[str, Any], groups: list[Mapping[str, Any]]) -
         raise InputError(
             "the checkpoint rotates activations while it runs (transform_config), which the graph does not",
             where="quantization_config: transform_config",
-            fix="use the original checkpoint, and --prepare for rotations that are folded into the weights",
+            fix="use the original checkpoint, and a step prepare for rotations that are folded into the weights",
         )
 
 

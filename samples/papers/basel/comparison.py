@@ -17,7 +17,7 @@ from rk_export import (
     BaselOptions,
     CalibrationOptions,
     EvalText,
-    RankRule,
+    Factorize,
     Recipe,
     Run,
     TextFile,
@@ -102,16 +102,9 @@ class Comparison:
         calibration = CalibrationOptions("none")
         if target is not None:
             corpus = TextFile.of(self.training[target])
-            calibration = CalibrationOptions("corpus", corpus=corpus, tokens=CALIBRATION, gradients=False)
-        options = Recipe(
-            groups=SINGLE,
-            rank=RankRule("keep", keep),
-            rank_multiple=1,
-            quant=None,
-            embedding_quant=None,
-            calibration=calibration,
-        )
-        rewritten = rewrite_model(self.model, options, run=Run(device=str(self.device)))
+            calibration = CalibrationOptions(corpus, tokens=CALIBRATION, gradients=False)
+        recipe = Recipe((Factorize(SINGLE, keep=keep, rank_multiple=1),), calibration)
+        rewritten = rewrite_model(self.model, recipe, run=Run(device=str(self.device)))
         pairs = [finding for finding in rewritten.findings if finding.outcome.value == "applied"]
         kept = sum(pair.bytes_after for pair in pairs if pair.bytes_before)
         kept /= sum(pair.bytes_before for pair in pairs)
@@ -122,6 +115,7 @@ class Comparison:
         source, whitened = open_source(self.model), importance == WHITENED
         options = BaselOptions(
             TextFile.of(self.training[target]),
+            keep=keep,
             steps=self.steps,
             importance="magnitude" if whitened else importance,
             bases="whitened" if whitened else "plain",
@@ -132,8 +126,7 @@ class Comparison:
         tokens = target_tokens(self.training[target], source.folder, length, count)
         state = self.work / f"basel-{target}-{keep}-{importance}-{self.steps}-{self.rate}.pt"
         state.parent.mkdir(parents=True, exist_ok=True)
-        rank = RankRule("keep", keep)
-        selection = select_basis(source, tokens, rank, options, device=self.device, state=state)
+        selection = select_basis(source, tokens, options.rule, options, device=self.device, state=state)
         details = selection.finding.details or {}
         told = ("kept", "steps", "tokens", "new_basis", "smallest_rank", "largest_rank", "dense")
         return {

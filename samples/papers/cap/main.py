@@ -29,7 +29,7 @@ from assets import wiki_text
 from measure import harness
 from measure.harness import Results
 from papers.cap.report import write
-from papers.cap.workshop import Workshop, wanted
+from papers.cap.workshop import KEPT, Workshop, wanted
 
 from rk_export import CalibrationOptions, CapOptions, TextFile, open_source
 
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def script(args: argparse.Namespace) -> None:
     """Measure and report."""
     corpus, text = args.calibration or wiki_text("calib"), harness.text_of(args)
-    options = CapOptions(steps=args.steps, batch_tokens=args.batch_tokens)
+    options = CapOptions(keep=min(KEPT), steps=args.steps, batch_tokens=args.batch_tokens)
     model = harness.model_of(args)
     workshop = Workshop(
         model,
         open_source(model),
-        CalibrationOptions("corpus", TextFile.of(corpus), args.calibration_tokens),
+        CalibrationOptions(TextFile.of(corpus), args.calibration_tokens),
         options,
         text,
         torch.device(args.device),

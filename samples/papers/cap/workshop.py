@@ -18,6 +18,7 @@ from rk_export import (
     CalibrationOptions,
     CapOptions,
     EvalText,
+    Factorize,
     Recipe,
     Run,
     SslcOptions,
@@ -88,7 +89,7 @@ class Workshop:
         model: What the dense model is called.
         source: It.
         calibration: The text of statistics and policy.
-        options: Of CAP.
+        options: Of CAP; every row has a share of its own.
         text: Where perplexity is measured.
         device: Where matrices are split and the model runs.
     """
@@ -175,7 +176,7 @@ class Workshop:
             return sslc_parts(
                 self.source,
                 Budget("keep", keep),
-                SslcOptions(),
+                SslcOptions(keep=keep),
                 statistics=self.statistics,
                 device=self.device,
             )
@@ -199,17 +200,9 @@ class Workshop:
         return asked | self._row(model) | self._facts(parts) | losses
 
     def _svd(self, keep: float) -> Row:
-        options = Recipe(
-            groups=SINGLE,
-            budget=Budget("keep", keep),
-            form="plain",
-            rank_multiple=1,
-            quant=None,
-            embedding_quant=None,
-            prepare=(),
-            calibration=self.calibration,
-        )
-        rewritten = rewrite_model(self.model, options, run=Run(device=str(self.device)))
+        factorize = Factorize(SINGLE, form="plain", rank_multiple=1)
+        recipe = Recipe((factorize,), self.calibration, Budget("keep", keep))
+        rewritten = rewrite_model(self.model, recipe, run=Run(device=str(self.device)))
         shapes, kept = linear_shapes(self.source), 0
         for site in rewritten.plan.sites:
             rows, columns = shapes[site.layer, site.paths[0]]

@@ -112,7 +112,7 @@ class RankLadder:
             form: Literal["joint", "per_head"] = "per_head" if per_head else "joint"
             sites = [
                 replace(site, form=form, rank=1)
-                for site in dense_sites(layer, projections, Recipe(groups=groups))
+                for site in dense_sites(layer, projections, Recipe(), groups)
                 if site.members in members
             ]
             pairs += _pairs_of(layer, sites, known.of_sites(layer, sites))

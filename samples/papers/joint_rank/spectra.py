@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from measure.harness import COLORS, Measure, Row, Rows, legend, new_figure, short, styled, table
 from papers.joint_rank.study import METRICS, MetricName, Part, Study, listed, paired
 
-from rk_export import Recipe, Run, analyze
+from rk_export import Factorize, Recipe, Run, analyze
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RANK_SHARES, RankShare, adaptive_ranks
 
 SPECTRA_GROUPS = (("qk", "gate_up", "v", "o", "down"), ("q", "k", "gate", "up"))
@@ -41,7 +41,8 @@ def _spectra_row(study: Study) -> Row:
     for groups in SPECTRA_GROUPS:
         with TemporaryDirectory() as folder:
             out = Path(folder) / "report"
-            report = analyze(study.source.folder, out, Recipe(groups=groups), run=Run(device="cpu"))
+            recipe = Recipe((Factorize(groups, keep=0.95),))
+            report = analyze(study.source.folder, out, recipe, run=Run(device="cpu"))
         for item in report.spectra:
             role = roles.setdefault(item.target.rpartition(".")[2], {name: [] for name in SUMMARIES})
             for name in SUMMARIES:

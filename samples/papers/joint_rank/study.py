@@ -19,7 +19,7 @@ from papers.joint_rank.ladder import GROUPS, RankLadder
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export import CalibrationOptions, EvalText, RankRule, Recipe, StoredModel
+from rk_export import CalibrationOptions, EvalText, Factorize, Recipe, StoredModel
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.recorders import InputRecorder, recording
 from rk_export.commands.compression_inputs import compression_inputs
@@ -141,10 +141,8 @@ class Study:
             return None
         if name not in self._statistics:
             calibration = CalibrationOptions(metric, tokens=self.protocol.calibration_tokens)
-            options = Recipe(
-                rank=RankRule("keep", 0.9), quant=None, embedding_quant=None, calibration=calibration
-            )
-            found = compression_inputs(self.source_of(name), options).statistics
+            recipe = Recipe((Factorize(keep=0.9),), calibration)
+            found = compression_inputs(self.source_of(name), recipe).statistics
             if found is None:
                 raise RuntimeError("the metric self gathers statistics")
             self._statistics[name] = found

@@ -6,10 +6,10 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import onnx
 
+from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ _TYPES = {
     onnx.TensorProto.INT64: "TYPE_INT64",
     onnx.TensorProto.INT32: "TYPE_INT32",
 }
+_MAX_BATCH_SIZE = 8  # requests of equal shape that the server may join
 _CUDA = """\
 optimization {
   execution_accelerators {
@@ -33,61 +34,54 @@ optimization {
 """
 
 
-def triton_repository(
-    folder: Path, name: str, *, ep: Literal["cpu", "cuda"] = "cpu", max_batch_size: int = 8
-) -> Path:
-    """Add ``triton/{name}`` to a bundle; Triton is then started with ``--model-repository {folder}/triton``.
+def write_repository(deployment: Deployment, folder: Path) -> None:
+    """Write ``NAME/`` into a folder; Triton is then started with ``--model-repository`` of that folder.
 
     The graph and its external data appear as hard links in a directory called ``model.onnx``, the form Triton
     takes for models of several files; they are copied where the file system has no hard links.
 
     Args:
-        folder: A bundle with ``model.onnx``.
-        name: Name of the served model.
-        ep: Execution provider of the instances.
-        max_batch_size: Requests of equal shape that Triton may join into one batch.
-
-    Returns:
-        ``{folder}/triton/{name}``.
+        deployment: The bundle and the name of the served model.
+        folder: The model repository, an empty folder.
 
     Raises:
         InputError: The bundle has no ``model.onnx``, or an input or output type has no counterpart in Triton.
     """
-    if not (folder / "model.onnx").is_file():
-        raise InputError("model.onnx is missing", where=str(folder))
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    bundle = deployment.bundle
+    if not (bundle / "model.onnx").is_file():
+        raise InputError("model.onnx is missing", where=str(bundle), fix="export the bundle again")
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
     files = {"model.onnx"} | {
         entry.value
         for tensor in graph.initializer
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    text = _config(graph, name, ep, max_batch_size)
-    place = folder / "triton" / name
+    text = _config(graph, deployment.name, deployment.ep)
+    place = folder / deployment.name
     model = place / "1" / "model.onnx"
     model.mkdir(parents=True)
     for file in sorted(files):
-        _link(folder / file, model / file)
+        _link(bundle / file, model / file)
     (place / "config.pbtxt").write_text(text, encoding="utf-8")
-    return place
 
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # files of the Hub's cache are links themselves
     except OSError as error:
         logger.info("%s: copied, hard links do not work here (%s)", target.name, error.strerror)
         shutil.copyfile(source, target)
 
 
-def _config(graph: onnx.GraphProto, name: str, ep: str, max_batch_size: int) -> str:
+def _config(graph: onnx.GraphProto, name: str, ep: str) -> str:
     # The server counts the inputs of the session, and an initializer that may be overridden is none of them.
     optional = {tensor.name for tensor in graph.initializer}
     required = [value for value in graph.input if value.name not in optional]
     tensors = [_tensor("input", v) for v in required] + [_tensor("output", v) for v in graph.output]
     kind = "KIND_GPU" if ep == "cuda" else "KIND_CPU"
     return (
-        f'name: "{name}"\nbackend: "onnxruntime"\nmax_batch_size: {max_batch_size}\n'
+        f'name: "{name}"\nbackend: "onnxruntime"\nmax_batch_size: {_MAX_BATCH_SIZE}\n'
         + "".join(tensors)
         + f"instance_group [ {{ kind: {kind}, count: 1 }} ]\ndynamic_batching {{ }}\n"
         + (_CUDA if ep == "cuda" else "")
@@ -104,3 +98,10 @@ def _tensor(role: str, value: onnx.ValueInfoProto) -> str:
         )
     dims = ", ".join(str(d.dim_value) if d.HasField("dim_value") else "-1" for d in tensor.shape.dim[1:])
     return f'{role} [ {{ name: "{value.name}", data_type: {_TYPES[tensor.elem_type]}, dims: [ {dims} ] }} ]\n'
+
+
+TARGET = Target(
+    "triton",
+    "a model repository for Triton's ONNX Runtime backend, hard links to the bundle's graph",
+    write_repository,
+)

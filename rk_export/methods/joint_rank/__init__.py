@@ -1,1 +1,0 @@
-"""Data-free joint rank-k approximation (2402.16319)."""

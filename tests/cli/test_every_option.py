@@ -1,0 +1,251 @@
+"""Every option of every command does something: the result changes, or the command refuses the value.
+
+The parser says which options there are. One that has no entry in `CASES` fails, and so does an entry of an option that
+is gone. `--json` and `--quiet` belong to all commands and are tested in `test_output_options.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TEMPLATE, Cli, Ended, tiny_options
+
+from rk_export import CalibrationOptions, Run, TextFile, compress
+from rk_export.cli.parser import build_parser
+
+pytestmark = [pytest.mark.whole, pytest.mark.slow]
+
+Places = dict[str, Path]
+COMMON = {"--json", "--quiet"}
+# The commands that compress: their options are about to be steps of recipes, and get their entries with them.
+LATER = {"compress", "analyze", "plan"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a command left."""
+
+    ended: Ended
+    files: dict[str, bytes]
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.ended.out)
+
+
+Effect = Callable[[Seen, Seen], None]  # without the option, with it
+
+
+@dataclass(frozen=True)
+class Case:
+    """An option with a value that differs from the default's.
+
+    Args:
+        words: What is added to the line.
+        effect: What must be seen.
+        line: The line without the option; None takes that of the command in `LINES`.
+        exists: An output of ours is there already.
+    """
+
+    words: tuple[object, ...]
+    effect: Effect
+    line: tuple[object, ...] | None = None
+    exists: bool = False
+
+
+def prints_other(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (0, 0), changed.ended.err
+    assert changed.ended.out != plain.ended.out
+
+
+def writes_other(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (0, 0), changed.ended.err
+    # Reports say when they were made.
+    dated = {"report.json", "report.html", "rk_manifest.json"}
+    assert {name: text for name, text in changed.files.items() if name not in dated} != {
+        name: text for name, text in plain.files.items() if name not in dated
+    }
+
+
+def measures_other(plain: Seen, changed: Seen) -> None:
+    """Compare documents whose floats are times."""
+    assert (plain.ended.code, changed.ended.code) == (0, 0), changed.ended.err
+    assert _without_floats(changed.document) != _without_floats(plain.document)
+
+
+def _without_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_floats(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_floats(item) for item in value]
+    return None if isinstance(value, float) else value
+
+
+def allows(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (2, 0), changed.ended.err
+    assert "already exists" in plain.ended.err
+
+
+def refused(why: str) -> Effect:
+    def effect(plain: Seen, changed: Seen) -> None:
+        assert (plain.ended.code, changed.ended.code) == (0, 2)
+        assert why in changed.ended.err
+
+    return effect
+
+
+LINES: dict[str, tuple[object, ...]] = {
+    "prepare": ("{llama}", "-o", "{out}", "--passes", "fold,rotate"),
+    "export": ("{llama}", "-o", "{out}", "--threads", 1),
+    "verify": ("{bundle}", "--threads", 1, "--provider", "cpu"),
+    "eval": ("{bundle}", "--text", "{prose}", "--context", 64, "--tokens", 128, "--threads", 1),
+    "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 8, "--provider", "cpu"),
+    "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--json"),
+}
+SAMPLED = (*LINES["run"], "--temperature", 2, "--seed", 1)
+CHAT = (*LINES["run"], "--chat")
+NO_BASE = Case(("--base", "{llama}"), refused("goes with a LoRA adapter"))
+NO_PROVIDER = Case(("--provider", "tpu"), refused("tpu"))
+NO_THREADS = Case(("--threads", 0), refused("threads: 0 is out of range"))
+
+CASES: dict[tuple[str, str], Case] = {
+    ("prepare", "--base"): NO_BASE,
+    ("prepare", "--force"): Case(("--force",), allows, exists=True),
+    ("prepare", "--passes"): Case(("--passes", "fold"), writes_other),
+    ("prepare", "--seed"): Case(("--seed", 1), writes_other),
+    ("prepare", "--device"): Case(("--device", "tpu"), refused("unknown device 'tpu'")),
+    ("export", "--base"): NO_BASE,
+    ("export", "--force"): Case(("--force",), allows, exists=True),
+    ("export", "--ep"): Case(("--ep", "portable"), writes_other),
+    ("export", "--context-length"): Case(("--context-length", 64), writes_other),
+    ("export", "--triton"): Case(("--triton", "tiny"), writes_other),
+    ("export", "--threads"): NO_THREADS,
+    ("verify", "--against"): Case(("--against", "{llama}"), prints_other),
+    ("verify", "--base"): Case(("--base", "{llama}"), refused("goes with --against")),
+    ("verify", "--provider"): NO_PROVIDER,
+    ("verify", "--device"): Case(("--device", "tpu", "--against", "{llama}"), refused("unknown device")),
+    ("verify", "--threads"): NO_THREADS,
+    ("verify", "--calibration-text"): Case(
+        ("--calibration-text", "{moved}"),
+        prints_other,
+        line=("{of_text}", "--against", "{llama}", "--threads", 1),
+    ),
+    ("eval", "--base"): NO_BASE,
+    ("eval", "--text"): Case(("--text", "{moved}"), prints_other),
+    ("eval", "--context"): Case(("--context", 32), prints_other),
+    ("eval", "--tokens"): Case(("--tokens", 64), prints_other),
+    ("eval", "--tasks"): Case(("--tasks", "{task}"), prints_other),
+    ("eval", "--limit"): Case(("--limit", 1), prints_other, line=("{bundle}", "--tasks", "{task}")),
+    ("eval", "--provider"): NO_PROVIDER,
+    ("eval", "--threads"): NO_THREADS,
+    ("run", "--prompt"): Case(("-p", "The train"), prints_other),
+    ("run", "--chat"): Case(("--chat",), prints_other),
+    ("run", "--system"): Case(("--system", "Be brief."), prints_other, line=CHAT),
+    ("run", "--template-arg"): Case(
+        ("--template-arg", 'mood="merry"'), prints_other, line=("{moody}", *CHAT[1:])
+    ),
+    ("run", "--max-new-tokens"): Case(("--max-new-tokens", 4), prints_other),
+    ("run", "--temperature"): Case(("--temperature", 2, "--seed", 1), prints_other),
+    ("run", "--top-k"): Case(("--top-k", 1), prints_other, line=SAMPLED),
+    ("run", "--top-p"): Case(("--top-p", 0.001), prints_other, line=SAMPLED),
+    ("run", "--min-p"): Case(("--min-p", 1), prints_other, line=SAMPLED),
+    ("run", "--repetition-penalty"): Case(("--repetition-penalty", 9), prints_other),
+    ("run", "--stop"): Case(("--stop", "{text}"), prints_other),
+    ("run", "--stop-token-id"): Case(("--stop-token-id", "{token}"), prints_other),
+    ("run", "--seed"): Case(("--seed", 2), prints_other, line=SAMPLED),
+    ("run", "--provider"): NO_PROVIDER,
+    ("run", "--threads"): NO_THREADS,
+    ("bench", "--against"): Case(("--against", "{bundle}"), measures_other),
+    ("bench", "--prompt-tokens"): Case(("--prompt-tokens", 9), measures_other),
+    ("bench", "--new-tokens"): Case(("--new-tokens", 3), measures_other),
+    ("bench", "--repeats"): Case(("--repeats", 2), measures_other),
+    ("bench", "--provider"): NO_PROVIDER,
+    ("bench", "--threads"): Case(("--threads", 1), measures_other),
+}
+
+
+def options() -> list[tuple[str, str]]:
+    """Return every option of every command by its longest name; those that must be given are in every line."""
+    (choice,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
+    return [
+        (command, max(action.option_strings, key=len))
+        for command, parser in choice.choices.items()
+        for action in parser._actions
+        if action.option_strings and not action.required and action.dest != "help"
+    ]
+
+
+def test_every_option_has_a_case() -> None:
+    expected = {(command, name) for command, name in options() if name not in COMMON and command not in LATER}
+    assert {key for key in CASES if key[0] not in LATER} == expected
+    assert set(CASES) <= set(options())
+
+
+@pytest.fixture(scope="module")
+def places(
+    llama: Path, bundle: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    """What the lines name: models, bundles, texts; and what the bundle answers to the prompt."""
+    from rk_export.runtime import GenerationOptions, Session
+
+    folder = tmp_path_factory.mktemp("every-option")
+    text = folder / "text.txt"
+    text.write_text(prose.read_text("utf-8").swapcase() * 8, encoding="utf-8")
+    calibration = CalibrationOptions("corpus", tokens=512, corpus=TextFile.of(text))
+    compress(llama, folder / "of-text", tiny_options(calibration=calibration), run=Run(threads=1))
+    moved = text.rename(folder / "moved.txt")
+    task = folder / "sums.jsonl"
+    item = {"context": "2 + 2 =", "choices": ["4", "5"]}
+    task.write_text("\n".join(json.dumps({**item, "gold": gold}) for gold in (0, 1)), encoding="utf-8")
+    moody = Path(shutil.copytree(bundle, folder / "moody"))
+    (moody / "chat_template.jinja").write_text(TEMPLATE + "{{ mood }}", encoding="utf-8")
+    session = Session.from_pretrained(bundle, provider="cpu")
+    answer = session.generate("The harbour", options=GenerationOptions(max_new_tokens=8))[0]
+    return {
+        **{"llama": llama, "bundle": bundle, "prose": prose, "of_text": folder / "of-text"},
+        **{"moved": moved, "task": task, "moody": moody},
+        **{"text": answer.text[2:4], "token": answer.token_ids[3]},
+    }
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[object, Seen]:
+    """What lines without the option left: many options share one."""
+    return {}
+
+
+@pytest.mark.parametrize(("command", "option"), CASES, ids=lambda part: part)
+def test_it_does_something(
+    cli: Cli,
+    places: dict[str, object],
+    seen: dict[object, Seen],
+    tmp_path: Path,
+    command: str,
+    option: str,
+) -> None:
+    case = CASES[command, option]
+    plain = LINES[command] if case.line is None else case.line
+
+    def run(words: tuple[object, ...]) -> Seen:
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        if case.exists:
+            out.mkdir()
+            (out / "report.json").write_text("{}")
+        ended = cli(command, *(str(word).format_map({**places, "out": out}) for word in words))
+        return Seen(
+            ended,
+            {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()},
+        )
+
+    key = (command, plain, case.exists)
+    if key not in seen:
+        seen[key] = run(plain)
+    case.effect(seen[key], run((*plain, *case.words)))

@@ -1,0 +1,66 @@
+"""The size of plain INT4 is known from shapes alone, and it is the one of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import tiny_options
+from tiny_models import DECODERS, FAMILIES
+
+from rk_export import compress
+from rk_export.graph.build import build_graph
+from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.recipe import Recipe
+from rk_export.options.run import Run
+from rk_export.planning.fixed_parts import graph_bytes
+from rk_export.planning.plain_size import plain_int4_bytes, why_plain
+from rk_export.planning.planner import decide_plan
+from rk_export.rewrite.apply import rewrite
+from rk_export.rewrite.sizes import planned_bytes
+from rk_export.source.stored import StoredModel
+
+CONSTANTS = 600  # bytes of indices, axes and bounds that graph passes add
+PLAIN = tiny_options(groups=(), rank=None)
+SourceOf = Callable[..., StoredModel]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ep", ["cpu", "portable"])
+def test_it_is_what_the_uniform_plan_takes(source_of: SourceOf, family: str, ep: str) -> None:
+    source, recipe = source_of(family), tiny_options(groups=(), rank=None, ep=ep)
+    assert plain_int4_bytes(source, recipe) == planned_bytes(source, decide_plan(source, recipe)) + (
+        graph_bytes(source.description)
+    )
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_the_graph_stores(source_of: SourceOf, family: str) -> None:
+    source = source_of(family)
+    model, _ = build_graph(rewrite(source, decide_plan(source, PLAIN)))
+    values = [value.const_value for value in model.graph.initializers.values()]
+    stored = sum(value.nbytes for value in values if value is not None)
+    assert 0 <= stored - plain_int4_bytes(source, PLAIN) + graph_bytes(source.description) <= CONSTANTS
+
+
+@pytest.mark.whole
+def test_a_tied_table_counts_once_and_the_files_are_no_larger(source_of: SourceOf, tmp_path: Path) -> None:
+    source = source_of("llama", tie_word_embeddings=True)
+    assert plain_int4_bytes(source, PLAIN) < plain_int4_bytes(source_of("llama"), PLAIN)
+    compress(source.folder, tmp_path / "out", PLAIN, run=Run(threads=1))
+    files = sum((tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    expected = plain_int4_bytes(source, PLAIN)
+    assert expected - graph_bytes(source.description) < files <= expected
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_decoder_spends_it_by_predicted_loss(source_of: SourceOf, family: str) -> None:
+    assert why_plain(source_of(family), Recipe()) == ""
+
+
+def test_what_keeps_a_model_plain_is_said(source_of: SourceOf) -> None:
+    llama = source_of("llama")
+    assert "no loss" in why_plain(source_of("bert"), Recipe())
+    assert "calibration.text gain" in why_plain(llama, Recipe(calibration=CalibrationOptions("gain")))
