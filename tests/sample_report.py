@@ -35,8 +35,6 @@ def full_report() -> Report:
         ),
         spectra=tuple(spectrum(layer, 4 if layer else None) for layer in range(LAYERS)),
         size=SizeSummary(2_000_000, 1_800_000, 8_000_000, 1_120_000, 1_200_000),
-        perplexity={"dense": 22.5, "compressed (PyTorch)": 24.13, "compressed (ONNX Runtime)": 24.14},
-        speed={"prefill": 812.3, "decode": 64.21},
         timings={"load": 0.085, "export": 12.34, "verify": 200.0},
         notices=("No CUDA execution provider: verified on the CPU provider.",),
         warnings=("the compressed model is far from the dense one: 0.9 nats a token",),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +58,14 @@ def least_cost(sites: Sequence[SiteChoices]) -> float:
     return float(sum(choices.costs.min() for choices in sites))
 
 
-def allocate(sites: Sequence[SiteChoices], budget: float) -> Allocated:
+def allocate(sites: Sequence[SiteChoices], budget: float, start: Sequence[int] | None = None) -> Allocated:
     """Choose a candidate at every site.
+
+    Args:
+        sites: What each may become.
+        budget: What all may cost together.
+        start: Candidates to improve on, if they keep the budget: with few sites Lagrange multipliers may miss what is
+            as good. The result loses no more than they do.
 
     Raises:
         ValueError: If even the cheapest candidates cost more than the budget.
@@ -67,6 +74,8 @@ def allocate(sites: Sequence[SiteChoices], budget: float) -> Allocated:
         raise ValueError(f"the cheapest candidates cost {least_cost(sites):g}, the budget is {budget:g}")
     multiplier = _multiplier(sites, budget)
     taken = _spend_rest(sites, _at(sites, multiplier), budget)
+    if start is not None and _total(sites, start) <= budget:
+        taken = min(taken, _spend_rest(sites, list(start), budget), key=partial(_loss, sites))
     return Allocated(
         taken=tuple(taken),
         runner_up=tuple(
@@ -74,7 +83,7 @@ def allocate(sites: Sequence[SiteChoices], budget: float) -> Allocated:
         ),
         multiplier=multiplier,
         cost=_total(sites, taken),
-        loss=float(sum(choices.losses[index] for choices, index in zip(sites, taken, strict=True))),
+        loss=_loss(sites, taken),
     )
 
 
@@ -87,6 +96,10 @@ def _at(sites: Sequence[SiteChoices], multiplier: float) -> list[int]:
 
 def _total(sites: Sequence[SiteChoices], taken: Sequence[int]) -> float:
     return float(sum(choices.costs[index] for choices, index in zip(sites, taken, strict=True)))
+
+
+def _loss(sites: Sequence[SiteChoices], taken: Sequence[int]) -> float:
+    return float(sum(choices.losses[index] for choices, index in zip(sites, taken, strict=True)))
 
 
 def _multiplier(sites: Sequence[SiteChoices], budget: float) -> float:

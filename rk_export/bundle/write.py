@@ -17,12 +17,10 @@ from transformers import GenerationConfig
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
-from rk_export.evaluation.measure import EvalText, SpeedTest, perplexity_of, speed_of
 from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.json_codec import to_json
 from rk_export.model.context import context_notices, context_of, with_context
-from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden
@@ -37,7 +35,6 @@ from rk_export.report.render import html
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.sizes import size_summary
-from rk_export.runtime import Session
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
@@ -55,14 +52,10 @@ class BundleRequest:
     """What a bundle should hold beside the model.
 
     Args:
-        text: Measure perplexity on it.
-        speed: Measure tokens per second; decoders only.
         threads: Threads of ONNX Runtime while verifying.
         command: Command line to note in the report.
     """
 
-    text: EvalText | None = None
-    speed: SpeedTest | None = None
     threads: int | None = None
     command: str = ""
 
@@ -132,7 +125,6 @@ def write_bundle(
         runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=request.threads)
         tiers = (*method, *runtime)
         require_parity(tiers, str(folder))
-    measured = _measure(folder, origin, request, stages, provider)
     report = new_report(
         origin.name if isinstance(origin, Path) else origin.title,
         rewritten.plan.model_type,
@@ -143,7 +135,6 @@ def write_bundle(
         layer_errors=rewritten.layer_errors,
         spectra=rewritten.spectra,
         size=_size(folder, rewritten, origin),
-        **measured,
         timings=dict(stages.seconds),
         warnings=far_from_dense(rewritten),
         notices=(
@@ -195,32 +186,6 @@ def _provider(recipe: Recipe) -> tuple[Provider, tuple[str, ...]]:
     if obstacle is None:
         return "cuda", ()
     return "cpu", (f"verified on the CPU execution provider, not on CUDA: {obstacle}",)
-
-
-def _measure(
-    folder: Path, origin: Source | Path, request: BundleRequest, stages: Stages, provider: Provider
-) -> dict[str, dict[str, float]]:
-    """Return the report's fields of what was asked to be measured."""
-    measured = {}
-    if request.text is not None:
-        with stages.stage("perplexity", f"measuring on {request.text.path}"):
-            measured["perplexity"] = _perplexities(folder, origin, request.text, provider, request.threads)
-    if request.speed is not None:
-        with stages.stage("speed", "measuring prefill and decode"):
-            measured["speed"] = speed_of(folder, request.speed, provider=provider, threads=request.threads)
-    return measured
-
-
-def _perplexities(
-    folder: Path, origin: Source | Path, text: EvalText, provider: Provider, threads: int | None
-) -> dict[str, float]:
-    session = Session.from_pretrained(folder, provider=provider, threads=threads)
-    compressed = perplexity_of(session.prefill_logits, text, folder).perplexity
-    del session
-    if isinstance(origin, Path):
-        return {"compressed (ONNX Runtime)": compressed}
-    dense = perplexity_of(torch_logits(origin.load()), text, origin.folder).perplexity
-    return {"dense": dense, "compressed (ONNX Runtime)": compressed}
 
 
 def tokens_without_rows(folder: Path, rows: int) -> tuple[str, ...]:
@@ -315,7 +280,7 @@ def _summary(recipe: Recipe) -> str:
 
 
 def _results(report: Report) -> tuple[tuple[str, str], ...]:
-    rows = [(f"Perplexity, {name}", f"{value:.4g}") for name, value in report.perplexity.items()]
+    rows = []
     if report.size is not None:
         rows.append(("Kept parameters", share(report.size.kept_parameters, report.size.dense_parameters)))
         rows.append(("Files", size(report.size.file_bytes)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
+from rk_export.calibration.neuron_peaks import SHORT_TEXT
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.options.recipe import Recipe
 from rk_export.report.humanize import size
@@ -34,12 +35,14 @@ def model_statistics(
     """
     weighed = recipe.weighs_outputs
     wanted = weighed and recipe.calibration.gradients
+    # Diagonals settle with little text.
+    back = tokens.numel() // 2 if directions else min(tokens.numel(), SHORT_TEXT)
     statistics = dense_statistics(
         source,
         tokens,
         diagonal=not (wanted and directions) or only_diagonals(source, recipe),
         device=device,
-        gradient_tokens=tokens.numel() // 2 if wanted else 0,
+        gradient_tokens=back if wanted else 0,
     )
     if wanted or not weighed:
         return statistics

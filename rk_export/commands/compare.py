@@ -19,13 +19,6 @@ from rk_export.runtime import bench
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.providers import Provider
 
-_OF_REPORTS = (
-    "perplexities are those of the reports, perhaps of different texts: --text FILE measures all on one"
-)
-_SPEED_OF_REPORTS = (
-    "speeds are those of the reports and may be of different machines: --speed measures all in turns"
-)
-
 
 def compare(
     models: Sequence[str | Path],
@@ -42,9 +35,9 @@ def compare(
 
     Args:
         models: Bundles; with `texts` or `tasks` also dense models and checkpoints. Differences are to the first one.
-        texts: Measure perplexity on them; without texts the reports' own values are shown.
+        texts: Measure perplexity on them.
         tasks: Ask every model their items; `load_tasks` reads them.
-        speed: Measure the bundles' speed in turns; None shows the reports' own values.
+        speed: Measure the bundles' speed in turns.
         base: Base model of the LoRA adapters among the models.
         provider: Execution provider of bundles.
         threads: Threads of ONNX Runtime.
@@ -61,28 +54,15 @@ def compare(
         raise InputError("a model is named twice", where="compare", fix="name each model once")
     measured = bool(texts or tasks)
     compared = [opened(model, name, measured, base) for model, name in zip(models, names, strict=True)]
-    reported = tuple(_notices_of_reports(compared, texts, speed))
     if measured:
         scores = evaluate_models(
             models, texts=texts, tasks=tasks, base=base, provider=provider, threads=threads
         )
         found = [_scores(one, scores[0]) for one in scores]
-        compared = [
-            replace(one, scores=(*(() if texts else one.scores), *mine))
-            for one, mine in zip(compared, found, strict=True)
-        ]
+        compared = [replace(one, scores=tuple(mine)) for one, mine in zip(compared, found, strict=True)]
     if speed is not None:
         compared = _with_speed(models, compared, speed, provider, threads)
-    return Comparison(tuple(compared), reported, command)
-
-
-def _notices_of_reports(
-    compared: Sequence[Compared], texts: Sequence[EvalText], speed: SpeedTest | None
-) -> Iterator[str]:
-    if not texts and sum(bool(one.scores) for one in compared) > 1:
-        yield _OF_REPORTS
-    if speed is None and sum(bool(one.speed) for one in compared) > 1:
-        yield _SPEED_OF_REPORTS
+    return Comparison(tuple(compared), command=command)
 
 
 def _scores(mine: ModelScores, first: ModelScores) -> Iterator[Score]:

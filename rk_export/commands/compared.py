@@ -9,7 +9,7 @@ from pathlib import Path
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest, read_report
 from rk_export.plan import Plan, SitePlan
-from rk_export.report.comparison import Compared, MatrixChoice, Score
+from rk_export.report.comparison import Compared, MatrixChoice
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Report, SizeSummary
 from rk_export.rewrite.checkpoint import is_checkpoint
@@ -58,15 +58,12 @@ def opened(model: str | Path, name: str, measured: bool, base: str | Path | None
 def _bundle(folder: Path, name: str) -> Compared:
     check_manifest(folder, hashes=False)
     report, plan = read_report(folder), Plan.load(folder / "plan.json")
-    values = list(report.perplexity.values())
     return Compared(
         name,
         "bundle",
         made_from=report.model,
         file_bytes=sum(path.stat().st_size for path in folder.glob(f"{MODEL_FILE}*")),
         size=report.size,
-        scores=(Score("", "perplexity", values[-1]),) if values else (),
-        speed=report.speed,
         parity=report.parity,
         layer_errors=report.layer_errors,
         layer_bytes=_layer_bytes(report),

@@ -9,8 +9,7 @@ import torch
 
 from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
 from rk_export.commands.compression_inputs import CompressionInputs
-from rk_export.commands.stages import Task, check_outputs, open_task
-from rk_export.evaluation.measure import EvalText, SpeedTest, check_text, context_length
+from rk_export.commands.stages import check_outputs, open_task
 from rk_export.folders import AtomicFolder, check_free_space, state_file
 from rk_export.model.context import context_notices
 from rk_export.model.torch_logits import torch_logits
@@ -35,8 +34,6 @@ def compress(
     target: Target | None = None,
     base: str | Path | None = None,
     run: Run | None = None,
-    text: EvalText | None = None,
-    speed: SpeedTest | None = None,
     checkpoint: str | Path | None = None,
     force: bool = False,
     command: str = "",
@@ -51,8 +48,6 @@ def compress(
         target: Where the bundle will run; None takes what the recipe says.
         base: Of a LoRA adapter, the model that it is merged into; None takes the one that the adapter names.
         run: The machine; None takes what is there.
-        text: Also measure the perplexity of the dense and of the compressed model on it.
-        speed: Also measure the bundle's tokens per second.
         checkpoint: Also save the compressed PyTorch model there.
         force: Replace an existing output.
         command: Command line to note in the report.
@@ -65,13 +60,12 @@ def compress(
         ParityError: If ONNX Runtime does not compute what PyTorch computes; no bundle is left.
     """
     threads = None if run is None else run.threads
-    request = BundleRequest(text=text, speed=speed, threads=threads, command=command)
+    request = BundleRequest(threads=threads, command=command)
     place, stages = Path(out), Stages()
     with stages.stage("load", f"opening {model}"):
         task = open_task(model, recipe, plan, target=target, base=base, run=run)
         check_outputs(task.source, out, checkpoint, force)
         check_free_space(out, task.least_bytes)
-        request = _fitting(request, task)
     with stages.stage("check", "comparing with transformers"):
         before = task.preflight()
     with stages.stage("calibrate", f"metric {task.recipe.calibration.metric}"):
@@ -95,17 +89,6 @@ def compress(
     for method in inputs.methods:
         state_file(place, method.options.name).unlink(missing_ok=True)
     return report
-
-
-def _fitting(request: BundleRequest, task: Task) -> BundleRequest:
-    """Return what a bundle is to be measured on, fitted to the model's context, or refuse it before any work."""
-    source, config = task.source, task.source.config
-    if request.speed is not None:
-        request = replace(request, speed=request.speed.within(context_length(config, "--speed")))
-    if request.text is not None:
-        longest = context_length(config, "--text", task.recipe.target.context_length)
-        check_text(request.text, source.folder, longest, int(config.vocab_size))
-    return request
 
 
 def _recovered(

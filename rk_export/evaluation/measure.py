@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from rk_export.errors import InputError
 from rk_export.evaluation.perplexity import PerplexityResult, perplexity
 from rk_export.model.context import context_of
 from rk_export.model.families import architecture_of
-from rk_export.runtime import bench
-from rk_export.runtime.providers import Provider
 from rk_export.text import LogitsFn, known_tokens, tokens_of
 
 logger = logging.getLogger(__name__)
@@ -107,17 +104,3 @@ def context_length(config: PretrainedConfig, option: str, wanted: int | None = N
 def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:
     """Return the perplexity of a text under a model."""
     return perplexity(logits, tokens_of(text.path, tokenizer_folder), context=text.context, limit=text.limit)
-
-
-def speed_of(bundle: Path, test: SpeedTest, *, provider: Provider, threads: int | None) -> dict[str, float]:
-    """Return tokens per second of a bundle's prefill and decode; threads None takes all cores."""
-    result = bench(
-        [bundle],
-        prompt_tokens=test.prompt_tokens,
-        new_tokens=test.new_tokens,
-        repeats=test.repeats,
-        threads=threads or os.cpu_count() or 1,
-        provider=provider,
-    )
-    row = result.rows[0]
-    return {"prefill": row.prefill_median, "decode": row.decode_median}

@@ -20,7 +20,7 @@ from rk_export.passes.base import Layer
 from rk_export.passes.numerics.allocation import SiteChoices, allocate, least_cost
 from rk_export.passes.numerics.predicted_loss import TableCurvature, table_losses
 from rk_export.plan import SitePlan
-from rk_export.planning.budget_units import BudgetUnit, in_words
+from rk_export.planning.budget_units import PLAIN_LAYERS, PLAIN_TABLES, BudgetUnit, in_words
 from rk_export.planning.candidates import Candidate, candidates
 from rk_export.planning.fixed_parts import in_words as parts_in_words
 from rk_export.planning.stored_bytes import Format, Shape
@@ -95,7 +95,7 @@ def spend(
     budget = unit.amount([options.site for options in found], shapes)
     if (least := least_cost(choices)) > budget:
         raise too_small(unit, least, budget)
-    allocated = allocate(choices, budget)
+    allocated = allocate(choices, budget, _plain_start([found[group[0]] for group in groups], unit, table))
     chosen = {
         index: _with_runner_up(found[index].offered[taken], found[index].offered[other], unit.name)
         for group, taken, other in zip(groups, allocated.taken, allocated.runner_up, strict=False)
@@ -124,8 +124,7 @@ class SiteOptions:
 
 
 def packed_together(found: Sequence[SiteOptions]) -> list[list[int]]:
-    """Return the sites that take one format, by their numbers: equal shapes that read the same input,
-    and have the same choice.
+    """Return the sites that take one format, by their numbers: equal shapes, inputs and choices.
 
     The graph then computes them in one product, which is faster: keys with values, gates with ups. Sites that may
     become factor pairs are on their own.
@@ -170,6 +169,21 @@ def _choices(group: Sequence[SiteOptions]) -> SiteChoices:
         np.sum([[item.cost for item in options.offered] for options in group], axis=0),
         np.sum([[item.loss for item in options.offered] for options in group], axis=0),
     )
+
+
+def _plain_start(
+    options: Sequence[SiteOptions], unit: BudgetUnit, table: EmbeddingTable | None
+) -> list[int] | None:
+    """Return the candidates that plain INT4 takes, or None where they are not on offer."""
+    start = []
+    for site in options:
+        dense = [item.plan.quant if item.plan.form == "dense" else None for item in site.offered]
+        if PLAIN_LAYERS not in dense and len(dense) > 1:
+            return None
+        start.append(0 if len(dense) == 1 else dense.index(PLAIN_LAYERS))
+    if table is not None and PLAIN_TABLES not in unit.tables:
+        return None
+    return [*start, unit.tables.index(PLAIN_TABLES)] if table is not None else start
 
 
 def _table_choices(table: EmbeddingTable, unit: BudgetUnit) -> SiteChoices:

@@ -16,13 +16,14 @@ from rk_export.planning.stored_bytes import FLOAT_BYTES, Format, Shape, matrix_b
 from rk_export.report.humanize import size
 from rk_export.source.protocol import Source
 
-# Blocks of 16 are left out: on CPU a 4-bit product then takes 1.6 times as long for one token, a 2-bit one, for which
-# there is no kernel, 60 times. Zero points take no time. docs/results/formats.md has the measurements.
+# Blocks of 16 are left out: on CPU a 4-bit product then takes 1.8 times as long for one token, a 2-bit one, for which
+# there is no kernel, 70 times. Zero points take no time. docs/results/formats.md has the measurements.
 WEIGHT_FORMATS: tuple[Format, ...] = (
     QuantSpec(2, 64, symmetric=False),
     QuantSpec(2, 32, symmetric=False),
     QuantSpec(4, 128, symmetric=False),
     QuantSpec(4, 64, symmetric=False),
+    QuantSpec(4, 32),
     QuantSpec(4, 32, symmetric=False),
     QuantSpec(8, 128),
     QuantSpec(8, 64),
@@ -38,9 +39,10 @@ TABLE_FORMATS: tuple[Format, ...] = (
     QuantSpec(8, 32),
     None,
 )
-# Where a budget of bytes leaves every matrix this format, factor pairs are not looked for: SmolLM2's predicted loss
-# would be 5 percent lower at 80 MB and 1 percent at 90 MB, but a pair is two products where one would do.
-COMFORTABLE = QuantSpec(4, 32)
+# Plain INT4. Where a budget of bytes leaves every matrix the format of its layers, factor pairs are not looked for:
+# SmolLM2's predicted loss would be 5 percent lower at 80 MB and 1 percent at 90 MB, but a pair is two products where
+# one would do.
+PLAIN_LAYERS, PLAIN_TABLES = QuantSpec(4, 32), QuantSpec(8, 32)
 # The time of a product hardly depends on the block: one weight-only format for each number of bits.
 TIMED_FORMATS: tuple[Format, ...] = (QuantSpec(4, 32, symmetric=False), QuantSpec(8, 32), W8A8, None)
 
@@ -181,7 +183,7 @@ def weight_formats(recipe: Recipe) -> tuple[Format, ...]:
 
 
 def is_comfortable(source: Source, recipe: Recipe) -> bool:
-    """Whether a budget of bytes may choose every format, and leaves every matrix and the embedding `COMFORTABLE`.
+    """Whether a budget of bytes may choose every format, and leaves every matrix and the embedding plain INT4's format.
 
     Shapes alone tell it.
     """
@@ -192,10 +194,10 @@ def is_comfortable(source: Source, recipe: Recipe) -> bool:
     if not all(recipe.is_open(one.role, one.id.path, one.id.layer) for one in matrices):
         return False
     shapes = [matrix.shape for matrix in matrices]
-    needed = sum(matrix_bytes(*shape, COMFORTABLE, float_bytes) for shape in shapes)
+    needed = sum(matrix_bytes(*shape, PLAIN_LAYERS, float_bytes) for shape in shapes)
     if budget.kind == "mean_bits":
         return budget.amount / 8 * sum(rows * columns for rows, columns in shapes) >= needed
-    spec = COMFORTABLE if recipe.table_is_open else recipe.table_quant
+    spec = PLAIN_LAYERS if recipe.table_is_open else recipe.table_quant
     table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, spec, float_bytes)
     return budget.amount - fixed_bytes(source.description, recipe) >= needed + table_count(source) * table
 

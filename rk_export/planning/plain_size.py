@@ -5,14 +5,11 @@ Plain INT4 stores every matrix alike: linear layers in 4 bits, blocks of 32, tab
 
 from __future__ import annotations
 
-from rk_export.options.quantization import QuantSpec
 from rk_export.options.recipe import Recipe
-from rk_export.planning.budget_units import table_count
+from rk_export.planning.budget_units import PLAIN_LAYERS, PLAIN_TABLES, table_count
 from rk_export.planning.fixed_parts import fixed_bytes
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.source.protocol import Source
-
-PLAIN_LAYERS, PLAIN_TABLES = QuantSpec(4, 32), QuantSpec(8, 32)  # as `bits: auto` is without a budget
 
 
 def plain_int4_bytes(source: Source, recipe: Recipe) -> int:

@@ -14,7 +14,7 @@ class Score:
     """One measure of one model.
 
     Args:
-        on: The text or task; empty where the model's own report gives the value.
+        on: The text or task.
         measure: ``perplexity``, ``acc`` or ``acc_norm``.
         value: The value.
         error: Its standard error; None where it is not known.
@@ -84,7 +84,7 @@ class Compared:
         made_from: The dense model that a bundle was made from.
         file_bytes: Bytes of its model files.
         size: Parameters and bytes, from the report.
-        scores: What was measured, or what the report says.
+        scores: What was measured.
         speed: Tokens per second by phase.
         parity: Tiers of the report.
         layer_errors: Of the report.
@@ -115,12 +115,10 @@ class Comparison:
 
     Args:
         models: The models.
-        notices: What the reader must know.
         command: Command line that repeats it.
     """
 
     models: tuple[Compared, ...]
-    notices: tuple[str, ...] = ()
     command: str = ""
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rk_export.report import humanize, plots
+from rk_export.report import plots
 from rk_export.report.comparison import Compared, Comparison
 from rk_export.report.comparison_tables import matrices_table, overview_table, parity_table, roles_table
 from rk_export.report.page import Drawing, Page
@@ -25,12 +25,9 @@ _INTROS = {
 
 
 def comparison_blocks(comparison: Comparison) -> tuple[Block, ...]:
-    """Return what the terminal shows: the overview, what was chosen, and the notices."""
+    """Return what the terminal shows: the overview and what was chosen."""
     roles = roles_table(comparison.models)
-    notices = "\n".join(f"- {humanize.plain(notice)}" for notice in comparison.notices)
-    return tuple(
-        block for block in (overview_table(comparison), roles if roles.rows else "", notices) if block
-    )
+    return tuple(block for block in (overview_table(comparison), roles if roles.rows else "") if block)
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -44,7 +41,6 @@ def comparison_html(comparison: Comparison) -> str:
         "side by side",
         _sections(comparison, drawings),
         drawings,
-        notices=comparison.notices,
     ).html()
 
 

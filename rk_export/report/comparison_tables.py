@@ -49,8 +49,7 @@ def _parity(model: Compared) -> str:
 
 def _score_rows(models: Sequence[Compared], on: str, measure: str) -> Iterable[Row]:
     scores = [model.score(on, measure) for model in models]
-    place = f" on {on}" if on else " in the report"
-    yield (f"{measure}{place}", *map(_score, scores))
+    yield (f"{measure} on {on}", *map(_score, scores))
     if any(one is not None and one.difference is not None for one in scores):
         yield (f"difference to {models[0].name}", *map(_difference, scores))
 

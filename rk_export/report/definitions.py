@@ -77,11 +77,6 @@ DEFINITIONS = (
         "standard error is smaller than those of the two values. A difference below two standard errors may be chance.",
     ),
     Definition(
-        "tokens per second",
-        "The speed on the machine that wrote the report, for one text at a time. Speeds of two reports can be compared "
-        "only where both were measured on the same idle machine.",
-    ),
-    Definition(
         "prefill",
         "Tokens of the prompt that are read in a second, before the first new token.",
         ("prefill tok/s",),

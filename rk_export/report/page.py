@@ -11,7 +11,7 @@ from rk_export.report import humanize, plots
 from rk_export.report.definitions import definition_of, definitions_of, row_label
 from rk_export.report.matrix_groups import matrix_groups
 from rk_export.report.records import Report
-from rk_export.report.sections import Section, outcomes, pairs, sections
+from rk_export.report.sections import Section, outcomes, sections
 from rk_export.report.svg import data_uri
 
 TEMPLATE = "page.html"
@@ -90,8 +90,7 @@ def html(report: Report) -> str:
 
 
 def _cards(report: Report) -> list[Card]:
-    cards = [*_size_cards(report), *_last_card("perplexity", report.perplexity)]
-    cards += [*_last_card("tokens per second", report.speed), *_verdict_cards(report)]
+    cards = [*_size_cards(report), *_verdict_cards(report)]
     if report.findings:
         cards.append(Card("matrix groups", str(len(matrix_groups(report.findings))), outcomes(report)))
     return cards
@@ -106,15 +105,6 @@ def _size_cards(report: Report) -> list[Card]:
         Card("parameters kept", humanize.share(size.kept_parameters, size.dense_parameters), counts),
         Card("bytes kept", humanize.share(size.compressed_bytes, size.dense_bytes), weights),
     ]
-
-
-def _last_card(label: str, values: Mapping[str, float]) -> list[Card]:
-    """Return the value measured last (the most finished model, the last phase), the others beside it."""
-    if not values:
-        return []
-    *others, (name, value) = values.items()
-    detail = ", ".join(part for part in (name, pairs(dict(others))) if part)
-    return [Card(label, humanize.number(value), detail)]
 
 
 def _verdict_cards(report: Report) -> list[Card]:

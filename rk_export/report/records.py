@@ -181,8 +181,6 @@ class Report:
         created: When, ISO 8601.
         command: Command line that repeats the run.
         versions: Package or device name to version.
-        perplexity: By model, e.g. ``dense``, ``compressed (PyTorch)``, ``compressed (ONNX Runtime)``.
-        speed: Tokens per second by phase, e.g. ``prefill``, ``decode``.
         timings: Seconds by stage, in the order they ran.
         warnings: What went badly although the run ended: it is shown before everything else.
         notices: What the reader must know. One that begins with the name of a section and a colon
@@ -200,8 +198,6 @@ class Report:
     layer_errors: tuple[LayerError, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
     size: SizeSummary | None = None
-    perplexity: dict[str, Float] = field(default_factory=dict)
-    speed: dict[str, Float] = field(default_factory=dict)
     timings: dict[str, Float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

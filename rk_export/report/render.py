@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from rk_export.report import humanize, tables
 from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
-from rk_export.report.sections import headline, outcomes, pairs, sections
+from rk_export.report.sections import headline, outcomes, sections
 from rk_export.report.table import Block, escape_markdown, plain_text
 
 
@@ -55,8 +55,6 @@ def _lines(report: Report) -> str:
     """Return the lines of label and value at the head of the terminal summary."""
     lines = {
         **(_size_lines(report.size) if report.size else {}),
-        "perplexity": pairs(report.perplexity),
-        "tokens per second": pairs(report.speed),
         "matrix groups": outcomes(report),
         "time": humanize.duration(sum(report.timings.values())) if report.timings else "",
     }

@@ -13,8 +13,6 @@ from rk_export.report.table import Table
 
 INTROS = {
     "size": "Kept shares count every factor, scale, zero point and index.",
-    "perplexity": "Same text, same context length; lower is better.",
-    "speed": "Tokens per second.",
     "parity": "Largest difference of a logit, and relative to the largest logit. A tier without a bound is "
     "the error of the method (factorization, quantization); a tier with one compares two ways to compute the "
     "same model.",
@@ -29,8 +27,6 @@ INTROS = {
 }
 TITLES = {
     "size": "Size",
-    "perplexity": "Perplexity",
-    "speed": "Speed",
     "parity": "Parity",
     "fusions": "Fused patterns",
     "matrices": "What happened to each matrix",
@@ -75,7 +71,7 @@ def sections(report: Report) -> list[Section]:
         if table is not None and not table.rows:
             table = None
         if table or notices or command:
-            compact = anchor in ("size", "perplexity", "speed")
+            compact = anchor == "size"
             folded = "The same as a table" if anchor == "layers" else ""
             named = (anchor, TITLES[anchor], INTROS[anchor])
             filled.append(Section(*named, table, notices, command, compact, folded))
@@ -85,8 +81,6 @@ def sections(report: Report) -> list[Section]:
 def _tables(report: Report) -> dict[str, Table | None]:
     return {
         "size": tables.size_table(report.size) if report.size else None,
-        "perplexity": tables.mapping_table("model", "perplexity", _numbers(report.perplexity)),
-        "speed": tables.mapping_table("phase", "tokens per second", _numbers(report.speed)),
         "parity": tables.parity_table(report.parity),
         "fusions": tables.fusions_table(report.fusions),
         "matrices": tables.matrices_table(report.findings),

@@ -7,6 +7,7 @@ is gone. `--json` and `--quiet` belong to all commands and are tested in `test_o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,15 +18,24 @@ from typing import Any
 import pytest
 from conftest import TEMPLATE, Cli, Ended, tiny_options
 
-from rk_export import CalibrationOptions, Run, TextFile, compress
+from rk_export import (
+    CalibrationOptions,
+    Recipe,
+    Run,
+    TextFile,
+    compare,
+    comparison_html,
+    compress,
+    make_plan,
+)
 from rk_export.cli.parser import build_parser
 
 pytestmark = [pytest.mark.whole, pytest.mark.slow]
 
 Places = dict[str, Path]
 COMMON = {"--json", "--quiet"}
-# The commands that compress: their options are about to be steps of recipes, and get their entries with them.
-LATER = {"compress", "analyze", "plan"}
+# Their options are tested in `test_bundle_and_report.py`: one opens a browser, the other writes into its bundle.
+ELSEWHERE = {"report", "bundle"}
 
 
 @dataclass(frozen=True)
@@ -101,21 +111,117 @@ def refused(why: str) -> Effect:
     return effect
 
 
+def finds(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (2, 0), changed.ended.err
+    assert "--calibration-text FILE" in plain.ended.err
+
+
 LINES: dict[str, tuple[object, ...]] = {
+    "compress": (
+        "{llama}",
+        "-o",
+        "{out}",
+        "--recipe",
+        "floats",
+        "--set",
+        "calibration.tokens=512",
+        "--dry-run",
+    ),
+    "analyze": ("{llama}", "-o", "{out}", "--recipe", "joint-rank"),
+    "plan": ("{llama}", "-o", "{out}/plan.json", "--recipe", "joint-rank"),
+    "recipes": (),
     "prepare": ("{llama}", "-o", "{out}", "--passes", "fold,rotate"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
     "verify": ("{bundle}", "--threads", 1, "--provider", "cpu"),
     "eval": ("{bundle}", "--text", "{prose}", "--context", 64, "--tokens", 128, "--threads", 1),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 8, "--provider", "cpu"),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--json"),
+    "compare": (
+        "{bundle}",
+        "{of_text}",
+        "--text",
+        "{prose}",
+        "--context",
+        64,
+        "--tokens",
+        128,
+        "--threads",
+        1,
+    ),
 }
 SAMPLED = (*LINES["run"], "--temperature", 2, "--seed", 1)
 CHAT = (*LINES["run"], "--chat")
 NO_BASE = Case(("--base", "{llama}"), refused("goes with a LoRA adapter"))
 NO_PROVIDER = Case(("--provider", "tpu"), refused("tpu"))
 NO_THREADS = Case(("--threads", 0), refused("threads: 0 is out of range"))
+NO_DEVICE = Case(("--device", "tpu"), refused("unknown device 'tpu'"))
+NO_PLAN = Case(("--plan", "{plan}"), refused("a plan already holds its recipe"))
+WHOLE = ("{llama}", "-o", "{out}", "--recipe", "floats", "--threads", 1)
+OF_TEXT = ("{llama}", "-o", "{out}", "--recipe", "{of_text}/recipe.yaml")
+AMOUNT_IN_STEP = refused("the recipe already says how much stays")
 
 CASES: dict[tuple[str, str], Case] = {
+    ("compress", "--base"): NO_BASE,
+    ("compress", "--force"): Case(("--force",), allows, exists=True),
+    ("compress", "--recipe"): Case(("--recipe", "int8"), prints_other),
+    ("compress", "--set"): Case(("--set", "quantize.bits=8"), prints_other),
+    ("compress", "--size"): Case(("--size", "600KB"), prints_other),
+    ("compress", "--keep"): Case(("--keep", 0.6), prints_other),
+    ("compress", "--mean-bits"): Case(("--mean-bits", 8), prints_other),
+    ("compress", "--speed-up"): Case(("--speed-up", 1.2), refused("--speed-up: ")),
+    ("compress", "--ep"): Case(("--ep", "portable"), prints_other),
+    ("compress", "--plan"): NO_PLAN,
+    ("compress", "--dry-run"): Case(("--dry-run",), writes_other, line=WHOLE),
+    ("compress", "--checkpoint"): Case(("--checkpoint", "{out}"), refused("Fix: "), line=WHOLE),
+    ("compress", "--device"): NO_DEVICE,
+    ("compress", "--threads"): Case(("--threads", 0), refused("threads: 0 is out of range"), line=WHOLE),
+    ("compress", "--calibration-text"): Case(
+        ("--calibration-text", "{moved}"), finds, line=(*OF_TEXT, "--dry-run")
+    ),
+    ("analyze", "--base"): NO_BASE,
+    ("analyze", "--force"): Case(("--force",), allows, exists=True),
+    ("analyze", "--recipe"): Case(("--recipe", "floats"), writes_other),
+    ("analyze", "--set"): Case(("--set", "factorize.keep=0.5"), writes_other),
+    ("analyze", "--size"): Case(("--size", "600KB"), AMOUNT_IN_STEP),
+    ("analyze", "--keep"): Case(("--keep", 0.5), writes_other),
+    ("analyze", "--mean-bits"): Case(("--mean-bits", 4), AMOUNT_IN_STEP),
+    ("analyze", "--speed-up"): Case(("--speed-up", 2), AMOUNT_IN_STEP),
+    ("analyze", "--plan"): NO_PLAN,
+    ("analyze", "--device"): NO_DEVICE,
+    ("analyze", "--threads"): NO_THREADS,
+    ("analyze", "--calibration-text"): Case(("--calibration-text", "{moved}"), finds, line=OF_TEXT),
+    ("plan", "--base"): dataclasses.replace(NO_BASE, exists=True),
+    ("plan", "--force"): Case(
+        ("--force",), allows, line=("{llama}", "-o", "{plan}", "--recipe", "joint-rank")
+    ),
+    ("plan", "--recipe"): Case(("--recipe", "floats"), writes_other, exists=True),
+    ("plan", "--set"): Case(("--set", "factorize.keep=0.5"), writes_other, exists=True),
+    ("plan", "--size"): Case(("--size", "600KB"), AMOUNT_IN_STEP, exists=True),
+    ("plan", "--keep"): Case(("--keep", 0.5), writes_other, exists=True),
+    ("plan", "--mean-bits"): Case(("--mean-bits", 4), AMOUNT_IN_STEP, exists=True),
+    ("plan", "--speed-up"): Case(("--speed-up", 2), AMOUNT_IN_STEP, exists=True),
+    ("plan", "--ep"): Case(("--ep", "portable"), writes_other, exists=True),
+    ("plan", "--device"): dataclasses.replace(NO_DEVICE, exists=True),
+    ("plan", "--threads"): dataclasses.replace(NO_THREADS, exists=True),
+    ("plan", "--calibration-text"): Case(
+        ("--calibration-text", "{moved}"),
+        finds,
+        line=("{llama}", "-o", "{out}/plan.json", "--recipe", "{of_text}/recipe.yaml"),
+        exists=True,
+    ),
+    ("recipes", "--steps"): Case(("--steps",), prints_other),
+    ("recipes", "--schema"): Case(("--schema",), prints_other),
+    ("compare", "--output"): Case(("-o", "{out}/page.html"), writes_other, exists=True),
+    ("compare", "--force"): Case(("--force",), allows, line=("{bundle}", "{of_text}", "-o", "{page}")),
+    ("compare", "--text"): Case(("--text", "{moved}"), prints_other),
+    ("compare", "--tasks"): Case(("--tasks", "{task}"), prints_other),
+    ("compare", "--limit"): Case(("--limit", 1), prints_other, line=("{bundle}", "--tasks", "{task}")),
+    ("compare", "--speed"): Case(("--speed",), prints_other),
+    ("compare", "--base"): NO_BASE,
+    ("compare", "--context"): Case(("--context", 32), prints_other),
+    ("compare", "--tokens"): Case(("--tokens", 64), prints_other),
+    ("compare", "--provider"): NO_PROVIDER,
+    ("compare", "--threads"): NO_THREADS,
     ("prepare", "--base"): NO_BASE,
     ("prepare", "--force"): Case(("--force",), allows, exists=True),
     ("prepare", "--passes"): Case(("--passes", "fold"), writes_other),
@@ -125,7 +231,6 @@ CASES: dict[tuple[str, str], Case] = {
     ("export", "--force"): Case(("--force",), allows, exists=True),
     ("export", "--ep"): Case(("--ep", "portable"), writes_other),
     ("export", "--context-length"): Case(("--context-length", 64), writes_other),
-    ("export", "--triton"): Case(("--triton", "tiny"), writes_other),
     ("export", "--threads"): NO_THREADS,
     ("verify", "--against"): Case(("--against", "{llama}"), prints_other),
     ("verify", "--base"): Case(("--base", "{llama}"), refused("goes with --against")),
@@ -183,9 +288,7 @@ def options() -> list[tuple[str, str]]:
 
 
 def test_every_option_has_a_case() -> None:
-    expected = {(command, name) for command, name in options() if name not in COMMON and command not in LATER}
-    assert {key for key in CASES if key[0] not in LATER} == expected
-    assert set(CASES) <= set(options())
+    assert set(CASES) == {key for key in options() if key[1] not in COMMON and key[0] not in ELSEWHERE}
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +301,12 @@ def places(
     folder = tmp_path_factory.mktemp("every-option")
     text = folder / "text.txt"
     text.write_text(prose.read_text("utf-8").swapcase() * 8, encoding="utf-8")
-    calibration = CalibrationOptions("corpus", tokens=512, corpus=TextFile.of(text))
+    calibration = CalibrationOptions(TextFile.of(text), tokens=512)
     compress(llama, folder / "of-text", tiny_options(calibration=calibration), run=Run(threads=1))
     moved = text.rename(folder / "moved.txt")
+    make_plan(llama, Recipe.load("joint-rank")).save(folder / "plan.json")
+    page = folder / "page.html"
+    page.write_text(comparison_html(compare([bundle, folder / "of-text"])), encoding="utf-8")
     task = folder / "sums.jsonl"
     item = {"context": "2 + 2 =", "choices": ["4", "5"]}
     task.write_text("\n".join(json.dumps({**item, "gold": gold}) for gold in (0, 1)), encoding="utf-8")
@@ -210,7 +316,7 @@ def places(
     answer = session.generate("The harbour", options=GenerationOptions(max_new_tokens=8))[0]
     return {
         **{"llama": llama, "bundle": bundle, "prose": prose, "of_text": folder / "of-text"},
-        **{"moved": moved, "task": task, "moody": moody},
+        **{"moved": moved, "task": task, "moody": moody, "plan": folder / "plan.json", "page": page},
         **{"text": answer.text[2:4], "token": answer.token_ids[3]},
     }
 

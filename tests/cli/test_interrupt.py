@@ -34,8 +34,8 @@ def held(bar, count=1, note=""):
 progress.LogBar.advance = held
 sys.exit(main(sys.argv[2:]))
 """
-OPTIONS = ("--calibration-tokens", 512, "--device", "cpu", "--threads", 1)
-HEALED = (*OPTIONS, "--heal", 2)
+OPTIONS = ("--recipe", "int4", "--set", "calibration.tokens=512", "--device", "cpu", "--threads", 1)
+HEALED = (*OPTIONS, "--set", "heal.steps=2")
 STATISTICS = ("self-text", "dense-statistics", "table-curvature")
 
 

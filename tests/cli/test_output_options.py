@@ -20,15 +20,19 @@ pytestmark = pytest.mark.whole
 
 # A line of every command on the tiny model; `{name}` stands for a path of `places`.
 LINES: dict[str, tuple[object, ...]] = {
-    "compress": ("{llama}", "-o", "{out}", "--dry-run"),
-    "analyze": ("{llama}", "-o", "{out}"),
-    "plan": ("{llama}", "-o", "{out}", "--metric", "none", "--quantizer", "rtn"),
+    "compress": ("{llama}", "-o", "{out}", "--recipe", "floats", "--dry-run"),
+    "analyze": ("{llama}", "-o", "{out}", "--recipe", "joint-rank"),
+    "plan": ("{llama}", "-o", "{out}", "--recipe", "joint-rank"),
+    "recipes": (),
     "prepare": ("{llama}", "-o", "{out}", "--passes", "fold"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
     "verify": ("{bundle}", "--threads", 1),
     "eval": ("{llama}", "--text", "{prose}", "--context", 64, "--tokens", 128),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
+    "compare": ("{bundle}", "{own}"),
+    "report": ("{bundle}",),
+    "bundle": ("{own}", "--for", "triton"),
     "explain": ("{bundle}",),
     "doctor": (),
 }
@@ -40,10 +44,11 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.fixture
-def places(llama: Path, bundle: Path, prose: Path, tmp_path: Path) -> dict[str, Path]:
+def places(llama: Path, bundle: Path, own_bundle: Path, prose: Path, tmp_path: Path) -> dict[str, Path]:
     return {
         "llama": llama,
         "bundle": bundle,
+        "own": own_bundle,
         "prose": prose,
         "out": tmp_path / "out",
         "none": tmp_path / "no",
@@ -88,7 +93,9 @@ def test_errors_of_every_command_are_json_too(cli: Cli, places: dict[str, Path],
 
 @pytest.mark.parametrize("command", [command for command in commands() if LINES.get(command)])
 def test_what_is_missing_is_an_error_in_json(cli: Cli, places: dict[str, Path], command: str) -> None:
-    words = line(command, {**places, "llama": places["none"], "bundle": places["none"]})
+    words = line(
+        command, {**places, "llama": places["none"], "bundle": places["none"], "own": places["none"] / "own"}
+    )
     ended = cli(*words, "--json", "--quiet")
     assert (ended.code, ended.out) == (2, "")
     error = document(ended.err)["error"]

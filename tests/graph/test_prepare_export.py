@@ -199,7 +199,7 @@ def test_a_plan_that_rotates_without_folding_is_refused(source_of: SourceOf, tmp
     source = source_of("llama", tie_word_embeddings=True)
     save_pretrained(rewritten_of(source, OPTIONS["float"]), tmp_path / "out", tokenizer_from=source.folder)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["rk_export"]["plan"]["recipe"]["prepare"] = ["rotate"]
+    config["rk_export"]["plan"]["recipe"]["steps"] = [{"prepare": ["rotate"]}]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="add fold"):
         load_pretrained(tmp_path / "out")

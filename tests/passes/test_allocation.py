@@ -72,3 +72,15 @@ def test_the_runner_up_is_the_next_best_at_the_multiplier() -> None:
 def test_too_small_a_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="cheapest candidates cost 5"):
         allocate([SiteChoices(np.array([5.0, 6.0]), np.array([1.0, 0.0]))], 4)
+
+
+def test_what_multipliers_miss_is_found_from_a_start() -> None:
+    """One exchange is worth most per cost and leaves too little for two others that save more together."""
+    sites = [
+        SiteChoices(np.array([0.0, cost]), np.array([10.0, loss]))
+        for cost, loss in ((6, 3), (5, 4.5), (5, 4.5))
+    ]
+    assert allocate(sites, 10.0).taken == (1, 0, 0)
+    assert allocate(sites, 10.0, [0, 1, 1]).taken == (0, 1, 1)
+    assert allocate(sites, 10.0, [1, 1, 0]).taken == (1, 0, 0)  # too expensive
+    assert allocate(sites, 11.0, [0, 1, 1]).taken == (1, 1, 0)  # no better

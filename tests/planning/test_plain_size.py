@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import tiny_options
+from made_recipes import open_recipe
 from tiny_models import DECODERS, FAMILIES
 
 from rk_export import compress
+from rk_export.commands.checks import check_options
+from rk_export.commands.compression_inputs import CompressionInputs, compression_inputs
+from rk_export.device import CPU
 from rk_export.graph.build import build_graph
+from rk_export.model.sites import dense_sites
 from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
+from rk_export.planning.budget import EmbeddingTable, spend
+from rk_export.planning.budget_units import PLAIN_LAYERS, PLAIN_TABLES, budget_unit, table_count
 from rk_export.planning.fixed_parts import graph_bytes
 from rk_export.planning.plain_size import plain_int4_bytes, why_plain
-from rk_export.planning.planner import decide_plan
+from rk_export.planning.planner import decide_plan, embedding_weight
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.sizes import planned_bytes
 from rk_export.source.stored import StoredModel
@@ -53,6 +62,38 @@ def test_a_tied_table_counts_once_and_the_files_are_no_larger(source_of: SourceO
     files = sum((tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     expected = plain_int4_bytes(source, PLAIN)
     assert expected - graph_bytes(source.description) < files <= expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DECODERS)
+def test_its_bytes_are_spent_better(source_of: SourceOf, family: str) -> None:
+    """Every family: no more bytes, no more predicted loss, one matrix a site."""
+    source = source_of(family)
+    size = plain_int4_bytes(source, Recipe())
+    recipe = open_recipe(Budget("size", size), calibration=CalibrationOptions("self", tokens=512))
+    check_options(source, recipe)
+    inputs = compression_inputs(source, recipe)
+    assert inputs.statistics is not None
+    plan = decide_plan(inputs.source, inputs.recipe, statistics=inputs.statistics, table=inputs.table)
+    assert planned_bytes(inputs.source, plan) + graph_bytes(source.description) <= size
+    assert {site.form for site in plan.sites} == {"dense"}
+    assert plan.predicted_loss is not None
+    assert plan.predicted_loss <= plain_loss(inputs)
+
+
+def plain_loss(inputs: CompressionInputs) -> float:
+    """Return the predicted loss of plain INT4."""
+    source, recipe = inputs.source, inputs.recipe
+    unit = budget_unit(source, replace(recipe, budget=Budget("size", 1e9)), 1)
+    unit = replace(unit, space=replace(unit.space, formats=(PLAIN_LAYERS,)), tables=(PLAIN_TABLES,))
+    layers = (
+        (layer, dense_sites(layer, source.description.projections(layer.index), recipe))
+        for layer in source.layers()
+    )
+    assert inputs.statistics is not None
+    assert inputs.table is not None
+    table = EmbeddingTable(embedding_weight(source), inputs.table, table_count(source))
+    return spend(layers, unit, inputs.statistics, table, CPU).predicted_loss
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -50,7 +50,6 @@ def bundle(name: str, size: int, value: float, choice: MatrixChoice) -> Compared
 DENSE = Compared("dense", "model", file_bytes=4000, scores=(Score("prose.txt", "perplexity", 22.5, 0.4),))
 FULL = Comparison(
     (DENSE, bundle("small", 1000, 26.0, JOINT), bundle("large", 2000, 23.0, FLOATS)),
-    notices=("speeds are those of the reports",),
     command="rk-export compare dense small large",
 )
 
@@ -120,11 +119,10 @@ def test_values_have_their_errors(value: float, error: float | None, shown: str)
     assert plus_minus(value, error) == shown
 
 
-def test_the_terminal_gets_overview_choices_and_notices() -> None:
+def test_the_terminal_gets_overview_and_choices() -> None:
     text = plain_text(comparison_blocks(FULL))
     assert "difference to dense" in text
     assert "joint, rank 24, INT4, error up to 0.540" in text
-    assert text.endswith("- speeds are those of the reports")
 
 
 def test_the_page_shows_every_part_and_loads_nothing() -> None:
@@ -149,7 +147,7 @@ def test_models_without_anything_to_tell_make_no_empty_parts() -> None:
 
 
 def test_hostile_names_are_text() -> None:
-    hostile = Comparison((bundle(HOSTILE, 1, 2.0, JOINT), bundle("b", 1, 2.0, SPARSE)), (HOSTILE,), HOSTILE)
+    hostile = Comparison((bundle(HOSTILE, 1, 2.0, JOINT), bundle("b", 1, 2.0, SPARSE)), HOSTILE)
     reader = PageReader(comparison_html(hostile))
     assert "script" not in reader.tags
     assert "\x1b" not in plain_text(comparison_blocks(hostile))

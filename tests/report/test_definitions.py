@@ -11,7 +11,7 @@ from rk_export.report.sections import sections
 from rk_export.report.table import Column, Table
 
 # What says by itself what it is.
-PLAIN = {"what", "model", "phase", "compared", "note", "why", "stage", "software", "version"}
+PLAIN = {"what", "compared", "note", "why", "stage", "software", "version"}
 
 
 def test_terms_and_labels_mean_one_thing_each() -> None:

@@ -48,7 +48,6 @@ def hostile_report() -> Report:
         fusions=(dataclasses.replace(report.fusions[0], pattern=HOSTILE, reason=HOSTILE),),
         parity=(dataclasses.replace(report.parity[0], name=HOSTILE, note=HOSTILE),),
         spectra=(dataclasses.replace(spectrum(1, 2), target=target),),
-        perplexity={HOSTILE: 1.5},
         notices=(HOSTILE,),
     )
 
@@ -204,10 +203,9 @@ def test_numbers_lead_to_what_they_mean(page: str) -> None:
     linked = {value[1:] for name, value in reader.attributes if name == "href" and "#meaning-" in value}
     shown = {value for name, value in reader.attributes if name == "id" and value.startswith("meaning-")}
     assert linked == shown - {"meaning-title"}
-    for anchor in ("perplexity", "kept", "tier-c", "relative", "rank", "error", "effective", "decode"):
+    for anchor in ("kept", "tier-c", "relative", "rank", "error", "effective"):
         assert f"meaning-{anchor}" in linked
     assert definition_of("rank").meaning in reader.text
-    assert '<a class="term" href="#meaning-perplexity">24.1</a>' in page
 
 
 def test_plots_have_names_and_tables_have_headers(page: str) -> None:

@@ -19,6 +19,7 @@ from measure import (
     prune_structures,
     real_models,
     sweep,
+    time_formats,
 )
 from measure.harness import Results
 
@@ -143,6 +144,15 @@ def test_real_models_measures_a_decoder(llama: Path, prose: Path, monkeypatch: p
     row = real_models.measure(llama, 1, is_encoder=False)
     assert row["ratio"] == pytest.approx(row["bundle"] / row["dense"], abs=1e-3)
     assert row["tiers"]["c"][1] is True
+
+
+def test_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_formats, "PAIRS", 1)
+    results = Results(Path("absent"), "formats")
+    results.rows = {phase: time_formats.measure(2, 1) for phase in time_formats.PHASES}
+    lines = time_formats.page(results).splitlines()
+    assert "| INT4 block 32 |" in "\n".join(lines)
+    assert len([line for line in lines if line.startswith("| INT")]) == len(time_formats.FORMATS)
 
 
 def test_sampling() -> None:
