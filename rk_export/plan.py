@@ -16,7 +16,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.options.recipe import Recipe
 
 PLAN_MARK = "rk_export_plan"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ MARK = "<!-- From here on the page is written by RK_UPDATE_DOCS=1 pytest tests/c
 # What a reader needs beyond the options.
 _NOTES = {
     "compress": """
-No bundle is left if parity fails. What each recipe does: [recipes.md](recipes.md). What a budget buys, and
-by which prediction: [planning.md](../explanation/planning.md). Quality and speed are measured by
+No bundle is left if parity fails. All recipes: [recipes.md](recipes.md). How a budget
+is spent: [planning.md](../explanation/planning.md). Quality and speed are measured by
 [eval](#eval) and [bench](#bench).
 """,
     "plan": """
@@ -29,7 +29,7 @@ Some checkpoints were quantized before, so their weights lie on a grid already, 
 perfect on them. This command writes an equivalent model off the grid, on which quantizers can be compared.
 """,
     "verify": """
-The exit code is 1 if a tier is out of its bound. What each tier compares: [parity.md](parity.md).
+The exit code is 1 if a tier is out of its bound. The tiers: [parity.md](parity.md).
 """,
     "eval": """
 Dense models and checkpoints run in PyTorch, bundles in ONNX Runtime. Each value has its standard error. How

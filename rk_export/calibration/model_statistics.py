@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics, layerwise
-from rk_export.calibration.neuron_peaks import SHORT_TEXT
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.options.recipe import Recipe
 from rk_export.report.humanize import size
@@ -19,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 # Bytes; beyond them only the diagonals of the gradients' moments are kept.
 GRADIENT_LIMIT = 8_000_000_000
+# Diagonals settle with little text: by the gradients of 4096 tokens, formats of SmolLM2 that were chosen by those of
+# 1024 lose 0.0497 nats, those chosen by 2048 lose 0.0495.
+DIAGONAL_TOKENS = 1024
 
 
 def model_statistics(
@@ -35,8 +37,7 @@ def model_statistics(
     """
     weighed = recipe.weighs_outputs
     wanted = weighed and recipe.calibration.gradients
-    # Diagonals settle with little text.
-    back = tokens.numel() // 2 if directions else min(tokens.numel(), SHORT_TEXT)
+    back = tokens.numel() // 2 if directions else min(tokens.numel(), DIAGONAL_TOKENS)
     statistics = dense_statistics(
         source,
         tokens,

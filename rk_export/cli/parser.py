@@ -169,7 +169,7 @@ def _add_bundle_commands(add: AddCommand) -> None:
 
     add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
 
-    explain = add("explain", run_explain, "what happened to each matrix of a bundle, and why")
+    explain = add("explain", run_explain, "show what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path, help="bundle folder")
 
     add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rk_export.errors import FieldError
-from rk_export.options.step import Stage, Step
+from rk_export.options.step import Stage, Step, listed
 
 # Exact reparameterizations, in the order in which they are applied.
 PREPARATIONS = ("fold", "rotate", "rotate-heads", "scale")
@@ -29,7 +29,7 @@ class Prepare(Step):
     stage: ClassVar[Stage] = "prepare"
     bare: ClassVar[str | None] = "names"
 
-    names: Literal["auto"] | tuple[str, ...] = "auto"
+    names: Literal["auto"] | tuple[str, ...] = listed("auto")
 
     def __post_init__(self) -> None:
         if self.names == "auto":

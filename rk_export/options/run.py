@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rk_export.errors import FieldError
+
 
 @dataclass(frozen=True)
 class Run:
@@ -19,3 +21,7 @@ class Run:
     device: str = "auto"
     threads: int | None = None
     texts: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise FieldError(f"{self.threads} is out of range", where="threads", fix="give at least 1")

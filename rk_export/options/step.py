@@ -113,7 +113,7 @@ class Step:
                     "there is no such field", where=f"{cls.name}.{key}", fix=f"write {key_of(own[key])}"
                 )
             if item is not None and item.metadata.get("listed") and isinstance(value, str):
-                value = (value,)
+                value = value if value == item.default else (value,)
             read[key if item is None else item.name] = tuple(value) if isinstance(value, list) else value
         return read
 
@@ -153,8 +153,11 @@ def key_of(item: Field[Any]) -> str:
     return str(item.metadata.get("key", item.name))
 
 
-def listed(default: tuple[str, ...]) -> Any:
-    """Return a dataclass field of names; one name may stand in a file without brackets."""
+def listed(default: tuple[str, ...] | str) -> Any:
+    """Return a dataclass field of names; one name may stand in a file without brackets.
+
+    A default that is one word, such as `auto`, stays a word.
+    """
     return field(default=default, metadata={"listed": True})
 
 

@@ -14,6 +14,8 @@ from rk_export.recipes.places import FLOAT, FLOAT_PATTERN, FLOAT_STARTS
 
 # Name of the file in a bundle.
 RECIPE = "recipe.yaml"
+# YAML takes them for line breaks, so they have to be written as escapes.
+_BREAKS = {"\x85", "\u2028", "\u2029"}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -26,8 +28,13 @@ _Dumper.add_implicit_resolver(FLOAT, FLOAT_PATTERN, FLOAT_STARTS)
 def recipe_text(recipe: Recipe) -> str:
     """Return a recipe as YAML with every field that has a value; `load` reads it."""
     data = _without_nothing(to_json(recipe))
+    text = _dumped(data, allow_unicode=True)
+    return _dumped(data, allow_unicode=False) if _BREAKS & set(text) else text
+
+
+def _dumped(data: Any, *, allow_unicode: bool) -> str:
     text: str = yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+        data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=allow_unicode
     )
     return text
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VOCABULARY, Cli, Ended
+from conftest import Cli, Ended
 from made_recipes import INT4
-from quantized_models import gptq, gptq_config, save_quantized
-from tiny_models import tiny_model
 
 from rk_export.cli.compress_arguments import add_recipe_arguments, asked_recipe
 from rk_export.errors import InputError
@@ -27,7 +24,6 @@ from rk_export.options.ranks import Budget, RankRule
 from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 from rk_export.recipes import load, preset_names
-from rk_export.report.records import Report
 
 STEPS_OF_ITS_OWN = [name for name in preset_names() if not name.startswith("basel")]
 
@@ -316,76 +312,7 @@ def test_recipes_refuses_what_it_does_not_know(cli: Cli) -> None:
 # --- from a recipe to a bundle
 
 
-def weights(bundle: Path) -> tuple[bytes, bytes]:
-    return (bundle / "model.onnx").read_bytes(), (bundle / "model.onnx.data").read_bytes()
-
-
 EIGHT_BITS = ("--set", "quantize.targets=all", "--set", "quantize.bits=8")
-# What makes a preset short on the tiny model.
-SHORT = {
-    "cap": ("cap.steps=2",),
-    "pruned": ("heal.steps=2",),
-    "basel": ("basel.steps=4", "basel.new_basis=4"),
-    "basel-whitened": ("basel.steps=4", "basel.new_basis=4"),
-}
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("name", preset_names())
-def test_a_preset_ends_in_a_verified_bundle(
-    cli: Cli, llama: Path, task: Path, tmp_path: Path, name: str
-) -> None:
-    model, out, words = llama, tmp_path / "out", [*SHORT.get(name, ())]
-    if name.startswith("basel"):
-        words.append(f"basel.target={task}")
-    elif load_of(name, task).calibration.uses_text:
-        words.append("calibration.tokens=512")
-    if name == "carry":
-        model = Path(shutil.copytree(llama, tmp_path / "gptq"))
-        save_quantized(tiny_model("llama", vocab_size=VOCABULARY), model, gptq_config(), gptq())
-    done(cli("compress", model, "-o", out, "--recipe", name, *settings(*words)))
-    done(cli("verify", out))
-    report = Report.load(out / "report.json")
-    assert all(tier.passed is not False for tier in report.parity)
-    assert report.size is not None
-    recipe = load_of(name, task)
-    if recipe.quant is not None and not recipe.carries:
-        assert report.size.compressed_bytes < report.size.dense_bytes / 3
-    if recipe.deciding is not None or recipe.rank is not None:
-        assert report.size.kept_parameters < report.size.dense_parameters
-        assert "rank" in done(cli("explain", out)).out
-
-
-def load_of(name: str, task: Path) -> Recipe:
-    return load(name, [f"basel.target={task}"] if name.startswith("basel") else [])
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("words", [("--recipe", "default"), ("--recipe", "pruned"), ("--keep", 0.7)])
-def test_the_recipe_of_a_bundle_makes_it_again(
-    cli: Cli, llama: Path, tmp_path: Path, words: tuple[object, ...]
-) -> None:
-    short = settings("calibration.tokens=512", *(["heal.steps=2"] if "pruned" in words else []))
-    done(cli("compress", llama, "-o", tmp_path / "first", *words, *short))
-    recipe = tmp_path / "first" / "recipe.yaml"
-    done(cli("compress", llama, "-o", tmp_path / "again", "--recipe", recipe))
-    assert weights(tmp_path / "again") == weights(tmp_path / "first")
-    for name in ("recipe.yaml", "plan.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
-
-
-@pytest.mark.whole
-def test_the_recipe_of_a_bundle_knows_the_text_of_its_task(
-    cli: Cli, llama: Path, task: Path, tmp_path: Path
-) -> None:
-    short = settings(f"basel.target={task}", "basel.steps=4", "basel.new_basis=4")
-    done(cli("compress", llama, "-o", tmp_path / "first", "--recipe", "basel", *short))
-    recipe = tmp_path / "first" / "recipe.yaml"
-    assert str(task.parent) not in recipe.read_text()
-    refused = cli("compress", llama, "-o", tmp_path / "again", "--recipe", recipe)
-    assert (refused.code, "--calibration-text FILE" in refused.err) == (2, True)
-    done(cli("compress", llama, "-o", tmp_path / "again", "--recipe", recipe, "--calibration-text", task))
-    assert weights(tmp_path / "again") == weights(tmp_path / "first")
 
 
 @pytest.mark.whole

@@ -76,7 +76,7 @@ Edit = Callable[[dict[str, Any]], Any]
     "edit",
     [
         lambda data: data.pop("rk_export_plan"),
-        lambda data: data.update(rk_export_plan=2),
+        lambda data: data.update(rk_export_plan=1),
         lambda data: data.pop("recipe"),
         lambda data: data.pop("structure"),
         lambda data: data["recipe"].update(speed=9),

@@ -18,6 +18,7 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import FromDense
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.model.sites import dense_sites
+from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import SINGLE_GROUPS
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget_units import budget_unit
@@ -79,7 +80,8 @@ def outcomes(
         cache_dir=cache,
     )
     wanted = logits(source.load(), tokens).double().log_softmax(-1)
-    plan = decide_plan(source, floats())
+    rounded = floats(quant=QuantSpec(4, 32))  # a recipe that rounds to nearest, as the losses are predicted
+    plan = replace(decide_plan(source, floats()), recipe=rounded)
 
     def divergence(candidate: Candidate) -> float:
         rewritten = rewrite(source, alone(plan, candidate.plan), statistics=FromDense(statistics))

@@ -52,7 +52,6 @@ TYPES = [
         "2:34: quantize.targets.1",
         "expected a valid string; found 5",
     ),
-    ("steps:\n  - prepare: fold\n", "2:5: prepare", "neither 'auto' nor array; found 'fold'"),
     ("steps:\n  cap: {keep: 0.5}\n", "1:1: steps", "expected a valid array"),
     ("steps:\n", "1:1: steps", "expected a valid array; found None"),
     ("steps:\n  - cap\n", "2:5: steps.0", "expected an object; found 'cap'"),

@@ -24,6 +24,7 @@ DIGEST = 64 * "0"
 @example(recipe=Recipe((Quantize(("1e3", "5", "null", "yes", "1:30", "~")),)))
 @example(recipe=Recipe(calibration=CalibrationOptions(TextFile("1e3", DIGEST))))
 @example(recipe=Recipe((BaselOptions(TextFile("a: b\n# 'c'", DIGEST), keep=5e-324),)))
+@example(recipe=Recipe((Quantize(("\x85", "\u2028 é\u2029")),)))
 @example(recipe=Recipe((Quantize(bits="auto"),), budget=Budget("mean_bits", 1e1)))
 def test_any_recipe_is_read_as_it_was_written(
     recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
