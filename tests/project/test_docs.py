@@ -12,12 +12,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from markdown_pages import anchors, links, pages
+from markdown_pages import anchors, links, pages, tokens
 from transformers import PretrainedConfig
 
+from rk_export import Recipe
 from rk_export.cli.compress_arguments import asked_recipe
 from rk_export.cli.parser import build_parser
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.model.families import architecture_of
 from rk_export.recipes import presets
 from rk_export.report.records import TIERS
@@ -34,6 +35,9 @@ INSIDE = (
 PUBLIC = ("rk_export", "rk_export.runtime", "rk_export.testing")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_ENTRY = re.compile(
+    r"(?:budget|calibration|prune|prepare|factorize|basel|cap|sslc|quantize|correct|heal): \S"
+)
 _INLINE_COMMAND = re.compile(r"`rk-export ([a-z]+)\b")
 
 
@@ -109,6 +113,51 @@ def test_python_compiles_and_imports_public_names_only(path: Path) -> None:
                 module = importlib.import_module(str(node.module))
                 for alias in node.names:
                     assert alias.name in getattr(module, "__all__", vars(module)), alias.name
+
+
+def _fragments(path: Path) -> Iterator[str]:
+    """Yield the parts of recipes that a page shows: whole ones in blocks, single entries between backticks."""
+    for token in tokens(path):
+        if (
+            token.type == "fence"
+            and token.info == "yaml"
+            and re.search(r"^steps:", token.content, re.MULTILINE)
+        ):
+            yield token.content
+        for child in token.children or []:
+            if child.type == "code_inline" and _ENTRY.match(child.content):
+                yield child.content
+
+
+def _completed(fragment: str) -> Iterator[str]:
+    """Yield recipes with a fragment: by itself, and with what the other parts of a recipe may have to say."""
+    if "\n" in fragment:
+        yield fragment
+    elif fragment.startswith(("budget", "calibration")):
+        yield f"{fragment}\nsteps:\n  - factorize: {{}}\n  - quantize: {{targets: all, bits: auto}}\n"
+    else:
+        yield f"steps:\n  - {fragment}\n"
+        yield f"budget: {{keep: 0.9}}\nsteps:\n  - {fragment}\n"
+        yield f"steps:\n  - quantize: {{bits: 4}}\n  - {fragment}\n"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_page_id)
+def test_parts_of_recipes_are_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("task.txt", "mine.txt"):
+        Path(name).write_text("Some text.", encoding="utf-8")
+    for fragment in _fragments(path):
+        refusals = [_refusal(Path("recipe.yaml"), text) for text in _completed(fragment)]
+        assert "" in refusals, f"{fragment}: {refusals[0]}"
+
+
+def _refusal(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    try:
+        Recipe.load(path)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_page_id)
