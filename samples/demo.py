@@ -25,13 +25,10 @@ COMMAND = (sys.executable, "-m", "rk_export.cli.main")
 def commands(args: argparse.Namespace, model: Path, text: Path) -> Iterator[tuple[list[str], bool]]:
     """Yield each command, and whether its results are shown."""
     out: Path = args.out
-    # The checkpoint that is fetched was quantized before. An equal model off that grid gives honest figures.
-    dense = str(out / "model" / model.name)
-    yield ["prepare", str(model), "-o", dense], False
-    yield ["compress", dense, "-o", str(out / "default")], False
-    yield ["compress", dense, "-o", str(out / args.size), "--size", args.size], False
-    yield ["compress", dense, "-o", str(out / "w8a8"), "--recipe", "w8a8"], False
-    yield ["export", dense, "-o", str(out / "dense")], False
+    yield ["compress", str(model), "-o", str(out / "default")], False
+    yield ["compress", str(model), "-o", str(out / args.size), "--size", args.size], False
+    yield ["compress", str(model), "-o", str(out / "w8a8"), "--recipe", "w8a8"], False
+    yield ["export", str(model), "-o", str(out / "dense")], False
     bundles = [str(out / name) for name in ("dense", "default", args.size, "w8a8")]
     measured = ["--text", str(text), "--tokens", str(args.tokens), "--context", str(args.context), "--speed"]
     yield ["compare", *bundles, *measured, "-o", str(out / "compare.html")], True
@@ -42,9 +39,8 @@ def type_in(words: list[str], *, shown: bool, threads: int) -> None:
     """Run one command as if it were typed; its bars appear, its results if they are to be shown."""
     print(f"\n$ rk-export {shlex.join(words)}", flush=True)
     replaces = [] if words[0] == "run" else ["--force"]
-    machine = [] if words[0] == "prepare" else ["--threads", str(threads)]
     subprocess.run(
-        [*COMMAND, *words, *replaces, *machine],
+        [*COMMAND, *words, *replaces, "--threads", str(threads)],
         check=True,
         stdout=None if shown else subprocess.DEVNULL,
     )
@@ -65,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", default="90MB", help="size of the second bundle")
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--context", type=int, default=512, help="tokens in a window of the text")
-    parser.add_argument("--tokens", type=int, default=5120, help="tokens of the text that are used")
+    parser.add_argument("--tokens", type=int, default=2560, help="tokens of the text that are used")
     parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime")
     return parser.parse_args(arguments)
 

@@ -87,8 +87,8 @@ def page(figures: dict[str, Any]) -> str:
     seconds = "\n".join(f"| `{name}` | {value:.0f} |" for name, value in figures["seconds"].items())
     return f"""# The demo in figures
 
-`make demo` runs these commands on SmolLM2-135M-Instruct, off the grid of its checkpoint. The figures were measured by
-`python samples/measure/front_page.py` on {figures["machine"]}. Perplexity is that of the first {figures["tokens"]:,}
+`make demo` runs these commands on SmolLM2-135M-Instruct. The figures were measured by
+`python samples/measure/front_page.py` on {figures["machine"]}, with an empty cache. Perplexity is that of the first {figures["tokens"]:,}
 tokens of Wikipedia prose in windows of 512, and ± is one standard error over windows. Speeds were measured in turns.
 
 {table(figures)}
