@@ -88,8 +88,10 @@ def page(figures: dict[str, Any]) -> str:
     return f"""# The demo in figures
 
 `make demo` runs these commands on SmolLM2-135M-Instruct. The figures were measured by
-`python samples/measure/front_page.py` on {figures["machine"]}, with an empty cache. Perplexity is that of the first {figures["tokens"]:,}
-tokens of Wikipedia prose in windows of 512, and ± is one standard error over windows. Speeds were measured in turns.
+`python samples/measure/front_page.py` on {figures["machine"]}, with an empty cache.
+
+Perplexity is that of the first {figures["tokens"]:,} tokens of Wikipedia prose in windows of 512. ± is one standard
+error over windows. Speeds were measured in turns.
 
 {table(figures)}
 | command | seconds |
