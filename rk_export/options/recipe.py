@@ -351,8 +351,8 @@ class Recipe:
     def describe(self) -> Iterator[str]:
         """Yield what is done to the model, in words for the model card."""
         for step in self.steps:
-            empty = isinstance(step, Factorize) and step.rule is None and self.budget is None
-            if not isinstance(step, Prepare) and not empty:
+            nothing = isinstance(step, Factorize) and (step.groups == () or not (step.rule or self.budget))
+            if not isinstance(step, Prepare) and not nothing:
                 yield step.describe()
 
 
