@@ -6,18 +6,17 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from rk_export.errors import FieldError
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.correct import Correct
 from rk_export.options.factorize import Factorize
 from rk_export.options.prepare import Prepare
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.quantize import TABLES, Quantize, Rounding, names_of, names_of_table
-from rk_export.options.ranks import GROUPS, Budget, Gauge, RankRule
+from rk_export.options.ranks import Budget, Gauge, RankRule
+from rk_export.options.recipe_checks import check_recipe
 from rk_export.options.step import STAGES, MethodOptions, Step
 from rk_export.options.target import Target
 from rk_export.options.texts import TextFile
@@ -45,119 +44,7 @@ class Recipe:
     target: Target = Target()
 
     def __post_init__(self) -> None:
-        self._check_order()
-        self._check_quantize()
-        self._check_amount()
-        for step in self.steps:
-            step.check_with(self)
-        if self.deciding is not None and self.calibration.prefix:
-            raise FieldError(
-                f"the parts of {self.deciding.name} do not depend on the compressed prefix",
-                where="calibration.prefix",
-                fix="drop it",
-            )
-
-    def _check_order(self) -> None:
-        for first, second in pairwise(self.steps):
-            free = {"prune", "prepare"}
-            if STAGES.index(first.stage) > STAGES.index(second.stage) and {first.stage, second.stage} != free:
-                raise FieldError(f"it stands after {first.name}", where=second.name, fix="exchange the two")
-        for stage in STAGES:
-            steps = [step for step in self.steps if step.stage == stage]
-            if len(steps) < 2 or steps[0].repeats:
-                continue
-            one, other = steps[0].name, steps[1].name
-            if one == other:
-                raise FieldError("the step stands twice", where=other, fix="drop one of the two")
-            raise FieldError(
-                f"{one} decides already what stays of every matrix",
-                where=other,
-                fix="choose one of the two",
-            )
-
-    def _check_quantize(self) -> None:
-        rounding = {step.quantizer for step in self._quantize if step.quantizer is not None}
-        if len(rounding) > 1:
-            raise FieldError(
-                f"{' and '.join(sorted(rounding))} cannot round the same model",
-                where="quantize.with",
-                fix="give it in one step: it holds for all",
-            )
-        for table in TABLES:
-            step = self._step_of(names_of_table(table))
-            if step is not None and step.activations == 8:
-                raise FieldError(
-                    f"{table} has no inputs to quantize",
-                    where="quantize.activations",
-                    fix="leave it out of the targets",
-                )
-        if self.target.ep != "cpu" and any(step.activations == 8 for step in self._quantize):
-            raise FieldError(
-                f"int8 inputs have no kernels in a graph for {self.target.ep}",
-                where="quantize.activations",
-                fix="use them with ep: cpu, or choose weight-only quantization",
-            )
-        if self.carries:
-            self._check_carried()
-
-    def _check_carried(self) -> None:
-        """Refuse what would change matrices whose codes are to stay."""
-        changing = [step.name for step in self.steps if not isinstance(step, (Quantize, Prepare))]
-        if isinstance(prepare := self.find(Prepare), Prepare) and prepare.names not in ("auto", ()):
-            changing.append(prepare.name)
-        if self.budget is not None:
-            changing.append("a budget")
-        if changing:
-            raise FieldError(
-                f"codes that are carried over cannot be changed, which {changing[0]} does",
-                where="quantize.with",
-                fix=f"drop {changing[0]}, or with: carry",
-            )
-
-    def _check_amount(self) -> None:
-        factorize = self.find(Factorize)
-        if self.budget is not None:
-            self._check_budget(self.budget, factorize)
-        elif factorize is not None and factorize.rule is None and (field := factorize.first_set):
-            raise FieldError(
-                "nothing says how much stays of the groups",
-                where=f"factorize.{field}",
-                fix="give keep, rank or energy, or a budget",
-            )
-
-    def _check_budget(self, budget: Budget, factorize: Factorize | None) -> None:
-        """Refuse a budget beside another amount, and one that has nothing to decide."""
-        if self.deciding is not None:
-            raise FieldError(
-                f"the recipe has a budget, and the step {self.deciding.name} says how much stays",
-                where="budget",
-                fix="give one of the two",
-            )
-        if factorize is not None and factorize.rule is not None:
-            raise FieldError(
-                f"factorize.{factorize.rule.kind} and the budget both say how much stays",
-                where="budget",
-                fix="drop one of the two",
-            )
-        if factorize is not None and factorize.qk == "per-head":
-            raise FieldError(
-                "a budget takes q and k whole",
-                where="factorize.qk",
-                fix="drop it, or give factorize.keep instead of the budget",
-            )
-        factorizes = factorize is not None and factorize.groups != ()
-        if not factorizes and (budget.kind == "keep" or not self._has_open_formats):
-            raise FieldError(
-                f"the steps leave nothing open that the {budget.name} could decide",
-                where="budget",
-                fix="add a step factorize"
-                if budget.kind == "keep"
-                else "add a step factorize, or set quantize.bits to auto",
-            )
-
-    @property
-    def _has_open_formats(self) -> bool:
-        return any(step.bits == "auto" for step in self._quantize)
+        check_recipe(self)
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -198,7 +85,7 @@ class Recipe:
         if holder is not None and (holder is self.deciding or self.rank is not None):
             return self.with_step(holder.with_amount(budget))
         opened = self
-        if holder is None and (budget.kind == "keep" or not self._has_open_formats):
+        if holder is None and (budget.kind == "keep" or not self.has_open_formats):
             logger.info("factorize: added to the recipe, so that the %s can be met", budget.name)
             opened = self.with_step(Factorize())
         return replace(opened, budget=budget)
@@ -263,58 +150,64 @@ class Recipe:
         return self.factorize.gauge
 
     @property
-    def _quantize(self) -> tuple[Quantize, ...]:
+    def quantize_steps(self) -> tuple[Quantize, ...]:
+        """The steps that store matrices in few bits."""
         return tuple(step for step in self.steps if isinstance(step, Quantize))
 
-    def _step_of(self, names: tuple[str, ...]) -> Quantize | None:
+    @property
+    def has_open_formats(self) -> bool:
+        """Whether a budget may choose any format."""
+        return any(step.bits == "auto" for step in self.quantize_steps)
+
+    def quantize_step_of(self, names: tuple[str, ...]) -> Quantize | None:
         """Return the last step that takes a matrix."""
-        return next((step for step in reversed(self._quantize) if step.takes(names)), None)
+        return next((step for step in reversed(self.quantize_steps) if step.takes(names)), None)
 
     def format_of(self, role: str, path: str, layer: int) -> QuantSpec | None:
         """Return the format of a layer's matrix where no budget chooses it; None for floats."""
-        step = self._step_of(names_of(role, path, layer))
+        step = self.quantize_step_of(names_of(role, path, layer))
         return None if step is None else step.spec(table=False)
 
     def is_open(self, role: str, path: str, layer: int) -> bool:
         """Whether a budget may choose the format of a layer's matrix."""
-        step = self._step_of(names_of(role, path, layer))
+        step = self.quantize_step_of(names_of(role, path, layer))
         return step is not None and step.bits == "auto"
 
     @property
     def quant(self) -> QuantSpec | None:
         """The format of most matrices of the layers: or of those that are named first; None for floats."""
-        named = (step for step in self._quantize if set(step.targets) - set(TABLES))
-        step = self._step_of(("all", "layers")) or next(named, None)
+        named = (step for step in self.quantize_steps if set(step.targets) - set(TABLES))
+        step = self.quantize_step_of(("all", "layers")) or next(named, None)
         return None if step is None else step.spec(table=False)
 
     @property
     def table_quant(self) -> QuantSpec | None:
         """The format of the embedding, and of an output projection of its own; None for floats."""
-        step = self._step_of(names_of_table(TABLES[0]))
+        step = self.quantize_step_of(names_of_table(TABLES[0]))
         return None if step is None else step.spec(table=True)
 
     @property
     def table_is_open(self) -> bool:
         """Whether a budget may choose the format of the embedding."""
-        step = self._step_of(names_of_table(TABLES[0]))
+        step = self.quantize_step_of(names_of_table(TABLES[0]))
         return step is not None and step.bits == "auto"
 
     @property
     def head_quant(self) -> QuantSpec | None:
         """The format that is asked for of an output projection."""
-        step = self._step_of(names_of_table(TABLES[1]))
+        step = self.quantize_step_of(names_of_table(TABLES[1]))
         return None if step is None else step.spec(table=True)
 
     @property
     def quantizer(self) -> Rounding:
         """How numbers are rounded; codes that cannot be carried over are rounded by GPTQ."""
-        given = (step.quantizer for step in self._quantize)
+        given = (step.quantizer for step in self.quantize_steps)
         return next((asked for asked in given if asked is not None and asked != "carry"), "gptq")
 
     @property
     def carries(self) -> bool:
         """Whether codes of a quantized checkpoint are taken over as they are."""
-        return any(step.quantizer == "carry" for step in self._quantize)
+        return any(step.quantizer == "carry" for step in self.quantize_steps)
 
     @property
     def correction(self) -> int:
@@ -345,7 +238,7 @@ class Recipe:
 
     def patterns(self) -> Iterator[str]:
         """Yield every name that a step uses for what it quantizes or leaves out."""
-        for step in self._quantize:
+        for step in self.quantize_steps:
             yield from (*step.targets, *step.ignore)
 
     def describe(self) -> Iterator[str]:
@@ -354,8 +247,3 @@ class Recipe:
             nothing = isinstance(step, Factorize) and (step.groups == () or not (step.rule or self.budget))
             if not isinstance(step, Prepare) and not nothing:
                 yield step.describe()
-
-
-def joined(groups: tuple[str, ...] | None) -> list[str]:
-    """Return those groups that join several matrices."""
-    return [group for group in groups or () if len(GROUPS[group]) > 1]
