@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
+
 import demo
 from assets import smollm2, wiki_text
 from measure import harness
