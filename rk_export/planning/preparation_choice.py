@@ -124,7 +124,8 @@ def choose_preparations(
     combinations = tuple(_combinations(possible))
 
     def make() -> dict[str, Tensor]:
-        costs = _costs(source, tokens, rounding, preparation, device)
+        weights = _output_weights(source, tokens, device, cache_dir)
+        costs = _costs(source, tokens, rounding, preparation, weights, device)
         losses = [_total(costs, names) for names in combinations]
         return {"losses": torch.tensor(losses, dtype=torch.float64)}
 
@@ -181,16 +182,36 @@ def _takes(names: tuple[str, ...], name: str) -> bool:
     return name in names or (name in PARTS_OF_FOLD and "fold" in names)
 
 
+def _output_weights(
+    source: Source, tokens: Tensor, device: torch.device, cache_dir: str | os.PathLike[str] | None
+) -> dict[MatrixId, Tensor]:
+    """Return what the errors of every output weigh; the formats do not matter, so another recipe finds it on disk."""
+    key = {
+        "version": _VERSION,
+        "model": source.fingerprint(cache_dir),
+        **text_key(tokens),
+        "runs": [device.type, str(matmul_dtype(device))],
+    }
+
+    def make() -> dict[str, Tensor]:
+        found = output_weights(source.shared(), source.architecture, tokens, device)
+        return {place.name: weight.cpu() for place, weight in found.items()}
+
+    known = cached("output-weights", key, make, cache_dir)
+    places = [matrix.id for matrix in source.description.matrices]
+    return {place: known[place.name].to(device) for place in places if place.name in known}
+
+
 def _costs(
     source: Source,
     tokens: Tensor,
     rounding: Rounding,
     preparation: LayerPreparation,
+    weights: Mapping[MatrixId, Tensor],
     device: torch.device,
 ) -> Costs:
     """Predict the loss of every role under every state, summed over layers."""
-    model = source.shared()
-    weights = output_weights(model, source.architecture, tokens, device)
+    model = source.shared().to(device)
     layers = model.get_submodule(source.architecture.layers)
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{source.architecture.layers} is no list of layers")
