@@ -104,6 +104,7 @@ def test_what_is_missing_is_an_error_in_json(cli: Cli, places: dict[str, Path], 
     assert error["fix"]
 
 
+@pytest.mark.usefixtures("cli")  # it puts the log back as it was
 @pytest.mark.parametrize("command", commands())
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quiet_takes_log_lines_and_warnings_away(
