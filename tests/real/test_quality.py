@@ -40,7 +40,8 @@ class Row:
 
 ROWS = {
     "W8A8": Row(("--recipe", "w8a8"), 22.59, 137.4, within=0.01),
-    "0.8 kept, floats": Row(("--recipe", "floats", "--keep", 0.8), 33.61),
+    # 33.61 and 35.15 on two machines, whose arithmetic samples different texts from the model.
+    "0.8 kept, floats": Row(("--recipe", "floats", "--keep", 0.8), 34.4, within=0.05),
     # Wanda's entries: the one selector of CAP that takes seconds.
     "CAP, 0.5 kept": Row(("--recipe", "wanda"), 55.77, 271.2),
 }
