@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import print_json, show
 from rk_export.errors import InputError
 
 
@@ -43,7 +42,7 @@ def run_bundle(args: argparse.Namespace) -> int:
     names = [name for name in args.targets.split(",") if name]
     places = deployment_files(args.bundle, names, name=args.name, storage=args.storage, force=args.force)
     if args.json:
-        print(json.dumps({place.name: str(place) for place in places}, indent=1))
+        print_json({place.name: str(place) for place in places})
         return 0
     width = max(len(place.name) for place in places)
     print("\n".join(f"{place.name.ljust(width)}  {place}" for place in places))
@@ -55,7 +54,7 @@ def _list_targets(as_json: bool) -> int:
     from rk_export.report.table import Column, make_table
 
     if as_json:
-        print(json.dumps({target.name: target.what for target in TARGETS}, indent=1))
+        print_json({target.name: target.what for target in TARGETS})
         return 0
     columns = (Column("target", "name"), Column("what is written"))
     show(make_table(columns, [(target.name, target.what) for target in TARGETS]))

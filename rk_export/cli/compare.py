@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from rk_export.cli.handlers import texts_of
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import print_json, show
 from rk_export.errors import InputError
 
 
@@ -54,7 +53,7 @@ def run_compare(args: argparse.Namespace) -> int:
         command=args.command_line,
     )
     if args.json:
-        print(json.dumps(comparison.to_json(), indent=1, ensure_ascii=False))
+        print_json(comparison.to_json())
     else:
         show(*comparison_blocks(comparison))
     if args.output is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rk_export.cli.compress_arguments import asked_recipe
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import print_json, show
 from rk_export.errors import InputError
 from rk_export.json_codec import to_json
 
@@ -51,10 +50,6 @@ def texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
     return [EvalText(path, context, args.tokens) for path in paths]
 
 
-def _print_json(data: object) -> None:
-    print(json.dumps(data, indent=1, ensure_ascii=False))
-
-
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
     from rk_export.commands.compress import compress, dry_run
@@ -72,7 +67,7 @@ def run_compress(args: argparse.Namespace) -> int:
             checkpoint=args.checkpoint,
             force=args.force,
         )
-        _print_json(report.to_json()) if args.json else show(*planned(report))
+        print_json(report.to_json()) if args.json else show(*planned(report))
         return 0
     report = compress(
         args.model,
@@ -85,7 +80,7 @@ def run_compress(args: argparse.Namespace) -> int:
         force=args.force,
         command=args.command_line,
     )
-    _print_json(report.to_json()) if args.json else show(*summary(report))
+    print_json(report.to_json()) if args.json else show(*summary(report))
     logger.info("\nbundle  %s\nreport  %s", args.output, args.output / "report.html")
     return 0
 
@@ -105,7 +100,7 @@ def run_analyze(args: argparse.Namespace) -> int:
         force=args.force,
     )
     if args.json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return 0
     print(f"{len(report.spectra)} spectra\nreport  {args.output / 'report.html'}")
     return 0
@@ -122,39 +117,10 @@ def run_plan(args: argparse.Namespace) -> int:
     plan = make_plan(args.model, asked_recipe(args), base=args.base, run=_run_of(args))
     plan.save(args.output)
     if args.json:
-        _print_json(plan.to_json())
+        print_json(plan.to_json())
         return 0
     parts = in_words(fixed_parts(open_source(args.model, args.base).description, plan.recipe))
     print(f"{len(plan.sites)} sites; beside them {parts}\nplan  {args.output}")
-    return 0
-
-
-def run_recipes(args: argparse.Namespace) -> int:
-    """`recipes`: a table, one file, all fields, or the schema."""
-    from rk_export.errors import InputError
-    from rk_export.options.choices import nearest
-    from rk_export.recipes.fields import json_schema, section_help
-    from rk_export.recipes.presets import presets
-    from rk_export.recipes.tables import fields_tables, presets_table
-
-    if sum((args.name is not None, args.steps, args.schema)) > 1:
-        raise InputError("name, --steps and --schema print different things", where="recipes", fix="give one")
-    if args.schema:
-        _print_json(json_schema())
-    elif args.steps:
-        _print_json(to_json(section_help())) if args.json else show(*fields_tables(section_help()))
-    elif args.name is None:
-        known = {name: preset.about for name, preset in presets().items()}
-        _print_json(to_json(known)) if args.json else show(presets_table(known))
-    else:
-        if args.name not in presets():
-            raise InputError(
-                "no preset",
-                where=args.name,
-                fix=f"{nearest(args.name, presets())}`rk-export recipes` lists them",
-            )
-        preset = presets()[args.name]
-        _print_json(to_json(preset)) if args.json else print(preset.text, end="")
     return 0
 
 
@@ -172,7 +138,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         seed=args.seed,
         force=args.force,
     )
-    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
+    print_json(to_json(findings)) if args.json else show(matrices_table(findings))
     logger.info("\nmodel  %s", args.output)
     return 0
 
@@ -193,7 +159,7 @@ def run_export(args: argparse.Namespace) -> int:
         force=args.force,
         command=args.command_line,
     )
-    _print_json(report.to_json()) if args.json else show(*summary(report))
+    print_json(report.to_json()) if args.json else show(*summary(report))
     return 0
 
 
@@ -203,7 +169,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from rk_export.report.tables import parity_table
 
     tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, run=_run_of(args))
-    _print_json(to_json(tiers)) if args.json else show(parity_table(tiers))
+    print_json(to_json(tiers)) if args.json else show(parity_table(tiers))
     return int(any(tier.passed is False for tier in tiers))
 
 
@@ -221,7 +187,7 @@ def run_eval(args: argparse.Namespace) -> int:
         return _print_perplexity(args.models[0], texts[0], args.json, runtime)
     tasks = load_tasks(args.tasks, args.limit)
     scores = evaluate_models(args.models, texts=texts, tasks=tasks, **runtime)
-    _print_json(scores_json(scores)) if args.json else show(score_table(scores))
+    print_json(scores_json(scores)) if args.json else show(score_table(scores))
     return 0
 
 
@@ -230,7 +196,7 @@ def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[s
 
     result = evaluate(model, text, **runtime)
     if as_json:
-        _print_json(to_json(result))
+        print_json(to_json(result))
         return 0
     value = f"perplexity {result.perplexity:.3f} ± {result.perplexity_error:.3f}"
     loss = f"mean negative log likelihood {result.nll:.4f} ± {result.standard_error:.4f}"
@@ -250,7 +216,7 @@ def run_bench(args: argparse.Namespace) -> int:
         threads=2 if args.threads is None else args.threads,
         provider=args.provider,
     )
-    _print_json(result.to_json()) if args.json else show(result.table())
+    print_json(result.to_json()) if args.json else show(result.table())
     return 0
 
 
@@ -260,7 +226,7 @@ def run_explain(args: argparse.Namespace) -> int:
     from rk_export.report.tables import matrices_table
 
     findings = explain(args.bundle)
-    _print_json(to_json(findings)) if args.json else show(matrices_table(findings))
+    print_json(to_json(findings)) if args.json else show(matrices_table(findings))
     return 0
 
 
@@ -269,5 +235,5 @@ def run_doctor(args: argparse.Namespace) -> int:
     from rk_export.commands.doctor import diagnose
 
     diagnosis = diagnose()
-    _print_json(diagnosis.to_json()) if args.json else show(*diagnosis.blocks())
+    print_json(diagnosis.to_json()) if args.json else show(*diagnosis.blocks())
     return 0 if diagnosis.ok else 1

@@ -23,9 +23,9 @@ from rk_export.cli.handlers import (
     run_export,
     run_plan,
     run_prepare,
-    run_recipes,
     run_verify,
 )
+from rk_export.cli.recipes import add_recipes_arguments, run_recipes
 from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
 
@@ -91,10 +91,9 @@ def _add_model_commands(add: AddCommand) -> None:
     add_recipe_arguments(plan)
     _add_run(plan)
 
-    recipes = add("recipes", run_recipes, "list the presets, print one to edit, or explain every field")
-    recipes.add_argument("name", nargs="?", help="a preset: print its file")
-    recipes.add_argument("--steps", action="store_true", help="every step and field, with defaults")
-    recipes.add_argument("--schema", action="store_true", help="JSON schema of recipe files, for editors")
+    add_recipes_arguments(
+        add("recipes", run_recipes, "list the presets, print one to edit, or explain every field")
+    )
 
     prepare = add("prepare", run_prepare, "reparameterize a model exactly: same logits, other weights")
     _add_model(prepare)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import webbrowser
 from pathlib import Path
 
-from rk_export.cli.terminal import show
+from rk_export.cli.terminal import print_json, show
 from rk_export.errors import InputError
 
 
@@ -25,7 +24,7 @@ def run_report(args: argparse.Namespace) -> int:
     report = read_report(args.folder)
     page = args.folder.expanduser() / "report.html"
     if args.json:
-        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+        print_json(report.to_json())
     else:
         show(*summary(report), f"report  {page}" if page.is_file() else "report.html is not in this folder")
     if args.open:

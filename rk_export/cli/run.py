@@ -7,6 +7,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from rk_export.cli.terminal import print_json
 from rk_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run_run(args: argparse.Namespace) -> int:
     if args.chat:
         prompt = session.chat_tokens([*system, {"role": "user", "content": args.prompt}], **template_args)
     if args.json:
-        print(json.dumps(_generated(session, prompt, options), indent=1, ensure_ascii=False))
+        print_json(_generated(session, prompt, options))
         return 0
     for piece in session.stream(prompt, options):
         print(piece, end="", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -137,6 +138,11 @@ def _progress() -> Progress:
         refresh_per_second=_FRAMES_A_SECOND,
         speed_estimate_period=_AVERAGED_SECONDS,
     )
+
+
+def print_json(data: object) -> None:
+    """Print a result as the one JSON document of standard output."""
+    print(json.dumps(data, indent=1, ensure_ascii=False))
 
 
 def show(*blocks: Block) -> None:
