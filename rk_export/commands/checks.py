@@ -23,8 +23,8 @@ def check_options(source: Source, recipe: Recipe) -> None:
     """
     check_context(source.description, recipe.target.context_length)
     check_groups(source, with_default_groups(source, recipe).groups or ())
-    _check_budget(source, recipe)
     _check_formats(source, recipe)
+    _check_budget(source, recipe)
     if recipe.carries and not source.has_grids:
         details = [finding.details or {} for finding in source.findings]
         stored = next((str(one["format"]) for one in details if "format" in one), "")

@@ -136,7 +136,10 @@ def open_task(
     recipe = recipe or load()
     if target is not None:
         recipe = replace(recipe, target=target)
-    recipe, notices = _with_known_size(source, recipe.with_texts(run.texts))
+    recipe = recipe.with_texts(run.texts)
+    notices: tuple[str, ...] = ()
+    if plan is None:
+        recipe, notices = _settled(source, recipe)
     check_supported(source.description, ep=recipe.target.ep, dtype=recipe.target.float_dtype)
     check_options(source, recipe)
     if needs_texts and recipe.missing_text is not None:
@@ -146,17 +149,17 @@ def open_task(
     return Task(source, recipe, resolve_device(run.device), run.threads, plan, notices)
 
 
-def _with_known_size(source: Source, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-    """Return a recipe whose size is a number, where it was to be that of plain INT4, and why there is none.
-
-    Without a budget `bits: auto` is plain INT4 itself.
-    """
-    if recipe.budget is None or recipe.budget.value != "int4":
-        return recipe, ()
-    if why := why_plain(source, recipe):
+def _settled(source: Source, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """Return a recipe whose size is a number, and why formats that it leaves open are plain INT4 after all."""
+    budget, why = recipe.budget, ""
+    if budget is not None and budget.value == "int4":
+        why = why_plain(source, recipe)
+        budget = None if why else Budget("size", float(plain_int4_bytes(source, recipe)))
+    elif recipe.has_open_formats and (budget is None or budget.kind == "keep"):
+        why = "bits: auto is 4 bits, and 8 for the embedding, where no budget counts bits"
+    if why:
         logger.info("plain INT4: %s", why)
-        return replace(recipe, budget=None), (f"plain INT4: {why}",)
-    return replace(recipe, budget=Budget("size", float(plain_int4_bytes(source, recipe)))), ()
+    return replace(recipe, budget=budget), (f"plain INT4: {why}",) if why else ()
 
 
 def check_outputs(

@@ -266,6 +266,23 @@ def test_a_target_that_matches_nothing_is_refused(cli: Cli, llama: Path, tmp_pat
     assert "did you mean q?" in ended.err
 
 
+def test_a_target_that_matches_nothing_is_no_question_of_size(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    ended = cli("compress", llama, "-o", tmp_path / "out", *settings("quantize.targets=[layers.9.*]"))
+    assert (ended.code, "'layers.9.*' matches no matrix of llama" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(("amount", "said"), [(("--keep", 0.8), True), (("--mean-bits", 5), False)])
+def test_open_formats_that_no_budget_chooses_are_said(
+    cli: Cli, llama: Path, tmp_path: Path, amount: tuple[object, ...], said: bool
+) -> None:
+    out = tmp_path / "out"
+    ended = cli(
+        "compress", llama, "-o", out, *amount, *settings("calibration.tokens=512"), "--dry-run", "--json"
+    )
+    assert ended.code == 0, ended.err
+    assert any("bits: auto is 4 bits" in one for one in json.loads(ended.out)["notices"]) is said
+
+
 def test_an_unknown_recipe_names_the_nearest(cli: Cli, llama: Path, tmp_path: Path) -> None:
     ended = cli("compress", llama, "-o", tmp_path / "out", "--recipe", "int5")
     assert ended.code == 2
