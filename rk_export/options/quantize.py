@@ -30,7 +30,7 @@ class Quantize(Step):
             regular expression after `re:`. A name that matches nothing is an error.
         ignore: What is left out of the targets, named in the same way.
         bits: 2, 4 or 8; `auto` lets a budget of bytes, bits or time choose for every matrix by itself. Under another
-            budget, or without one, `auto` is 4, and 8 for `embed_tokens` and `lm_head`.
+            budget, or without one, `auto` is 4, and 8 for `embed_tokens` and `lm_head`; a line says so.
         block: Columns that share a scale: 16, 32, 64, 128 or 256. Without it 32.
         symmetric: Whether no zero points are stored.
         activations: 16 leaves inputs in floats. 8 also quantizes the inputs of 8-bit matrices (W8A8), for fast

@@ -57,6 +57,12 @@ class RankRule:
 
 BudgetKind = Literal["keep", "size", "mean_bits", "speed_up"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
+BUDGET_MEANINGS: dict[BudgetKind, str] = {
+    "keep": "Share of the parameters of the matrices that may be factorized, between 0 and 1.",
+    "size": "Bytes of the model's files: `90MB`, or `int4` for what plain INT4 takes.",
+    "mean_bits": "Mean bits of a parameter of the layers, scales included, from 2 to 16.",
+    "speed_up": "Time of the dense float graph over that of the compressed one, above 1.",
+}
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,8 @@ class Budget:
     """A limit on the cost of the whole model. The planner spends it on rank, bits and blocks together.
 
     Args:
-        kind: `keep` is a share of the parameters of the matrices that may be factorized, `size` the bytes of the
-            model's files, `mean_bits` the mean bits of a linear layer's parameter, scales included, `speed_up` the
-            time of the dense float graph over that of the compressed one.
-        value: The amount. A size may be `int4`: what the files take in plain INT4.
+        kind: What is counted, see `BUDGET_MEANINGS`.
+        value: The amount; `int4` as a size.
         phase: What `speed_up` counts: `prefill` or `decode`.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 from rk_export.json_codec import to_json
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.kinds import step_kinds
-from rk_export.options.ranks import Budget
+from rk_export.options.ranks import BUDGET_MEANINGS, Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.step import key_of
 from rk_export.options.target import Target
@@ -66,27 +66,9 @@ def _section(name: str, kind: type) -> SectionHelp:
 
 
 def _budget() -> SectionHelp:
-    return SectionHelp(
-        "budget",
-        documented(Budget)[0],
-        (
-            FieldHelp(
-                "keep",
-                "null",
-                "Share of the parameters of the matrices that may be factorized, between 0 and 1.",
-            ),
-            FieldHelp(
-                "size", "null", "Bytes of the model's files: `90MB`, or `int4` for what plain INT4 takes."
-            ),
-            FieldHelp(
-                "mean_bits", "null", "Mean bits of a parameter of the layers, scales included, from 2 to 16."
-            ),
-            FieldHelp(
-                "speed_up", "null", "Time of the dense float graph over that of the compressed one, above 1."
-            ),
-            FieldHelp("phase", "decode", "What `speed_up` counts: `prefill` or `decode`."),
-        ),
-    )
+    summary, said = documented(Budget)
+    amounts = (FieldHelp(kind, "null", meaning) for kind, meaning in BUDGET_MEANINGS.items())
+    return SectionHelp("budget", summary, (*amounts, FieldHelp("phase", Budget.phase, said["phase"])))
 
 
 def _default(item: Field[Any]) -> str:
