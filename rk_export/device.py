@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 
 from rk_export.errors import InputError, ProviderError
 
@@ -51,3 +53,16 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 def matmuls_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Multiply matrices in `dtype` inside this context; residual streams, norms and weights stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have copies of a module's parameters and buffers on a device inside this context; its own come back after it."""
+    own = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        for tensor, data in own:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data

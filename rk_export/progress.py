@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -68,31 +68,6 @@ def stage(title: str, total: int, done: int = 0) -> Iterator[Bar]:
         yield bar
     finally:
         bar.close()
-
-
-class Watched(Protocol):
-    """A PyTorch module, as far as `track_calls` knows it."""
-
-    def register_forward_hook(self, hook: Callable[..., None]) -> Any:
-        """Call the hook after every forward pass, until the handle that is returned is removed."""
-
-
-@contextmanager
-def track_calls(modules: Sequence[Watched], title: str, times: int = 1) -> Iterator[None]:
-    """Show a pass over a whole model while the context lasts, layer by layer.
-
-    Args:
-        modules: The layers; each call of one counts.
-        title: What the stage does.
-        times: How often each layer will be called.
-    """
-    with stage(title, len(modules) * times) as bar:
-        handles = [module.register_forward_hook(lambda *_: bar.advance()) for module in modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @contextmanager

@@ -6,12 +6,11 @@ import itertools
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
 from rk_export import progress
-from rk_export.progress import Bar, shown_by, stage, track, track_calls
+from rk_export.progress import Bar, shown_by, stage, track
 
 
 class Recorded:
@@ -135,33 +134,6 @@ def test_a_stage_that_goes_on_is_estimated_by_this_run_alone(
         "steps: 100, 90 of them done before",
         "steps: 91 of 100, about 55 s left",
     ]
-
-
-class Module:
-    """What `track_calls` needs of a PyTorch module."""
-
-    def __init__(self) -> None:
-        self.hooks: list[Callable[..., None]] = []
-
-    def register_forward_hook(self, hook: Callable[..., None]) -> Module:
-        self.hooks.append(hook)
-        return self
-
-    def remove(self) -> None:
-        self.hooks.clear()
-
-    def __call__(self) -> None:
-        for hook in self.hooks:
-            hook(self, (), None)
-
-
-def test_calls_of_layers_are_counted(bars: list[Recorded]) -> None:
-    layers = [Module(), Module()]
-    with shown_by(_opening(bars)), track_calls(layers, "layers", 2):
-        for layer in layers * 2:
-            layer()
-    layers[0]()
-    assert bars[0].told == [("layers", 4, 0), 1, 1, 1, 1, "closed"]
 
 
 def test_the_note_is_in_the_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

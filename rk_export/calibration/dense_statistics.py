@@ -93,11 +93,9 @@ class DenseStatistics:
         peak = self.token_peaks.get(place, 0.0)
         return Inputs(self.second[place].to(device), token_peak=peak, tokens=self.tokens)
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors, each once, named by kind, layer and the paths that share it."""
-        packed = {_TOKENS: torch.tensor(self.tokens)}
-        if self.embedding is not None:
-            packed[_EMBEDDING] = self.embedding
+    def of_matrices(self) -> dict[str, Tensor]:
+        """Return what is known of the matrices, each tensor once, named by kind, layer and the paths that share it."""
+        packed: dict[str, Tensor] = {}
         for (layer, path), peak in self.token_peaks.items():
             packed[f"{_TOKEN_PEAKS}|{layer}|{path}"] = torch.tensor(peak, dtype=torch.float64)
         for kind in _KINDS:
@@ -112,7 +110,7 @@ class DenseStatistics:
 
     @classmethod
     def from_tensors(cls, packed: Mapping[str, Tensor]) -> DenseStatistics:
-        """Return the statistics that `to_tensors` packed."""
+        """Return the statistics of a model from what `of_matrices` packed, the tokens and the embedding beside it."""
         kinds: dict[str, dict[MatrixId, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
         for name, tensor in packed.items():
             if name not in (_TOKENS, _EMBEDDING):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import recorded_inputs
-from rk_export.progress import track_calls
+from rk_export.calibration.text_run import TextRun
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
@@ -34,7 +37,7 @@ def neuron_peaks(
 
     Args:
         source: The dense model.
-        tokens: Text, int64 (sequences, length).
+        tokens: A short text, int64 (sequences, length).
         device: Where it runs.
         cache_dir: Where what was computed is kept; ``~/.cache/rk-export`` when None.
     """
@@ -42,21 +45,20 @@ def neuron_peaks(
     return dict(cached("neuron-peaks", key, lambda: _peaks(source, tokens, device), cache_dir))
 
 
-@torch.no_grad()
 def _peaks(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
-    model, peaks = source.shared().to(device), dict[str, Tensor]()
-    modules = {
-        matrix.id.name: model.get_submodule(matrix.torch_path)
-        for matrix in source.description.matrices
-        if matrix.role == "down" or (matrix.role == "expert" and matrix.id.path.endswith("down_proj"))
-    }
-    layers = list(model.get_submodule(source.architecture.layers).children())
-    chunks = torch.split(tokens, max(1, SHORT_TEXT // tokens.shape[1]))
-    with track_calls(layers, "peaks of FFN neurons, layers", len(chunks)):
-        for ids in chunks:
-            with recorded_inputs(modules) as inputs:
-                model(input_ids=ids.to(device), use_cache=False)
-            for name, x in inputs.items():
-                peak = x.flatten(0, -2).abs().amax(0).float().cpu()
-                peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+    model, peaks = source.shared(), dict[str, Tensor]()
+    downs: defaultdict[int, dict[str, nn.Module]] = defaultdict(dict)
+    for matrix in source.description.matrices:
+        if matrix.role == "down" or (matrix.role == "expert" and matrix.id.path.endswith("down_proj")):
+            downs[matrix.id.layer][matrix.id.name] = model.get_submodule(matrix.torch_path)
+
+    @contextmanager
+    def watched(index: int) -> Iterator[None]:
+        with recorded_inputs(downs[index]) as inputs:
+            yield
+        peaks.update({name: x.flatten(0, -2).abs().amax(0).float().cpu() for name, x in inputs.items()})
+
+    # All of the text is one chunk: every layer runs once.
+    run = TextRun(model, source.architecture, [tokens], device=device, dtype=torch.float32)
+    run.forward("peaks of FFN neurons, layers", watched)
     return peaks

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rk_export.calibration.cache_keys import key_on_text
-from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.model.families import Architecture
-from rk_export.progress import track_calls
+from rk_export.calibration.text_run import TextRun
+from rk_export.device import matmul_dtype
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
@@ -39,36 +38,31 @@ def block_influence(
     key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs)
 
     def make() -> dict[str, Tensor]:
-        found = _influence(source.shared(), source.architecture, tokens, device)
+        found = _influence(source, tokens, device)
         return {"influence": torch.tensor(found, dtype=torch.float64)}
 
     found: list[float] = cached("block-influence", key, make, cache_dir)["influence"].tolist()
     return found
 
 
-@torch.no_grad()
-def _influence(
-    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
-) -> list[float]:
-    model.to(device)
-    blocks = list(model.get_submodule(architecture.layers).children())
+def _influence(source: Source, tokens: Tensor, device: torch.device) -> list[float]:
+    model = source.shared()
+    blocks = list(model.get_submodule(source.architecture.layers).children())
     sums = [torch.zeros((), dtype=torch.float64) for _ in blocks]
 
-    def note(number: int) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    @contextmanager
+    def watched(index: int) -> Iterator[None]:
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             similar = nn.functional.cosine_similarity(arguments[0].float(), output.float(), dim=-1)
-            sums[number] += (1 - similar.double()).sum().cpu()
+            sums[index] += (1 - similar.double()).sum().cpu()
 
-        return hook
-
-    handles = [block.register_forward_hook(note(number)) for number, block in enumerate(blocks)]
-    chunks = torch.split(tokens, max(1, _TOGETHER // tokens.shape[1]))
-    try:
-        with track_calls(blocks, "influence of blocks, layers", len(chunks)):
-            for ids in chunks:
-                with matmuls_in(matmul_dtype(device), device):
-                    model.base_model(input_ids=ids.to(device), use_cache=False)
-    finally:
-        for handle in handles:
+        handle = blocks[index].register_forward_hook(note)
+        try:
+            yield
+        finally:
             handle.remove()
+
+    chunks = torch.split(tokens, max(1, _TOGETHER // tokens.shape[1]))
+    run = TextRun(model, source.architecture, chunks, device=device)
+    run.forward("influence of blocks, layers", watched)
     return [float(total) / tokens.numel() for total in sums]

@@ -1,4 +1,4 @@
-"""Passes over the dense model: what its matrices read, and how the loss feels what they put out.
+"""What a dense model tells about its matrices: what they read, and how the loss feels what they put out.
 
 With labels drawn from the model's own distribution the outer products of gradients average to the Fisher
 information, which is the Hessian of the Kullback-Leibler divergence from the dense model at the dense weights.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +20,23 @@ from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.moments import MomentSum
-from rk_export.calibration.recorders import GradientRecorder, InputRecorder, recording
+from rk_export.calibration.recorders import GradientRecorder, InputRecorder, Recorder, recording
 from rk_export.calibration.self_text import draw
-from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.calibration.statistics_parts import StatisticsParts
+from rk_export.calibration.text_run import TextRun
+from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Architecture
-from rk_export.progress import track
-from rk_export.report.humanize import size
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import cache_file, read_tensors, text_key, write_tensors
+from rk_export.tensor_cache import text_key
 
 logger = logging.getLogger(__name__)
 
 CHUNK, GRADIENT_CHUNK = 2048, 512  # tokens that run together, forward only and forward and back
 GRADIENT_TOKENS = 4096
-CACHE_LIMIT = 2_000_000_000  # bytes; larger statistics are not kept on disk
-_VERSION = 2
+_VERSION = 3
+_IGNORED = -100  # the label of a token that nothing is predicted for
 
 Labels = Literal["model", "text"]
 
@@ -65,11 +66,13 @@ def dense_statistics(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    folder: Path | None = None,
 ) -> DenseStatistics:
     """Gather statistics of a dense decoder on a text, or read those of an earlier run.
 
-    They are kept on disk by the model's files and what was done to it, unless they take more than `CACHE_LIMIT`
-    bytes; what an earlier run left there is found without loading the model.
+    One layer at a time is in memory, and what is known of it lies on disk: in the cache, by the model's files and what
+    was done to it, or elsewhere where all layers together take more than the cache's limit. What an earlier run left in
+    the cache is found without loading the model, and a run that was interrupted goes on with what is missing.
 
     Args:
         source: The dense model.
@@ -83,6 +86,7 @@ def dense_statistics(
         seed: Of the drawn labels.
         dtype: What matrices multiply in, float32 or bfloat16; None takes `matmul_dtype` of the device.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
+        folder: Whose disk takes what the cache does not, as in `rk_export.scratch.mapped`.
 
     Raises:
         InputError: If the model is an encoder, which predicts no next token, or its logits are not finite.
@@ -90,62 +94,136 @@ def dense_statistics(
     _check_decoder(source.architecture)
     passes = _Passes(diagonal, gradient_tokens, labels, seed, dtype or matmul_dtype(device))
     key = {**passes.key(), **text_key(tokens), "model": source.fingerprint(cache_dir)}
-    path = cache_file("dense-statistics", key, cache_dir)
-    if (known := read_tensors(path)) is not None:
-        return DenseStatistics.from_tensors(known)
-    model, architecture = source.shared(), source.architecture
-    modules = _matrices(model, architecture, device)
-    inputs, gradients = InputRecorder(), GradientRecorder(diagonal=diagonal)
-    sequences = max(1, gradient_tokens // tokens.shape[1]) if gradient_tokens else 0
-    predicted, embedded = 0, MomentSum(diagonal=True)
-    if sequences:
-        with recording(modules, inputs.record, gradients.record):
-            predicted = _run_back(model, architecture, tokens[:sequences], passes, embedded)
-    with recording(modules, inputs.record):
-        _run_forward(model, tokens[sequences:], passes)
-    statistics = DenseStatistics(
-        inputs.second(),
-        inputs.peaks(),
-        inputs.token_peaks(),
-        gradients.moments(predicted),
-        predicted or tokens.numel(),
-        embedded.mean() if sequences else None,
-    )
-    _keep(path, statistics.to_tensors())
-    return statistics
+    parts = StatisticsParts(key, cache_dir, folder)
+    if not parts.read(source.layer_count, with_gradients=gradient_tokens > 0):
+        _Gathering(source, tokens, passes, parts, device, folder).run()
+    return DenseStatistics.from_tensors(parts.known)
+
+
+class _Gathering:
+    """One run of the text through the model, forward and back."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: Tensor,
+        passes: _Passes,
+        parts: StatisticsParts,
+        device: torch.device,
+        folder: Path | None,
+    ) -> None:
+        self._source, self._passes, self._parts = source, passes, parts
+        sequences = max(1, passes.gradient_tokens // tokens.shape[1]) if passes.gradient_tokens else 0
+        self._tokens, self._back = tokens, tokens[:sequences]
+        self._model = source.shared()
+        chunks = [*_chunks(self._back, GRADIENT_CHUNK), *_chunks(tokens[sequences:], CHUNK)]
+        self._run = TextRun(
+            self._model,
+            source.architecture,
+            chunks,
+            back=len(_chunks(self._back, GRADIENT_CHUNK)),
+            device=device,
+            dtype=passes.dtype,
+            folder=folder,
+        )
+
+    def run(self) -> None:
+        """Gather every part that is missing."""
+        self._run.forward("inputs of matrices, layers", self._inputs)
+        predicted, embedded = 0, {}
+        if len(self._back):
+            loss = _Loss(self._back, self._passes.labels, self._passes.seed)
+            predicted = loss.predicted
+            self._run.backward("gradients, layers", loss, lambda index: self._gradients(index, predicted))
+            written = MomentSum(diagonal=True)
+            for gradient in self._run.embedded():
+                written.add(gradient)
+            embedded = {"embedding": written.mean()}
+        self._parts.add("rest", {"tokens": torch.tensor(predicted or self._tokens.numel()), **embedded})
+
+    @contextmanager
+    def _inputs(self, index: int) -> Iterator[None]:
+        """Keep what the matrices of a layer read while text passes it."""
+        if self._parts.find("inputs", index):
+            yield
+            return
+        inputs = InputRecorder()
+        with self._recording(index, inputs.record):
+            yield
+        known = DenseStatistics(inputs.second(), inputs.peaks(), inputs.token_peaks(), {}, 0, None)
+        packed = known.of_matrices()
+        if index == 0:
+            self._parts.limit(
+                self._layers * sum(item.nbytes for item in packed.values()) + self._gradient_bytes
+            )
+        self._parts.add("inputs", packed, index)
+
+    @contextmanager
+    def _gradients(self, index: int, predicted: int) -> Iterator[None]:
+        """Keep what gradients flow back to the matrices of a layer."""
+        if self._parts.find("gradients", index):
+            yield
+            return
+        gradients = GradientRecorder(diagonal=self._passes.diagonal)
+        with self._recording(index, gradients.record):
+            yield
+        known = DenseStatistics({}, {}, {}, gradients.moments(predicted), 0, None)
+        self._parts.add("gradients", known.of_matrices(), index)
+
+    def _recording(self, index: int, recorder: Recorder) -> AbstractContextManager[None]:
+        return recording(_matrices(self._model, self._source.architecture, index), recorder)
+
+    @property
+    def _layers(self) -> int:
+        return self._source.layer_count
+
+    @property
+    def _gradient_bytes(self) -> int:
+        if not self._passes.gradient_tokens:
+            return 0
+        rows = [matrix.shape[0] for matrix in self._source.description.matrices]
+        return 4 * sum(rows if self._passes.diagonal else (count**2 for count in rows))
 
 
 def output_weights(
-    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
+    source: Source, tokens: Tensor, device: torch.device, folder: Path | None = None
 ) -> dict[MatrixId, Tensor]:
     """Return the mean over tokens of the squared gradient of a token's loss by what each matrix puts out, (out,).
 
     Args:
-        model: The dense model in canonical form; its parameters are frozen and moved to `device`.
-        architecture: Its family.
+        source: The dense model.
         tokens: Text, int64 (sequences, length); labels are drawn from the model's distribution.
         device: Where the passes run.
+        folder: As in `dense_statistics`.
 
     Raises:
         InputError: If the model is an encoder, or its logits are not finite.
     """
-    _check_decoder(architecture)
-    modules = _matrices(model, architecture, device)
-    gradients = GradientRecorder(diagonal=True)
-    with recording(modules, gradients.record):
-        passes = _Passes(True, tokens.numel(), "model", 0, matmul_dtype(device))
-        predicted = _run_back(model, architecture, tokens, passes, MomentSum(diagonal=True))
+    _check_decoder(source.architecture)
+    model, gradients = source.shared(), GradientRecorder(diagonal=True)
+    chunks = _chunks(tokens, GRADIENT_CHUNK)
+    run = TextRun(model, source.architecture, chunks, back=len(chunks), device=device, folder=folder)
+    loss = _Loss(tokens, "model", 0)
+    run.forward("hidden states, layers")
+    run.backward(
+        "gradients, layers",
+        loss,
+        lambda index: recording(_matrices(model, source.architecture, index), gradients.record),
+    )
+    predicted = loss.predicted
     return {place: moment * predicted for place, moment in gradients.moments(predicted).items()}
 
 
-def _matrices(
-    model: PreTrainedModel, architecture: Architecture, device: torch.device
-) -> dict[MatrixId, nn.Module]:
-    """Freeze and move a model and return its matrices."""
-    model.requires_grad_(False).to(device)
+def _chunks(tokens: Tensor, together: int) -> tuple[Tensor, ...]:
+    """Return a text (sequences, length) in pieces of so many tokens, in whole sequences."""
+    return torch.split(tokens, max(1, together // tokens.shape[1])) if len(tokens) else ()
+
+
+def _matrices(model: PreTrainedModel, architecture: Architecture, index: int) -> dict[MatrixId, nn.Module]:
+    """Return the matrices of a layer."""
+    layer = cast(nn.ModuleList, model.get_submodule(architecture.layers))[index]
     return {
         MatrixId(index, item.path): layer.get_submodule(item.path)
-        for index, layer in enumerate(model.get_submodule(architecture.layers).children())
         for item in architecture.projections(model.config, index)
     }
 
@@ -160,66 +238,28 @@ def _check_decoder(architecture: Architecture) -> None:
         )
 
 
-@torch.no_grad()
-def _run_forward(model: PreTrainedModel, tokens: Tensor, passes: _Passes) -> None:
-    """Run text through the layers."""
-    device = model.device
-    if not len(tokens):
-        return
-    for ids in track(
-        torch.split(tokens, max(1, CHUNK // tokens.shape[1])), "inputs of matrices, chunks of text"
-    ):
-        with matmuls_in(passes.dtype, device):
-            model.base_model(input_ids=ids.to(device), use_cache=False)
+class _Loss:
+    """The cross entropy summed over the tokens of a text, in nats.
 
-
-def _run_back(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    tokens: Tensor,
-    passes: _Passes,
-    embedded: MomentSum,
-) -> int:
-    """Run text forward and back, chunk by chunk; return how many tokens were predicted.
-
-    The gradients by what the embedding writes are added to `embedded`.
+    Args:
+        tokens: int64 (sequences, length).
+        labels: What is to be predicted, as in `dense_statistics`.
+        seed: Of drawn labels.
     """
-    device = model.device
-    rows = max(1, GRADIENT_CHUNK // tokens.shape[1])
-    uniforms = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(passes.seed))
-    chunks = list(zip(torch.split(tokens, rows), torch.split(uniforms, rows), strict=True))
-    predicted = 0
-    # Weights are frozen: the graph that gradients flow back through begins at the embedding's output.
 
-    def begin(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        output.requires_grad_(True).register_hook(embedded.add)  # type: ignore[no-untyped-call]
+    def __init__(self, tokens: Tensor, labels: Labels, seed: int) -> None:
+        self._uniforms = self._next = None
+        if labels == "model":
+            self._uniforms = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)).flatten()
+            self.predicted = tokens.numel()
+        else:
+            self._next = nn.functional.pad(tokens[:, 1:], (0, 1), value=_IGNORED).flatten()
+            self.predicted = len(tokens) * (tokens.shape[1] - 1)
 
-    handle = model.get_submodule(architecture.embedding).register_forward_hook(begin)
-    try:
-        for ids, draws in track(chunks, "gradients, chunks of text"):
-            with matmuls_in(passes.dtype, device):
-                loss, count = _loss(model, ids.to(device), draws.to(device), passes.labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            predicted += count
-    finally:
-        handle.remove()
-    return predicted
-
-
-def _loss(model: PreTrainedModel, ids: Tensor, uniforms: Tensor, labels: Labels) -> tuple[Tensor, int]:
-    """Return the cross entropy summed over tokens, in nats, and how many tokens that is."""
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    if labels == "text":
-        logits, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    else:
-        logits = logits.flatten(0, 1)
-        targets = draw(logits.detach(), uniforms.flatten())
-    return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)
-
-
-def _keep(path: Path, packed: Mapping[str, Tensor]) -> None:
-    needed = sum(tensor.nbytes for tensor in packed.values())
-    if needed > CACHE_LIMIT:
-        logger.info("not cached: statistics of %s exceed %s", size(needed), size(CACHE_LIMIT))
-    else:
-        write_tensors(path, packed)
+    def __call__(self, logits: Tensor, places: slice) -> Tensor:
+        """Return the loss of some of the text's tokens, given their logits (tokens, vocabulary)."""
+        if self._uniforms is not None:
+            targets = draw(logits.detach(), self._uniforms[places].to(logits.device))
+        else:
+            targets = cast(Tensor, self._next)[places].to(logits.device)
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=_IGNORED)

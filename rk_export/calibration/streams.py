@@ -57,20 +57,55 @@ class Streams:
     @torch.no_grad()
     def run(self, version: str, index: int) -> Tensor:
         """Return what layer `index`, wherever it is, makes of a version; the version stays where it was."""
+        return self.through(index, self.hidden[version])
+
+    def through(self, index: int, hidden: Tensor) -> Tensor:
+        """Return what layer `index`, wherever it is, makes of hidden states (batch, length, d), to be differentiated."""
         layer = self.layers[index]
         device = next(itertools.chain(layer.parameters(), layer.buffers())).device
         args, kwargs = self._calls[index]
-        output: Tensor = layer(*_moved((self.hidden[version], *args), device), **_moved(kwargs, device))
+        output: Tensor = layer(*_moved((hidden, *args), device), **_moved(kwargs, device))
         return output
 
     @torch.no_grad()
     def finish(self, version: str) -> Tensor:
         """Return the model's output on the last hidden states: logits, or an encoder's last hidden state."""
-        hidden = self.hidden[version].to(self.input_ids.device)
+        return self.output(self.hidden[version].to(self.input_ids.device))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Return the model's output on any last hidden states (batch, length, d), to be differentiated."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # nobody reads them
         with _layers_run(self.layers, lambda *args, **kwargs: hidden):
-            output = self.model(input_ids=self.input_ids, use_cache=False)
+            output = self.model(input_ids=ids, use_cache=False)
         result: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
+
+    def before_layers(self, embedding: nn.Module, gradient: Tensor) -> Tensor:
+        """Return the gradient by what the embedding writes, given that by what the first layer reads."""
+        written: list[Tensor] = []
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            written.append(output.detach().requires_grad_(True))
+            return written[0]
+
+        handle, entries = embedding.register_forward_hook(note), list[Tensor]()
+        try:
+            with torch.enable_grad(), _layers_run(self.layers, _keeping(entries)):
+                self.model.base_model(input_ids=self.input_ids, use_cache=False)
+        finally:
+            handle.remove()
+        (found,) = torch.autograd.grad(entries[0], written[0], gradient.to(entries[0].device))
+        return found
+
+
+def _keeping(entries: list[Tensor]) -> LayerForward:
+    """Return a layer that only notes what it reads."""
+
+    def keep(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        entries.append(hidden)
+        return hidden
+
+    return keep
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -7,22 +7,19 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import MomentSum
-from rk_export.device import matmul_dtype, matmuls_in
+from rk_export.calibration.text_run import TextRun
+from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
-from rk_export.model.families import Architecture
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
-from rk_export.progress import track
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
-CHUNK = 512  # tokens of one pass
-_VERSION = 2  # raise when other numbers come out: cached ones of an older version are then computed again
+_VERSION = 3  # raise when other numbers come out: cached ones of an older version are then computed again
 
 
 def table_curvature(
@@ -55,7 +52,7 @@ def table_curvature(
     key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs)
 
     def make() -> Mapping[str, Tensor]:
-        return _gathered(source.shared(), source.architecture, tokens, device)
+        return _gathered(source, tokens, device)
 
     known = cached("table-curvature", key, make, cache_dir)
     head = Curvature(Inputs(known["inputs"]), {"lm_head": known["outputs"]})
@@ -64,52 +61,50 @@ def table_curvature(
     return TableCurvature(head, lookup)
 
 
-@torch.no_grad()
-def _gathered(
-    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    if architecture.lm_head is None:
+def _gathered(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
+    model, path = source.shared(), source.architecture.lm_head
+    if path is None:
         raise ValueError("an encoder has no output projection")
-    model.requires_grad_(False).to(device)
-    head = model.get_submodule(architecture.lm_head)
-    recorder = _Recorder(model.config.vocab_size)
+    head = model.get_submodule(path)
+    recorder = _Recorder(tokens, source.config.vocab_size)
     inner = head.head if isinstance(head, RotatedHead) else head
+    run = TextRun(model, source.architecture, [tokens], device=device)
+    run.forward("statistics of the embedding, layers")
     handle = inner.register_forward_pre_hook(recorder.reads)
     try:
-        chunks = torch.split(tokens, max(1, CHUNK // tokens.shape[1]))
-        for ids in track(chunks, "statistics of the embedding, chunks of text"):
-            with matmuls_in(matmul_dtype(device), device):
-                logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
-            recorder.see(ids, logits)
+        for logits in run.logits():
+            recorder.see(logits)
     finally:
         handle.remove()
     return recorder.means()
 
 
 class _Recorder:
-    """Sums over the tokens of a text."""
+    """Sums over the tokens of a text.
 
-    def __init__(self, vocabulary: int) -> None:
+    Args:
+        tokens: The text, int64 (sequences, length).
+        vocabulary: Rows of the embedding.
+    """
+
+    def __init__(self, tokens: Tensor, vocabulary: int) -> None:
         self._inputs = MomentSum()
         self._outputs = torch.zeros(vocabulary, dtype=torch.float64)
-        self._counts = torch.zeros(vocabulary, dtype=torch.float64)
+        self._counts = torch.bincount(tokens.flatten().cpu(), minlength=vocabulary).double()
 
     def reads(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Note what the output projection reads."""
         self._inputs.add(arguments[0])
 
-    def see(self, ids: Tensor, logits: Tensor) -> None:
-        """Note the tokens and the probabilities behind them."""
+    def see(self, logits: Tensor) -> None:
+        """Note the probabilities of some tokens, given their logits (tokens, vocabulary)."""
         probabilities = logits.softmax(-1)
-        self._outputs += (probabilities * (1 - probabilities)).sum(0).double().cpu()
-        self._counts += torch.bincount(ids.flatten().cpu(), minlength=len(self._counts))
+        self._outputs += (probabilities - probabilities.square()).sum(0).double().cpu()
 
     def means(self) -> dict[str, Tensor]:
         """Return the means over tokens, as they are cached."""
         tokens = float(self._counts.sum())
         inputs = self._inputs.mean()
-        if inputs is None:
-            raise ValueError("no tokens were seen")
         return {
             "outputs": self._outputs / tokens,
             "inputs": inputs,

@@ -14,6 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from rk_export.calibration.moments import readers, recorded_inputs
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
-from rk_export.device import matmul_dtype
+from rk_export.device import lent, matmul_dtype
 from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
@@ -95,6 +96,7 @@ def choose_preparations(
     device: torch.device,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
+    folder: Path | None = None,
 ) -> PreparationChoice:
     """Decide which reparameterizations a model takes, or read what an earlier run predicted.
 
@@ -105,6 +107,7 @@ def choose_preparations(
         preparation: Every preparation that may be taken, with its rotations and peaks.
         device: Where the text runs.
         cache_dir: Where predictions are kept; ``~/.cache/rk-export`` when None.
+        folder: As in `dense_statistics`.
 
     Returns:
         The preparations in their order, empty where none lowers the loss.
@@ -124,7 +127,7 @@ def choose_preparations(
     combinations = tuple(_combinations(possible))
 
     def make() -> dict[str, Tensor]:
-        weights = _output_weights(source, tokens, device, cache_dir)
+        weights = _output_weights(source, tokens, device, cache_dir, folder)
         costs = _costs(source, tokens, rounding, preparation, weights, device)
         losses = [_total(costs, names) for names in combinations]
         return {"losses": torch.tensor(losses, dtype=torch.float64)}
@@ -183,7 +186,11 @@ def _takes(names: tuple[str, ...], name: str) -> bool:
 
 
 def _output_weights(
-    source: Source, tokens: Tensor, device: torch.device, cache_dir: str | os.PathLike[str] | None
+    source: Source,
+    tokens: Tensor,
+    device: torch.device,
+    cache_dir: str | os.PathLike[str] | None,
+    folder: Path | None,
 ) -> dict[MatrixId, Tensor]:
     """Return what the errors of every output weigh; the formats do not matter, so another recipe finds it on disk."""
     key = {
@@ -194,7 +201,7 @@ def _output_weights(
     }
 
     def make() -> dict[str, Tensor]:
-        found = output_weights(source.shared(), source.architecture, tokens, device)
+        found = output_weights(source, tokens, device, folder)
         return {place.name: weight.cpu() for place, weight in found.items()}
 
     known = cached("output-weights", key, make, cache_dir)
@@ -211,21 +218,23 @@ def _costs(
     device: torch.device,
 ) -> Costs:
     """Predict the loss of every role under every state, summed over layers."""
-    model = source.shared().to(device)
+    model = source.shared()
     layers = model.get_submodule(source.architecture.layers)
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{source.architecture.layers} is no list of layers")
-    streams = Streams(model, layers, tokens.to(device))
+    streams = Streams(model, layers, tokens)
     streams.start(DENSE)
     costs: defaultdict[tuple[str, State], float] = defaultdict(float)
     for index, layer in enumerate(track(layers, "predicting what reparameterizations save, layers")):
         projections = source.description.projections(index)
-        with recorded_inputs({item.path: layer.get_submodule(item.path) for item in projections}) as seen:
-            streams.advance(DENSE, index)
-        trial = _Trial(index, layer, wiring_of(source.description, index), preparation, rounding, seen)
-        reached = [item for item in projections if item.path in seen and (index, item.path) in weights]
-        for key, cost in trial.costs({item.path: _role(item) for item in reached}, weights):
-            costs[key] += cost
+        modules = {item.path: layer.get_submodule(item.path) for item in projections}
+        with lent(layer, device):
+            with recorded_inputs(modules) as seen:
+                streams.advance(DENSE, index)
+            trial = _Trial(index, layer, wiring_of(source.description, index), preparation, rounding, seen)
+            reached = [item for item in projections if item.path in seen and (index, item.path) in weights]
+            for key, cost in trial.costs({item.path: _role(item) for item in reached}, weights):
+                costs[key] += cost
     return costs
 
 

@@ -1,9 +1,10 @@
-"""A model that is in memory: several passes look at it, and the last one takes it apart."""
+"""A model that several passes look at, on disk where it need not stay in memory; the last one takes it apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from torch import nn
@@ -30,9 +31,13 @@ class Memory:
 
     Who takes a layer owns it: it is given once, so that what a pass makes of it does not stand beside it. When the
     last one is gone the model is too.
+
+    Args:
+        folder: Whose disk holds what need not stay in memory; the cache's when None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self._held: _Held | None = None
         self.is_open = True
 

@@ -18,7 +18,9 @@ from rk_export.model.description import ModelDescription
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
+from rk_export.progress import track
 from rk_export.report.records import Finding
+from rk_export.scratch import settle
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Loading, Source
 
@@ -208,8 +210,19 @@ class Transformed(Loading):
         if self._memory is None or not self._memory.is_open:
             return self.load()
         if (model := self._memory.whole(self.transforms)) is None:
-            model = self.load()
+            model = self._load_mapped(self._memory.folder)
             self._memory.hold(model, self.description, self.transforms)
+        return model
+
+    def _load_mapped(self, folder: Path | None) -> PreTrainedModel:
+        """Return the whole model, a layer at a time in memory: what is not in a file as it is moves to the disk."""
+        untouched = not self.transforms
+        model = self.skeleton()
+        self.load_rest(model)
+        for path in self.description.outer_paths:
+            settle(model.get_submodule(path), folder, untouched=untouched)
+        for index in track(range(self.layer_count), "reading layers"):
+            settle(self.load_layer(model, index), folder, untouched=untouched)
         return model
 
     def layers(self) -> Iterator[Layer]:

@@ -14,10 +14,11 @@ from second_order import loss_increase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration import sensitivity
+from rk_export.calibration import sensitivity, statistics_parts
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.self_text import draw
 from rk_export.calibration.sensitivity import dense_statistics
+from rk_export.calibration.text_run import TextRun
 from rk_export.errors import InputError
 from rk_export.source.stored import StoredModel
 
@@ -186,7 +187,7 @@ def test_statistics_are_read_again(
     source = source_of("llama")
     found = gather(source, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity, "_run_back", lambda *args: pytest.fail("computed again"))
+        patch.setattr(TextRun, "forward", lambda *args: pytest.fail("computed again"))
         again = gather(source, tmp_path)
         for changes in ({"seed": 1}, {"labels": "text"}, {"diagonal": True}, {"gradient_tokens": 16}):
             with pytest.raises(pytest.fail.Exception):
@@ -205,7 +206,7 @@ def test_statistics_are_read_again(
 def test_large_statistics_are_not_kept(
     source_of: SourceOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sensitivity, "CACHE_LIMIT", 1000)
+    monkeypatch.setattr(statistics_parts, "CACHE_LIMIT", 1000)
     with caplog.at_level(logging.INFO):
         gather(source_of("llama"), tmp_path)
     assert "not cached" in caplog.text

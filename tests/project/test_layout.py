@@ -41,6 +41,7 @@ ORDER = (
         "plan",
         "folders",
         "tensor_cache",
+        "scratch",
     ),
     *(
         "passes",

@@ -1,0 +1,72 @@
+"""Statistics of a dense model on disk, a file for what is known of each layer from the way forward and the way back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rk_export.report.humanize import size
+from rk_export.scratch import mapped
+from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+CACHE_LIMIT = 2_000_000_000  # bytes; larger statistics are not kept after the run
+
+Part = Literal["inputs", "gradients", "rest"]
+
+
+class StatisticsParts:
+    """What is known so far; tensors are mapped from their files.
+
+    Args:
+        key: All that the statistics depend on, JSON-ready.
+        cache_dir: The cache; ``~/.cache/rk-export`` when None.
+        folder: Whose disk takes statistics that are too large for the cache, as in `mapped`.
+    """
+
+    def __init__(
+        self, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None, folder: Path | None
+    ) -> None:
+        self._key, self._cache_dir, self._folder = key, cache_dir, folder
+        self._is_cached = True
+        self.known: dict[str, Tensor] = {}
+
+    def read(self, layers: int, *, with_gradients: bool) -> bool:
+        """Read all parts of an earlier run; return whether they are complete."""
+        parts: list[tuple[Part, int]] = [("rest", 0), *(("inputs", index) for index in range(layers))]
+        if with_gradients:
+            parts += [("gradients", index) for index in range(layers)]
+        return all(self.find(part, index) for part, index in parts)
+
+    def find(self, part: Part, index: int = 0) -> bool:
+        """Read a part that lies in the cache; return whether it does."""
+        found = read_tensors(self._path(part, index))
+        self.known |= found or {}
+        return found is not None
+
+    def add(self, part: Part, tensors: Mapping[str, Tensor], index: int = 0) -> None:
+        """Keep a part."""
+        path = self._path(part, index)
+        if self._is_cached:
+            write_tensors(path, tensors)
+        found = read_tensors(path) if self._is_cached else None
+        self.known |= mapped(tensors, self._folder) if found is None else found
+
+    def limit(self, needed: int) -> None:
+        """Keep nothing in the cache where all parts together exceed its limit, and say so.
+
+        Args:
+            needed: Bytes of all parts.
+        """
+        self._is_cached = needed <= CACHE_LIMIT
+        if not self._is_cached:
+            logger.info("not cached: statistics of %s exceed %s", size(needed), size(CACHE_LIMIT))
+
+    def _path(self, part: Part, index: int) -> Path:
+        return cache_file("dense-statistics", {**self._key, "part": [part, index]}, self._cache_dir)
