@@ -52,14 +52,6 @@ class ColumnSweep:
         error = torch.zeros_like(target)
         return cls(target, error, scales, scales.clone(), order, spec, scale_dtype, threads)
 
-    def ordered(self, second: Tensor, damping: float) -> Tensor:
-        """Return the second moment in processing order, float32, with `damping` added to its diagonal."""
-        missing = len(self.order) - len(second)
-        padded = torch.nn.functional.pad(second, (0, missing, 0, missing))
-        H = padded[self.order][:, self.order]
-        H.diagonal().add_(damping)
-        return H
-
     def first(self, feedback: Tensor, weights: Tensor) -> None:
         """Choose each block's scale where the sweep reaches it, and round its columns.
 
@@ -154,3 +146,12 @@ class ColumnSweep:
             change -= code
             current[column + 1 :].addr_(feedback[column, column + 1 :], change)
         torch.addcmul(self.target[rows], codes, scale, value=-1, out=self.error[rows])
+
+
+def in_order(second: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Return a second moment in processing order, float32, with `damping` added to its diagonal; columns are padded."""
+    missing = len(order) - len(second)
+    padded = torch.nn.functional.pad(second, (0, missing, 0, missing)) if missing else second
+    H = padded[order[:, None], order]
+    H.diagonal().add_(damping)
+    return H

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.numerics.column_sweep import ColumnSweep
+from rk_export.passes.numerics.column_sweep import ColumnSweep, in_order
 from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.quantize import QuantizedMatrix, check_blockwise
+from rk_export.passes.numerics.quantize import QuantizedMatrix, by_rows, check_blockwise, stacked
 from rk_export.passes.numerics.threads import cpu_threads
 
 # A second moment that has no Cholesky factor, by rounding or by too few tokens, is damped so much more, up to
@@ -64,16 +64,23 @@ def quantize_gptq(
         metric = Metric.of(second, damping)
         W = metric.unweighted(metric.target(W, cross))
     second = second.to(W.device, torch.float32)
-    sweep = ColumnSweep.start(W, spec, scale_dtype, _processing_order(second, spec.block_size))
-    H = sweep.ordered(second, damping * float(second.diagonal().mean()) or 1.0)
-    root = _upper_root(H)
+    order = _processing_order(second, spec.block_size)
+    H = in_order(second, order, damping * float(second.diagonal().mean()) or 1.0)
+    # From here on every matrix of K columns takes the place of another one: they may be half a gigabyte each.
+    feedback = _upper_root(H)
+    weights = feedback.diagonal().square()
+    feedback.div_(feedback.diagonal().clone()).triu_(1)
+    diagonal = H.diagonal().clone()
+    pull = H.div_(diagonal).fill_diagonal_(0)
+    parts = []
     with cpu_threads(1):
-        sweep.first((root / root.diagonal()).triu_(1), root.diagonal().square())
-        if refinements:
-            pull = (H / H.diagonal()).fill_diagonal_(0)
-        for _ in range(refinements):
-            sweep.again(pull, H.diagonal())
-        return sweep.result(K)
+        for rows in by_rows(W):
+            sweep = ColumnSweep.start(rows, spec, scale_dtype, order)
+            sweep.first(feedback, weights)
+            for _ in range(refinements):
+                sweep.again(pull, diagonal)
+            parts.append(sweep.result(K))
+    return stacked(parts)
 
 
 def _processing_order(second: Tensor, block: int) -> Tensor:

@@ -9,7 +9,8 @@ that K does not fill is padded with codes of value zero.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from rk_export.options.quantization import QuantSpec
 
 _FP16_NORMAL = torch.finfo(torch.float16).smallest_normal
 _FP16_STEP = 2.0**-24  # between neighbours below the normal range
+# Entries of a matrix that are worked on at a time; its rows are rounded independently of each other.
+_ENTRIES = 1 << 25
 _FP16_MAX = torch.finfo(torch.float16).max
 
 
@@ -43,6 +46,24 @@ class QuantizedMatrix:
     def dequantize(self) -> Tensor:
         """Return the matrix (N, K), float32."""
         return dequantize(self.codes, self.scales, self.zero_points, self.columns, self.spec)
+
+    def relative_error(self, W: Tensor) -> float:
+        """Return the Frobenius error against W (N, K), relative to W."""
+        error = norm = 0.0
+        begin = 0
+        for rows in by_rows(W):
+            zero_points = None if self.zero_points is None else self.zero_points[begin : begin + len(rows)]
+            part = dequantize(
+                self.codes[begin : begin + len(rows)],
+                self.scales[begin : begin + len(rows)],
+                zero_points,
+                self.columns,
+                self.spec,
+            )
+            error += float((part.to(rows.device) - rows).square_().sum(dtype=torch.float64))
+            norm += float(rows.square().sum(dtype=torch.float64))
+            begin += len(rows)
+        return (error / norm) ** 0.5 if norm else 0.0
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
@@ -150,6 +171,25 @@ def packed_matrix(
         zero_points=None if spec.symmetric else pack_bits(zero_points, spec.bits),
         columns=columns,
         spec=spec,
+    )
+
+
+def by_rows(W: Tensor) -> tuple[Tensor, ...]:
+    """Return a matrix (N, K) in pieces of some rows each, so that what is made of one stays small beside the matrix."""
+    return torch.split(W, max(1, _ENTRIES // W.shape[1]))
+
+
+def stacked(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Return the rows of several quantized matrices as one; all have the same columns and spec."""
+    first, *others = parts
+    if not others:
+        return first
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zero_points=torch.cat(zero_points) if zero_points else None,
     )
 
 

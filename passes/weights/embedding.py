@@ -47,7 +47,7 @@ def quantize_embedding(
     )
     table = QuantizedEmbedding(matrix, embedding_multiplier(embedding)).to(embedding.weight.device)
     model.set_submodule(embedding_path, table)
-    findings = [_finding(embedding_path, embedding.weight, table.weight, matrix)]
+    findings = [_finding(embedding_path, embedding.weight, matrix)]
     if head_path is None or head is None:
         return findings
     rotation: QuantizedLinear | None = None
@@ -61,9 +61,9 @@ def quantize_embedding(
         shared = tied_head(table, head.bias)
         model.set_submodule(head_path, shared if rotation is None else RotatedHead(rotation, shared))
     else:
-        quantized = quantize.quantize(head, spec, inputs)
-        model.set_submodule(head_path, quantized)
-        findings.append(_finding(head_path, head.weight, quantized.weight, matrix))
+        matrix = quantize.quantizer.quantize(head.weight.detach().to(quantize.device), spec, inputs)
+        model.set_submodule(head_path, QuantizedLinear(matrix, head.bias).to(head.weight.device))
+        findings.append(_finding(head_path, head.weight, matrix))
     return findings
 
 
@@ -88,7 +88,7 @@ def _quantized_rotation(
         dense.weight.to(quantize.device), rotation_spec(spec), scale_dtype=quantize.scale_dtype
     )
     quantized = QuantizedLinear(matrix).to(dense.weight.device)
-    return quantized, _finding(target, dense.weight, quantized.weight, matrix)
+    return quantized, _finding(target, dense.weight, matrix)
 
 
 def tied_head(table: QuantizedEmbedding, bias: torch.Tensor | None = None) -> QuantizedLinear:
@@ -102,13 +102,13 @@ def embedding_multiplier(embedding: nn.Module) -> float:
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
 
-def _finding(target: str, dense: torch.Tensor, quantized: torch.Tensor, matrix: QuantizedMatrix) -> Finding:
+def _finding(target: str, dense: torch.Tensor, matrix: QuantizedMatrix) -> Finding:
     rows, columns = dense.shape
     return Finding(
         target=target,
         outcome=Outcome.APPLIED,
         bytes_before=dense.numel() * dense.element_size(),
         bytes_after=quantized_bytes(rows, columns, matrix.spec, matrix.scales.element_size()),
-        error=float((quantized - dense).norm() / dense.norm()),
+        error=matrix.relative_error(dense),
         details={"pass": "quantize", "bits": matrix.spec.bits, "block": matrix.spec.block_size},
     )

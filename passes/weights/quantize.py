@@ -71,11 +71,6 @@ class Quantize:
                 layer.replace(path, work.quantize_dense(layer.linear(path), plan.correction))
         return self._finding(plan, work)
 
-    def quantize(self, linear: nn.Linear, spec: QuantSpec, inputs: Inputs | None = None) -> QuantizedLinear:
-        """Return the quantized counterpart of a linear module, on the module's device."""
-        work = _Work(self.quantizer.on(inputs), spec, inputs, self.device)
-        return work.module(linear, work.moved(linear.weight), inputs)
-
     def _finding(self, plan: SitePlan, work: _Work) -> Finding:
         details: dict[str, Any] = {"pass": self.name, **work.spec.details(), "quantizer": work.quantizer.name}
         if work.inputs is not None:

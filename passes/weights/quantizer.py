@@ -11,7 +11,7 @@ from torch import Tensor
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.gptq import quantize_gptq
-from rk_export.passes.numerics.quantize import QuantizedMatrix, quantize_rtn
+from rk_export.passes.numerics.quantize import QuantizedMatrix, by_rows, quantize_rtn, stacked
 from rk_export.passes.numerics.scale_search import quantize_search
 
 QuantizerName = Literal["rtn", "search", "gptq"]
@@ -42,10 +42,14 @@ class Quantizer:
             InputError: If a scale does not fit the scales' type.
             ValueError: If the second moment is none.
         """
-        if self.name == "rtn":
-            return quantize_rtn(W, spec, scale_dtype=self.scale_dtype)
         second = None if inputs is None else inputs.second
         if self.on(inputs).name == "gptq" and second is not None:
             return quantize_gptq(W, spec, second, scale_dtype=self.scale_dtype)
         weights = second.diagonal() if second is not None and second.ndim == 2 else second
-        return quantize_search(W, spec, weights, scale_dtype=self.scale_dtype)
+
+        def rounded(rows: Tensor) -> QuantizedMatrix:
+            if self.name == "rtn":
+                return quantize_rtn(rows, spec, scale_dtype=self.scale_dtype)
+            return quantize_search(rows, spec, weights, scale_dtype=self.scale_dtype)
+
+        return stacked([rounded(rows) for rows in by_rows(W)])

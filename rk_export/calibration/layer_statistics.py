@@ -34,6 +34,9 @@ class LayerStatistics(Protocol):
         """Return the curvatures of a layer that is still dense."""
         ...
 
+    def pass_by(self, layer: Layer, sites: Sequence[SitePlan]) -> None:
+        """Take note of a dense layer whose curvatures nobody asks for."""
+
     def rewritten(self, index: int) -> None:
         """Take note that a layer is what it will be."""
 
@@ -45,6 +48,9 @@ class Stationary:
         """Nothing to look at."""
 
     def embedded(self) -> None:
+        """Nothing to note."""
+
+    def pass_by(self, layer: Layer, sites: Sequence[SitePlan]) -> None:
         """Nothing to note."""
 
     def rewritten(self, index: int) -> None:
@@ -106,6 +112,9 @@ class FromPrefix:
             name: replace(gradients[name], inputs=seen.inputs) if name in gradients else seen
             for name, seen in self._present().observe(layer.index, layer, sites).items()
         }
+
+    def pass_by(self, layer: Layer, sites: Sequence[SitePlan]) -> None:
+        self._present().observe(layer.index, layer, sites)
 
     def rewritten(self, index: int) -> None:
         self._present().advance(index)

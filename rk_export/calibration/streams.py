@@ -60,7 +60,7 @@ class Streams:
         return self.through(index, self.hidden[version])
 
     def through(self, index: int, hidden: Tensor) -> Tensor:
-        """Return what layer `index`, wherever it is, makes of hidden states (batch, length, d), to be differentiated."""
+        """Return what layer `index` makes of hidden states (batch, length, d), to be differentiated."""
         layer = self.layers[index]
         device = next(itertools.chain(layer.parameters(), layer.buffers())).device
         args, kwargs = self._calls[index]

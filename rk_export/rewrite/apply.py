@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ from rk_export.planning.carried import head_findings, source_grids
 from rk_export.planning.planner import check_plan
 from rk_export.progress import track
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
+from rk_export.rewrite.empty_layers import changes_before_rounding, empty_layer
+from rk_export.rewrite.layer_store import FinishedLayer, LayerStore, filled
+from rk_export.scratch import settle
 from rk_export.source.protocol import Source
 
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
@@ -74,8 +79,10 @@ def rewrite(
     parts: Mapping[MatrixId, Parts] | None = None,
     probe: Tensor | None = None,
     device: torch.device = CPU,
+    store: LayerStore | None = None,
+    folder: Path | None = None,
 ) -> Rewritten:
-    """Load a model layer by layer and apply a plan to it.
+    """Load a model layer by layer and apply a plan to it; a finished layer is on disk, mapped.
 
     Args:
         source: The dense model.
@@ -86,113 +93,116 @@ def rewrite(
         probe: Tokens (batch, length) that run through the dense, factorized and quantized layers alongside,
             for the parity tiers and the per-layer errors; None skips that.
         device: Where matrices are factorized and quantized.
+        store: Finished layers of this very run: those that are there are taken, the others are kept there.
+        folder: Whose disk takes finished layers without a store, as in `mapped`.
 
     Raises:
         InputError: If the plan belongs to another model, or a tensor is missing or not finite.
     """
     check_plan(source, plan)
-    options, architecture = plan.recipe, source.architecture
+    architecture = source.architecture
     statistics = statistics or NoStatistics()
-    quantize = Quantize(SCALE_DTYPE, device, options.quantizer)
     model = source.skeleton()
     source.load_rest(model)
     carried = _Carried(model, architecture, probe)
     carried.start(DENSE)
     statistics.begin(model)
-    findings: list[Finding] = list(head_findings(source, options))
+    findings: list[Finding] = list(head_findings(source, plan.recipe))
     if plan.table is not None and not architecture.is_encoder:
         findings += quantize_embedding(
             model,
             architecture.embedding,
             architecture.lm_head,
             plan.table,
-            quantize,
+            Quantize(SCALE_DTYPE, device, plan.recipe.quantizer),
             table_inputs,
         )
+    for path in source.description.outer_paths:
+        settle(model.get_submodule(path), folder)
     carried.start(QUANTIZED)
     statistics.embedded()
-    carry = Carry(source_grids(source), options.target.float_dtype)
-    passes = _LayerPasses(plan, dict(architecture.mlp), carry, quantize, parts or {})
-    kv_groups = source.description.heads.kv_heads
+    layers = cast(nn.ModuleList, model.get_submodule(architecture.layers))
+    spectra: list[Spectrum] = []
     for index in track(range(source.layer_count), "rewriting layers"):
-        layer = Layer(index, source.load_layer(model, index), kv_groups)
-        carried.advance(DENSE, index)
-        findings += passes.factorize(layer, statistics.of_sites(layer, plan.of_layer(index)))
-        carried.advance(FACTORIZED, index)
-        findings += passes.quantize()
+        layer = Layer(index, source.load_layer(model, index), source.description.heads.kv_heads)
+        changes = changes_before_rounding(plan, index)
+        carried.advance_dense(index, as_factorized=not changes)
+        finished = None if store is None else store.find(index)
+        if finished is None:
+            known = statistics.of_sites(layer, plan.of_layer(index))
+            finished = finished_layer(source, plan, layer, known, parts or {}, device)
+            if store is not None:
+                store.keep(index, finished)
+                finished = store.find(index) or finished
+        else:
+            statistics.pass_by(layer, plan.of_layer(index))
+        if changes:
+            empty = empty_layer(source.description, plan, index, rounded=False)
+            layers[index] = filled(empty.module, finished.unrounded)
+            carried.advance(FACTORIZED, index)
+        layers[index] = filled(empty_layer(source.description, plan, index).module, finished.tensors)
+        if store is None:
+            settle(layers[index], folder)
         carried.advance(QUANTIZED, index)
         statistics.rewritten(index)
+        findings += finished.findings
+        spectra += finished.spectra
     return Rewritten(
         model,
         source.description,
         plan,
         tuple(findings),
-        passes.spectra,
+        tuple(spectra),
         tuple(carried.errors),
         carried.logits(),
     )
 
 
-class _LayerPasses:
-    """The weight passes on one layer after the other, in two steps: what changes matrices, then what rounds them.
+def finished_layer(
+    source: Source,
+    plan: Plan,
+    layer: Layer,
+    known: Mapping[str, Curvature],
+    parts: Mapping[MatrixId, Parts],
+    device: torch.device,
+) -> FinishedLayer:
+    """Apply a plan to one dense layer, which is changed in place: first what changes matrices, then what rounds them.
 
     Args:
+        source: The dense model that the layer is of.
         plan: What to do.
-        mlp: Path of each of the MLP's matrices by role.
-        carry: Takes the source's own codes over.
-        quantize: The weight-only quantization.
+        layer: The layer, with its weights.
+        known: Curvatures by site name; a site without one is judged by its weights.
         parts: Of the matrices in the sparse form.
+        device: Where matrices are factorized and quantized.
     """
-
-    def __init__(
-        self,
-        plan: Plan,
-        mlp: dict[str, str],
-        carry: Carry,
-        quantize: Quantize,
-        parts: Mapping[MatrixId, Parts],
-    ) -> None:
-        self._plan, self._device = plan, quantize.device
-        self._joint = Factorize(plan.recipe.gauge, self._device, mlp)
-        self._sparse = Sparse(parts)
-        self._rounding: tuple[WeightPass, ...] = (carry, quantize, Int8(self._device))
-        self._layer: Layer | None = None
-        self._known: dict[str, Curvature] = {}
-
-    @property
-    def spectra(self) -> tuple[Spectrum, ...]:
-        """Spectra of what was factorized so far."""
-        return tuple(self._joint.spectra)
-
-    def factorize(self, layer: Layer, known: dict[str, Curvature]) -> list[Finding]:
-        """Reshape and factorize a dense layer."""
-        sites = self._plan.of_layer(layer.index)
-        layer, reshaped = reshape_layer(layer, self._plan.shape_of(layer.index), sites, known, self._device)
-        # The statistics are those of the whole layer: what is left of it is judged by its weights.
-        self._layer, self._known = layer, {} if reshaped else known
-        return [
-            *_stayed_dense(sites),
-            *reshaped,
-            *run_weight_pass(self._joint, layer, sites, self._known),
-            *run_weight_pass(self._sparse, layer, sites, self._known),
-        ]
-
-    def quantize(self) -> list[Finding]:
-        """Round the layer that was factorized last."""
-        if self._layer is None:
-            raise RuntimeError("`factorize` comes first")
-        sites = self._plan.of_layer(self._layer.index)
-        # The identity form may have renumbered the FFN's neurons.
-        aligned = {
-            site.site: curvature
-            for site in sites
-            if (curvature := self._joint.aligned(site, self._known.get(site.site))) is not None
-        }
-        return [
-            finding
-            for weight_pass in self._rounding
-            for finding in run_weight_pass(weight_pass, self._layer, sites, aligned)
-        ]
+    sites = plan.of_layer(layer.index)
+    joint = Factorize(plan.recipe.gauge, device, dict(source.architecture.mlp))
+    layer, reshaped = reshape_layer(layer, plan.shape_of(layer.index), sites, known, device)
+    # The statistics are those of the whole layer: what is left of it is judged by its weights.
+    known = {} if reshaped else known
+    findings = [
+        *_stayed_dense(sites),
+        *reshaped,
+        *run_weight_pass(joint, layer, sites, known),
+        *run_weight_pass(Sparse(parts), layer, sites, known),
+    ]
+    changes = changes_before_rounding(plan, layer.index)
+    unrounded = layer.module.state_dict() if changes else {}
+    # The identity form may have renumbered the FFN's neurons.
+    aligned = {
+        site.site: curvature
+        for site in sites
+        if (curvature := joint.aligned(site, known.get(site.site))) is not None
+    }
+    rounding: tuple[WeightPass, ...] = (
+        Carry(source_grids(source), plan.recipe.target.float_dtype),
+        Quantize(SCALE_DTYPE, device, plan.recipe.quantizer),
+        Int8(device),
+    )
+    for weight_pass in rounding:
+        findings += run_weight_pass(weight_pass, layer, sites, aligned)
+    return FinishedLayer(layer.module.state_dict(), unrounded, tuple(findings), tuple(joint.spectra))
 
 
 class _Carried:
@@ -219,6 +229,18 @@ class _Carried:
         if version == DENSE:
             self._streams.hidden[FACTORIZED] = self._streams.hidden[DENSE]
 
+    def advance_dense(self, index: int, *, as_factorized: bool) -> None:
+        """Run the dense version through a layer that is still dense, and with it the factorized one if it stays so."""
+        if self._streams is None:
+            return
+        hidden = self._streams.hidden
+        same = hidden[FACTORIZED] is hidden[DENSE]
+        if as_factorized and not same:
+            self._streams.advance(FACTORIZED, index)
+        self._streams.advance(DENSE, index)
+        if as_factorized and same:
+            hidden[FACTORIZED] = hidden[DENSE]
+
     def advance(self, version: str, index: int) -> None:
         """Run a version through a layer as it is now; the last version notes the layer's errors."""
         if self._streams is None:
@@ -231,10 +253,12 @@ class _Carried:
         """Return the logits of every version."""
         if self._streams is None:
             return {}
-        quantized = self._modules()
+        quantized, hidden = self._modules(), self._streams.hidden
         logits = {QUANTIZED: self._streams.finish(QUANTIZED)}
         self._set_outer(self._dense_outer)
-        logits |= {version: self._streams.finish(version) for version in (DENSE, FACTORIZED)}
+        logits[DENSE] = logits[FACTORIZED] = self._streams.finish(DENSE)
+        if hidden[FACTORIZED] is not hidden[DENSE]:
+            logits[FACTORIZED] = self._streams.finish(FACTORIZED)
         self._set_outer(quantized)
         return logits
 

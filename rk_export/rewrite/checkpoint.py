@@ -17,17 +17,12 @@ from rk_export.model.description import describe
 from rk_export.model.families import Architecture
 from rk_export.model.preparable import has_rotated_head
 from rk_export.options.quantization import QuantSpec
-from rk_export.passes.base import Layer
-from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
-from rk_export.passes.weights.correction import empty_corrected
+from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
-from rk_export.passes.weights.factorize import empty_factors, install
-from rk_export.passes.weights.quantize import matrix_paths
-from rk_export.passes.weights.shapes import empty_shape
-from rk_export.passes.weights.sparse import empty_sparse
 from rk_export.plan import Plan
 from rk_export.planning.planner import check_sites
 from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.empty_layers import empty_layer
 from rk_export.runtime.bundle_files import read_json
 from rk_export.source.stored import read_config
 from rk_export.source.tokenizer_files import copy_tokenizer
@@ -73,17 +68,8 @@ def load_pretrained(folder: Path) -> Rewritten:
     description = describe(config)
     check_sites(description, plan)
     architecture, model = description.architecture, description.canonical_model()
-    kv_groups = description.heads.kv_heads
     for index in range(description.layer_count):
-        layer = Layer(index, model.get_submodule(f"{architecture.layers}.{index}"), kv_groups)
-        layer = empty_shape(layer, plan.shape_of(index), plan.of_layer(index))
-        for site in plan.of_layer(index):
-            if site.form == "sparse":
-                empty_sparse(layer, site)
-            elif site.form != "dense":
-                install(layer, site, empty_factors(layer, site))
-            if site.quant is not None:
-                _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant, site.correction)
+        model.set_submodule(f"{architecture.layers}.{index}", empty_layer(description, plan, index).module)
     if architecture.lm_head and has_rotated_head(description, plan.recipe.preparations):
         size, head = config.hidden_size, model.get_submodule(architecture.lm_head)
         rotation = nn.Linear(size, size, bias=False, device="meta")
@@ -105,21 +91,6 @@ def _read_plan(folder: Path) -> Plan:
             fix="name a folder that rk-export saved",
         )
     return Plan.from_json(section.get("plan"), where=where)
-
-
-def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec, correction: int) -> None:
-    for path in paths:
-        linear = layer.linear(path)
-        if correction:
-            layer.replace(path, empty_corrected(linear, spec, correction))
-            continue
-        rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
-        layer.replace(
-            path,
-            Int8Linear.empty(rows, columns, bias=bias)
-            if spec.activations == 8
-            else QuantizedLinear.empty(rows, columns, spec, bias=bias),
-        )
 
 
 def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | None, spec: QuantSpec) -> None:
