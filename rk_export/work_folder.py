@@ -51,6 +51,7 @@ class WorkFolder:
     def __init__(self, out: Path, *, resume: bool = True) -> None:
         self.out, self.path, self._resume = out, work_folder_of(out), resume
         self._lock: IO[str] | None = None
+        self._is_ours = False
 
     @property
     def plan(self) -> Path:
@@ -92,7 +93,7 @@ class WorkFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         kept = any(path.name not in (_LOCK, _IDENTITY) for path in self.path.iterdir())
-        if error is None or not kept:
+        if self._is_ours and (error is None or not kept):
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
@@ -116,9 +117,12 @@ class WorkFolder:
                     fix="add --no-resume to begin anew, or give another output folder",
                 )
             done = [*(["the plan"] if self.plan.is_file() else []), f"{finished_layers(self.out)} layers"]
+            done += [f"the state of {path.stem}" for path in self.path.glob("*.state")]
             logger.info("going on with an unfinished run: %s", ", ".join(done))
+            self._is_ours = True
             return
         self._clear()
+        self._is_ours = True
         with atomic_file(path) as partial:
             partial.write_text(json.dumps(dict(identity), indent=1), encoding="utf-8")
 

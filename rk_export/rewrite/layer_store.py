@@ -40,9 +40,17 @@ class FinishedLayer:
 
 @dataclass(frozen=True)
 class _Record:
-    """What lies beside the tensors of a layer; a layer without one is not finished."""
+    """What lies beside the tensors of a layer; a layer without one is not finished.
+
+    Args:
+        sha256: Of the file of tensors.
+        unchanged: Tensors that rounding leaves as they are: they are stored once.
+        findings: As in `FinishedLayer`.
+        spectra: As in `FinishedLayer`.
+    """
 
     sha256: str
+    unchanged: tuple[str, ...]
     findings: tuple[Finding, ...]
     spectra: tuple[Spectrum, ...]
 
@@ -66,11 +74,16 @@ class LayerStore:
 
     def keep(self, index: int, layer: FinishedLayer) -> None:
         """Write a layer, its tensors first: a record stands for tensors that are complete."""
+        unchanged = tuple(
+            name for name, tensor in layer.unrounded.items() if _same(layer.tensors.get(name), tensor)
+        )
         tensors = {f"{_ROUNDED}{name}": tensor for name, tensor in layer.tensors.items()}
-        tensors |= {f"{_UNROUNDED}{name}": tensor for name, tensor in layer.unrounded.items()}
+        tensors |= {
+            f"{_UNROUNDED}{name}": tensor for name, tensor in layer.unrounded.items() if name not in unchanged
+        }
         with atomic_file(self._tensors(index)) as partial:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        record = _Record(sha256_of(self._tensors(index)), layer.findings, layer.spectra)
+        record = _Record(sha256_of(self._tensors(index)), unchanged, layer.findings, layer.spectra)
         with atomic_file(self._record(index)) as partial:
             partial.write_text(json.dumps(to_json(record)), encoding="utf-8")
 
@@ -87,9 +100,9 @@ class LayerStore:
         except (OSError, ValueError, InputError) as error:
             logger.warning("layer %d is made again: %s is damaged: %s", index, self._tensors(index), error)
             return None
-        return FinishedLayer(
-            _below(stored, _ROUNDED), _below(stored, _UNROUNDED), record.findings, record.spectra
-        )
+        rounded, unrounded = _below(stored, _ROUNDED), _below(stored, _UNROUNDED)
+        unrounded |= {name: rounded[name] for name in record.unchanged}
+        return FinishedLayer(rounded, unrounded, record.findings, record.spectra)
 
     def _tensors(self, index: int) -> Path:
         return self._folder / f"layer-{index:05}.safetensors"
@@ -106,6 +119,10 @@ def filled(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """
     layer.load_state_dict(dict(tensors), assign=True)
     return layer.requires_grad_(False)
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
