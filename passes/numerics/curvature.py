@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rk_export.passes.numerics.metric import Metric
+from rk_export.passes.numerics.metric import Metric, conditional_variances
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Inputs:
         Only what they cannot explain is left: the variance of an input given those rounded later, the squared
         diagonal of a Cholesky factor.
         """
-        root = Metric.of(self.second.flip(0, 1)).roots[0].to(torch.float64)
-        return root.diagonal().square().flip(0)
+        return conditional_variances(self.second)
 
     def column_weights(self, *, compensated: bool) -> Tensor:
         """Return what a unit of squared error in each column costs (in,), as the quantizer leaves it."""

@@ -8,6 +8,7 @@ exact to float64 however far the eigenvalues lie apart. Output gradients with se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,9 @@ class Metric:
         added = damping * float(diagonal.mean()) or 1.0
         if second.ndim == 1:
             return cls(((wide + added).sqrt(),), (added,))
-        symmetric = (wide + wide.T) / 2
+        # Of a large moment there should not be more copies than needed.
+        symmetric = wide.clone() if torch.equal(wide, wide.T) else (wide + wide.T) / 2
+        del wide
         symmetric.diagonal().add_(added)
         root, failed = torch.linalg.cholesky_ex(symmetric)
         if int(failed):
@@ -122,3 +125,23 @@ def _solve_root(A: Tensor, root: Tensor, *, upper: bool = False) -> Tensor:
     """Return A S^-1 for a triangular S."""
     solved: Tensor = torch.linalg.solve_triangular(root, A, upper=upper, left=False)
     return solved
+
+
+def conditional_variances(second: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return the variance of each input given all that come after it (n,), float64, of a damped second moment (n, n).
+
+    They are the squared diagonal of a Cholesky factor. The damping keeps float32 exact enough for that.
+
+    Raises:
+        ValueError: If the moment is not finite, or not positive semidefinite.
+    """
+    reverse = second.to(torch.float32).flip(0, 1)
+    mean = float(reverse.diagonal().mean())
+    if not math.isfinite(mean):
+        raise ValueError("a second moment has entries that are not finite")
+    reverse.diagonal().add_(damping * mean or 1.0)
+    root, failed = torch.linalg.cholesky_ex(reverse)
+    if int(failed):
+        raise ValueError("a second moment has a negative eigenvalue")
+    variances: Tensor = root.diagonal().double().square().flip(0)
+    return variances

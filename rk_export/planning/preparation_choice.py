@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rk_export.calibration.moments import readers, recorded_inputs
+from rk_export.calibration.moments import MomentSum, readers, recorded_inputs
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
@@ -317,7 +317,9 @@ class _Trial:
         if key not in self._known:
             y = self._read(path, state, self._seen[path].flatten(0, -2).float())
             peak = float(y.abs().amax(1).square().mean())
-            inputs = Inputs(y.T @ y / len(y), token_peak=peak)
+            moment = MomentSum()
+            moment.add(y)
+            inputs = Inputs(moment.mean().to(y.device), token_peak=peak)
             self._known[key] = inputs, block_peaks(y, self._rounding.spec.block_size)
         return self._known[key]
 
