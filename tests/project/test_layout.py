@@ -30,6 +30,7 @@ ORDER = (
         "errors",
         "progress",
         "atomic",
+        "leftovers",
         "json_codec",
         "memory",
         "device",
@@ -40,6 +41,7 @@ ORDER = (
         "matrix_id",
         "plan",
         "folders",
+        "cache_limit",
         "tensor_cache",
     ),
     *(
