@@ -65,15 +65,16 @@ def hidden(path: Path) -> Hidden | None:
 def this_place() -> str:
     """Return what tells where ids of processes are known: the machine since it was started, and the container."""
     parts = [socket.gethostname()]
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
+    for place, read in (("/proc/sys/kernel/random/boot_id", _text), ("/proc/self/ns/pid", os.readlink)):
         try:
-            parts.append(read())
-        except OSError:
+            parts.append(read(place))
+        except OSError:  # not Linux
             parts.append("")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _text(place: str) -> str:
+    return Path(place).read_text(encoding="ascii")
 
 
 @contextmanager

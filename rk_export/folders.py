@@ -17,7 +17,7 @@ from typing import Any
 
 from rk_export.atomic import atomic_file, beside, make_folder, synchronize, synchronize_tree
 from rk_export.errors import InputError
-from rk_export.leftovers import remove_leftovers
+from rk_export.half_written import remove_leftovers
 from rk_export.plan import PLAN_MARK
 from rk_export.progress import stage
 from rk_export.report.records import Report

@@ -30,7 +30,7 @@ ORDER = (
         "errors",
         "progress",
         "atomic",
-        "leftovers",
+        "half_written",
         "json_codec",
         "memory",
         "device",

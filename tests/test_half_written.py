@@ -13,7 +13,7 @@ import pytest
 
 from rk_export.atomic import beside, this_place
 from rk_export.folders import AtomicFolder, check_replaceable
-from rk_export.leftovers import leftovers, remove_leftovers
+from rk_export.half_written import leftovers, remove_leftovers
 
 KILLED = """
 import os, signal, sys
