@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rk_export.atomic import atomic_file, beside
+from rk_export.atomic import atomic_file, beside, make_folder, synchronize, synchronize_tree
 from rk_export.errors import InputError
+from rk_export.half_written import remove_leftovers
 from rk_export.plan import PLAN_MARK
 from rk_export.progress import stage
 from rk_export.report.records import Report
@@ -41,6 +42,7 @@ _LIBRARIES = (
 class AtomicFolder:
     """Context manager that gives a temporary sibling of ``target`` and moves it into place on success.
 
+    What is moved in is on the disk before.
     On any error the sibling is removed and what was at ``target`` stays as it was.
 
     Args:
@@ -66,7 +68,7 @@ class AtomicFolder:
         if self.needed is not None:
             check_free_space(self.target, self.needed)
         try:
-            self._partial.mkdir(parents=True)
+            make_folder(self._partial)
         except OSError as error:
             raise InputError(
                 f"cannot write here: {error.strerror}",
@@ -94,8 +96,10 @@ class AtomicFolder:
 
     def _move_in(self) -> None:
         """Swap the new folder in; the old one comes back if that fails, and is deleted only afterwards."""
+        synchronize_tree(self._partial)
         if not self.target.exists():
             self._partial.rename(self.target)
+            synchronize(self.target.parent)
             return
         old = beside(self.target, "old")
         self.target.rename(old)
@@ -104,11 +108,12 @@ class AtomicFolder:
         except BaseException:
             old.rename(self.target)
             raise
+        synchronize(self.target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def check_replaceable(target: Path, force: bool, *, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output place before any work.
+    """Refuse an output place before any work; what killed runs left there half-written is removed first.
 
     Args:
         target: Where the output will go; it may be absent.
@@ -120,6 +125,7 @@ def check_replaceable(target: Path, force: bool, *, inputs: Iterable[Path] = ())
     """
     target = Path(os.path.abspath(target))
     try:
+        remove_leftovers(target.parent, target)
         exists, real = target.exists(), target.resolve()
         for path in inputs:
             if path.resolve() == real or real in path.resolve().parents:

@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rk_export.atomic import atomic_file
+from rk_export.cache_limit import is_entry, keep_within_limit, use
 
 logger = logging.getLogger(__name__)
+
+_titles: dict[str, str] = {}  # fingerprint of a model -> its name
+_models: dict[Path, str] = {}  # file of the cache -> name of the model that it belongs to
 
 # Another place is a matter of the machine, like those of other caches.
 CACHE = Path(os.environ.get("RK_EXPORT_CACHE") or "~/.cache/rk-export")
@@ -25,6 +29,16 @@ CACHE = Path(os.environ.get("RK_EXPORT_CACHE") or "~/.cache/rk-export")
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return the cache's folder; ``~/.cache/rk-export`` when None."""
     return Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
+
+
+def name_model(fingerprint: str, title: str) -> None:
+    """Note what a model is called, so that what is cached for it can say so.
+
+    Args:
+        fingerprint: What keys know it by.
+        title: Its name for people.
+    """
+    _titles[fingerprint] = title
 
 
 def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -36,7 +50,11 @@ def cache_file(kind: str, key: Mapping[str, Any], cache_dir: str | os.PathLike[s
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_root(cache_dir) / kind / f"{digest[:32]}.safetensors"
+    path = cache_root(cache_dir) / kind / f"{digest[:32]}.safetensors"
+    for value in key.values():
+        if isinstance(value, str) and value in _titles:
+            _models[path] = _titles[value]
+    return path
 
 
 def text_key(tokens: Tensor) -> dict[str, Any]:
@@ -55,16 +73,34 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         logger.warning("%s cannot be read and is made anew: %s", path, error)
         return None
     logger.info("read from %s", path)
+    use(path)
     return tensors
 
 
+def model_of(path: Path) -> str:
+    """Return the name of the model that a cache file belongs to; empty where the file does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("model", ""))
+    except (SafetensorError, OSError):
+        return ""
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a cache file in one step; where that is impossible the run goes on without, and says so."""
+    """Write a cache file in one step; where that is impossible the run goes on without, and says so.
+
+    What was not used for the longest time goes where the cache is larger than its limit.
+    """
     try:
         with atomic_file(path) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, {"model": _models[path]} if path in _models else None)
     except (SafetensorError, OSError) as error:
         logger.warning("not cached: %s cannot be written: %s", path, error)
+        return
+    use(path)
+    if is_entry(path):
+        keep_within_limit(path.parents[1])
 
 
 def cached(

@@ -62,6 +62,9 @@ Every checksum is compared first. The manifest lists the new files, so `verify` 
     "explain": """
 Matrices that were left alone are listed with the reason.
 """,
+    "cache": """
+Entries that were not used for the longest time go first: [manage the cache](../how-to/manage-the-cache.md).
+""",
     "doctor": """
 The exit code is 1 if export or inference on a CPU cannot work.
 """,

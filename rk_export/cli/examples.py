@@ -67,6 +67,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "bundle": (("bundle out/bundle --for triton,kserve --name my-model", "files for servers"),),
     "explain": (("explain out/bundle", "every matrix, with the reason"),),
+    "cache": (
+        ("cache", "kinds, models, sizes, and when each was used last"),
+        ("cache --prune", "down to the limit"),
+        ("cache --prune --older-than 30 --dry-run", "what would go"),
+        ("cache --prune --kind self-text --to 1GB", "one kind, the oldest first"),
+    ),
     "doctor": (("doctor", "what works here"),),
 }
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from rk_export.cli.cache import cache_limited
 from rk_export.cli.failure import UsageError, tell, tell_json
 from rk_export.cli.interrupt import INTERRUPTED, TERMINATED, Terminated, farewell, terminable
 from rk_export.cli.parser import Command, build_parser
@@ -45,7 +46,7 @@ def run_command(command: Command, args: argparse.Namespace, words: Sequence[str]
     quiet_libraries()
     as_json, begin = args.json, time.time()
     try:
-        with terminable(), work_shown(bars=not as_json, quiet=args.quiet):
+        with terminable(), work_shown(bars=not as_json, quiet=args.quiet), cache_limited(args):
             return command(args)
     except RkExportError as error:
         return tell(error, as_json=as_json)

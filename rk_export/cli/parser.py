@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.cli.bundle import add_bundle_arguments, run_bundle
+from rk_export.cli.cache import add_cache_arguments, add_cache_limit, run_cache
 from rk_export.cli.compare import add_compare_arguments, run_compare
 from rk_export.cli.compress_arguments import add_recipe_arguments
 from rk_export.cli.examples import epilog
@@ -171,6 +172,8 @@ def _add_bundle_commands(add: AddCommand) -> None:
     explain = add("explain", run_explain, "show what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path, help="bundle folder")
 
+    add_cache_arguments(add("cache", run_cache, "list what costly results are kept, or remove some"))
+
     add("doctor", run_doctor, "versions, usable execution providers, what is missing and how to get it")
 
 
@@ -236,6 +239,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add what describes the machine; it goes with a plan too."""
     parser.add_argument("--device", **_DEVICE)
     parser.add_argument("--threads", **_THREADS)
+    add_cache_limit(parser)
     parser.add_argument(
         "--calibration-text",
         type=Path,

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rk_export.atomic import beside
+from rk_export.atomic import beside, synchronize, synchronize_tree
 from rk_export.bundle.targets import TARGETS
 from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.errors import InputError
@@ -63,9 +63,11 @@ def deployment_files(
         for target in wanted:
             (partial / target.name).mkdir(parents=True)
             target.write(deployment, partial / target.name)
+        synchronize_tree(partial)
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
             (partial / place.name).rename(place)
+        synchronize(folder)
         replace_in_manifest(folder, [place.name for place in places])
     finally:
         shutil.rmtree(partial, ignore_errors=True)

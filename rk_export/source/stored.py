@@ -33,6 +33,7 @@ from rk_export.source.stand_ins import stand_in
 from rk_export.source.tensor_files import StoredTensors
 from rk_export.source.transformed import Transform, Transformed
 from rk_export.source.weight_files import ADAPTER_WEIGHTS, check_known_layout
+from rk_export.tensor_cache import name_model
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class StoredModel(Loading):
         """Return the SHA-256 of the files that decide what the tensors are; they are looked at once."""
         if self._fingerprint is None:
             self._fingerprint = files_fingerprint(self.files, cache_dir)
+            name_model(self._fingerprint, self.title)
         return self._fingerprint
 
     def then(self, transform: Transform) -> Transformed:

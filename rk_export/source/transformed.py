@@ -23,6 +23,7 @@ from rk_export.report.records import Finding
 from rk_export.scratch import settle
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Loading, Source
+from rk_export.tensor_cache import name_model
 
 
 class Transform:
@@ -162,7 +163,11 @@ class Transformed(Loading):
         """Return the SHA-256 of the stored model's fingerprint and of the changes."""
         files = self.stored.fingerprint(cache_dir)
         variants = [item.variant for item in self.transforms if item.variant]
-        return hashlib.sha256(json.dumps([files, *variants]).encode()).hexdigest() if variants else files
+        if not variants:
+            return files
+        digest = hashlib.sha256(json.dumps([files, *variants]).encode()).hexdigest()
+        name_model(digest, self.title)
+        return digest
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights; where others are to fill it, not one that comes whole."""

@@ -35,8 +35,9 @@ pytestmark = [pytest.mark.whole, pytest.mark.slow]
 
 Places = dict[str, Path]
 COMMON = {"--json", "--quiet"}
-# Their options are tested in `test_bundle_and_report.py`: one opens a browser, the other writes into its bundle.
-ELSEWHERE = {"report", "bundle"}
+# Their options are tested in `test_bundle_and_report.py`: one opens a browser, the other writes into its bundle. Those
+# of the third remove things: `test_cache.py` gives them a cache of their own.
+ELSEWHERE = {"report", "bundle", "cache"}
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ NO_BASE = Case(("--base", "{llama}"), refused("goes with a LoRA adapter"))
 NO_PROVIDER = Case(("--provider", "tpu"), refused("tpu"))
 NO_THREADS = Case(("--threads", 0), refused("threads: 0 is out of range"))
 NO_DEVICE = Case(("--device", "tpu"), refused("unknown device 'tpu'"))
+NO_LIMIT = Case(("--cache-limit", "much"), refused("'much' is no size"))
 NO_PLAN = Case(("--plan", "{plan}"), refused("a plan already holds its recipe"))
 WHOLE = ("{llama}", "-o", "{out}", "--recipe", "floats", "--threads", 1)
 OF_TEXT = ("{llama}", "-o", "{out}", "--recipe", "{of_text}/recipe.yaml")
@@ -186,6 +188,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("compress", "--checkpoint"): Case(("--checkpoint", "{out}"), refused("Fix: "), line=WHOLE),
     ("compress", "--device"): NO_DEVICE,
     ("compress", "--threads"): Case(("--threads", 0), refused("threads: 0 is out of range"), line=WHOLE),
+    ("compress", "--cache-limit"): NO_LIMIT,
     ("compress", "--calibration-text"): Case(
         ("--calibration-text", "{moved}"), finds, line=(*OF_TEXT, "--dry-run")
     ),
@@ -200,6 +203,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("analyze", "--plan"): NO_PLAN,
     ("analyze", "--device"): NO_DEVICE,
     ("analyze", "--threads"): NO_THREADS,
+    ("analyze", "--cache-limit"): NO_LIMIT,
     ("analyze", "--calibration-text"): Case(("--calibration-text", "{moved}"), finds, line=OF_TEXT),
     ("plan", "--base"): dataclasses.replace(NO_BASE, exists=True),
     ("plan", "--force"): Case(
@@ -214,6 +218,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("plan", "--ep"): Case(("--ep", "portable"), writes_other, exists=True),
     ("plan", "--device"): dataclasses.replace(NO_DEVICE, exists=True),
     ("plan", "--threads"): dataclasses.replace(NO_THREADS, exists=True),
+    ("plan", "--cache-limit"): dataclasses.replace(NO_LIMIT, exists=True),
     ("plan", "--calibration-text"): Case(
         ("--calibration-text", "{moved}"),
         finds,
@@ -250,6 +255,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("verify", "--provider"): NO_PROVIDER,
     ("verify", "--device"): Case(("--device", "tpu", "--against", "{llama}"), refused("unknown device")),
     ("verify", "--threads"): NO_THREADS,
+    ("verify", "--cache-limit"): NO_LIMIT,
     ("verify", "--calibration-text"): Case(
         ("--calibration-text", "{moved}"),
         prints_other,

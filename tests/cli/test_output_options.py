@@ -34,6 +34,7 @@ LINES: dict[str, tuple[object, ...]] = {
     "report": ("{bundle}",),
     "bundle": ("{own}", "--for", "triton"),
     "explain": ("{bundle}",),
+    "cache": (),
     "doctor": (),
 }
 

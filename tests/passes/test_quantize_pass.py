@@ -76,7 +76,12 @@ def test_every_matrix_of_a_site_is_rounded_and_counted(form: str, spec: QuantSpe
 
 def test_biases_stay_in_floats() -> None:
     linear = nn.Linear(48, 32)
-    quantized = Quantize(torch.float16, CPU).quantize(linear, INT4)
+    layer = Layer(0, nn.ModuleDict({"up": linear}), 1)
+    Quantize(torch.float16, CPU).rewrite(
+        layer, SitePlan("layers.0.up", 0, ("up",), ("up",), "dense", 0, INT4), None
+    )
+    quantized = layer.module["up"]
+    assert isinstance(quantized, QuantizedLinear)
     assert quantized.scales.dtype == torch.float16
     assert quantized.bias is not None
     assert torch.equal(quantized.bias, linear.bias)

@@ -17,7 +17,7 @@ from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.gauge import balanced_gauge, mixed_gauge
 from rk_export.passes.weights.factorize import Factorize
 from rk_export.passes.weights.quantize import NO_STATISTICS, Quantize
-from rk_export.passes.weights.quantizer import QuantizerName
+from rk_export.passes.weights.quantizer import Quantizer, QuantizerName
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding
 
@@ -106,12 +106,12 @@ def test_the_second_factor_is_refitted_to_the_quantized_first_one(form: str) -> 
     factors = apart.module.qk_factors
     for path in plan.paths:
         apart.module.get_submodule(path)._factors = (factors,)
-    quantize, known = Quantize(torch.float16, CPU, "gptq"), Inputs(x.T @ x / len(x))
+    quantizer, known = Quantizer("gptq", torch.float16), Inputs(x.T @ x / len(x))
     with torch.no_grad():
-        factors.down = quantize.quantize(factors.down, INT4, known)
+        factors.down = QuantizedLinear(quantizer.quantize(factors.down.weight, INT4, known))
         behind = known.behind(factors.down.weight)
         for role, up in list(factors.ups.items()):
-            factors.ups[role] = quantize.quantize(up, INT4, behind)
+            factors.ups[role] = QuantizedLinear(quantizer.quantize(up.weight, INT4, behind), up.bias)
     error, naive = ((outputs(each, x) - expected).norm() for each in (refitted, apart))
     assert float(error) < 0.92 * float(naive)
 

@@ -23,6 +23,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export import tensor_cache
+from rk_export.cache_limit import keep_within_limit, release, use_folder
 from rk_export.folders import AtomicFolder, check_free_space
 from rk_export.progress import track
 from rk_export.source.gguf.config import config_of
@@ -70,6 +71,7 @@ def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     source = conversion.source
     root = Path(cache_dir) if cache_dir is not None else CACHE.expanduser()
     folder = root / f"{source.digest()[:16]}-v{_format(source)}" / model_name(source.stem)
+    use_folder(folder.parent)
     if folder.is_dir():
         logger.info("%s: already converted, %s", source.path.name, folder)
         return folder
@@ -79,7 +81,10 @@ def gguf_to_folder(path: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     except BaseException:
         with contextlib.suppress(OSError):  # where it holds another name's model
             folder.parent.rmdir()
+            release(folder.parent)
         raise
+    use_folder(folder.parent)
+    keep_within_limit(root.parent)
     return folder
 
 
