@@ -63,8 +63,13 @@ def text_key(tokens: Tensor) -> dict[str, Any]:
     return {"text": digest, "shape": list(tokens.shape)}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache file, or None where there is none; a broken one is logged and ignored."""
+def read_tensors(path: Path, level: int = logging.INFO) -> dict[str, Tensor] | None:
+    """Return the tensors of a cache file, mapped, or None where there is none; a broken one is logged and ignored.
+
+    Args:
+        path: The file.
+        level: Of the line in the log that says that it was read.
+    """
     if not path.is_file():
         return None
     try:
@@ -72,7 +77,7 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
     except (SafetensorError, OSError) as error:
         logger.warning("%s cannot be read and is made anew: %s", path, error)
         return None
-    logger.info("read from %s", path)
+    logger.log(level, "read from %s", path)
     use(path)
     return tensors
 

@@ -43,7 +43,10 @@ class StatisticsParts:
         parts: list[tuple[Part, int]] = [("rest", 0), *(("inputs", index) for index in range(layers))]
         if with_gradients:
             parts += [("gradients", index) for index in range(layers)]
-        return all(self.find(part, index) for part, index in parts)
+        if not all(self.find(part, index) for part, index in parts):
+            return False
+        logger.info("read from %s", self._path("rest", 0, self._cache_dir).parent)
+        return True
 
     def find(self, part: Part, index: int = 0) -> bool:
         """Read a part that lies on disk; return whether it does."""
@@ -60,7 +63,7 @@ class StatisticsParts:
         if self._is_cached or self._folder is not None:
             path = self._path(part, index, self._cache_dir if self._is_cached else self._folder)
             write_tensors(path, tensors)
-            found = read_tensors(path)
+            found = read_tensors(path, logging.DEBUG)
         self.known |= mapped(tensors) if found is None else found
 
     def limit(self, needed: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,7 +174,7 @@ def compression_inputs(
     """
     weighs = _weighs_errors(recipe)
     dense = Transformed(source, (), Memory(folder))
-    tokens = _tokens(dense, recipe, device, weighs)
+    tokens = _tokens(dense, recipe, device, weighs, folder)
     choice = decided_preparations(dense, recipe, tokens, device, folder)
     if recipe.find(Prepare) is not None:
         recipe = recipe.with_step(Prepare(choice.names))
@@ -197,13 +198,15 @@ def compression_inputs(
     return replace(started, decision=_decision(methods, started.work))
 
 
-def _tokens(source: Source, recipe: Recipe, device: torch.device, weighs: bool) -> Tensor | None:
+def _tokens(
+    source: Source, recipe: Recipe, device: torch.device, weighs: bool, folder: Path | None
+) -> Tensor | None:
     """Return the calibration text, or None where nothing reads one."""
     if source.architecture.is_encoder or not recipe.calibration.uses_text:
         return None
     if not weighs and not any(method.reads_text for method in recipe.methods):
         return None
-    return calibration_tokens(source, recipe.calibration, device, int4_text)
+    return calibration_tokens(source, recipe.calibration, device, partial(int4_text, folder=folder))
 
 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:

@@ -35,7 +35,9 @@ _SEQUENCES = 64  # written together
 _CACHE_BYTES, _CACHE_SHARE = 1 << 29, 0.5
 
 
-def int4_text(source: Source, uniforms: Tensor, start: int, ends: list[int]) -> Tensor:
+def int4_text(
+    source: Source, uniforms: Tensor, start: int, ends: list[int], *, folder: Path | None = None
+) -> Tensor:
     """Return text that a model in INT4 writes, a token for each random number; arguments as in `sample_text`.
 
     Args:
@@ -43,6 +45,7 @@ def int4_text(source: Source, uniforms: Tensor, start: int, ends: list[int]) -> 
         uniforms: float32 (sequences, length), in [0, 1).
         start: First token of each sequence, and the one after an end-of-sequence token.
         ends: The end-of-sequence tokens.
+        folder: Where the INT4 version lies meanwhile; the system's own place when None.
 
     Returns:
         int64 (sequences, length).
@@ -50,15 +53,15 @@ def int4_text(source: Source, uniforms: Tensor, start: int, ends: list[int]) -> 
     Raises:
         InputError: If logits are not finite.
     """
-    with TemporaryDirectory(prefix="rk-export-text-") as place:
-        folder = Path(place)
-        rewritten = rewrite(source, decide_plan(source, _PLAIN))
+    with TemporaryDirectory(prefix=".text-", dir=folder) as name:
+        bundle = Path(name)
+        rewritten = rewrite(source, decide_plan(source, _PLAIN), folder=folder)
         graph, _ = build_graph(rewritten)
-        save_graph(graph, folder)
-        write_configs(folder, rewritten, source.folder, source.origin[1])
+        save_graph(graph, bundle)
+        write_configs(bundle, rewritten, source.folder, source.origin[1])
         del graph, rewritten
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        session = Session.from_pretrained(folder, provider="cpu", threads=torch.get_num_threads())
+        size = sum(path.stat().st_size for path in bundle.iterdir())
+        session = Session.from_pretrained(bundle, provider="cpu", threads=torch.get_num_threads())
         row = _cache_bytes(session.layout, uniforms.shape[1])
         together = max(1, min(_SEQUENCES, max(_CACHE_BYTES, int(_CACHE_SHARE * size)) // row))
         with stage("writing text in INT4, tokens", uniforms.numel()) as bar:

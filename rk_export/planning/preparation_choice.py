@@ -23,7 +23,7 @@ from rk_export.calibration.moments import MomentSum, readers, recorded_inputs
 from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
-from rk_export.device import lent, matmul_dtype
+from rk_export.device import lent, matmul_dtype, matmuls_in
 from rk_export.matrix_id import MatrixId
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
@@ -47,7 +47,7 @@ DENSE = "dense"
 CHUNK = 2048  # tokens of the short text, which run together
 # A family is reparameterized where that lowers the loss of the whole by this share: predictions are not exact.
 WORTH_IT = 0.01
-_VERSION = 1  # raise when other predictions come out: cached ones of an older version are then made again
+_VERSION = 2  # raise when other predictions come out: cached ones of an older version are then made again
 _FOLDED = {
     "q": "fold-attention",
     "k": "fold-attention",
@@ -229,7 +229,7 @@ def _costs(
         projections = source.description.projections(index)
         modules = {item.path: layer.get_submodule(item.path) for item in projections}
         with lent(layer, device):
-            with recorded_inputs(modules) as seen:
+            with recorded_inputs(modules) as seen, matmuls_in(matmul_dtype(device), device):
                 streams.advance(DENSE, index)
             trial = _Trial(index, layer, wiring_of(source.description, index), preparation, rounding, seen)
             reached = [item for item in projections if item.path in seen and (index, item.path) in weights]
