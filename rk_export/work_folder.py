@@ -32,7 +32,7 @@ def state_file(out: Path, name: str) -> Path:
 
 def finished_layers(out: Path) -> int:
     """Return how many layers the unfinished run of an output has finished."""
-    return len(list((work_folder_of(out) / _LAYERS).glob("*.json")))
+    return len(list((work_folder_of(out) / _LAYERS).glob("layer-*.json")))
 
 
 class WorkFolder:

@@ -32,8 +32,9 @@ from rk_export.planning.carried import head_findings, source_grids
 from rk_export.planning.planner import check_plan
 from rk_export.progress import track
 from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
-from rk_export.rewrite.empty_layers import changes_before_rounding, empty_layer
-from rk_export.rewrite.layer_store import FinishedLayer, LayerStore, filled
+from rk_export.rewrite.empty_layers import changes_before_rounding, empty_layer, empty_tables
+from rk_export.rewrite.layer_store import TABLES, FinishedLayer, LayerStore, filled
+from rk_export.rewrite.tables import fill_tables, tensors_of_tables
 from rk_export.scratch import settle
 from rk_export.source.protocol import Source
 
@@ -108,15 +109,7 @@ def rewrite(
     carried.start(DENSE)
     statistics.begin(model)
     findings: list[Finding] = list(head_findings(source, plan.recipe))
-    if plan.table is not None and not architecture.is_encoder:
-        findings += quantize_embedding(
-            model,
-            architecture.embedding,
-            architecture.lm_head,
-            plan.table,
-            Quantize(SCALE_DTYPE, device, plan.recipe.quantizer),
-            table_inputs,
-        )
+    findings += _finished_tables(model, source, plan, table_inputs, device, store)
     for path in source.description.outer_paths:
         settle(model.get_submodule(path), folder)
     carried.start(QUANTIZED)
@@ -156,6 +149,31 @@ def rewrite(
         tuple(carried.errors),
         carried.logits(),
     )
+
+
+def _finished_tables(
+    model: PreTrainedModel,
+    source: Source,
+    plan: Plan,
+    inputs: Inputs | None,
+    device: torch.device,
+    store: LayerStore | None,
+) -> tuple[Finding, ...]:
+    """Quantize the embedding and the output projection of a model in place, or take those of the store."""
+    architecture, spec = source.architecture, plan.table
+    if spec is None or architecture.is_encoder:
+        return ()
+    finished = None if store is None else store.find(TABLES)
+    if finished is not None:
+        empty_tables(model, architecture, spec)
+        fill_tables(model, architecture, finished.tensors)
+        return finished.findings
+    quantize = Quantize(SCALE_DTYPE, device, plan.recipe.quantizer)
+    paths = architecture.embedding, architecture.lm_head
+    findings = tuple(quantize_embedding(model, *paths, spec, quantize, inputs))
+    if store is not None:
+        store.keep(TABLES, FinishedLayer(tensors_of_tables(model, architecture), findings=findings))
+    return findings
 
 
 def finished_layer(

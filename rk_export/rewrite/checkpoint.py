@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
@@ -16,13 +15,11 @@ from rk_export.folders import AtomicFolder
 from rk_export.model.description import describe
 from rk_export.model.families import Architecture
 from rk_export.model.preparable import has_rotated_head
-from rk_export.options.quantization import QuantSpec
-from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, RotatedHead
-from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
+from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.plan import Plan
 from rk_export.planning.planner import check_sites
 from rk_export.rewrite.apply import Rewritten
-from rk_export.rewrite.empty_layers import empty_layer
+from rk_export.rewrite.empty_layers import empty_layer, empty_tables
 from rk_export.runtime.bundle_files import read_json
 from rk_export.source.stored import read_config
 from rk_export.source.tokenizer_files import copy_tokenizer
@@ -74,9 +71,7 @@ def load_pretrained(folder: Path) -> Rewritten:
         size, head = config.hidden_size, model.get_submodule(architecture.lm_head)
         rotation = nn.Linear(size, size, bias=False, device="meta")
         model.set_submodule(architecture.lm_head, RotatedHead(rotation, head))
-    spec = plan.table
-    if spec is not None and not architecture.is_encoder:
-        _empty_embedding(model, architecture.embedding, architecture.lm_head, spec)
+    empty_tables(model, architecture, plan.table)
     _fill(model, architecture, folder)
     return Rewritten(model, description, plan, findings=())
 
@@ -91,23 +86,6 @@ def _read_plan(folder: Path) -> Plan:
             fix="name a folder that rk-export saved",
         )
     return Plan.from_json(section.get("plan"), where=where)
-
-
-def _empty_embedding(model: nn.Module, embedding_path: str, head_path: str | None, spec: QuantSpec) -> None:
-    embedding: Any = model.get_submodule(embedding_path)
-    table = QuantizedEmbedding.empty(
-        embedding.num_embeddings, embedding.embedding_dim, spec, embedding_multiplier(embedding)
-    )
-    model.set_submodule(embedding_path, table)
-    if head_path is None:
-        return
-    head: Any = model.get_submodule(head_path)
-    if isinstance(head, RotatedHead):
-        size = embedding.embedding_dim
-        head.rotation = QuantizedLinear.empty(size, size, rotation_spec(spec), bias=False)
-        head_path, head = f"{head_path}.head", head.head
-    empty = QuantizedLinear.empty(head.out_features, head.in_features, spec, bias=head.bias is not None)
-    model.set_submodule(head_path, empty)
 
 
 def _fill(model: PreTrainedModel, architecture: Architecture, folder: Path) -> None:

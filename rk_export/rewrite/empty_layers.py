@@ -1,12 +1,18 @@
-"""Layers as a plan leaves them, without values: what stored tensors are filled into."""
+"""Layers and tables as a plan leaves them, without values: what stored tensors are filled into."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from rk_export.model.description import ModelDescription
+from rk_export.model.families import Architecture
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer
-from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear
+from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead
 from rk_export.passes.weights.correction import empty_corrected
+from rk_export.passes.weights.embedding import embedding_multiplier, rotation_spec
 from rk_export.passes.weights.factorize import empty_factors, install
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.passes.weights.shapes import empty_shape
@@ -53,3 +59,28 @@ def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec, correction
             if spec.activations == 8
             else QuantizedLinear.empty(rows, columns, spec, bias=bias),
         )
+
+
+def empty_tables(model: nn.Module, architecture: Architecture, spec: QuantSpec | None) -> None:
+    """Put quantized tables without values where a model's embedding and its output projection are, in place.
+
+    Args:
+        model: The embedding and the output projection are dense, a rotation in front of the latter included.
+        architecture: Its family.
+        spec: The format of both; None leaves floats. So does an encoder.
+    """
+    if spec is None or architecture.is_encoder:
+        return
+    embedding: Any = model.get_submodule(architecture.embedding)
+    rows, columns = embedding.num_embeddings, embedding.embedding_dim
+    table = QuantizedEmbedding.empty(rows, columns, spec, embedding_multiplier(embedding))
+    model.set_submodule(architecture.embedding, table)
+    path = architecture.lm_head
+    if path is None:
+        return
+    head: Any = model.get_submodule(path)
+    if isinstance(head, RotatedHead):
+        head.rotation = QuantizedLinear.empty(columns, columns, rotation_spec(spec), bias=False)
+        path, head = f"{path}.head", head.head
+    empty = QuantizedLinear.empty(head.out_features, head.in_features, spec, bias=head.bias is not None)
+    model.set_submodule(path, empty)

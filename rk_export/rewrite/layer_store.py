@@ -1,4 +1,4 @@
-"""Finished layers on disk: what a run that was interrupted goes on from, and what workers hand over."""
+"""Finished layers and tables on disk: what a run that was interrupted goes on from, and what workers hand over."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer as a plan leaves it.
+    """A layer, or the tables outside the layers, as a plan leaves it.
 
     Args:
         tensors: Parameters and buffers by name.
@@ -56,6 +56,7 @@ class _Record:
 
 
 _ROUNDED, _UNROUNDED = "rounded/", "unrounded/"
+TABLES = -1  # stands among the layers for the embedding and the output projection
 
 
 class LayerStore:
@@ -98,17 +99,17 @@ class LayerStore:
                 raise ValueError("its checksum differs from the one that was noted")
             stored = load_file(self._tensors(index))
         except (OSError, ValueError, InputError) as error:
-            logger.warning("layer %d is made again: %s is damaged: %s", index, self._tensors(index), error)
+            logger.warning("%s is made again: %s is damaged: %s", _name(index), self._tensors(index), error)
             return None
         rounded, unrounded = _below(stored, _ROUNDED), _below(stored, _UNROUNDED)
         unrounded |= {name: rounded[name] for name in record.unchanged}
         return FinishedLayer(rounded, unrounded, record.findings, record.spectra)
 
     def _tensors(self, index: int) -> Path:
-        return self._folder / f"layer-{index:05}.safetensors"
+        return self._folder / f"{_name(index)}.safetensors"
 
     def _record(self, index: int) -> Path:
-        return self._folder / f"layer-{index:05}.json"
+        return self._folder / f"{_name(index)}.json"
 
 
 def filled(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -119,6 +120,10 @@ def filled(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """
     layer.load_state_dict(dict(tensors), assign=True)
     return layer.requires_grad_(False)
+
+
+def _name(index: int) -> str:
+    return "tables" if index == TABLES else f"layer-{index:05}"
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:

@@ -145,7 +145,7 @@ def unfinished(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(LayerStore, "keep", keep_and_end)
         with pytest.raises(Killed):
             compress(model, out, recipe, run=RUN)
-    assert len(list(layers.glob("*.json"))) == 2
+    assert len(list(layers.glob("layer-*.json"))) == 2
     return out
 
 
@@ -187,7 +187,7 @@ def test_what_changed_since_is_refused_by_name(
     with pytest.raises(InputError, match=f"{what} changed since") as refused:
         compress(model, unfinished, recipe, run=RUN)
     assert "--no-resume" in str(refused.value)
-    assert len(list((work_folder_of(unfinished) / "layers").glob("*.json"))) == 2
+    assert len(list((work_folder_of(unfinished) / "layers").glob("layer-*.json"))) == 2
     compress(model, unfinished, recipe, run=RUN, resume=False)
     assert (unfinished / "model.onnx").is_file()
 

@@ -359,7 +359,7 @@ def test_an_export_that_fails_keeps_the_state_of_the_healing(
     asked = options("keep", 0.7, quant=None, table=None, methods=(HealOptions(steps=2),))
     with pytest.raises(OSError, match="disk full"):
         compress(llama, tmp_path / "out", asked, run=Run(threads=1))
-    assert (tmp_path / ".out.heal").is_file()
+    assert (tmp_path / ".out.work/heal.state").is_file()
 
 
 @pytest.mark.whole
