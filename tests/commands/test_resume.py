@@ -170,7 +170,7 @@ def test_a_damaged_layer_is_made_again(
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     compress(model, unfinished, made_recipe(calibration=SHORT), run=RUN)
-    assert "layer 1 is made again" in caplog.text
+    assert "layer-00001 is made again" in caplog.text
     compress(model, tmp_path / "whole", made_recipe(calibration=SHORT), run=RUN)
     assert contents(unfinished) == contents(tmp_path / "whole")
 
