@@ -13,6 +13,9 @@ from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.eigen import product
 
 
+_TILE = 1024  # rows of a matrix that are mirrored at a time
+
+
 class MomentSum:
     """Sum over tokens of x xᵀ, or of its diagonal, in float32.
 
@@ -45,14 +48,22 @@ class MomentSum:
         """
         if self._sum is None:
             raise ValueError("no token was added")
-        if self._diagonal:
-            return self._sum.cpu()
-        upper = self._sum.cpu().triu()
-        return upper + upper.triu(1).T
+        if not self._diagonal:
+            _mirror(self._sum)
+        return self._sum.cpu()
 
     def mean(self) -> Tensor:
         """Return the mean over tokens, as `total` does."""
         return self.total() / self.tokens
+
+
+def _mirror(total: Tensor) -> None:
+    """Copy the upper triangle of a matrix (n, n) below its diagonal, in place: it may take half a gigabyte."""
+    for begin in range(0, len(total), _TILE):
+        rows = slice(begin, begin + _TILE)
+        tile = total[rows, rows]
+        tile.copy_(tile.triu() + tile.triu(1).T)
+        total[begin + _TILE :, rows] = total[rows, begin + _TILE :].T
 
 
 def _add_gram_matrix(total: Tensor, flat: Tensor) -> None:

@@ -231,7 +231,9 @@ def test_corpora_that_cannot_be_used(llama: Path, prose: Path, tmp_path: Path) -
 def test_self_tokens_are_sampled(source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
 
-    def sampled(source: StoredModel, tokens: int, seed: int, device: torch.device) -> Tensor:
+    def sampled(
+        source: StoredModel, tokens: int, seed: int, device: torch.device, *, other: object
+    ) -> Tensor:
         asked.append((tokens, seed))
         return torch.zeros(1, 1, dtype=torch.int64)
 
