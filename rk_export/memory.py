@@ -1,11 +1,33 @@
-"""How much memory a process may still take."""
+"""How much memory a process may still take, and giving back what it does not use."""
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 _MEMINFO = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system; the C library keeps it for later otherwise.
+
+    After a pass over one layer of a 0.5 B model that was 0.4 GB of 0.9 GB. Other C libraries than GNU's do so themselves.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    """Return the C library's function, or None where there is none."""
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
 
 
 def available_memory() -> int | None:

@@ -20,6 +20,7 @@ from rk_export.bundle.quality_warning import far_from_dense
 from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.json_codec import to_json
+from rk_export.memory import give_back
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import require_parity
@@ -78,6 +79,7 @@ class Stages:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            give_back()
 
 
 def write_bundle(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.eigen import product
 
-
 _TILE = 1024  # rows of a matrix that are mirrored at a time
 
 

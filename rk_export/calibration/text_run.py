@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rk_export.calibration.streams import Streams
 from rk_export.device import CPU, lent, matmul_dtype, matmuls_in
+from rk_export.memory import give_back
 from rk_export.model.families import Architecture
 from rk_export.progress import track
 from rk_export.scratch import mapped
@@ -83,6 +84,7 @@ class TextRun:
                 for chunk in self._chunks:
                     with self._matmuls():
                         chunk.advance(_VERSION, index)
+            give_back()
 
     def backward(self, title: str, objective: Objective, at: At = _unwatched) -> None:
         """Run the chunks that run back from the loss to the first layer.
@@ -103,6 +105,7 @@ class TextRun:
                         output = chunk.through(index, entry)
                     output.backward(gradients[number].to(output.device))  # type: ignore[no-untyped-call]
                     gradients[number] = cast(Tensor, entry.grad)
+            give_back()
         self._gradients = gradients
 
     def embedded(self) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rk_export.calibration.streams import Streams
 from rk_export.errors import InputError
+from rk_export.memory import give_back
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
 from rk_export.options.recipe import Recipe
@@ -142,6 +143,7 @@ def dense_logits(
             with shaking_outputs(layer, noise):
                 streams.hidden[_SHAKEN] = float32_step(streams.advance(_SHAKEN, index), noise)
         layer.to("meta")
+        give_back()
     logits = streams.finish(_EXACT).float()
     if peaks is not None:
         peaks.note("the output", logits)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.errors import InputError
+from rk_export.memory import give_back
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.allocation import SiteChoices, allocate, least_cost
 from rk_export.passes.numerics.predicted_loss import TableCurvature, table_losses
@@ -89,6 +90,7 @@ def spend(
             # The inputs of a layer live as long as its curvatures: within it the address tells them apart.
             reads = None if curvature is None else id(curvature.inputs)
             found.append(SiteOptions(site, tuple(stacked.shape), reads, offered))
+        give_back()
     groups = packed_together(found) if unit.packs else [[index] for index in range(len(found))]
     choices = [_choices([found[index] for index in group]) for group in groups]
     choices += [_table_choices(table, unit)] if table else []

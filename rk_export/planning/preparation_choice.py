@@ -25,6 +25,7 @@ from rk_export.calibration.sensitivity import output_weights
 from rk_export.calibration.streams import Streams
 from rk_export.device import lent, matmul_dtype, matmuls_in
 from rk_export.matrix_id import MatrixId
+from rk_export.memory import give_back
 from rk_export.model.families import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
@@ -235,6 +236,7 @@ def _costs(
             reached = [item for item in projections if item.path in seen and (index, item.path) in weights]
             for key, cost in trial.costs({item.path: _role(item) for item in reached}, weights):
                 costs[key] += cost
+        give_back()
     return costs
 
 

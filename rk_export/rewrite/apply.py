@@ -15,6 +15,7 @@ from rk_export.calibration.layer_statistics import LayerStatistics, NoStatistics
 from rk_export.calibration.streams import Streams
 from rk_export.device import CPU
 from rk_export.matrix_id import MatrixId
+from rk_export.memory import give_back
 from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, WeightPass, run_weight_pass
@@ -112,6 +113,7 @@ def rewrite(
     findings += _finished_tables(model, source, plan, table_inputs, device, store)
     for path in source.description.outer_paths:
         settle(model.get_submodule(path), folder)
+    give_back()
     carried.start(QUANTIZED)
     statistics.embedded()
     layers = cast(nn.ModuleList, model.get_submodule(architecture.layers))
@@ -138,6 +140,7 @@ def rewrite(
             settle(layers[index], folder)
         carried.advance(QUANTIZED, index)
         statistics.rewritten(index)
+        give_back()
         findings += finished.findings
         spectra += finished.spectra
     return Rewritten(

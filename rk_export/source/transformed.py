@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.memory import give_back
 from rk_export.model.description import ModelDescription
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
@@ -228,6 +229,7 @@ class Transformed(Loading):
             settle(model.get_submodule(path), folder, untouched=untouched)
         for index in track(range(self.layer_count), "reading layers"):
             settle(self.load_layer(model, index), folder, untouched=untouched)
+            give_back()
         return model
 
     def layers(self) -> Iterator[Layer]:
