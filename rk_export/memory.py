@@ -14,7 +14,7 @@ _CONTAINER = Path("/sys/fs/cgroup")
 def give_back() -> None:
     """Give memory that was freed back to the system; the C library keeps it for later otherwise.
 
-    After a pass over one layer of a 0.5 B model that was 0.4 GB of 0.9 GB. Other C libraries than GNU's do so themselves.
+    After a pass over the layers of a 0.5 B model that was 0.4 GB of 0.9 GB. Only GNU's C library needs it.
     """
     trim = _trim()
     if trim is not None:
