@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,6 +77,29 @@ def settle(module: nn.Module, folder: Path | None = None, *, untouched: bool = F
     for same, group in held.items():
         for tensor in group:
             tensor.data = copies[same]
+
+
+@contextmanager
+def settling(folder: Path | None = None) -> Iterator[None]:
+    """Move every large parameter that a module is given inside this context to disk, unless it is in a file already.
+
+    Args:
+        folder: As in `mapped`.
+    """
+    register = nn.Module.register_parameter
+
+    def settled(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        on_cpu = parameter is not None and parameter.device.type == "cpu"
+        if parameter is not None and on_cpu and parameter.nbytes >= SMALLEST:
+            if not _in_file(parameter.data_ptr()):
+                parameter.data = mapped({name: parameter.data}, folder)[name]
+
+    nn.Module.register_parameter = settled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _in_file(address: int) -> bool:

@@ -14,7 +14,7 @@ from rk_export.errors import InputError
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
 from rk_export.options.recipe import Recipe
-from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
+from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, require_parity
 from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
 from rk_export.parity.half_range import Peaks, check_half_range
 from rk_export.parity.oracle import transformers_logits
@@ -75,12 +75,10 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
     _check_finite(logits, source)
     reference = transformers_logits(source, tokens[:1])
-    tier = not_measured("0", ORACLE_TIER, reference.note)
-    if reference.logits is not None:
-        expected, found = reference.logits.numpy(), logits[:1].numpy()
-        tier = compare("0", ORACLE_TIER, expected, found, bound=FLOAT_BOUND["fp32"], note=reference.note)
-        if not tier.passed:
-            tier = _by_its_rounding(tier, rounding or dense_logits(source, tokens, shaken=True)[1])
+    expected, found = reference.logits.numpy(), logits[:1].numpy()
+    tier = compare("0", ORACLE_TIER, expected, found, bound=FLOAT_BOUND["fp32"], note=reference.note)
+    if not tier.passed:
+        tier = _by_its_rounding(tier, rounding or dense_logits(source, tokens, shaken=True)[1])
     fix = "the model is not read as transformers reads it, so nothing was done; report it with the model's config.json"
     require_parity((tier,), source.name, fix)
     notices = () if peaks is None else check_half_range(peaks, source.name)
