@@ -139,11 +139,6 @@ def check_replaceable(target: Path, force: bool, *, inputs: Iterable[Path] = ())
         ) from error
 
 
-def state_file(out: Path, name: str) -> Path:
-    """Return where an interrupted training waits for the next run: beside the output."""
-    return out.with_name(f".{out.name}.{name}")
-
-
 def check_plan_place(target: Path, force: bool) -> None:
     """Refuse, before any work, a place where no plan can be written; only a plan is replaced.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +25,13 @@ DIAGONAL_TOKENS = 1024
 
 
 def model_statistics(
-    source: Source, tokens: Tensor, recipe: Recipe, device: torch.device, *, directions: bool = True
+    source: Source,
+    tokens: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    directions: bool = True,
+    folder: Path | None = None,
 ) -> DenseStatistics:
     """Gather statistics of a dense model on a text, or read those of an earlier run.
 
@@ -34,6 +41,7 @@ def model_statistics(
         recipe: Whether outputs weigh by gradients.
         device: Where the model runs.
         directions: Whether whole second moments of the gradients are needed, or their diagonals do.
+        folder: As in `dense_statistics`.
     """
     weighed = recipe.weighs_outputs
     wanted = weighed and recipe.calibration.gradients
@@ -44,6 +52,7 @@ def model_statistics(
         diagonal=not (wanted and directions) or only_diagonals(source, recipe),
         device=device,
         gradient_tokens=back if wanted else 0,
+        folder=folder,
     )
     if wanted or not weighed:
         return statistics

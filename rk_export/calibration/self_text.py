@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,10 +28,14 @@ from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 logger = logging.getLogger(__name__)
 
 LENGTH = 256  # tokens of a sequence, unless the model's context is shorter
-_VERSION = 1  # raise when other tokens come out: cached text of an older version is then sampled again
+DENSE_LIMIT = 1_000_000_000  # bytes of a model that writes its own text
+_VERSION = 2  # raise when other tokens come out: cached text of an older version is then sampled again
 _SEQUENCES = 64  # sampled together
 _CACHE_BYTES = 2 << 30  # keys and values of the sequences sampled together
 _PACKED = "rk_export_packed_heads"
+
+# From a model, random numbers (sequences, length), the start token and the end tokens to text, as `sample_text` does.
+Writer = Callable[[Source, Tensor, int, list[int]], Tensor]
 
 
 def self_text(
@@ -39,18 +44,20 @@ def self_text(
     seed: int,
     device: torch.device,
     *,
+    other: Writer | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Tensor:
     """Return text sampled from a dense decoder, or the one sampled earlier from the same weights.
 
     Weights are in bfloat16 where the device multiplies it natively (`matmul_dtype`), else in float32; logits are
-    normalized in float32.
+    normalized in float32. A model that would take more than `DENSE_LIMIT` in memory that way does not write itself.
 
     Args:
         source: The dense model.
         tokens: How many tokens at least; sequences are whole.
         seed: Equal seeds give equal tokens on equal hardware.
         device: Where the model runs.
+        other: Writes instead of a model that is too large; None lets every model write itself.
         cache_dir: Where sampled text is kept; ``~/.cache/rk-export`` when None.
 
     Returns:
@@ -64,8 +71,10 @@ def self_text(
     length = min(LENGTH, int(source.config.max_position_embeddings))
     sequences = -(-tokens // length)
     dtype = matmul_dtype(device)
+    too_large = other is not None and needs_other_writer(source, device)
     key = {
         "version": _VERSION,
+        "writer": "int4" if too_large else "dense",
         "weights": source.fingerprint(cache_dir),
         "seed": seed,
         "shape": [sequences, length],
@@ -76,11 +85,23 @@ def self_text(
     text = (read_tensors(path) or {}).get("tokens")
     if text is None:
         uniforms = torch.rand(sequences, length, generator=torch.Generator().manual_seed(seed))
-        text = sample_text(
-            sampling_model(source, device, dtype), uniforms, start, _ends(source.config, start)
-        )
+        ends = _ends(source.config, start)
+        if other is not None and too_large:
+            text = other(source, uniforms, start, ends)
+        else:
+            text = sample_text(sampling_model(source, device, dtype), uniforms, start, ends)
         write_tensors(path, {"tokens": text})
     return text
+
+
+def needs_other_writer(source: Source, device: torch.device) -> bool:
+    """Whether a model is too large to write its text itself."""
+    return dense_writer_bytes(source, device) > DENSE_LIMIT
+
+
+def dense_writer_bytes(source: Source, device: torch.device) -> int:
+    """Return the memory of a model that writes its own text."""
+    return source.parameter_count() * matmul_dtype(device).itemsize
 
 
 def start_token(source: Source) -> int:

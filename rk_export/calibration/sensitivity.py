@@ -86,7 +86,7 @@ def dense_statistics(
         seed: Of the drawn labels.
         dtype: What matrices multiply in, float32 or bfloat16; None takes `matmul_dtype` of the device.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
-        folder: Whose disk takes what the cache does not, as in `rk_export.scratch.mapped`.
+        folder: Takes what is too large for the cache, for the time of a run.
 
     Raises:
         InputError: If the model is an encoder, which predicts no next token, or its logits are not finite.

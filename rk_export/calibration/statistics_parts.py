@@ -27,7 +27,8 @@ class StatisticsParts:
     Args:
         key: All that the statistics depend on, JSON-ready.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
-        folder: Whose disk takes statistics that are too large for the cache, as in `mapped`.
+        folder: Takes statistics that are too large for the cache, for the time of a run; without one they have no
+            name on disk.
     """
 
     def __init__(
@@ -45,18 +46,22 @@ class StatisticsParts:
         return all(self.find(part, index) for part, index in parts)
 
     def find(self, part: Part, index: int = 0) -> bool:
-        """Read a part that lies in the cache; return whether it does."""
-        found = read_tensors(self._path(part, index))
-        self.known |= found or {}
-        return found is not None
+        """Read a part that lies on disk; return whether it does."""
+        for folder in (self._cache_dir, *([self._folder] if self._folder else [])):
+            if (found := read_tensors(self._path(part, index, folder))) is not None:
+                self._is_cached = folder is self._cache_dir
+                self.known |= found
+                return True
+        return False
 
     def add(self, part: Part, tensors: Mapping[str, Tensor], index: int = 0) -> None:
         """Keep a part."""
-        path = self._path(part, index)
-        if self._is_cached:
+        found = None
+        if self._is_cached or self._folder is not None:
+            path = self._path(part, index, self._cache_dir if self._is_cached else self._folder)
             write_tensors(path, tensors)
-        found = read_tensors(path) if self._is_cached else None
-        self.known |= mapped(tensors, self._folder) if found is None else found
+            found = read_tensors(path)
+        self.known |= mapped(tensors) if found is None else found
 
     def limit(self, needed: int) -> None:
         """Keep nothing in the cache where all parts together exceed its limit, and say so.
@@ -68,5 +73,5 @@ class StatisticsParts:
         if not self._is_cached:
             logger.info("not cached: statistics of %s exceed %s", size(needed), size(CACHE_LIMIT))
 
-    def _path(self, part: Part, index: int) -> Path:
-        return cache_file("dense-statistics", {**self._key, "part": [part, index]}, self._cache_dir)
+    def _path(self, part: Part, index: int, folder: str | os.PathLike[str] | None) -> Path:
+        return cache_file("dense-statistics", {**self._key, "part": [part, index]}, folder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
-from rk_export.calibration.self_text import LENGTH, self_text
+from rk_export.calibration.self_text import LENGTH, Writer, self_text
 from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
@@ -34,13 +34,16 @@ DENSE, COMPRESSED = "dense", "compressed"
 CHUNK = 2048  # tokens that run through a layer together
 
 
-def calibration_tokens(source: Source, options: CalibrationOptions, device: torch.device) -> Tensor:
+def calibration_tokens(
+    source: Source, options: CalibrationOptions, device: torch.device, other: Writer | None = None
+) -> Tensor:
     """Return the calibration text of a metric that uses one.
 
     Args:
         source: The dense model.
         options: `self` samples from the model, `corpus` reads a text file with the model's tokenizer.
         device: Where the model runs while sampling.
+        other: Writes instead of a model that is too large, as in `self_text`.
 
     Returns:
         int64 (sequences, length): `LENGTH` tokens each, fewer if the model's context is shorter.
@@ -51,7 +54,7 @@ def calibration_tokens(source: Source, options: CalibrationOptions, device: torc
         ValueError: If the metric uses no text.
     """
     if options.metric == "self":
-        return self_text(source, options.tokens, options.seed, device)
+        return self_text(source, options.tokens, options.seed, device, other=other)
     if options.corpus is None:
         raise ValueError(f"the metric {options.metric!r} uses no text")
     path, rows = options.corpus.place(), int(source.config.vocab_size)

@@ -78,6 +78,7 @@ def run_compress(args: argparse.Namespace) -> int:
         run=run,
         checkpoint=args.checkpoint,
         force=args.force,
+        resume=not args.no_resume,
         command=args.command_line,
     )
     print_json(report.to_json()) if args.json else show(*summary(report))

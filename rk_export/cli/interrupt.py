@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from rk_export.folders import state_file
 from rk_export.methods import METHODS
+from rk_export.work_folder import finished_layers, state_file, work_folder_of
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -57,13 +57,15 @@ def farewell(args: argparse.Namespace, words: Sequence[str], begin: float) -> tu
 
 
 def _states(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the states of trainings that wait beside the output."""
+    """Yield the states of trainings and the finished layers that wait beside the output."""
     if (out := getattr(args, "output", None)) is None:
         return
     for method in METHODS:
         path = state_file(Path(out), method.name)
         if path.is_file():
             yield f"the state of {method.name} ({path})"
+    if count := finished_layers(Path(out)):
+        yield f"{count} finished layers ({work_folder_of(Path(out))})"
 
 
 def _cached(begin: float) -> Iterator[str]:

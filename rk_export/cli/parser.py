@@ -185,6 +185,9 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """Add what `compress` takes beside model and output; optimum's command takes the same."""
     _add_base(parser)
     _add_force(parser)
+    parser.add_argument(
+        "--no-resume", action="store_true", help="begin anew where an earlier run was interrupted"
+    )
     add_recipe_arguments(parser)
     _add_plan(parser)
     parser.add_argument(

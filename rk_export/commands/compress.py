@@ -9,8 +9,8 @@ import torch
 
 from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
 from rk_export.commands.compression_inputs import CompressionInputs
-from rk_export.commands.stages import check_outputs, open_task
-from rk_export.folders import AtomicFolder, check_free_space, state_file
+from rk_export.commands.stages import Task, check_outputs, open_task
+from rk_export.folders import AtomicFolder, check_free_space
 from rk_export.model.context import context_notices
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe
@@ -22,7 +22,9 @@ from rk_export.planning.fixed_parts import fixed_findings
 from rk_export.report.records import Report
 from rk_export.rewrite.apply import QUANTIZED, Rewritten
 from rk_export.rewrite.checkpoint import save_pretrained
+from rk_export.rewrite.layer_store import LayerStore
 from rk_export.rewrite.sizes import planned_bytes, planned_findings
+from rk_export.work_folder import WorkFolder
 
 
 def compress(
@@ -36,6 +38,7 @@ def compress(
     run: Run | None = None,
     checkpoint: str | Path | None = None,
     force: bool = False,
+    resume: bool = True,
     command: str = "",
 ) -> Report:
     """Compress a model and write a verified ONNX bundle.
@@ -50,6 +53,7 @@ def compress(
         run: The machine; None takes what is there.
         checkpoint: Also save the compressed PyTorch model there.
         force: Replace an existing output.
+        resume: Go on with an unfinished run of the same output, which lies beside it; the result is the same.
         command: Command line to note in the report.
 
     Raises:
@@ -66,42 +70,50 @@ def compress(
         task = open_task(model, recipe, plan, target=target, base=base, run=run)
         check_outputs(task.source, out, checkpoint, force)
         check_free_space(out, task.least_bytes)
-    with stages.stage("check", "comparing with transformers"):
-        before = task.preflight()
-    with stages.stage("calibrate", f"metric {task.recipe.calibration.metric}"):
-        inputs = task.inputs(place, torch.from_numpy(before.probe.batch))
-    with stages.stage("plan", "choosing ranks and bits"):
-        plan = task.decided(inputs)
-        needed = planned_bytes(inputs.source, plan)
-    with AtomicFolder(out, force=force, needed=needed) as partial:
-        with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
-            rewritten = inputs.rewrite(plan, torch.from_numpy(before.probe.batch))
-        rewritten = _recovered(rewritten, inputs, before.probe, place, stages)
-        if checkpoint is not None:
-            folder = task.source.folder
-            save_pretrained(rewritten, Path(checkpoint), tokenizer_from=folder, force=force)
-        report = write_bundle(
-            *(partial, rewritten, task.source, request, stages),
-            name=place.name,
-            probe=before.probe,
-            before=before,
-        )
-    for method in inputs.methods:
-        state_file(place, method.options.name).unlink(missing_ok=True)
-    return report
+    with WorkFolder(place, resume=resume) as work:
+        work.begin(task.identity())
+        with stages.stage("check", "comparing with transformers"):
+            before = task.preflight()
+        probe = torch.from_numpy(before.probe.batch)
+        with stages.stage("calibrate", f"metric {task.recipe.calibration.metric}"):
+            inputs = task.inputs(work, probe)
+        with stages.stage("plan", "choosing ranks and bits"):
+            plan = _decided(task, inputs, work)
+            needed = planned_bytes(inputs.source, plan)
+        with AtomicFolder(out, force=force, needed=needed) as partial:
+            with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
+                rewritten = inputs.rewrite(plan, probe, LayerStore(work.layers))
+            rewritten = _recovered(rewritten, inputs, before.probe, work, stages)
+            if checkpoint is not None:
+                folder = task.source.folder
+                save_pretrained(rewritten, Path(checkpoint), tokenizer_from=folder, force=force)
+            return write_bundle(
+                *(partial, rewritten, task.source, request, stages),
+                name=place.name,
+                probe=before.probe,
+                before=before,
+            )
+
+
+def _decided(task: Task, inputs: CompressionInputs, work: WorkFolder) -> Plan:
+    """Return the plan that the unfinished run had decided on, or the one that is decided now and kept for it."""
+    if work.plan.is_file():
+        return Plan.load(work.plan)
+    plan = task.decided(inputs)
+    plan.save(work.plan)
+    return plan
 
 
 def _recovered(
-    rewritten: Rewritten, inputs: CompressionInputs, probe: Probe, out: Path | None, stages: Stages
+    rewritten: Rewritten, inputs: CompressionInputs, probe: Probe, work: WorkFolder | None, stages: Stages
 ) -> Rewritten:
-    """Return the rewritten model after the methods that recover it, a stage each; no state is kept without `out`."""
+    """Return the rewritten model after the methods that recover it, a stage each; no state is kept without `work`."""
     for method in inputs.methods:
         if method.options.stage != "recover":
             continue
         with stages.stage(method.options.name, method.doing):
-            state = None if out is None else state_file(out, method.options.name)
-            work = replace(inputs.work, state=state)
-            rewritten = method.recover(rewritten, inputs.teacher, work)
+            state = None if work is None else work.state(method.options.name)
+            rewritten = method.recover(rewritten, inputs.teacher, replace(inputs.work, state=state))
             logits = {**rewritten.probe_logits, QUANTIZED: torch_logits(rewritten.model)(probe.batch)}
             rewritten = replace(rewritten, probe_logits=logits)
     return rewritten

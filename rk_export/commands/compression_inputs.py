@@ -23,8 +23,10 @@ from rk_export.calibration.layer_statistics import (
 )
 from rk_export.calibration.model_statistics import diagonals_finding, model_statistics, only_diagonals
 from rk_export.calibration.neuron_peaks import shortened
+from rk_export.calibration.self_text import DENSE_LIMIT, dense_writer_bytes, needs_other_writer
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.calibration.table_statistics import table_curvature
+from rk_export.commands.int4_writer import int4_text
 from rk_export.commands.preparations import decided_preparations, prepared_source
 from rk_export.device import CPU
 from rk_export.methods.base import Decision, Method, Work, methods_of
@@ -36,8 +38,10 @@ from rk_export.options.step import MethodOptions
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import with_default_groups
+from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
+from rk_export.rewrite.layer_store import LayerStore
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
@@ -57,6 +61,7 @@ class CompressionInputs:
         choice: What each reparameterization would have cost.
         left_out: What was asked for and could not be had, with the reason.
         dense_logits: Of `dense` on the probe, where `source` is another model and a probe was given.
+        folder: Whose disk holds what need not stay in memory.
     """
 
     dense: Transformed
@@ -68,6 +73,7 @@ class CompressionInputs:
     choice: tuple[Finding, ...] = ()
     left_out: tuple[Finding, ...] = ()
     dense_logits: Tensor | None = None
+    folder: Path | None = None
 
     @property
     def source(self) -> Transformed:
@@ -84,8 +90,13 @@ class CompressionInputs:
         """Of `source`; None where the metric uses no text, or the model is an encoder."""
         return self.work.statistics
 
-    def rewrite(self, plan: Plan, probe: Tensor | None = None) -> Rewritten:
+    def rewrite(self, plan: Plan, probe: Tensor | None = None, store: LayerStore | None = None) -> Rewritten:
         """Apply a plan to the model, under what is known about it.
+
+        Args:
+            plan: The plan.
+            probe: Tokens (batch, length) that run alongside.
+            store: Where finished layers of this run lie, and are kept.
 
         Raises:
             InputError: If the plan does not fit the model, or asks for other sparse parts than were chosen.
@@ -103,6 +114,8 @@ class CompressionInputs:
             parts=parts,
             probe=probe,
             device=self.work.device,
+            store=store,
+            folder=self.folder,
         )
         logits = rewritten.probe_logits
         if dense is not None:
@@ -140,6 +153,7 @@ def compression_inputs(
     pruning: Pruning | None = None,
     states: Callable[[str], Path] | None = None,
     probe: Tensor | None = None,
+    folder: Path | None = None,
 ) -> CompressionInputs:
     """Reparameterize a model, let every method change it, and gather what the others need to know about it.
 
@@ -151,15 +165,16 @@ def compression_inputs(
         states: From a method's name to the file that its training keeps its state in, to go on after an
             interruption; None keeps none.
         probe: Tokens (batch, length) that the model is to be rewritten on, as in `CompressionInputs.rewrite`.
+        folder: Whose disk takes what need not stay in memory; the cache's when None.
 
     Raises:
         InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
             the model can lose.
     """
     weighs = _weighs_errors(recipe)
-    dense = Transformed(source, (), Memory())
+    dense = Transformed(source, (), Memory(folder))
     tokens = _tokens(dense, recipe, device, weighs)
-    choice = decided_preparations(dense, recipe, tokens, device)
+    choice = decided_preparations(dense, recipe, tokens, device, folder)
     if recipe.find(Prepare) is not None:
         recipe = recipe.with_step(Prepare(choice.names))
     dense = teacher = prepared_source(dense, recipe, tokens, device)
@@ -169,10 +184,12 @@ def compression_inputs(
         state = None if states is None else states(method.options.name)
         work = replace(work, source=method.transform(replace(work, state=state)))
         teacher = work.source if method.sets_target else teacher
-    started = CompressionInputs(dense, work, methods, teacher, choice=choice.findings)
+    started = CompressionInputs(dense, work, methods, teacher, choice=choice.findings, folder=folder)
     if probe is not None and work.source is not dense:
         logits = torch_logits(dense.shared().to("cpu"))(probe.numpy())
         started = replace(started, dense_logits=logits)
+    if tokens is not None and recipe.calibration.metric == "self" and needs_other_writer(source, device):
+        started = replace(started, choice=(*started.choice, _int4_finding(source, device)))
     if tokens is None or not weighs:
         started = replace(started, left_out=tuple(_left_out(source, recipe)))
     else:
@@ -186,14 +203,16 @@ def _tokens(source: Source, recipe: Recipe, device: torch.device, weighs: bool) 
         return None
     if not weighs and not any(method.reads_text for method in recipe.methods):
         return None
-    return calibration_tokens(source, recipe.calibration, device)
+    return calibration_tokens(source, recipe.calibration, device, int4_text)
 
 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
     directions = _weighs_directions(work.source, work.recipe)
-    statistics = model_statistics(work.source, tokens, work.recipe, work.device, directions=directions)
+    statistics = model_statistics(
+        work.source, tokens, work.recipe, work.device, directions=directions, folder=started.folder
+    )
     table = table_curvature(work.source, shortened(tokens), work.device, statistics.embedding)
     reduced = directions and only_diagonals(work.source, work.recipe)
     left_out = (diagonals_finding(work.source),) if reduced else ()
@@ -217,6 +236,13 @@ def _weighs_directions(source: Source, recipe: Recipe) -> bool:
     """Whether errors are weighed along directions of the outputs; rounding weighs every output on its own."""
     factorizes = bool(with_default_groups(source, recipe).groups)
     return factorizes or any(method.weighs_outputs for method in recipe.methods)
+
+
+def _int4_finding(source: Source, device: torch.device) -> Finding:
+    """Return the finding that says who wrote the calibration text."""
+    needed = size(dense_writer_bytes(source, device))
+    reason = f"the model in INT4 wrote it: dense it takes {needed}, more than {size(DENSE_LIMIT)}"
+    return Finding("calibration.text", Outcome.APPLIED, reason, details={"pass": "text"})
 
 
 def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ SCALE_ALPHA = 0.25
 
 
 def decided_preparations(
-    source: Source, recipe: Recipe, tokens: Tensor | None, device: torch.device
+    source: Source,
+    recipe: Recipe,
+    tokens: Tensor | None,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> PreparationChoice:
     """Return the reparameterizations that were named, or those that lower the predicted loss.
 
@@ -32,6 +37,7 @@ def decided_preparations(
         recipe: With `prepared_for`, the format to predict for.
         tokens: Calibration text; without it nothing is predicted, and nothing is taken that was not named.
         device: Where the text runs.
+        folder: As in `dense_statistics`.
     """
     spec = recipe.prepared_for
     if spec is None or tokens is None or source.architecture.is_encoder:
@@ -43,7 +49,7 @@ def decided_preparations(
     preparation = LayerPreparation(source.description, names, recipe.calibration.seed, peaks, SCALE_ALPHA)
     int8_inputs = recipe.target.ep == "cpu" and recipe.target.accuracy_level == 4
     rounding = Rounding(spec, compensated=recipe.quantizer == "gptq", int8_inputs=int8_inputs)
-    return choose_preparations(source, tokens, rounding, preparation, device)
+    return choose_preparations(source, tokens, rounding, preparation, device, folder=folder)
 
 
 def prepared_source(

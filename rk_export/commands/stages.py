@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from rk_export.commands.compression_inputs import CompressionInputs, compression
 from rk_export.commands.model_costs import model_costs
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.folders import check_replaceable, state_file
+from rk_export.folders import check_replaceable, library_versions
 from rk_export.graph.dense.frontend import check_supported
+from rk_export.json_codec import to_json
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
@@ -28,6 +30,7 @@ from rk_export.recipes import load
 from rk_export.rewrite.sizes import least_bytes, planned_bytes
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel, open_source
+from rk_export.work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +67,27 @@ class Task:
         found = preflight(self.source, self.recipe)
         return replace(found, notices=(*found.notices, *self.notices))
 
-    def inputs(self, out: Path | None = None, probe: torch.Tensor | None = None) -> CompressionInputs:
-        """Gather what compression starts from, to be rewritten on a probe; trainings keep their states beside `out`."""
-        pruning = None if self.plan is None else self.plan.pruning
-        states = None if out is None else lambda name: state_file(out, name)
+    def inputs(self, work: WorkFolder | None = None, probe: torch.Tensor | None = None) -> CompressionInputs:
+        """Gather what compression starts from, to be rewritten on a probe; what can go on later is kept in `work`."""
         return compression_inputs(
-            self.source, self.recipe, self.device, pruning=pruning, states=states, probe=probe
+            self.source,
+            self.recipe,
+            self.device,
+            pruning=None if self.plan is None else self.plan.pruning,
+            states=None if work is None else work.state,
+            probe=probe,
+            folder=None if work is None else work.path,
         )
+
+    def identity(self) -> dict[str, str]:
+        """Return what decides the result of a compression, as `WorkFolder.begin` takes it."""
+        return {
+            "the model": self.source.fingerprint(),
+            "the recipe": json.dumps(to_json(self.recipe), sort_keys=True),
+            "the plan": "" if self.plan is None else json.dumps(self.plan.to_json(), sort_keys=True),
+            "the device": self.device.type,
+            "a library's version": json.dumps(library_versions(), sort_keys=True),
+        }
 
     def decided(self, inputs: CompressionInputs) -> Plan:
         """Return the plan that was given, or the one that follows from the options."""

@@ -29,6 +29,7 @@ from rk_export import (
     make_plan,
 )
 from rk_export.cli.parser import build_parser
+from rk_export.work_folder import work_folder_of
 
 pytestmark = [pytest.mark.whole, pytest.mark.slow]
 
@@ -62,12 +63,14 @@ class Case:
         effect: What must be seen.
         line: The line without the option; None takes that of the command in `LINES`.
         exists: An output of ours is there already.
+        unfinished: A run of another model to the same output was interrupted.
     """
 
     words: tuple[object, ...]
     effect: Effect
     line: tuple[object, ...] | None = None
     exists: bool = False
+    unfinished: bool = False
 
 
 def prints_other(plain: Seen, changed: Seen) -> None:
@@ -101,6 +104,11 @@ def _without_floats(value: Any) -> Any:
 def allows(plain: Seen, changed: Seen) -> None:
     assert (plain.ended.code, changed.ended.code) == (2, 0), changed.ended.err
     assert "--force" in plain.ended.err
+
+
+def begins_anew(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (2, 0), changed.ended.err
+    assert "--no-resume" in plain.ended.err
 
 
 def refused(why: str) -> Effect:
@@ -163,6 +171,9 @@ AMOUNT_IN_STEP = refused("the recipe already says how much stays")
 CASES: dict[tuple[str, str], Case] = {
     ("compress", "--base"): NO_BASE,
     ("compress", "--force"): Case(("--force",), allows, exists=True),
+    ("compress", "--no-resume"): Case(
+        ("--no-resume",), begins_anew, line=("{llama}", "-o", "{out}", "--recipe", "floats"), unfinished=True
+    ),
     ("compress", "--recipe"): Case(("--recipe", "int8"), prints_other),
     ("compress", "--set"): Case(("--set", "quantize.bits=8"), prints_other),
     ("compress", "--size"): Case(("--size", "380KB"), prints_other),
@@ -347,13 +358,16 @@ def test_it_does_something(
         if case.exists:
             out.mkdir()
             (out / "report.json").write_text("{}")
+        if case.unfinished:
+            work_folder_of(out).mkdir()
+            (work_folder_of(out) / "run.json").write_text('{"the model": "another"}')
         ended = cli(command, *(str(word).format_map({**places, "out": out}) for word in words))
         return Seen(
             ended,
             {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()},
         )
 
-    key = (command, plain, case.exists)
+    key = (command, plain, case.exists, case.unfinished)
     if key not in seen:
         seen[key] = run(plain)
     case.effect(seen[key], run((*plain, *case.words)))

@@ -42,6 +42,7 @@ ORDER = (
         "folders",
         "tensor_cache",
         "scratch",
+        "work_folder",
     ),
     *(
         "passes",

@@ -1,0 +1,55 @@
+"""Layers as a plan leaves them, without values: what stored tensors are filled into."""
+
+from __future__ import annotations
+
+from rk_export.model.description import ModelDescription
+from rk_export.options.quantization import QuantSpec
+from rk_export.passes.base import Layer
+from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear
+from rk_export.passes.weights.correction import empty_corrected
+from rk_export.passes.weights.factorize import empty_factors, install
+from rk_export.passes.weights.quantize import matrix_paths
+from rk_export.passes.weights.shapes import empty_shape
+from rk_export.passes.weights.sparse import empty_sparse
+from rk_export.plan import Plan
+
+
+def changes_before_rounding(plan: Plan, index: int) -> bool:
+    """Whether a plan makes more of a layer than rounding its matrices: its shape, or the form of a matrix."""
+    return plan.shape_of(index) is not None or any(site.form != "dense" for site in plan.of_layer(index))
+
+
+def empty_layer(description: ModelDescription, plan: Plan, index: int, *, rounded: bool = True) -> Layer:
+    """Return a layer as a plan leaves it, its tensors on meta.
+
+    Args:
+        description: Of the model that the plan is applied to.
+        plan: The plan.
+        index: Of the layer.
+        rounded: As it is at last; else as it is before its matrices are rounded.
+    """
+    layer = Layer(index, description.layer(index), description.heads.kv_heads)
+    layer = empty_shape(layer, plan.shape_of(index), plan.of_layer(index))
+    for site in plan.of_layer(index):
+        if site.form == "sparse":
+            empty_sparse(layer, site)
+        elif site.form != "dense":
+            install(layer, site, empty_factors(layer, site))
+        if rounded and site.quant is not None:
+            _empty_quantized(layer, list(matrix_paths(layer, site)), site.quant, site.correction)
+    return layer
+
+
+def _empty_quantized(layer: Layer, paths: list[str], spec: QuantSpec, correction: int) -> None:
+    for path in paths:
+        linear = layer.linear(path)
+        if correction:
+            layer.replace(path, empty_corrected(linear, spec, correction))
+            continue
+        rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
+        layer.replace(
+            path,
+            Int8Linear.empty(rows, columns, bias=bias)
+            if spec.activations == 8
+            else QuantizedLinear.empty(rows, columns, spec, bias=bias),
+        )
