@@ -21,6 +21,7 @@ from rk_export.tensor_cache import cache_root
 # Bytes; smaller tensors stay in memory.
 SMALLEST = 1 << 16
 _ALIGNED = 64
+_ONLY = "tensor"
 _MAPS = Path("/proc/self/maps")
 
 
@@ -58,6 +59,11 @@ def mapped(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[st
     }
 
 
+def kept(tensor: Tensor, folder: Path | None = None) -> Tensor:
+    """Return a copy of one tensor on disk, mapped; a small one is returned as it is."""
+    return mapped({_ONLY: tensor}, folder)[_ONLY] if tensor.nbytes >= SMALLEST else tensor
+
+
 def settle(module: nn.Module, folder: Path | None = None, *, untouched: bool = False) -> None:
     """Move the large parameters and buffers of a module to disk, in place; what shares values goes on sharing them.
 
@@ -90,10 +96,9 @@ def settling(folder: Path | None = None) -> Iterator[None]:
 
     def settled(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        on_cpu = parameter is not None and parameter.device.type == "cpu"
-        if parameter is not None and on_cpu and parameter.nbytes >= SMALLEST:
+        if parameter is not None and parameter.device.type == "cpu" and parameter.nbytes >= SMALLEST:
             if not _in_file(parameter.data_ptr()):
-                parameter.data = mapped({name: parameter.data}, folder)[name]
+                parameter.data = kept(parameter.data, folder)
 
     nn.Module.register_parameter = settled  # type: ignore[method-assign]
     try:

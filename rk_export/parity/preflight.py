@@ -14,13 +14,14 @@ from rk_export.errors import InputError
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
 from rk_export.options.recipe import Recipe
-from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, require_parity
+from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, relative_error, require_parity
 from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
 from rk_export.parity.half_range import Peaks, check_half_range
 from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.progress import track
 from rk_export.report.records import ParityTier
+from rk_export.scratch import kept, settle
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel
 from rk_export.source.tokenizer_conversion import check_tokenizer
@@ -107,7 +108,7 @@ def _check_finite(logits: Tensor, source: Source) -> None:
 def dense_logits(
     source: Source, tokens: Tensor, peaks: Peaks | None = None, *, shaken: bool = False
 ) -> tuple[Tensor, float]:
-    """Run tokens through a model, one layer in memory at a time.
+    """Run tokens through a model, one layer in memory at a time; the logits are mapped.
 
     On request a second run has the output of every layer, and of every module in it, moved by noise of one float32
     step of its root mean square in each coordinate: what an exact computation in another basis may differ by.
@@ -124,6 +125,8 @@ def dense_logits(
     """
     model = source.skeleton()
     source.load_rest(model)
+    for path in source.description.outer_paths:
+        settle(model.get_submodule(path), untouched=True)
     layers = cast(nn.ModuleList, model.get_submodule(source.architecture.layers))
     streams = Streams(model, layers, tokens)
     noise = torch.Generator().manual_seed(0)
@@ -140,8 +143,9 @@ def dense_logits(
             with shaking_outputs(layer, noise):
                 streams.hidden[_SHAKEN] = float32_step(streams.advance(_SHAKEN, index), noise)
         layer.to("meta")
-    logits = streams.finish(_EXACT).float()
+    logits = kept(streams.finish(_EXACT).float())
     if peaks is not None:
         peaks.note("the output", logits)
-    moved = streams.finish(_SHAKEN).float() if shaken else logits
-    return logits, float((moved - logits).abs().max() / logits.abs().max())
+    if not shaken:
+        return logits, 0.0
+    return logits, relative_error(logits.numpy(), streams.finish(_SHAKEN).float().numpy())
