@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from rk_export.tensor_cache import cache_root
 # Bytes; smaller tensors stay in memory.
 SMALLEST = 1 << 16
 _ALIGNED = 64
+_ONLY = "tensor"
 _MAPS = Path("/proc/self/maps")
 
 
@@ -57,6 +59,11 @@ def mapped(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[st
     }
 
 
+def kept(tensor: Tensor, folder: Path | None = None) -> Tensor:
+    """Return a copy of one tensor on disk, mapped; a small one is returned as it is."""
+    return mapped({_ONLY: tensor}, folder)[_ONLY] if tensor.nbytes >= SMALLEST else tensor
+
+
 def settle(module: nn.Module, folder: Path | None = None, *, untouched: bool = False) -> None:
     """Move the large parameters and buffers of a module to disk, in place; what shares values goes on sharing them.
 
@@ -76,6 +83,28 @@ def settle(module: nn.Module, folder: Path | None = None, *, untouched: bool = F
     for same, group in held.items():
         for tensor in group:
             tensor.data = copies[same]
+
+
+@contextmanager
+def settling(folder: Path | None = None) -> Iterator[None]:
+    """Move every large parameter that a module is given inside this context to disk, unless it is in a file already.
+
+    Args:
+        folder: As in `mapped`.
+    """
+    register = nn.Module.register_parameter
+
+    def settled(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type == "cpu" and parameter.nbytes >= SMALLEST:
+            if not _in_file(parameter.data_ptr()):
+                parameter.data = kept(parameter.data, folder)
+
+    nn.Module.register_parameter = settled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _in_file(address: int) -> bool:

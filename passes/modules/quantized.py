@@ -10,15 +10,23 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.numerics.int8 import Int8Matrix, int8_product
 from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.numerics.quantize import QuantizedMatrix, dequantize
 
+# Entries of a matrix that are dequantized at a time.
+TOGETHER = 1 << 23
+# The kernels of matrix products take rows in groups of at most so many: slices of whole groups give the same bits.
+_ROWS = 64
+
 
 class QuantizedLinear(nn.Module):
     """y = W x + b with W (out, in) held as MatMulNBits stores it and dequantized when used.
+
+    A large matrix is dequantized some rows at a time, and again on the way back.
 
     Inputs are read in floats; within `level4_inputs` they are rounded as ONNX Runtime's accuracy level 4 does.
 
@@ -58,7 +66,26 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds_inputs and not self.reads_floats:
             x = int8_inputs(x, self.spec)
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return W x + bias (..., out) of inputs (..., in) as they are, to be differentiated."""
+        rows = max(_ROWS, TOGETHER // self.in_features // _ROWS * _ROWS)
+        begins = range(0, self.out_features, rows)
+        if len(begins) == 1:
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._rows(x, bias, slice(begin, begin + rows)) for begin in begins], -1)
+        parts = [
+            checkpoint(self._rows, x, bias, slice(begin, begin + rows), use_reentrant=False) for begin in begins
+        ]
+        return torch.cat(parts, -1)
+
+    def _rows(self, x: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        """Return the outputs of some rows of the matrix."""
+        zero_points = None if self.zero_points is None else self.zero_points[rows]
+        part = dequantize(self.codes[rows], self.scales[rows], zero_points, self.in_features, self.spec)
+        return nn.functional.linear(x, part.to(x.dtype), None if bias is None else bias[rows])
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.spec}"

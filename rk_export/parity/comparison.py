@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,21 +13,29 @@ from rk_export.report.records import ParityTier
 # Largest |difference| over the largest |logit| that passes, by the float type that is computed in.
 FLOAT_BOUND = {"fp32": 1e-4, "fp16": 5e-3}
 
+# Logits that are compared at a time.
+_TOGETHER = 1 << 21
+
 
 def compare(
     tier: str, name: str, reference: np.ndarray, candidate: np.ndarray, *, bound: float | None, note: str = ""
 ) -> ParityTier:
     """Return the parity of two arrays of logits (batch, length, vocabulary)."""
-    reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
-    error, scale = float(np.abs(candidate - reference).max()), float(np.abs(reference).max())
-    log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
+    error = scale = divergence = 0.0
+    same = positions = 0
+    for expected, found in _blocks(reference, candidate):
+        error, scale = _larger(error, found - expected), _larger(scale, expected)
+        log_p, log_q = _log_softmax(expected), _log_softmax(found)
+        divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
+        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        positions += len(expected)
     measured = ParityTier(
         tier=tier,
         name=name,
         max_error=error,
         scale=scale,
-        kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-        top1_agreement=float((reference.argmax(-1) == candidate.argmax(-1)).mean()),
+        kl=divergence / positions,
+        top1_agreement=same / positions,
         note=note,
     )
     return measured if bound is None else held_to(measured, bound)
@@ -47,8 +56,25 @@ def not_measured(tier: str, name: str, reason: str) -> ParityTier:
 
 def relative_error(reference: np.ndarray, candidate: np.ndarray) -> float:
     """Return the largest difference over the largest value of the reference."""
-    difference = np.abs(candidate.astype(np.float64) - reference).max()
-    return float(difference / np.abs(reference).max()) if difference else 0.0
+    error = scale = 0.0
+    for expected, found in _blocks(reference, candidate):
+        error, scale = _larger(error, found - expected), _larger(scale, expected)
+    return error / scale if error else 0.0
+
+
+def _blocks(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield some positions of two arrays (..., width) at a time, both (positions, width) in float64."""
+    width = first.shape[-1]
+    one, other = first.reshape(-1, width), second.reshape(-1, width)
+    rows = max(1, _TOGETHER // width)
+    for begin in range(0, len(one), rows):
+        rows_of = slice(begin, begin + rows)
+        yield one[rows_of].astype(np.float64), other[rows_of].astype(np.float64)
+
+
+def _larger(so_far: float, values: np.ndarray) -> float:
+    """Return the largest absolute value; what is not a number stays so."""
+    return float(np.maximum(so_far, np.abs(values).max()))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""Logits of a model as transformers itself loads and computes it: the reference that is not ours."""
+"""Logits of a model as transformers itself loads and computes it: the reference that is not ours.
+
+transformers maps tensors of the type that they are stored in. They stay so, and each module widens its own to float32
+while it runs: what a model that is loaded in float32 computes, bit for bit, in the memory of one module.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,18 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.memory import available_memory
+from rk_export.model.computed_in import computing_in
+from rk_export.model.families import empty_model
 from rk_export.model.torch_logits import torch_logits
-from rk_export.report.humanize import size
+from rk_export.scratch import kept, settling
 from rk_export.source.quiet import transformers_quiet
 from rk_export.source.stored import StoredModel
+from rk_export.source.tensor_files import FLOATS, SafetensorFiles
 
 logger = logging.getLogger(__name__)
 
-# Beside the weights in float32 stand the file's pages, the activations and one tensor in its stored type.
-_ROOM = 1.2
-_OPTIONS = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+_OPTIONS = {"attn_implementation": "eager", "output_loading_info": True}
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,11 @@ class Reference:
     """What transformers computes.
 
     Args:
-        logits: (1, length, width), or None where it was not computed.
-        note: What was loaded, or why nothing was.
+        logits: (1, length, width).
+        note: What was loaded.
     """
 
-    logits: Tensor | None
+    logits: Tensor
     note: str
 
 
@@ -53,15 +58,19 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     Raises:
         InputError: If transformers cannot be filled completely either.
     """
-    needed = round(_ROOM * 4 * source.parameter_count())
-    available = available_memory()
-    if available is not None and needed > available:
-        reason = f"transformers needs {size(needed)} for the whole model, {size(available)} are free"
-        logger.warning("not compared with transformers: %s", reason)
-        return Reference(None, reason)
-    with transformers_quiet():
+    with transformers_quiet(), settling():
         model, note = _whole_model(source)
-    return Reference(torch_logits(model)(tokens.numpy()).float(), note)
+    _take_buffers(model)
+    with computing_in(model, torch.float32):
+        return Reference(torch_logits(model)(tokens.numpy()), note)
+
+
+def _take_buffers(model: PreTrainedModel) -> None:
+    """Give a model the tables and factors of a float32 model: those of its class depend on the type it was loaded in."""
+    exact, stored = dict(empty_model(model.config).named_buffers()), model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name not in stored and buffer.is_floating_point():
+            buffer.data = exact[name].data
 
 
 def _whole_model(source: StoredModel) -> tuple[PreTrainedModel, str]:
@@ -72,32 +81,59 @@ def _whole_model(source: StoredModel) -> tuple[PreTrainedModel, str]:
             return model, f"{type(model).__name__}.from_pretrained"
         except InputError as error:
             reason = error.what
-    model = _filled(source)
+    model = _filled(source, {name: _Unread(source.tensor, name) for name in source.stored.shapes})
     note = f"{type(model).__name__} filled by name with the tensors as rk-export read them: {reason}"
     logger.warning("%s", note)
     return model, note
 
 
 def _from_folder(source: StoredModel) -> PreTrainedModel:
+    """Load a model from its folder, in the type that its tensors are stored in.
+
+    Where they are of several types, transformers gets them in float32 and by the names in the files.
+    """
+    files = SafetensorFiles(path for path in source.files if path.suffix == ".safetensors")
+    types = set(files.types.values()) & FLOATS
+    if len(types) > 1:
+        return _filled(source, {name: _Unread(files.read, name) for name in files.shapes})
     auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
     return _complete(
         source,
         lambda: auto.from_pretrained(
-            source.origin[0], use_safetensors=True, local_files_only=True, trust_remote_code=False, **_OPTIONS
+            source.origin[0],
+            dtype=_TYPES[types.pop()],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **_OPTIONS,
         ),
     )
 
 
-def _filled(source: StoredModel) -> PreTrainedModel:
+def _filled(source: StoredModel, tensors: dict[str, _Unread]) -> PreTrainedModel:
     family = type(source.description.canonical)
-    tensors = {name: source.tensor(name) for name in source.stored.shapes}
     config = copy.deepcopy(source.config)
     return _complete(
         source,
         lambda: family.from_pretrained(
-            None, config=config, state_dict=tensors, trust_remote_code=False, **_OPTIONS
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **_OPTIONS,
         ),
     )
+
+
+class _Unread:
+    """A tensor that transformers reads when it comes to it, as it reads slices of files; it is given mapped."""
+
+    def __init__(self, read: Callable[[str], Tensor], name: str) -> None:
+        self._read, self._name = read, name
+
+    def __getitem__(self, index: object) -> Tensor:
+        return kept(self._read(self._name).float())
 
 
 def _complete(source: StoredModel, load: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:

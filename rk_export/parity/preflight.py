@@ -15,13 +15,14 @@ from rk_export.memory import give_back
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
 from rk_export.options.recipe import Recipe
-from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, not_measured, require_parity
+from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, relative_error, require_parity
 from rk_export.parity.float_steps import ROUNDING_FACTOR, float32_step, shaking_outputs
 from rk_export.parity.half_range import Peaks, check_half_range
 from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.progress import track
 from rk_export.report.records import ParityTier
+from rk_export.scratch import kept, settle
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel
 from rk_export.source.tokenizer_conversion import check_tokenizer
@@ -76,12 +77,10 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     logits, rounding = dense_logits(source, tokens, peaks, shaken=may_prepare)
     _check_finite(logits, source)
     reference = transformers_logits(source, tokens[:1])
-    tier = not_measured("0", ORACLE_TIER, reference.note)
-    if reference.logits is not None:
-        expected, found = reference.logits.numpy(), logits[:1].numpy()
-        tier = compare("0", ORACLE_TIER, expected, found, bound=FLOAT_BOUND["fp32"], note=reference.note)
-        if not tier.passed:
-            tier = _by_its_rounding(tier, rounding or dense_logits(source, tokens, shaken=True)[1])
+    expected, found = reference.logits.numpy(), logits[:1].numpy()
+    tier = compare("0", ORACLE_TIER, expected, found, bound=FLOAT_BOUND["fp32"], note=reference.note)
+    if not tier.passed:
+        tier = _by_its_rounding(tier, rounding or dense_logits(source, tokens, shaken=True)[1])
     fix = "the model is not read as transformers reads it, so nothing was done; report it with the model's config.json"
     require_parity((tier,), source.name, fix)
     notices = () if peaks is None else check_half_range(peaks, source.name)
@@ -110,7 +109,7 @@ def _check_finite(logits: Tensor, source: Source) -> None:
 def dense_logits(
     source: Source, tokens: Tensor, peaks: Peaks | None = None, *, shaken: bool = False
 ) -> tuple[Tensor, float]:
-    """Run tokens through a model, one layer in memory at a time.
+    """Run tokens through a model, one layer in memory at a time; the logits are mapped.
 
     On request a second run has the output of every layer, and of every module in it, moved by noise of one float32
     step of its root mean square in each coordinate: what an exact computation in another basis may differ by.
@@ -127,6 +126,8 @@ def dense_logits(
     """
     model = source.skeleton()
     source.load_rest(model)
+    for path in source.description.outer_paths:
+        settle(model.get_submodule(path), untouched=True)
     layers = cast(nn.ModuleList, model.get_submodule(source.architecture.layers))
     streams = Streams(model, layers, tokens)
     noise = torch.Generator().manual_seed(0)
@@ -144,8 +145,9 @@ def dense_logits(
                 streams.hidden[_SHAKEN] = float32_step(streams.advance(_SHAKEN, index), noise)
         layer.to("meta")
         give_back()
-    logits = streams.finish(_EXACT).float()
+    logits = kept(streams.finish(_EXACT).float())
     if peaks is not None:
         peaks.note("the output", logits)
-    moved = streams.finish(_SHAKEN).float() if shaken else logits
-    return logits, float((moved - logits).abs().max() / logits.abs().max())
+    if not shaken:
+        return logits, 0.0
+    return logits, relative_error(logits.numpy(), streams.finish(_SHAKEN).float().numpy())

@@ -74,6 +74,8 @@ def _turned(session: Session, tokens: np.ndarray, start: int) -> tuple[np.ndarra
 
 def _rows(arrays: list[np.ndarray]) -> np.ndarray:
     """Return logits of any batches and lengths as one batch, (1, positions, vocabulary)."""
+    if len(arrays) == 1:
+        return arrays[0].reshape(1, -1, arrays[0].shape[-1])
     return np.concatenate([array.reshape(1, -1, array.shape[-1]) for array in arrays], axis=1)
 
 

@@ -20,7 +20,6 @@ floats on both sides.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rk_export.model.computed_in import computing_in
 from rk_export.model.torch_logits import torch_logits
 from rk_export.parity.comparison import FLOAT_BOUND, compare, held_to, not_measured, relative_error
 from rk_export.parity.float_steps import ROUNDING_FACTOR, shaking_outputs
@@ -47,6 +47,7 @@ from rk_export.report.records import Outcome, ParityTier
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
+from rk_export.scratch import kept
 
 # Some models lose more than the common bound whoever computes: in half precision SmolLM2-135M (1.4e-2 in PyTorch, for
 # its activations reach the thousands), in single precision models whose massive activations cancel. A graph may then
@@ -155,7 +156,7 @@ def _decoder_tiers(
     """Return tiers c to h of a decoder, and the greedy tokens of tier g."""
     reference = float_reference(rewritten, probe)
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
-    logits = exact.prefill_logits(probe.batch)
+    logits = _kept_logits(exact, probe)
     measured = [compare("c", _RUNTIME, reference, logits, bound=None)]
     bar.advance()
     for tier in session_tiers(exact, probe, logits, bound=None):
@@ -179,12 +180,17 @@ def _decoder_tiers(
     return tuple(tiers), golden
 
 
+def _kept_logits(session: Session, probe: Probe) -> np.ndarray:
+    """Return a bundle's logits of the prompts, mapped: several tiers read them."""
+    return np.asarray(kept(torch.from_numpy(session.prefill_logits(probe.batch))).numpy())
+
+
 def float_reference(rewritten: Rewritten, probe: Probe) -> np.ndarray:
     """Return the quantized model's logits of the probe, all inputs in floats as at accuracy level 0."""
     if not _has(rewritten, Int8Linear):
         return np.asarray(rewritten.probe_logits[QUANTIZED].float().numpy())
     with float_inputs(rewritten.model):
-        return np.asarray(torch_logits(rewritten.model)(probe.batch).float().numpy())
+        return np.asarray(kept(torch_logits(rewritten.model)(probe.batch).float()).numpy())
 
 
 def shipped_bound(
@@ -241,9 +247,11 @@ def runtime_bound(rewritten: Rewritten, probe: Probe, error: float = 0.0) -> tup
     reference = float_reference(rewritten, probe)
     model = rewritten.model
     if float_dtype == "fp16":
-        lost = _moved(copy.deepcopy(model).half(), probe, reference)
+        with computing_in(model, torch.float16):
+            lost = _moved(model, probe, reference)
         return _own_bound(common, lost, "PyTorch's own fp16 differs from fp32")
-    exact = _moved(copy.deepcopy(model).double(), probe, reference)
+    with computing_in(model, torch.float64):
+        exact = _moved(model, probe, reference)
     lost = max(exact, *(_moved(model, probe, reference, shaken_by=seed) for seed in range(SHAKES)))
     return _own_bound(common, lost, "float32 steps in PyTorch's own computation move the logits")
 
@@ -268,7 +276,7 @@ def bundle_tiers(
     probe = golden.probe
     with stage("parity, tiers", len("defgh")) as bar:
         exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
-        logits = exact.prefill_logits(probe.batch)
+        logits = _kept_logits(exact, probe)
         tiers = []
         for tier in session_tiers(exact, probe, logits, golden.bound):
             tiers.append(tier)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rk_export.calibration.text_run import Objective, TextRun
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.weights.factorize import factors_path
@@ -36,7 +37,7 @@ SECOND_FACTORS = ".ups."
 def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     """Let matrices read their inputs in floats where int8 inputs would cost more than `LARGEST_LOSS`.
 
-    The model runs once on the probe, forward and back. Matrices that read the same input are decided together, since
+    The model runs once on the probe, forward and back, a layer at a time. Matrices that read the same input are decided together, since
     the exported graph may pack them into one product.
 
     Args:
@@ -54,12 +55,10 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     }
     if options.target.ep != "cpu" or options.target.accuracy_level != 4 or not names:
         return rewritten
-    costs = _Costs()
-    with _watched(rewritten, names, costs):
-        _objective(rewritten, probe).backward()  # type: ignore[no-untyped-call]
+    groups = _by_input(rewritten, names, probe)
     sites: dict[str, float] = {}
-    for group in costs.by_input(names, tokens=probe.numel()):
-        loss = sum(group.values())
+    for group in groups:
+        loss = sum(group.values()) / probe.numel()
         for module in group:
             module.reads_floats = loss > LARGEST_LOSS
             if module.reads_floats:
@@ -93,24 +92,57 @@ def _finding(site: str, loss: float, is_encoder: bool) -> Finding:
     return Finding(site, Outcome.APPLIED, reason, details=details)
 
 
-def _objective(rewritten: Rewritten, probe: Tensor) -> Tensor:
-    """Return the sum over tokens of what errors are judged by.
+def _by_input(
+    rewritten: Rewritten, names: Mapping[QuantizedLinear, str], probe: Tensor
+) -> list[dict[QuantizedLinear, float]]:
+    """Return the predicted loss of int8 inputs by matrix, summed over tokens, those that read the same together."""
+    model, architecture = rewritten.model, rewritten.architecture
+    layers = cast(nn.ModuleList, model.get_submodule(architecture.layers))
+    inside = {module for layer in layers for module in layer.modules()}
+    groups: list[dict[QuantizedLinear, float]] = []
 
-    For a decoder that is the loss of labels drawn from its own distribution. For an encoder it is its output along a
-    random direction, relative to how much outputs differ, so that its square stands for the relative error.
-    """
-    output = rewritten.model(input_ids=probe.to(rewritten.model.device), use_cache=False)
+    @contextmanager
+    def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
+        costs = _Costs()
+        with _watched(modules, costs):
+            yield
+        groups.extend(costs.by_input(names))
+
+    run = TextRun(model, architecture, [probe], back=1, dtype=torch.float32)
+    run.forward("running the model for accuracy levels, layers")
+    with watching(module for module in names if module not in inside):
+        run.backward(
+            "judging int8 inputs, layers",
+            _output_error(run) if architecture.is_encoder else _sampled_loss(),
+            lambda index: watching(layers[index].modules()),
+        )
+    return groups
+
+
+def _sampled_loss() -> Objective:
+    """Return the objective of a decoder: the loss of labels that are drawn from its own distribution."""
     generator = torch.Generator().manual_seed(0)
-    if rewritten.architecture.is_encoder:
-        states = output.last_hidden_state.float().flatten(0, 1)
-        spread = (states - states.mean(0)).detach().square().sum(1).mean().sqrt()
-        along = torch.randn(states.shape, generator=generator).to(states)
-        total: Tensor = (states * along).sum() / spread
-        return total
-    logits = output.logits.float().flatten(0, 1)
-    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-    loss: Tensor = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+
+    def loss(logits: Tensor, where: slice) -> Tensor:
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+
     return loss
+
+
+def _output_error(run: TextRun) -> Objective:
+    """Return the objective of an encoder: its output along a random direction, relative to how much outputs differ.
+
+    So its square stands for the relative error.
+    """
+    states = torch.cat(list(run.logits()))
+    spread = (states - states.mean(0)).square().sum(1).mean().sqrt()
+    along = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) / spread
+
+    def error(output: Tensor, where: slice) -> Tensor:
+        return (output * along[where]).sum()
+
+    return error
 
 
 @dataclass
@@ -124,44 +156,37 @@ class _Costs:
         """Look at a product once the gradient by its output flows back."""
         self.reads[module] = x
 
+        @torch.no_grad()
         def add(gradient: Tensor) -> None:
             seen = x.detach()
-            error = nn.functional.linear(int8_inputs(seen, module.spec) - seen, module.weight.to(x.dtype))
+            error = module.product(int8_inputs(seen, module.spec) - seen)
             felt = (error * gradient).flatten(0, -2).double().sum(1)
             self.losses[module] += 0.5 * float(felt.square().sum())
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    def by_input(
-        self, names: Mapping[QuantizedLinear, str], *, tokens: int
-    ) -> list[dict[QuantizedLinear, float]]:
-        """Return the mean loss a token of the matrices, those that read the same tensor together.
+    def by_input(self, names: Mapping[QuantizedLinear, str]) -> list[dict[QuantizedLinear, float]]:
+        """Return the losses of the matrices, those that read the same tensor together.
 
         The second factors of a pair read one tensor in the graph, which PyTorch computes once for each of them.
         """
         groups: defaultdict[object, dict[QuantizedLinear, float]] = defaultdict(dict)
         for module, x in self.reads.items():
             pair, seconds, _ = names[module].rpartition(SECOND_FACTORS)
-            groups[pair if seconds else id(x)][module] = self.losses[module] / tokens
+            groups[pair if seconds else id(x)][module] = self.losses[module]
         return list(groups.values())
 
 
 @contextmanager
-def _watched(rewritten: Rewritten, names: dict[QuantizedLinear, str], costs: _Costs) -> Iterator[None]:
+def _watched(modules: Iterable[nn.Module], costs: _Costs) -> Iterator[None]:
     def note(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if isinstance(module, QuantizedLinear) and output.requires_grad:
             costs.note(module, arguments[0], output)
 
-    handles = [module.register_forward_hook(note) for module in names]
-    embedding = rewritten.model.get_submodule(rewritten.architecture.embedding)
-    handles.append(embedding.register_forward_hook(_require_gradient))
+    watched = [module for module in modules if isinstance(module, QuantizedLinear)]
+    handles = [module.register_forward_hook(note) for module in watched]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _require_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    # Weights are frozen: the graph that gradients flow back through begins at the embedding's output.
-    return output.detach().requires_grad_(True)

@@ -36,7 +36,7 @@ from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
 from rk_export.rewrite.empty_layers import changes_before_rounding, empty_layer, empty_tables
 from rk_export.rewrite.layer_store import TABLES, FinishedLayer, LayerStore, filled
 from rk_export.rewrite.tables import fill_tables, tensors_of_tables
-from rk_export.scratch import settle
+from rk_export.scratch import kept, settle
 from rk_export.source.protocol import Source
 
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
@@ -271,15 +271,15 @@ class _Carried:
             self.errors.append(_layer_error(index, self._streams))
 
     def logits(self) -> dict[str, Tensor]:
-        """Return the logits of every version."""
+        """Return the logits of every version, mapped."""
         if self._streams is None:
             return {}
         quantized, hidden = self._modules(), self._streams.hidden
-        logits = {QUANTIZED: self._streams.finish(QUANTIZED)}
+        logits = {QUANTIZED: kept(self._streams.finish(QUANTIZED))}
         self._set_outer(self._dense_outer)
-        logits[DENSE] = logits[FACTORIZED] = self._streams.finish(DENSE)
+        logits[DENSE] = logits[FACTORIZED] = kept(self._streams.finish(DENSE))
         if hidden[FACTORIZED] is not hidden[DENSE]:
-            logits[FACTORIZED] = self._streams.finish(FACTORIZED)
+            logits[FACTORIZED] = kept(self._streams.finish(FACTORIZED))
         self._set_outer(quantized)
         return logits
 

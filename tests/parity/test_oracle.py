@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ from conftest import Cli, tiny_options
 from safetensors.torch import load_file, save_file
 from tiny_models import DECODERS, FAMILIES, tiny_model
 from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
 
 import rk_export
-from rk_export import memory
 from rk_export.errors import InputError, ParityError
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
@@ -80,39 +79,54 @@ def test_verification_against_a_model_reads_it_anew(
         rk_export.verify(bundle, llama, provider="cpu", run=Run(threads=1))
 
 
-@pytest.mark.whole
-def test_a_model_too_large_for_transformers_says_so(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+STORED = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def loaded_in_float32(folder: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of a model that transformers widens as a whole when it loads it."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    auto = AutoModel if "bert" in folder.name else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=False, **options).eval()
+    with torch.no_grad():
+        output = model(input_ids=tokens, use_cache=False)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widening_a_module_at_a_time_is_loading_in_float32(
+    tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(oracle, "available_memory", lambda: 1000)
-    with caplog.at_level(logging.WARNING):
-        report = rk_export.compress(llama, tmp_path / "out", tiny_options(), run=Run(threads=1))
-    assert "not compared with transformers" in caplog.text
-    first = report.parity[0]
-    assert (first.tier, first.max_error, first.passed) == ("0", None, None)
-    assert first.note.startswith("not measured: transformers needs")
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "not measured" in page
-    assert "not measured" in card
-    assert (
-        rk_export.verify(tmp_path / "out", llama, provider="cpu", run=Run(threads=1))[0] == first
-    )  # and once more, not from the report
+    folder = tmp_path / family
+    tiny_model(family).to(dtype).save_pretrained(folder)
+    tokens = torch.arange(3, 23)[None]
+    found = oracle.transformers_logits(open_source(folder), tokens)
+    assert found.logits.dtype is torch.float32
+    assert found.note.endswith(".from_pretrained")
+    assert torch.equal(found.logits, loaded_in_float32(folder, tokens))
 
 
-def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, container = tmp_path / "meminfo", tmp_path / "group"
-    monkeypatch.setattr(memory, "_MEMINFO", machine)
-    monkeypatch.setattr(memory, "_CONTAINER", container)
-    assert memory.available_memory() is None
-    machine.write_text("MemTotal:  900 kB\nMemAvailable:  500 kB\n", encoding="ascii")
-    assert memory.available_memory() == 500 * 1024
-    container.mkdir()
-    for name, text in {"max": "300000", "current": "250000", "stat": "anon 1\ninactive_file 40000\n"}.items():
-        (container / f"memory.{name}").write_text(text, encoding="ascii")
-    assert memory.available_memory() == 90_000
-    (container / "memory.max").write_text("max\n", encoding="ascii")
-    assert memory.available_memory() == 500 * 1024
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_what_a_class_computes_in_its_type_is_taken_in_float32(tmp_path: Path, family: str) -> None:
+    """The root of 96, which scales the embedding, is no number of bfloat16."""
+    tiny_model(family, hidden_size=96).to(torch.bfloat16).save_pretrained(tmp_path / family)
+    tokens = torch.arange(3, 23)[None]
+    found = oracle.transformers_logits(open_source(tmp_path / family), tokens).logits
+    assert torch.equal(found, loaded_in_float32(tmp_path / family, tokens))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "bert"])
+def test_a_model_of_several_types_is_read_in_float32(tmp_path: Path, family: str) -> None:
+    """A float32 norm beside bfloat16 matrices: no type of the file's holds both."""
+    folder = tmp_path / family
+    tiny_model(family).to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    fine = {name: tensor.float() + 1e-5 for name, tensor in tensors.items() if "norm" in name.lower()}
+    save_file({**tensors, **fine}, folder / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.arange(3, 23)[None]
+    found = oracle.transformers_logits(open_source(folder), tokens)
+    assert found.note.endswith(".from_pretrained")
+    assert torch.equal(found.logits, loaded_in_float32(folder, tokens))
 
 
 class Renamed:
