@@ -1,8 +1,9 @@
 """Tensors that need not stay in memory: they are written to disk once and mapped from there.
 
 Mapped pages belong to a file. The system drops them where memory is short and reads them again when they are used, so a
-model of any depth takes no memory of the process for good. The files have no name once they are mapped: however the
-process ends, the disk gets its space back.
+model of any depth takes no memory of the process for good. What is written again and again, such as an optimizer's
+state, goes to its file as well. The files have no name once they are mapped: however the process ends, the disk gets
+its space back.
 """
 
 from __future__ import annotations
@@ -33,6 +34,26 @@ def mapped(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[st
     Raises:
         OSError: The disk is full, or nothing can be written there.
     """
+    return _on_disk(tensors, folder, writable=False)
+
+
+def writable(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[str, Tensor]:
+    """Return copies of tensors like `mapped`; what is written to one goes to its file, and takes no memory for good.
+
+    Raises:
+        OSError: As `mapped`.
+    """
+    return _on_disk(tensors, folder, writable=True)
+
+
+def laid_down(tensor: Tensor, folder: Path | None = None) -> Tensor:
+    """Return a tensor, a large one on the CPU as a mapped copy."""
+    if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST:
+        return tensor
+    return mapped({"": tensor}, folder)[""]
+
+
+def _on_disk(tensors: Mapping[str, Tensor], folder: Path | None, *, writable: bool) -> dict[str, Tensor]:
     if not tensors:
         return {}
     folder = folder or cache_root() / "scratch"
@@ -48,7 +69,7 @@ def mapped(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[st
                 places[key] = size
                 size += -(-flat.nbytes // _ALIGNED) * _ALIGNED
             file.truncate(size)
-        storage = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
+        storage = torch.from_file(name, shared=writable, size=size, dtype=torch.uint8)
     finally:
         os.unlink(name)
     return {
