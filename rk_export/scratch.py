@@ -46,9 +46,11 @@ def writable(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[
     return _on_disk(tensors, folder, writable=True)
 
 
-def laid_down(tensor: Tensor, folder: Path | None = None) -> Tensor:
-    """Return a tensor, a large one on the CPU as a mapped copy."""
+def laid_down(tensor: Tensor, folder: Path | None = None, *, untouched: bool = False) -> Tensor:
+    """Return a tensor, a large one on the CPU as a mapped copy; `untouched` as in `settle`."""
     if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST:
+        return tensor
+    if untouched and _in_file(tensor.data_ptr()):
         return tensor
     return mapped({"": tensor}, folder)[""]
 

@@ -106,7 +106,9 @@ class ModelNames:
             name, pattern = rename_source_key(stored, [], [], self.base, self._known)
         return Target(name, pattern) if name in self.shapes else None
 
-    def joined(self, name: str, parts: Mapping[str, str], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    def joined(
+        self, name: str, parts: Mapping[str, str], read: Callable[[str], torch.Tensor]
+    ) -> torch.Tensor:
         """Return the parameter that transformers makes of stored tensors, such as a stack of experts.
 
         Args:
