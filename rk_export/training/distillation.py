@@ -20,7 +20,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.model.families import architecture_of
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.progress import track
-from rk_export.scratch import laid_down, writable
+from rk_export.scratch import laid_down, zeros
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 from rk_export.training.recompute import recomputed
@@ -78,17 +78,11 @@ def _affine(module: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:
     with float_inputs(module):
         bias: Tensor = module(torch.zeros(1, width, device=device))
         together = max(1, LOGITS_TOGETHER // bias.shape[1])
-        weight = _empty((bias.shape[1], width), device)
+        weight = zeros((bias.shape[1], width), device=device)
         for columns in torch.split(torch.arange(width, device=device), together):
             units = nn.functional.one_hot(columns, width).float()
             weight[:, columns[0] : columns[-1] + 1] = (module(units) - bias).T
     return weight, bias[0] if bool(bias.any()) else None
-
-
-def _empty(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Return a matrix to be filled; on the CPU it lies on disk."""
-    zeros = torch.zeros((), device=device).expand(shape)
-    return writable({"": zeros})[""] if device.type == "cpu" else zeros.contiguous()
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -156,7 +150,7 @@ def _run_dense(source: Source, tokens: Tensor, device: torch.device, dtype: torc
             for group in groups:
                 group.hidden[DENSE] = laid_down(group.advance(DENSE, index).cpu())
         layer.to("meta")
-    states = writable({"": torch.zeros((), dtype=dtype).expand(*tokens.shape, source.config.hidden_size)})[""]
+    states = zeros((*tokens.shape, source.config.hidden_size), dtype)
     for group, place in zip(groups, torch.split(states, rows), strict=True):
         place.copy_(head.input_of(group))
     return states

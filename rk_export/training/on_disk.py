@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rk_export.report.humanize import size
-from rk_export.scratch import SMALLEST, writable
+from rk_export.scratch import SMALLEST, writable, zeros
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,15 @@ class OnDisk:
             for name, tensor in trained.items()
             if tensor.device.type == "cpu" and tensor.ndim > 1 and tensor.nbytes >= SMALLEST
         }
-        zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in self._large.items()}
         values = writable({name: tensor.data for name, tensor in self._large.items()})
-        self._moments = {kind: writable(zeros) for kind in _MOMENTS}
+        self._moments = {
+            name: [zeros(tensor.shape) for _ in _MOMENTS] for name, tensor in self._large.items()
+        }
         self._hooks = []
-        for name, gradient in writable(zeros).items():
-            tensor = self._large[name]
+        for name, tensor in self._large.items():
             tensor.data = values[name]
-            self._hooks.append(tensor.register_post_accumulate_grad_hook(_moved_to(gradient)))
+            move = _moved_to(zeros(tensor.shape))
+            self._hooks.append(tensor.register_post_accumulate_grad_hook(move))
         if self._large:
             taken = 4 * sum(tensor.nbytes for tensor in self._large.values())
             logger.info("values, gradients and moments of what is trained take %s of disk", size(taken))
@@ -50,10 +51,10 @@ class OnDisk:
         for name, tensor in self._large.items():
             state: dict[str, Any] = optimizer.state[tensor]
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
-            for kind, places in self._moments.items():
+            for kind, place in zip(_MOMENTS, self._moments[name], strict=True):
                 if kind in state:
-                    places[name].copy_(state[kind])
-                state[kind] = places[name]
+                    place.copy_(state[kind])
+                state[kind] = place
 
     def release(self) -> None:
         """Leave gradients where they come from now on."""
