@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from rk_export.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _MEMINFO = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -37,6 +42,28 @@ def available_memory() -> int | None:
     """
     known = [value for value in (_of_machine(), _of_container()) if value is not None]
     return min(known, default=None)
+
+
+def check_memory(needed: int, what: str, *, where: str, fix: str) -> None:
+    """Refuse work that takes more memory than can be had; otherwise a log line says how much it will take.
+
+    Args:
+        needed: Bytes, from shapes alone.
+        what: What takes them, for the message.
+        where: The option at fault.
+        fix: What would help.
+
+    Raises:
+        InputError: If less memory is available.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        raise InputError(
+            f"{what} take {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB can be had",
+            where=where,
+            fix=fix,
+        )
+    logger.info("%s: %s take %.2f GB of memory", where, what, needed / 1e9)
 
 
 def _of_machine() -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ _CHUNK = 1 << 21
 _BINS, _LOW_BITS = 1 << 16, 16
 
 
-def project_to_budget(s: Tensor, prices: Tensor, budget: float) -> tuple[Tensor, float]:
+def project_to_budget(
+    s: Tensor, prices: Tensor, budget: float, out: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Return the point nearest to s in {0 <= t <= 1, prices · t <= budget}, and the multiplier.
 
     The nearest point is clip(s - λ prices, 0, 1) with the smallest λ >= 0 that meets the budget. Its cost falls
@@ -24,6 +28,7 @@ def project_to_budget(s: Tensor, prices: Tensor, budget: float) -> tuple[Tensor,
         s: (candidates,), floats.
         prices: (candidates,), positive.
         budget: What the point may cost, at least 0.
+        out: Where the point goes (candidates,), `s` itself perhaps; a new tensor when None.
 
     Raises:
         ValueError: If the budget is negative, or a price is not positive.
@@ -32,9 +37,10 @@ def project_to_budget(s: Tensor, prices: Tensor, budget: float) -> tuple[Tensor,
         raise ValueError(f"a budget of {budget}")
     if len(s) and not float(prices.min()) > 0:
         raise ValueError("a price is not positive")
+    out = torch.empty_like(s) if out is None else out
     cost, slope = _cost(s, prices, 0.0)
     if cost <= budget:
-        return s.clamp(0, 1), 0.0
+        return torch.clamp(s, 0, 1, out=out), 0.0
     multiplier, low, high = 0.0, 0.0, _to_nothing(s, prices)
     for _ in range(_EVALUATIONS):
         newton = multiplier + (cost - budget) / slope if slope > 0 else high
@@ -47,7 +53,7 @@ def project_to_budget(s: Tensor, prices: Tensor, budget: float) -> tuple[Tensor,
         if abs(cost - budget) <= _TOLERANCE * budget or high - low <= 1e-15 * high:
             break
     multiplier = multiplier if cost <= budget * (1 + _TOLERANCE) else high
-    return torch.sub(s, prices, alpha=multiplier).clamp_(0, 1), multiplier
+    return torch.sub(s, prices, alpha=multiplier, out=out).clamp_(0, 1), multiplier
 
 
 def _to_nothing(s: Tensor, prices: Tensor) -> float:
@@ -67,7 +73,7 @@ def _cost(s: Tensor, prices: Tensor, multiplier: float) -> tuple[float, float]:
     return cost, slope
 
 
-def largest_within(scores: Tensor, prices: Tensor, budget: float) -> Tensor:
+def largest_within(scores: Tensor, prices: Tensor, budget: float, out: Tensor | None = None) -> Tensor:
     """Return which candidates the budget buys, those of the largest scores first: bool (candidates,).
 
     Of equal scores the first comes first. Where a candidate is too dear for what is left, cheaper ones further
@@ -77,35 +83,62 @@ def largest_within(scores: Tensor, prices: Tensor, budget: float) -> Tensor:
         scores: (candidates,), float32; candidates of -inf are never taken.
         prices: (candidates,), positive.
         budget: What those taken may cost together.
+        out: Where the answer goes; a new tensor when None.
     """
-    keys = _ordered(scores)
-    open_ = scores > -torch.inf
-    taken = torch.zeros_like(open_)
+    taken = torch.empty(scores.shape, dtype=torch.bool, device=scores.device) if out is None else out
+    taken.zero_()
     while True:
-        open_ &= prices <= budget
-        if not bool(open_.any()):
+        spent = _take(scores, prices, taken, budget)
+        if spent is None:
             return taken
-        budget -= _take(keys, prices, open_, taken, budget)
-        open_ &= ~taken
+        budget -= spent
 
 
-def _take(keys: Tensor, prices: Tensor, open_: Tensor, taken: Tensor, budget: float) -> float:
-    """Mark the longest prefix of the open candidates, by falling key, that the budget holds; return its cost."""
-    bins = (keys >> _LOW_BITS) + _BINS // 2
-    costs = torch.zeros(_BINS, dtype=torch.float64, device=keys.device)
-    for part, price, here in zip(*(torch.split(item, _CHUNK) for item in (bins, prices, open_)), strict=True):
-        costs += torch.bincount(part[here], weights=price[here].to(torch.float64), minlength=_BINS)
+def _take(scores: Tensor, prices: Tensor, taken: Tensor, budget: float) -> float | None:
+    """Mark the longest prefix of the open candidates, by falling key, that the budget holds; return its cost.
+
+    Open is what is not taken yet and no dearer than the budget; None where nothing is.
+    """
+    costs = torch.zeros(_BINS, dtype=torch.float64, device=scores.device)
+    any_open = False
+    for score, price, own in _pieces(scores, prices, taken):
+        here = _open(score, price, own, budget)
+        any_open = any_open or bool(here.any())
+        weights = price[here].to(torch.float64)
+        costs += torch.bincount(_bins(_ordered(score[here])), weights=weights, minlength=_BINS)
+    if not any_open:
+        return None
     above = costs.flip(0).cumsum(0)  # what the bins from the top on cost
     whole = int(torch.searchsorted(above, budget, right=True))
     boundary = _BINS - 1 - whole
-    taken |= open_ & (bins > boundary)
+    inside, keys, begin = [], [], 0
+    for score, price, own in _pieces(scores, prices, taken):
+        here, key = _open(score, price, own, budget), _ordered(score)
+        bins = _bins(key)
+        places = (here & (bins == boundary)).nonzero()[:, 0]
+        inside.append(begin + places)
+        keys.append(key[places])
+        own |= here & (bins > boundary)
+        begin += len(score)
     spent = float(above[whole - 1]) if whole else 0.0
-    inside = (open_ & (bins == boundary)).nonzero()[:, 0]
-    inside = inside[torch.argsort(keys[inside], descending=True, stable=True)]
-    total = spent + prices[inside].to(torch.float64).cumsum(0)
+    at_boundary = torch.cat(inside)[torch.argsort(torch.cat(keys), descending=True, stable=True)]
+    total = spent + prices[at_boundary].to(torch.float64).cumsum(0)
     count = int(torch.searchsorted(total, budget, right=True))
-    taken[inside[:count]] = True
+    taken[at_boundary[:count]] = True
     return float(total[count - 1]) if count else spent
+
+
+def _pieces(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of tensors of one length, some elements at a time."""
+    return zip(*(torch.split(item, _CHUNK) for item in flat), strict=True)
+
+
+def _open(scores: Tensor, prices: Tensor, taken: Tensor, budget: float) -> Tensor:
+    return (scores > -torch.inf) & (prices <= budget) & ~taken
+
+
+def _bins(keys: Tensor) -> Tensor:
+    return (keys >> _LOW_BITS) + _BINS // 2
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -114,7 +147,9 @@ def _ordered(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def logistic_probabilities(scores: Tensor, prices: Tensor, budget: float, temperature: float) -> Tensor:
+def logistic_probabilities(
+    scores: Tensor, prices: Tensor, budget: float, temperature: float, out: Tensor | None = None
+) -> Tensor:
     """Return s = σ((score - θ) / temperature) with the θ at which prices · s is the budget.
 
     Args:
@@ -122,6 +157,7 @@ def logistic_probabilities(scores: Tensor, prices: Tensor, budget: float, temper
         prices: (candidates,), positive.
         budget: What the probabilities may cost together.
         temperature: In the scores' unit; the lower, the fewer candidates are in doubt.
+        out: Where the probabilities go, `scores` itself perhaps; a new tensor when None.
     """
     low, high = float(scores.min()), float(scores.max())
     step = max((high - low) / (_BINS - 1), 1e-30)
@@ -139,4 +175,7 @@ def logistic_probabilities(scores: Tensor, prices: Tensor, budget: float, temper
         else:
             high = middle
     # The bins round; the projection makes up for it.
-    return project_to_budget(torch.sigmoid((scores - high) / temperature), prices, budget)[0]
+    out = torch.empty_like(scores) if out is None else out
+    for score, place in _pieces(scores, out):
+        torch.sigmoid((score - high) / temperature, out=place)
+    return project_to_budget(out, prices, budget, out)[0]

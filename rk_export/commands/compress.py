@@ -24,7 +24,7 @@ from rk_export.rewrite.apply import QUANTIZED, Rewritten
 from rk_export.rewrite.checkpoint import save_pretrained
 from rk_export.rewrite.layer_store import LayerStore
 from rk_export.rewrite.sizes import planned_bytes, planned_findings
-from rk_export.scratch import kept
+from rk_export.scratch import laid_down
 from rk_export.work_folder import WorkFolder
 
 
@@ -115,7 +115,10 @@ def _recovered(
         with stages.stage(method.options.name, method.doing):
             state = None if work is None else work.state(method.options.name)
             rewritten = method.recover(rewritten, inputs.teacher, replace(inputs.work, state=state))
-            logits = {**rewritten.probe_logits, QUANTIZED: kept(torch_logits(rewritten.model)(probe.batch))}
+            logits = {
+                **rewritten.probe_logits,
+                QUANTIZED: laid_down(torch_logits(rewritten.model)(probe.batch)),
+            }
             rewritten = replace(rewritten, probe_logits=logits)
     return rewritten
 

@@ -23,7 +23,7 @@ from rk_export.report.records import Report
 from rk_export.rewrite.apply import QUANTIZED, Rewritten
 from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained
 from rk_export.rewrite.sizes import model_bytes
-from rk_export.scratch import kept
+from rk_export.scratch import laid_down
 from rk_export.source.stored import read_config
 
 
@@ -74,7 +74,7 @@ def export(
     with AtomicFolder(out, force=force, needed=needed) as partial:
         config = rewritten.model.config
         probe = make_probe(folder, config.vocab_size, switches_of(rewritten.description))
-        logits = kept(torch_logits(rewritten.model)(probe.batch))
+        logits = laid_down(torch_logits(rewritten.model)(probe.batch))
         rewritten = replace(rewritten, probe_logits={QUANTIZED: logits})
         name = Path(out).name
         return write_bundle(partial, rewritten, folder, request, stages, name=name, probe=probe)

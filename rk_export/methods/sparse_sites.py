@@ -18,6 +18,7 @@ from rk_export.planning.budget_units import table_count
 from rk_export.planning.fixed_parts import fixed_parts, in_words
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
+from rk_export.scratch import laid_down
 from rk_export.source.protocol import Source
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ def sparse_decision(source: Source, recipe: Recipe, parts: Mapping[MatrixId, Par
         return replace(chosen, reason="no direction was chosen: entries are not quantized further")
 
     return Decision(tuple(decided(site) for site in matrices(source)), parts)
+
+
+def on_disk(parts: Parts) -> Parts:
+    """Return the parts of a matrix with large tensors mapped."""
+    return Parts(*(laid_down(item) for item in (parts.up, parts.down, parts.indices, parts.values)))
 
 
 def check_parts(plan: Plan, parts: Mapping[MatrixId, Parts]) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from rk_export.model.families import architecture_of, transformers_model
 
@@ -99,6 +105,25 @@ class ModelNames:
         if name not in self.shapes:  # it may have been renamed in vain
             name, pattern = rename_source_key(stored, [], [], self.base, self._known)
         return Target(name, pattern) if name in self.shapes else None
+
+    def joined(
+        self, name: str, parts: Mapping[str, str], read: Callable[[str], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the parameter that transformers makes of stored tensors, such as a stack of experts.
+
+        Args:
+            name: Of the parameter.
+            parts: The pattern of each part (`Target.pattern`) by its stored name.
+            read: Reads one of them.
+        """
+        _, converters = self._transforms
+        of_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+        converter = copy.deepcopy(of_pattern[next(iter(parts.values()))])
+        for stored in sorted(parts, key=dot_natural_key):
+            converter.add_tensor(name, stored, parts[stored], partial(read, stored))
+        made = converter.convert(name, model=self.model, config=self.model.config)[name]
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        return tensor
 
     @cached_property
     def _known(self) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from rk_export.errors import InputError
 from rk_export.model.computed_in import computing_in
 from rk_export.model.families import empty_model
 from rk_export.model.torch_logits import torch_logits
-from rk_export.scratch import kept, settling
+from rk_export.scratch import laid_down, settling
 from rk_export.source.quiet import transformers_quiet
 from rk_export.source.stored import StoredModel
 from rk_export.source.tensor_files import FLOATS, SafetensorFiles
@@ -133,7 +133,7 @@ class _Unread:
         self._read, self._name = read, name
 
     def __getitem__(self, index: object) -> Tensor:
-        return kept(self._read(self._name).float())
+        return laid_down(self._read(self._name).float())
 
 
 def _complete(source: StoredModel, load: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:

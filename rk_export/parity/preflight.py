@@ -22,7 +22,7 @@ from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.progress import track
 from rk_export.report.records import ParityTier
-from rk_export.scratch import kept, settle
+from rk_export.scratch import settle
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel
 from rk_export.source.tokenizer_conversion import check_tokenizer
@@ -145,7 +145,7 @@ def dense_logits(
                 streams.hidden[_SHAKEN] = float32_step(streams.advance(_SHAKEN, index), noise)
         layer.to("meta")
         give_back()
-    logits = kept(streams.finish(_EXACT).float())
+    logits = laid_down(streams.finish(_EXACT).float())
     if peaks is not None:
         peaks.note("the output", logits)
     if not shaken:

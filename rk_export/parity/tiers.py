@@ -47,7 +47,7 @@ from rk_export.report.records import Outcome, ParityTier
 from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
-from rk_export.scratch import kept
+from rk_export.scratch import laid_down
 
 # Some models lose more than the common bound whoever computes: in half precision SmolLM2-135M (1.4e-2 in PyTorch, for
 # its activations reach the thousands), in single precision models whose massive activations cancel. A graph may then
@@ -182,7 +182,7 @@ def _decoder_tiers(
 
 def _kept_logits(session: Session, probe: Probe) -> np.ndarray:
     """Return a bundle's logits of the prompts, mapped: several tiers read them."""
-    return np.asarray(kept(torch.from_numpy(session.prefill_logits(probe.batch))).numpy())
+    return np.asarray(laid_down(torch.from_numpy(session.prefill_logits(probe.batch))).numpy())
 
 
 def float_reference(rewritten: Rewritten, probe: Probe) -> np.ndarray:
@@ -190,7 +190,7 @@ def float_reference(rewritten: Rewritten, probe: Probe) -> np.ndarray:
     if not _has(rewritten, Int8Linear):
         return np.asarray(rewritten.probe_logits[QUANTIZED].float().numpy())
     with float_inputs(rewritten.model):
-        return np.asarray(kept(torch_logits(rewritten.model)(probe.batch).float()).numpy())
+        return np.asarray(laid_down(torch_logits(rewritten.model)(probe.batch).float()).numpy())
 
 
 def shipped_bound(

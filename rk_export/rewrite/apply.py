@@ -36,7 +36,7 @@ from rk_export.report.records import Finding, LayerError, Outcome, Spectrum
 from rk_export.rewrite.empty_layers import changes_before_rounding, empty_layer, empty_tables
 from rk_export.rewrite.layer_store import TABLES, FinishedLayer, LayerStore, filled
 from rk_export.rewrite.tables import fill_tables, tensors_of_tables
-from rk_export.scratch import kept, settle
+from rk_export.scratch import laid_down, settle
 from rk_export.source.protocol import Source
 
 DENSE, FACTORIZED, QUANTIZED = "dense", "factorized", "quantized"
@@ -275,11 +275,11 @@ class _Carried:
         if self._streams is None:
             return {}
         quantized, hidden = self._modules(), self._streams.hidden
-        logits = {QUANTIZED: kept(self._streams.finish(QUANTIZED))}
+        logits = {QUANTIZED: laid_down(self._streams.finish(QUANTIZED))}
         self._set_outer(self._dense_outer)
-        logits[DENSE] = logits[FACTORIZED] = kept(self._streams.finish(DENSE))
+        logits[DENSE] = logits[FACTORIZED] = laid_down(self._streams.finish(DENSE))
         if hidden[FACTORIZED] is not hidden[DENSE]:
-            logits[FACTORIZED] = kept(self._streams.finish(FACTORIZED))
+            logits[FACTORIZED] = laid_down(self._streams.finish(FACTORIZED))
         self._set_outer(quantized)
         return logits
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rk_export.memory import give_back
 from rk_export.model.description import ModelDescription
 from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer
@@ -17,6 +18,7 @@ from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.progress import track
 from rk_export.report.records import Finding
+from rk_export.scratch import settle
 
 
 class Source(Protocol):
@@ -110,7 +112,7 @@ class Source(Protocol):
         """Fill everything outside the layers: embeddings, final norm, lm_head."""
 
     def load(self) -> PreTrainedModel:
-        """Return the whole model in canonical form, float32: the caller's own."""
+        """Return the whole model in canonical form, float32: the caller's own; large tensors lie on disk, mapped."""
 
     def shared(self) -> PreTrainedModel:
         """Return the whole model like `load`, for a look: it may be kept for others and must not be changed."""
@@ -138,12 +140,8 @@ class Loading:
         return self.description.layer_count
 
     def load(self: Source) -> PreTrainedModel:
-        """Return the whole model in canonical form, float32: the caller's own."""
-        model = self.skeleton()
-        self.load_rest(model)
-        for index in track(range(self.layer_count), "reading layers"):
-            self.load_layer(model, index)
-        return model
+        """Return the whole model in canonical form, float32: the caller's own; large tensors lie on disk, mapped."""
+        return load_mapped(self, untouched=True)
 
     def shared(self: Source) -> PreTrainedModel:
         """Return the whole model like `load`, for a look: it may be kept for others and must not be changed."""
@@ -156,3 +154,21 @@ class Loading:
             module = self.load_layer(model, index)
             yield Layer(index, module, self.description.heads.kv_heads)
             module.to("meta")
+
+
+def load_mapped(source: Source, *, untouched: bool, folder: Path | None = None) -> PreTrainedModel:
+    """Return a whole model, read a layer at a time: what does not lie in a file as it is moves to the disk.
+
+    Args:
+        source: The model.
+        untouched: Nothing is changed in a tensor after it was read.
+        folder: As in `rk_export.scratch.mapped`.
+    """
+    model = source.skeleton()
+    source.load_rest(model)
+    for path in source.description.outer_paths:
+        settle(model.get_submodule(path), folder, untouched=untouched)
+    for index in track(range(source.layer_count), "reading layers"):
+        settle(source.load_layer(model, index), folder, untouched=untouched)
+        give_back()
+    return model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
 import math
 import os
+from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,9 +37,6 @@ from rk_export.source.weight_files import ADAPTER_WEIGHTS, check_known_layout
 from rk_export.tensor_cache import name_model
 
 logger = logging.getLogger(__name__)
-
-# Families whose checkpoints store tensors in another arrangement than their modules; transformers converts them.
-CONVERTED_ON_LOAD = frozenset({"mixtral", "qwen3_moe"})
 
 
 _PIECE = 1 << 22  # numbers that are looked at together
@@ -81,8 +79,7 @@ class StoredModel(Loading):
         check_kind(config, is_encoder=architecture_of(config).is_encoder)
         opened = model_tensors(folder, config, adapter)
         self.description, self.notices = describe(opened.config), opened.notices
-        self._whole = self.config.model_type in CONVERTED_ON_LOAD
-        self._model_class = type(opened.names.model)
+        self._names = opened.names
         self._stored: StoredTensors = opened.tensors
         self._adapter = adapter
         if opened.quantized is not None:
@@ -153,13 +150,7 @@ class StoredModel(Loading):
         return sum(path.stat().st_size for path in self._stored.files)
 
     def skeleton(self) -> PreTrainedModel:
-        """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer.
-
-        A family that is converted on loading comes whole instead, once, and its weights are already there.
-        """
-        if self._whole:
-            logger.info("%s is converted while loading: the model is read whole", self.config.model_type)
-            return self._load_whole()
+        """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer."""
         return self.description.skeleton()
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
@@ -196,7 +187,8 @@ class StoredModel(Loading):
         """
         tensor = self._stored.read(key).to(torch.float32)
         # In pieces: what is computed of a whole table takes more memory than the table.
-        if bad := sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(_PIECE)):
+        pieces = torch.split(tensor.flatten(), _PIECE)
+        if bad := sum([int((~torch.isfinite(part)).sum()) for part in pieces]):
             raise InputError(
                 f"tensor {key!r} has {bad} values that are NaN or infinite",
                 where=self._stored.place(key),
@@ -207,7 +199,22 @@ class StoredModel(Loading):
     def _fill(self, model: PreTrainedModel, module: nn.Module, prefix: str) -> None:
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                _assign(model, prefix + name, self.tensor(prefix + name))
+                _assign(model, prefix + name, self._parameter(prefix + name))
+
+    def _parameter(self, name: str) -> Tensor:
+        """Read a parameter; where parts of it are stored, such as single experts, transformers' mapping joins them."""
+        parts = self._parts.get(name)
+        return self.tensor(name) if parts is None else self._names.joined(name, parts, self.tensor)
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, str]]:
+        """Of every parameter that is stored in parts, the pattern of each part by its stored name."""
+        found: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        for name in self._stored.shapes:
+            target = self._names.target(name)
+            if target is not None and target.pattern is not None:
+                found[target.name][name] = target.pattern
+        return dict(found)
 
     def _say_dequantized(self, quantized: DequantizedTensors) -> None:
         """Note among findings and notices that the matrices are dequantized."""
@@ -235,44 +242,6 @@ class StoredModel(Loading):
             *self.notices,
         )
         logger.info("%s", self.notices[0])
-
-    def _load_whole(self) -> PreTrainedModel:
-        """Return the model as transformers converts it, from our tensors: renamed, merged, and with what ties hold."""
-        for key in self._stored.shapes:
-            self.tensor(key)
-        model, info = self._model_class.from_pretrained(
-            None,
-            config=copy.deepcopy(self.config),
-            state_dict={key: _Unread(self, key) for key in self._stored.shapes},
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-        for name, stored, expected in info["mismatched_keys"]:
-            raise InputError(
-                f"it has shape {list(stored)}, the config asks for {list(expected)}",
-                where=name,
-                fix="config.json and the weights do not belong together",
-            )
-        if broken := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
-            raise InputError(
-                f"tensor {broken[0]!r} is missing or incomplete",
-                where=str(self.folder),
-                fix="the checkpoint is incomplete: download it again",
-            )
-        result: PreTrainedModel = model.eval().requires_grad_(False)
-        return result
-
-
-class _Unread:
-    """A tensor that transformers reads when it comes to it, as it reads slices of safetensors files."""
-
-    def __init__(self, source: StoredModel, key: str) -> None:
-        self._source, self._key = source, key
-
-    def __getitem__(self, index: object) -> Tensor:
-        return self._source.tensor(self._key)
 
 
 def open_source(model: str | Path, base: str | Path | None = None) -> StoredModel:

@@ -14,16 +14,13 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.memory import give_back
 from rk_export.model.description import ModelDescription
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
-from rk_export.progress import track
 from rk_export.report.records import Finding
-from rk_export.scratch import settle
 from rk_export.source.memory import Memory
-from rk_export.source.protocol import Loading, Source
+from rk_export.source.protocol import Loading, Source, load_mapped
 from rk_export.tensor_cache import name_model
 
 
@@ -171,9 +168,7 @@ class Transformed(Loading):
         return digest
 
     def skeleton(self) -> PreTrainedModel:
-        """Return the model without weights; where others are to fill it, not one that comes whole."""
-        if self.description is self.stored.description and self._held() is None:
-            return self.stored.skeleton()
+        """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer."""
         return self.description.skeleton()
 
     def load_layer(self, model: PreTrainedModel, index: int) -> nn.Module:
@@ -216,21 +211,14 @@ class Transformed(Loading):
         if self._memory is None or not self._memory.is_open:
             return self.load()
         if (model := self._memory.whole(self.transforms)) is None:
-            model = self._load_mapped(self._memory.folder)
+            model = self.load()
             self._memory.hold(model, self.description, self.transforms)
         return model
 
-    def _load_mapped(self, folder: Path | None) -> PreTrainedModel:
-        """Return the whole model, a layer at a time in memory: what is not in a file as it is moves to the disk."""
-        untouched = not self.transforms
-        model = self.skeleton()
-        self.load_rest(model)
-        for path in self.description.outer_paths:
-            settle(model.get_submodule(path), folder, untouched=untouched)
-        for index in track(range(self.layer_count), "reading layers"):
-            settle(self.load_layer(model, index), folder, untouched=untouched)
-            give_back()
-        return model
+    def load(self) -> PreTrainedModel:
+        """Return the whole model in canonical form, float32: the caller's own; large tensors lie on disk, mapped."""
+        folder = None if self._memory is None else self._memory.folder
+        return load_mapped(self, untouched=not self.transforms, folder=folder)
 
     def layers(self) -> Iterator[Layer]:
         """Yield the layers with their weights: one at a time from the files, or all from memory where one is kept."""

@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.calibration.streams import Streams
+from rk_export.calibration.text_run import LOGITS_TOGETHER
 from rk_export.device import matmuls_in
 from rk_export.model.description import ModelDescription
+from rk_export.model.families import architecture_of
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.progress import track
+from rk_export.scratch import laid_down, zeros
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
+from rk_export.training.recompute import recomputed
 
 DENSE = "dense"
 
 _VERSION = 1  # raise when other states come out: cached ones of an older version are then computed again
-_ROWS = 256  # tokens whose logits exist at a time
+_ROWS = 256  # tokens whose logits exist at a time, fewer where the vocabulary is large
 _TOGETHER = 2048  # tokens that run through a dense layer together
 
 
@@ -48,8 +52,13 @@ class Head:
         self.scale, self.softcap = spec.logit_scale, spec.logit_softcap
         module = model.get_submodule(description.architecture.lm_head)
         weight, bias = _affine(module, spec.hidden_size)
-        self.weight = weight.to(device, dtype)
+        self.weight = laid_down(weight.to(device, dtype), untouched=True)
         self.bias = None if bias is None else bias.to(device)
+
+    @property
+    def rows(self) -> int:
+        """Tokens whose logits may exist at a time."""
+        return max(1, min(_ROWS, LOGITS_TOGETHER // len(self.weight)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits (tokens, vocabulary) of hidden states (tokens, d)."""
@@ -68,13 +77,19 @@ def _affine(module: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:
     device = next(itertools.chain(module.parameters(), module.buffers())).device
     with float_inputs(module):
         bias: Tensor = module(torch.zeros(1, width, device=device))
-        weight = (module(torch.eye(width, device=device)) - bias).T.contiguous()
+        together = max(1, LOGITS_TOGETHER // bias.shape[1])
+        weight = zeros((bias.shape[1], width), device=device)
+        for columns in torch.split(torch.arange(width, device=device), together):
+            units = nn.functional.one_hot(columns, width).float()
+            weight[:, columns[0] : columns[-1] + 1] = (module(units) - bias).T
     return weight, bias[0] if bool(bias.any()) else None
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Return what the head reads, (batch, length, d), of token ids (batch, length)."""
-    states: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    """Return what the head reads, (batch, length, d), of token ids (batch, length), to be differentiated."""
+    layers = model.get_submodule(architecture_of(model.config).layers)
+    with recomputed(layers.children()):
+        states: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     return states
 
 
@@ -98,7 +113,7 @@ def dense_states(source: Source, tokens: Tensor, device: torch.device, dtype: to
         dtype: Float type of its matrix products, and of the states.
 
     Returns:
-        (sequences, length, d), on CPU.
+        (sequences, length, d), on disk, mapped.
     """
     key = {
         "version": _VERSION,
@@ -108,9 +123,11 @@ def dense_states(source: Source, tokens: Tensor, device: torch.device, dtype: to
         "dtype": str(dtype),
         "device": device.type,
     }
-    return cached("dense-states", key, lambda: {"states": _run_dense(source, tokens, device, dtype)})[
-        "states"
-    ]
+
+    def make() -> dict[str, Tensor]:
+        return {"states": _run_dense(source, tokens, device, dtype)}
+
+    return cached("dense-states", key, make)["states"]
 
 
 @torch.no_grad()
@@ -126,13 +143,17 @@ def _run_dense(source: Source, tokens: Tensor, device: torch.device, dtype: torc
     groups = [Streams(model, layers, group) for group in torch.split(tokens, rows)]
     for group in groups:
         group.start(DENSE)
+        group.hidden[DENSE] = laid_down(group.hidden[DENSE])
     for index in track(range(source.layer_count), "running the dense model, layers"):
         layer = source.load_layer(model, index).to(device)
         with matmuls_in(dtype, device):
             for group in groups:
-                group.advance(DENSE, index)
+                group.hidden[DENSE] = laid_down(group.advance(DENSE, index).cpu())
         layer.to("meta")
-    return torch.cat([head.input_of(group).to(dtype) for group in groups])
+    states = zeros((*tokens.shape, source.config.hidden_size), dtype)
+    for group, place in zip(groups, torch.split(states, rows), strict=True):
+        place.copy_(head.input_of(group))
+    return states
 
 
 class _Reader(nn.Module):
@@ -166,8 +187,8 @@ def backward_divergence(
     """
     leaf = hidden.detach().requires_grad_(True)
     total = 0.0
-    for begin in range(0, len(leaf), _ROWS):
-        rows = slice(begin, begin + _ROWS)
+    for begin in range(0, len(leaf), student.rows):
+        rows = slice(begin, begin + student.rows)
         with torch.no_grad():
             target = torch.log_softmax(teacher.logits(wanted[rows]) / temperature, dim=-1)
         predicted = torch.log_softmax(student.logits(leaf[rows]) / temperature, dim=-1)

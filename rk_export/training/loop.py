@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.progress import stage
+from rk_export.training.on_disk import OnDisk
 from rk_export.training.state import StateFile, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Training(ABC):
         self.step, self.seconds = 0, 0.0
         self._between_steps = True  # what is in memory is the state after `step`
         self.losses: list[tuple[int, float]] = []
+        self._on_disk: OnDisk | None = None
 
     @property
     def batch_tokens(self) -> int:
@@ -88,8 +90,13 @@ class Training(ABC):
 
     def _optimize(self, peaks: Mapping[str, float]) -> None:
         """Begin with a fresh optimizer; `peaks` is the largest step of each trained tensor."""
-        groups = [{"params": [tensor], "peak": peaks[name]} for name, tensor in self._trained().items()]
+        trained = self._trained()
+        if self._on_disk is not None:
+            self._on_disk.release()
+        self._on_disk = OnDisk(trained)
+        groups = [{"params": [tensor], "peak": peaks[name]} for name, tensor in trained.items()]
         self._optimizer = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=True)
+        self._on_disk.keep_moments(self._optimizer)
 
     @torch.no_grad()
     def _restore_trained(self, state: TrainingState) -> None:
@@ -99,6 +106,8 @@ class Training(ABC):
     def _resume(self, state: TrainingState) -> None:
         """Go on from a state whose tensors are in place."""
         self._optimizer.load_state_dict(state.optimizer)
+        if self._on_disk is not None:
+            self._on_disk.keep_moments(self._optimizer)
         self.step, self.losses, self.seconds = state.step, list(state.losses), state.seconds
         logger.info("%s goes on after step %d of %d", self._title, self.step, self._steps)
 
@@ -127,6 +136,9 @@ class Training(ABC):
             if self._between_steps and self.step > done:
                 file.write(self._state(file.run))
             raise
+        finally:
+            if self._on_disk is not None:
+                self._on_disk.release()
 
     def _gradients(self) -> float:
         """Sum up the gradients of the next step; return the mean loss of its tokens."""

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from rk_export.training.distillation import Head
 
-_ROWS = 256  # tokens whose logits exist at a time
-
 
 def backward_next_token(hidden: Tensor, head: Head, ids: Tensor, *, share: float = 1.0) -> float:
     """Add the gradients of share · mean cross entropy of the next tokens; return the mean, in nats.
@@ -25,9 +23,9 @@ def backward_next_token(hidden: Tensor, head: Head, ids: Tensor, *, share: float
     states, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     total = 0.0
     gradients: list[Tensor] = []
-    for begin in range(0, len(targets), _ROWS):
-        rows = states[begin : begin + _ROWS].detach().requires_grad_(True)
-        wanted = targets[begin : begin + _ROWS]
+    for begin in range(0, len(targets), head.rows):
+        rows = states[begin : begin + head.rows].detach().requires_grad_(True)
+        wanted = targets[begin : begin + head.rows]
         loss = nn.functional.cross_entropy(head.logits(rows), wanted, reduction="sum") / len(targets)
         gradients += torch.autograd.grad(loss, rows)
         total += float(loss.detach())

@@ -74,7 +74,7 @@ class StateFile:
         if self._path is None or not self._path.exists():
             return None
         try:
-            data = torch.load(self._path, weights_only=True, map_location="cpu")
+            data = torch.load(self._path, weights_only=True, map_location="cpu", mmap=True)
             state = TrainingState(**data["state"]) if data["version"] == STATE_VERSION else None
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
             raise InputError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,12 +99,14 @@ def test_the_start_costs_the_budget_and_prefers_energy(source: StoredModel, pool
 def test_probabilities_of_what_raises_the_loss_fall(
     source: StoredModel, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kept_of_q(model: PreTrainedModel, ids: Tensor) -> float:
-        layers = model.get_submodule(source.architecture.layers)
-        return float((layers.get_submodule("0." + Q[1]).weight != 0).float().sum())
+    def kept_of_q(
+        model: PreTrainedModel, layers: nn.Module, fill: Callable[[int], None], batches: Sequence[Tensor]
+    ) -> list[float]:
+        fill(0)
+        return [float((layers.get_submodule("0." + Q[1]).weight != 0).float().sum())] * len(batches)
 
     # A few entries of every matrix and no direction: the loss counts the entries of one matrix.
-    monkeypatch.setattr(cap_policy, "next_token_loss", kept_of_q)
+    monkeypatch.setattr(cap_policy, "next_token_losses", kept_of_q)
     few = {place: Pool(_first_entries(pool.parts, 40)) for place, pool in pools.items()}
     budget = 0.5 * float(flat_prices(few, PARAMETERS).sum())
     options = CapOptions(keep=0.5, steps=100, learning_rate=0.01, batch_tokens=32)
@@ -177,19 +180,19 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
         )
 
     whole = search("whole")
-    calls, real = itertools.count(), cap_policy.next_token_loss
+    calls, real = itertools.count(), cap_policy.next_token_losses
 
-    def breaks_down(model: PreTrainedModel, ids: Tensor) -> float:
-        if next(calls) == 3 + 3:  # the start's three batches, three steps, then
+    def breaks_down(*arguments: Any) -> list[float]:
+        if next(calls) == 1 + 3:  # the start's batches, three steps, then
             raise KeyboardInterrupt
-        return real(model, ids)
+        return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cap_policy, "next_token_loss", breaks_down)
+        patched.setattr(cap_policy, "next_token_losses", breaks_down)
         with pytest.raises(KeyboardInterrupt):
             search("broken")
     resumed = search("broken")
     assert torch.equal(resumed.probabilities, whole.probabilities)
     assert resumed.losses == whole.losses
-    monkeypatch.setattr(cap_policy, "next_token_loss", None)  # what is finished runs nothing
+    monkeypatch.setattr(cap_policy, "next_token_losses", None)  # what is finished runs nothing
     assert search("broken").losses == whole.losses

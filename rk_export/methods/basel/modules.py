@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from rk_export.passes.numerics.basis import MEMORY, PairSize, directions, folded
 from rk_export.passes.numerics.metric import Metric
+from rk_export.scratch import laid_down
 from rk_export.training.loop import root_mean_square
 
 
 class BasisLinear(nn.Module):
     """y = U diag(w²) V x + U_add V_add x + b, equal at first to the linear layer that it replaces.
 
-    U and V, the singular directions, are frozen until `thaw`. w starts as the root of the singular values, U_add
-    at zero, V_add is random: normal over the root of its rank.
+    U and V, the singular directions, lie on disk, and are frozen until `thaw`. w starts as the root of the singular
+    values, U_add at zero, V_add is random: normal over the root of its rank.
 
     Args:
         linear: The dense layer, weight (out, in).
@@ -49,12 +50,12 @@ class BasisLinear(nn.Module):
         self.size = PairSize(linear.out_features, linear.in_features, new_basis)
         self.scale = root_mean_square(weight)
         self._dtype = dtype
-        self.left = nn.Parameter(found.left, requires_grad=False)
-        self.right = nn.Parameter(found.right, requires_grad=False)
+        self.left = nn.Parameter(laid_down(found.left), requires_grad=False)
+        self.right = nn.Parameter(laid_down(found.right), requires_grad=False)
         self.coefficients = nn.Parameter(found.values.sqrt())
         random = torch.randn(new_basis, linear.in_features, generator=generator)
-        self.left_add = nn.Parameter(weight.new_zeros(linear.out_features, new_basis))
-        self.right_add = nn.Parameter((random / max(new_basis, 1) ** 0.5).to(weight))
+        self.left_add = nn.Parameter(laid_down(weight.new_zeros(linear.out_features, new_basis)))
+        self.right_add = nn.Parameter(laid_down((random / max(new_basis, 1) ** 0.5).to(weight)))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
         self.kept = torch.arange(count, device=weight.device)
         self.first, self.second, self.absolute = (weight.new_zeros(count) for _ in range(3))
@@ -99,8 +100,8 @@ class BasisLinear(nn.Module):
         )
         self.coefficients.grad = None
         self.coefficients.data = self.coefficients.data[index]
-        self.left.data = self.left.data[:, index].contiguous()
-        self.right.data = self.right.data[index].contiguous()
+        self.left.data = laid_down(self.left.data[:, index].contiguous())
+        self.right.data = laid_down(self.right.data[index].contiguous())
         self._set_fast()
 
     def thaw(self) -> None:
@@ -120,4 +121,5 @@ class BasisLinear(nn.Module):
         """Keep frozen U and V in bfloat16 where products are, so that no step has to convert them."""
         self._fast: tuple[Tensor, Tensor] | None = None
         if self._dtype is torch.bfloat16 and not self.left.requires_grad:
-            self._fast = self.left.detach().to(self._dtype), self.right.detach().to(self._dtype)
+            left, right = self.left.detach().to(self._dtype), self.right.detach().to(self._dtype)
+            self._fast = laid_down(left), laid_down(right)

@@ -29,6 +29,7 @@ from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric
 from rk_export.progress import track
 from rk_export.report.records import Finding, Outcome
+from rk_export.scratch import laid_down
 from rk_export.source.protocol import Source
 from rk_export.training.distillation import Head
 from rk_export.training.loop import check_tokens
@@ -210,7 +211,7 @@ def _selection(
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    return laid_down(tensor.detach().to("cpu", torch.float32, copy=True))
 
 
 def _finding(

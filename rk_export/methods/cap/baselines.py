@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.sparse_sites import check_source
+from rk_export.methods.sparse_sites import check_source, linear_shapes, on_disk
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
+from rk_export.scratch import joined
 from rk_export.source.protocol import Source
 
 
@@ -26,14 +27,21 @@ def magnitude(
         scope: Compare entries of all matrices, or of one matrix at a time.
     """
     check_source(source, "cap")
-    weights = dict(_weights(source))
-    sizes = {place: W.abs() for place, W in weights.items()}
-    if scope == "matrix":
-        limits = {place: _limit(item.flatten(), keep) for place, item in sizes.items()}
-    else:
-        limit = _limit(torch.cat([item.flatten() for item in sizes.values()]), keep)
-        limits = dict.fromkeys(sizes, limit)
-    return {place: sparse_parts(W, sizes[place] >= limits[place]) for place, W in weights.items()}
+    limit = None
+    if scope == "global":
+        sizes = joined((W.abs().flatten() for _, W in _weights(source)), _entries(source))
+        limit = _limit(sizes, keep)
+    parts = {}
+    for place, W in _weights(source):
+        size = W.abs()
+        least = _limit(size.flatten(), keep) if limit is None else limit
+        parts[place] = on_disk(sparse_parts(W, size >= least))
+    return parts
+
+
+def _entries(source: Source) -> int:
+    """Return how many entries the matrices have."""
+    return sum(rows * columns for rows, columns in linear_shapes(source).values())
 
 
 def wanda(source: Source, keep: float, statistics: DenseStatistics) -> dict[MatrixId, Parts]:
@@ -51,7 +59,7 @@ def wanda(source: Source, keep: float, statistics: DenseStatistics) -> dict[Matr
         count = max(1, int(keep * W.shape[1]))
         mask = torch.zeros_like(W, dtype=torch.bool)
         mask.scatter_(1, score.topk(count, dim=1).indices, True)
-        chosen[place] = sparse_parts(W, mask)
+        chosen[place] = on_disk(sparse_parts(W, mask))
     return chosen
 
 

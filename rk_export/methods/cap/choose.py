@@ -14,7 +14,7 @@ from rk_export.methods.cap.baselines import magnitude, wanda
 from rk_export.methods.cap.mixture import cheapest, mixture_selection, offered_mixtures
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.cap.policy import first_probabilities, learn
-from rk_export.methods.cap.pools import Pools, flat_prices, make_pools, selected
+from rk_export.methods.cap.pools import Pools, flat_prices, make_pools, selected, taken_within
 from rk_export.methods.cap.scores import all_scores, curvature_score, energy_score, largest_scores
 from rk_export.methods.sparse_sites import (
     Prices,
@@ -25,7 +25,6 @@ from rk_export.methods.sparse_sites import (
     share_of_entries,
 )
 from rk_export.options.ranks import Budget
-from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.source.protocol import Source
 
@@ -58,7 +57,7 @@ def cap_parts(
         cache_dir: The cache of pools, policies and mixtures; ``~/.cache/rk-export`` when None.
 
     Returns:
-        The parts by layer index and path in the canonical layer; on the CPU, float32.
+        The parts by layer index and path in the canonical layer; on the CPU, mapped, float32.
 
     Raises:
         InputError: If the model is an encoder or has experts, or the budget keeps nothing, or holds everything.
@@ -116,4 +115,4 @@ def most_probable(
     pools: Pools, probabilities: Tensor, amount: float, prices: Prices
 ) -> dict[MatrixId, Parts]:
     """Return the parts of the most probable candidates of a model that the budget buys."""
-    return selected(pools, largest_within(probabilities, flat_prices(pools, prices), amount))
+    return selected(pools, taken_within(probabilities, flat_prices(pools, prices), amount))

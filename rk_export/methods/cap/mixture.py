@@ -21,14 +21,15 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.sparse_sites import Prices, check_source
+from rk_export.methods.sparse_sites import Prices, check_source, on_disk
 from rk_export.passes.numerics.allocation import SiteChoices, allocate
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import fitted_mixture, mixture_losses, refitted
 from rk_export.progress import track
+from rk_export.scratch import kept
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import as_tensors, cached, from_tensors
+from rk_export.tensor_cache import as_tensors, from_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def refitted_parts(
         device: Where matrices are decomposed; the parts come to the CPU.
     """
     return {
-        (place := MatrixId(layer.index, name)): refitted(W, curvature, parts[place])
+        (place := MatrixId(layer.index, name)): on_disk(refitted(W, curvature, parts[place]))
         for layer in _matrices(source, statistics, device)
         for name, W, curvature in layer.curvatures()
     }
@@ -215,7 +216,7 @@ class _Matrices:
         def made() -> Mapping[str, Tensor]:
             return as_tensors({name: make(name, W, known) for name, W, known in self.curvatures()}, fields)
 
-        return cached(f"cap-{kind}", self.key(**more), made, cache_dir)
+        return kept(f"cap-{kind}", self.key(**more), made, cache_dir)
 
     def key(self, **more: object) -> dict[str, object]:
         """Return what is computed from these matrices depends on, with more of it."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,13 +31,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.streams import Streams
+from rk_export.calibration.text_run import LOGITS_TOGETHER
 from rk_export.device import matmul_dtype, matmuls_in
-from rk_export.matrix_id import MatrixId
 from rk_export.methods.cap.options import CapOptions
-from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices
+from rk_export.methods.cap.pools import Pool, Pools, by_place, flat_prices, taken_within
 from rk_export.methods.sparse_sites import Prices
-from rk_export.passes.numerics.knapsack import largest_within, logistic_probabilities, project_to_budget
+from rk_export.passes.numerics.knapsack import logistic_probabilities, project_to_budget
 from rk_export.progress import stage
+from rk_export.scratch import zeros
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
@@ -49,7 +51,8 @@ KEEP_EVERY = 20  # steps between two states on disk
 CACHE_LIMIT = 2_000_000_000  # bytes; a larger state is not kept
 _CHUNK = 1 << 21
 _LEAST = 1e-30
-_VERSION = 2
+_VERSION = 3
+_DRAWN = "drawn"
 _POLICY_FIELDS = ("steps", "learning_rate", "window", "batch_tokens", "seed")
 
 
@@ -68,7 +71,7 @@ class Learned:
 
 
 def first_probabilities(pools: Pools, scores: Tensor, prices: Prices, budget: float) -> Tensor:
-    """Return the probabilities that the search starts from (candidates,), float32; they cost the budget.
+    """Return the probabilities that the search starts from (candidates,), float32, on disk; they cost the budget.
 
     Args:
         pools: The candidates.
@@ -76,8 +79,9 @@ def first_probabilities(pools: Pools, scores: Tensor, prices: Prices, budget: fl
         prices: Of the candidates.
         budget: In their unit.
     """
-    logarithms = scores.clamp_min(_LEAST).log()
-    return logistic_probabilities(logarithms, flat_prices(pools, prices), budget, TEMPERATURE)
+    logarithms = zeros(scores.shape, scores.dtype, scores.device)
+    torch.clamp(scores, min=_LEAST, out=logarithms).log_()
+    return logistic_probabilities(logarithms, flat_prices(pools, prices), budget, TEMPERATURE, out=logarithms)
 
 
 def learn(
@@ -117,16 +121,12 @@ def learn(
     }
     path = cache_file("cap-policy", key, cache_dir)
     known = read_tensors(path)
-    if known is None:
-        state = Learned(first.clone(), ())
-    else:
+    state = Learned(first, ())
+    if known is not None:
         state = Learned(known["probabilities"], tuple(known["losses"].tolist()))
     if len(state.losses) >= options.steps:
         return state
-    model = source.load()
-    layers = model.get_submodule(source.architecture.layers)
-    linears = {place: layers.get_submodule(f"{place.layer}.{place.path}") for place in pools}
-    search = _Search(model, linears, pools, budget, prices, options, tokens, device)
+    search = _Search(source, pools, budget, prices, options, tokens, device)
     return search.run(first, state, path)
 
 
@@ -140,12 +140,11 @@ def _digest(pools: Pools, first: Tensor, tokens: Tensor) -> str:
 
 
 class _Search:
-    """A model whose matrices are drawn anew at every step."""
+    """A model whose matrices are drawn anew at every step; those of one layer exist at a time."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        linears: Mapping[MatrixId, nn.Module],
+        source: Source,
         pools: Pools,
         budget: float,
         prices: Prices,
@@ -153,52 +152,74 @@ class _Search:
         tokens: Tensor,
         device: torch.device,
     ) -> None:
-        self._model, self._linears = model.requires_grad_(False).to(device), linears
+        self._layers_path = source.architecture.layers
+        self._model = _without_matrices(source, pools, device)
         self._pools = {place: on_device(pool, device) for place, pool in pools.items()}
         self._prices = flat_prices(self._pools, prices)
         self._budget, self._options, self._device = budget, options, device
         sequences = max(1, options.batch_tokens // tokens.shape[1])
         whole = [batch for batch in torch.split(tokens, sequences) if len(batch) == sequences]
-        self._batches = whole[: options.steps] or [tokens]
+        self._batches = [batch.to(device) for batch in whole[: options.steps] or [tokens]]
 
     @torch.no_grad()
     def run(self, first: Tensor, state: Learned, path: Path) -> Learned:
         """Take the steps that are missing."""
-        self._set_weights(largest_within(first.to(self._device), self._prices, self._budget))
-        start = [self._loss(batch) for batch in self._batches]
-        s, losses = state.probabilities.to(self._device), list(state.losses)
+        start = self._losses(taken_within(first.to(self._device), self._prices, self._budget), self._batches)
+        s, losses = zeros(first.shape, first.dtype, self._device), list(state.losses)
+        s.copy_(state.probabilities)
+        mask = zeros(first.shape, torch.bool, self._device)
         steps, window = self._options.steps, self._options.window
         with stage("policy steps", steps, done=len(losses)) as bar:
             for step in range(len(losses), steps):
                 turn = step % len(self._batches)
-                mask = self._draw(s, step)
-                loss = self._loss(self._batches[turn]) - start[turn]
+                self._draw(s, step, mask)
+                (drawn,) = self._losses(mask, self._batches[turn : turn + 1])
+                loss = drawn - start[turn]
                 advantage = loss - sum(losses[-window:]) / len(losses[-window:]) if losses else 0.0
                 losses.append(loss)
                 reinforce(s, mask, self._options.learning_rate * advantage)
-                s, multiplier = project_to_budget(s, self._prices, self._budget)
+                s, multiplier = project_to_budget(s, self._prices, self._budget, s)
                 bar.advance(note=f"loss {loss:+.4f}, advantage {advantage:+.4f}, λ {multiplier:.1e}")
                 if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
                     _keep(path, s, losses)
         return Learned(s.cpu(), tuple(losses))
 
-    def _draw(self, s: Tensor, step: int) -> Tensor:
-        """Draw a mask (candidates,) and put its matrices into the model."""
+    def _draw(self, s: Tensor, step: int, mask: Tensor) -> None:
+        """Draw a mask (candidates,)."""
         generator = torch.Generator(self._device).manual_seed(self._options.seed * 1_000_003 + step)
-        mask = torch.empty(len(s), dtype=torch.bool, device=self._device)
         for part, probabilities in zip(torch.split(mask, _CHUNK), torch.split(s, _CHUNK), strict=True):
             uniform = torch.rand(len(part), generator=generator, device=self._device)
             torch.lt(uniform, probabilities, out=part)
-        self._set_weights(mask)
-        return mask
 
-    def _set_weights(self, mask: Tensor) -> None:
-        """Put the matrices that a mask (candidates,) leaves into the model."""
-        for place, here in by_place(self._pools, mask).items():
-            set_weight(self._linears[place], self._pools[place], here)
+    def _losses(self, mask: Tensor, batches: Sequence[Tensor]) -> list[float]:
+        """Return the loss of each batch under the candidates that a mask (candidates,) leaves."""
+        layers = self._model.get_submodule(self._layers_path)
+        masks = by_place(self._pools, mask)
 
-    def _loss(self, ids: Tensor) -> float:
-        return next_token_loss(self._model, ids.to(self._device))
+        def fill(index: int) -> None:
+            for place, here in masks.items():
+                if place.layer == index:
+                    linear = layers.get_submodule(f"{index}.{place.path}")
+                    set_weight(linear, self._pools[place], here)
+
+        return next_token_losses(self._model, layers, fill, batches)
+
+
+def _without_matrices(source: Source, pools: Pools, device: torch.device) -> PreTrainedModel:
+    """Return the dense model with one set of matrices, whose values are left open, for all layers."""
+    model = source.load().requires_grad_(False)
+    layers = model.get_submodule(source.architecture.layers)
+    linears = {place: layers.get_submodule(f"{place.layer}.{place.path}") for place in pools}
+    for linear in linears.values():
+        linear.weight = None
+    model.to(device)
+    shared: dict[tuple[str, tuple[int, int]], nn.Parameter] = {}
+    for place, linear in linears.items():
+        shape = pools[place].parts.shape
+        if (place.path, shape) not in shared:
+            shared[place.path, shape] = nn.Parameter(torch.empty(shape, device=device), requires_grad=False)
+        linear.weight = shared[place.path, shape]
+    return model
 
 
 def set_weight(linear: nn.Module, pool: Pool, mask: Tensor) -> None:
@@ -240,11 +261,40 @@ def reinforce(s: Tensor, mask: Tensor, rate: float) -> None:
             part.sub_(drawn.to(part.dtype).sub_(part).div_(spread), alpha=rate)
 
 
-def next_token_loss(model: PreTrainedModel, ids: Tensor) -> float:
-    """Return the mean cross entropy of the next tokens of ids (sequences, length), in nats."""
-    with _matmuls(ids.device):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return float(nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()))
+def next_token_losses(
+    model: PreTrainedModel, layers: nn.Module, fill: Callable[[int], None], batches: Sequence[Tensor]
+) -> list[float]:
+    """Return the mean cross entropy of the next tokens of each batch, in nats.
+
+    Args:
+        model: The model; what is outside its layers is filled.
+        layers: Those of the model.
+        fill: Fills the layer of a number, just before all batches pass it.
+        batches: Token ids (sequences, length) each.
+    """
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError("the layers are no list")
+    runs = [Streams(model, layers, ids) for ids in batches]
+    for run in runs:
+        with _matmuls(run.input_ids.device):
+            run.start(_DRAWN)
+    for index in range(len(layers)):
+        fill(index)
+        for run in runs:
+            with _matmuls(run.input_ids.device):
+                run.advance(_DRAWN, index)
+    return [_next_token_loss(run, int(model.config.vocab_size)) for run in runs]
+
+
+def _next_token_loss(run: Streams, vocabulary: int) -> float:
+    states = run.hidden[_DRAWN][:, :-1].flatten(0, 1)
+    targets = run.input_ids[:, 1:].flatten()
+    together, total = max(1, LOGITS_TOGETHER // vocabulary), 0.0
+    for rows, wanted in zip(torch.split(states, together), torch.split(targets, together), strict=True):
+        with _matmuls(rows.device):
+            logits = run.output(rows[:, None])[:, 0]
+        total += float(nn.functional.cross_entropy(logits.float(), wanted, reduction="sum"))
+    return total / len(targets)
 
 
 def _matmuls(device: torch.device) -> AbstractContextManager[object]:

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.sparse_sites import Prices, check_source, linear_shapes
+from rk_export.methods.sparse_sites import Prices, check_source, linear_shapes, on_disk
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.joint_svd import right_subspace
+from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype
 from rk_export.passes.numerics.rpca import GROWTH, START, rpca
 from rk_export.progress import track
+from rk_export.scratch import joined, kept, zeros
 from rk_export.source.protocol import Source
-from rk_export.tensor_cache import as_tensors, cache_file, cached, from_tensors, read_tensors
+from rk_export.tensor_cache import as_tensors, cache_file, from_tensors, read_tensors
 
 CACHE_LIMIT = 8_000_000_000  # bytes; the pools of a model that may take more are not kept on disk
 # What a dense parameter becomes in the pools at most, by measurement: 8 bytes of an entry, and factors.
@@ -79,8 +81,18 @@ Pools = Mapping[MatrixId, Pool]
 
 
 def flat_prices(pools: Pools, prices: Prices) -> Tensor:
-    """Return the prices of all candidates of a model (candidates,), float32."""
-    return torch.cat([pool.prices(prices) for pool in pools.values()])
+    """Return the prices of all candidates of a model (candidates,), float32, on disk."""
+    return joined((pool.prices(prices) for pool in pools.values()), candidates(pools))
+
+
+def candidates(pools: Pools) -> int:
+    """Return how many candidates a model has."""
+    return sum(map(len, pools.values()))
+
+
+def taken_within(scores: Tensor, prices: Tensor, budget: float) -> Tensor:
+    """Return which candidates `largest_within` takes: bool (candidates,), on disk."""
+    return largest_within(scores, prices, budget, zeros(scores.shape, torch.bool, scores.device))
 
 
 def by_place(pools: Pools, flat: Tensor) -> dict[MatrixId, Tensor]:
@@ -89,8 +101,8 @@ def by_place(pools: Pools, flat: Tensor) -> dict[MatrixId, Tensor]:
 
 
 def selected(pools: Pools, taken: Tensor) -> dict[MatrixId, Parts]:
-    """Return the parts that a mask over all candidates, bool (candidates,), leaves."""
-    return {place: pools[place].selected(mask) for place, mask in by_place(pools, taken).items()}
+    """Return the parts that a mask over all candidates, bool (candidates,), leaves; mapped."""
+    return {place: on_disk(pools[place].selected(mask)) for place, mask in by_place(pools, taken).items()}
 
 
 def make_pools(
@@ -104,7 +116,7 @@ def make_pools(
     Args:
         source: The dense model.
         iterations: Of the alternating directions.
-        device: Where matrices are split; the pools come to the CPU.
+        device: Where matrices are split; the pools come to the CPU, and lie on disk.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
 
     Raises:
@@ -147,7 +159,7 @@ def _cached_pools(
     for layer in track(source.layers(), "splitting layers into low rank and sparse", source.layer_count):
         paths = [item.path for item in source.description.projections(layer.index)]
         make = partial(_pool_tensors, layer, paths, iterations, device)
-        yield layer.index, cached("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
+        yield layer.index, kept("cap-pools", {**key, "layer": layer.index}, make, cache_dir, keep=keep)
 
 
 def _pool_tensors(layer: Layer, paths: list[str], iterations: int, device: torch.device) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.cap.pools import Pool, Pools, flat_prices, selected
+from rk_export.methods.cap.pools import Pool, Pools, candidates, flat_prices, selected, taken_within
 from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import part_losses
+from rk_export.scratch import joined
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
 Score = Callable[[MatrixId, Pool], Tensor]
@@ -24,8 +25,8 @@ _LEAST = 1e-30
 
 
 def all_scores(score: Score, pools: Pools) -> Tensor:
-    """Return the scores of all candidates of a model (candidates,)."""
-    return torch.cat([score(place, pool) for place, pool in pools.items()])
+    """Return the scores of all candidates of a model (candidates,), float32, on disk."""
+    return joined((score(place, pool) for place, pool in pools.items()), candidates(pools))
 
 
 def energy_score(prices: Prices) -> Score:
@@ -71,8 +72,7 @@ def largest_scores(score: Score, pools: Pools, budget: float, prices: Prices) ->
         budget: What those kept may cost.
         prices: Of the candidates.
     """
-    taken = largest_within(all_scores(score, pools), flat_prices(pools, prices), budget)
-    return selected(pools, taken)
+    return selected(pools, taken_within(all_scores(score, pools), flat_prices(pools, prices), budget))
 
 
 def largest_of_each(score: Score, pools: Pools, budget: float, prices: Prices) -> dict[MatrixId, Parts]:

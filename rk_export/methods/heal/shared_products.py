@@ -31,7 +31,7 @@ def shared_products(model: nn.Module) -> Iterator[None]:
 
 
 class _Members:
-    """Outputs of all members for the input that was read last."""
+    """Outputs of all members for the input that was read last, until each has been asked for."""
 
     def __init__(self, outputs: Callable[[Any, Tensor], dict[str, Tensor]], pair: nn.Module) -> None:
         self._outputs, self._pair = outputs, pair
@@ -39,9 +39,12 @@ class _Members:
         self._y: dict[str, Tensor] = {}
 
     def __call__(self, role: str, x: Tensor) -> Tensor:
-        if self._x is not x:
+        if self._x is not x or role not in self._y:
             self._x, self._y = x, self._outputs(self._pair, x)
-        return self._y[role]
+        output = self._y.pop(role)
+        if not self._y:
+            self._x = None
+        return output
 
 
 def _joint(pair: JointFactors, x: Tensor) -> dict[str, Tensor]:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rk_export.model.families import Architecture
 from rk_export.rewrite.apply import Rewritten
+from rk_export.scratch import laid_down
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def trainable(rewritten: Rewritten, what: Sequence[str]) -> Iterator[dict[str, T
     scaled = quantized if "scales" in what else []
     stored = [module.scales.dtype for module in scaled]
     for module in scaled:
-        module.scales = module.scales.detach().float().clone()
+        module.scales = laid_down(module.scales.detach().to(torch.float32, copy=True))
     chosen = {name: tensor for kind, name, tensor in _tensors(modules) if kind in what}
     for tensor in chosen.values():
         tensor.requires_grad_(True)
@@ -41,7 +43,7 @@ def trainable(rewritten: Rewritten, what: Sequence[str]) -> Iterator[dict[str, T
             tensor.requires_grad_(False)
             tensor.grad = None
         for module, dtype in zip(scaled, stored, strict=True):
-            module.scales = module.scales.to(dtype)
+            module.scales = laid_down(module.scales.to(dtype))
 
 
 def _inner_modules(model: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
-from rk_export.methods.sparse_sites import Prices, amount_of, check_source, log_choice, share_of_entries
+from rk_export.methods.sparse_sites import (
+    Prices,
+    amount_of,
+    check_source,
+    log_choice,
+    on_disk,
+    share_of_entries,
+)
 from rk_export.methods.sslc.options import SslcOptions
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.allocation import SiteChoices, allocate
@@ -59,7 +66,7 @@ def sslc_parts(
         prices: Bytes of what is stored, for `size`; `BYTES` when None.
 
     Returns:
-        The parts by layer index and path in the canonical layer; on the CPU, float32.
+        The parts by layer index and path in the canonical layer; on the CPU, mapped, float32.
 
     Raises:
         InputError: If the model is an encoder or has experts, or the budget keeps nothing, or holds everything.
@@ -85,7 +92,7 @@ def sslc_parts(
     for place, target in tracked("fitting matrices"):
         rank, entries = chosen[place]
         counts = falling_counts(target.W.numel(), entries, options.stages)
-        parts[place] = target.fitted(counts, rank).parts()
+        parts[place] = on_disk(target.fitted(counts, rank).parts())
     log_choice(parts)
     return parts
 
