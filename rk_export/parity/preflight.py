@@ -22,7 +22,7 @@ from rk_export.parity.oracle import transformers_logits
 from rk_export.parity.probe import Probe, make_probe
 from rk_export.progress import track
 from rk_export.report.records import ParityTier
-from rk_export.scratch import settle
+from rk_export.scratch import laid_down, settle
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel
 from rk_export.source.tokenizer_conversion import check_tokenizer
