@@ -11,7 +11,6 @@ from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.quantize import quantized_bytes
 
-
 _SAMPLED_ROWS = 512  # of a matrix, from which the error of its outputs is estimated
 
 
@@ -51,7 +50,7 @@ class QuantizationTally:
 
     @property
     def weighted_error(self) -> float:
-        """The relative error of the outputs, of matrices of 1,024 rows and more estimated from half of them or fewer."""
+        """The relative error of the outputs; of matrices of 1,024 rows and more it is estimated from some rows."""
         norm = self.weighted_squared_norm
         return (self.weighted_squared_error / norm) ** 0.5 if norm else 0.0
 
