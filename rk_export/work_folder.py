@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -10,14 +9,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_IDENTITY, _LOCK, _PLAN, _LAYERS = "run.json", "lock", "plan.json", "layers"
+_IDENTITY, _PLAN, _LAYERS = "run.json", "plan.json", "layers"
+_LOCK, _HOLDER = "lock", "holder"
 
 
 def work_folder_of(out: Path) -> Path:
@@ -50,7 +51,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, *, resume: bool = True) -> None:
         self.out, self.path, self._resume = out, work_folder_of(out), resume
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(self.path / _LOCK, timeout=0)
         self._is_ours = False
 
     @property
@@ -69,22 +70,18 @@ class WorkFolder:
 
     def __enter__(self) -> WorkFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        # The system takes the lock away when the process ends, however it ends.
-        self._lock = (self.path / _LOCK).open("a+", encoding="utf-8")
+        holder = self.path / _HOLDER
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
+            # The system takes the lock away when the process ends, however it ends.
+            self._lock.acquire()
+        except Timeout as error:
+            number = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown"
             raise InputError(
-                f"another run works on this output (process {holder})",
+                f"another run works on this output (process {number})",
                 where=str(self.path),
                 fix="wait until it ends, or give another output folder",
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        holder.write_text(str(os.getpid()), encoding="utf-8")
         if not self._resume:
             self._clear()
         return self
@@ -92,11 +89,10 @@ class WorkFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = any(path.name not in (_LOCK, _IDENTITY) for path in self.path.iterdir())
+        kept = any(path.name not in (_LOCK, _HOLDER, _IDENTITY) for path in self.path.iterdir())
         if self._is_ours and (error is None or not kept):
             shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.release()
 
     def begin(self, identity: Mapping[str, str]) -> None:
         """Take note of what decides the result, or refuse to go on with a run in which it differed.
@@ -136,6 +132,6 @@ class WorkFolder:
     def _clear(self) -> None:
         """Delete all but the lock."""
         for path in self.path.iterdir():
-            if path.name == _LOCK:
+            if path.name in (_LOCK, _HOLDER):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -198,6 +198,6 @@ def test_two_runs_of_one_output_are_refused(unfinished: Path, model: Path) -> No
 
 
 def test_the_lock_of_a_dead_process_holds_nobody_up(unfinished: Path, model: Path) -> None:
-    assert (work_folder_of(unfinished) / "lock").read_text() == str(os.getpid())
+    assert (work_folder_of(unfinished) / "holder").read_text() == str(os.getpid())
     compress(model, unfinished, made_recipe(calibration=SHORT), run=RUN)
     assert (unfinished / "model.onnx").is_file()
