@@ -96,9 +96,10 @@ def settling(folder: Path | None = None) -> Iterator[None]:
 
     def settled(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None and parameter.device.type == "cpu" and parameter.nbytes >= SMALLEST:
-            if not _in_file(parameter.data_ptr()):
-                parameter.data = kept(parameter.data, folder)
+        if parameter is None or parameter.device.type != "cpu" or parameter.nbytes < SMALLEST:
+            return
+        if not _in_file(parameter.data_ptr()):
+            parameter.data = kept(parameter.data, folder)
 
     nn.Module.register_parameter = settled  # type: ignore[method-assign]
     try:

@@ -37,8 +37,8 @@ SECOND_FACTORS = ".ups."
 def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     """Let matrices read their inputs in floats where int8 inputs would cost more than `LARGEST_LOSS`.
 
-    The model runs once on the probe, forward and back, a layer at a time. Matrices that read the same input are decided together, since
-    the exported graph may pack them into one product.
+    The model runs once on the probe, forward and back, a layer at a time. Matrices that read the same input are decided
+    together, since the exported graph may pack them into one product.
 
     Args:
         rewritten: A quantized model; `reads_floats` of its matrices is set in place.
@@ -107,6 +107,7 @@ def _by_input(
         with _watched(modules, costs):
             yield
         groups.extend(costs.by_input(names))
+        costs.reads.clear()  # hooks of the graph hold it: its tensors would hold the graph
 
     run = TextRun(model, architecture, [probe], back=1, dtype=torch.float32)
     run.forward("running the model for accuracy levels, layers")
