@@ -101,7 +101,7 @@ def settling(folder: Path | None = None) -> Iterator[None]:
         if not _in_file(parameter.data_ptr()):
             parameter.data = kept(parameter.data, folder)
 
-    nn.Module.register_parameter = settled  # type: ignore[method-assign]
+    nn.Module.register_parameter = settled  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
 
 
 def _take_buffers(model: PreTrainedModel) -> None:
-    """Give a model the tables and factors of a float32 one: its class computes them in the type that it is loaded in."""
+    """Give a model the tables and factors of a float32 one: a class computes them in the type that it is loaded in."""
     exact, stored = dict(empty_model(model.config).named_buffers()), model.state_dict()
     for name, buffer in model.named_buffers():
         if name not in stored and buffer.is_floating_point():
