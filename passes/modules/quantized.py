@@ -77,7 +77,8 @@ class QuantizedLinear(nn.Module):
         if not torch.is_grad_enabled():
             return torch.cat([self._rows(x, bias, slice(begin, begin + rows)) for begin in begins], -1)
         parts = [
-            checkpoint(self._rows, x, bias, slice(begin, begin + rows), use_reentrant=False) for begin in begins
+            checkpoint(self._rows, x, bias, slice(begin, begin + rows), use_reentrant=False)
+            for begin in begins
         ]
         return torch.cat(parts, -1)
 

@@ -36,6 +36,7 @@ from rk_export.model.torch_logits import torch_logits
 from rk_export.options.prepare import PARTS_OF_FOLD, Prepare
 from rk_export.options.recipe import Recipe
 from rk_export.options.step import MethodOptions
+from rk_export.parity.preflight import dense_logits
 from rk_export.passes.numerics.predicted_loss import TableCurvature
 from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import with_default_groups
@@ -43,6 +44,7 @@ from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
 from rk_export.rewrite.layer_store import LayerStore
+from rk_export.scratch import kept
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
@@ -106,7 +108,7 @@ class CompressionInputs:
         check_parts(plan, parts)
         dense = self.dense_logits
         if dense is None and probe is not None and self.source is not self.dense:
-            dense = torch_logits(self.dense.load())(probe.numpy())
+            dense, _ = dense_logits(self.dense, probe)
         rewritten = rewrite(
             self.source,
             plan,
@@ -187,7 +189,7 @@ def compression_inputs(
         teacher = work.source if method.sets_target else teacher
     started = CompressionInputs(dense, work, methods, teacher, choice=choice.findings, folder=folder)
     if probe is not None and work.source is not dense:
-        logits = torch_logits(dense.shared().to("cpu"))(probe.numpy())
+        logits = kept(torch_logits(dense.shared().to("cpu"))(probe.numpy()))
         started = replace(started, dense_logits=logits)
     if tokens is not None and recipe.calibration.metric == "self" and needs_other_writer(source, device):
         started = replace(started, choice=(*started.choice, _int4_finding(source, device)))

@@ -25,7 +25,9 @@ from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
 from rk_export.source.adapter import is_adapter
+from rk_export.source.memory import Memory
 from rk_export.source.stored import open_source, read_config
+from rk_export.source.transformed import Transformed
 from rk_export.text import LogitsFn
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,8 @@ def open_evaluated(
         )
     source = open_source(model, base)
     limits = _limits(source.config, option)
-    return EvaluatedModel(str(model), source.folder, *limits, lambda: torch_logits(source.load()))
+    mapped = Transformed(source, memory=Memory())
+    return EvaluatedModel(str(model), source.folder, *limits, lambda: torch_logits(mapped.shared()))
 
 
 def _limits(config: PretrainedConfig, option: str) -> tuple[int, int, int | None]:

@@ -107,6 +107,7 @@ def _by_input(
         with _watched(modules, costs):
             yield
         groups.extend(costs.by_input(names))
+        costs.reads.clear()  # hooks of the graph hold it: its tensors would hold the graph
 
     run = TextRun(model, architecture, [probe], back=1, dtype=torch.float32)
     run.forward("running the model for accuracy levels, layers")

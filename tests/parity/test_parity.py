@@ -23,6 +23,7 @@ from rk_export.folders import check_manifest
 from rk_export.graph.build import save_graph
 from rk_export.json_codec import from_json
 from rk_export.options.run import Run
+from rk_export.parity import comparison
 from rk_export.parity import tiers as parity
 from rk_export.parity.comparison import compare, require_parity
 from rk_export.parity.greedy import Golden
@@ -77,6 +78,20 @@ def test_half_floats_are_compared_in_full_precision() -> None:
     reference = np.full((1, 1, 2), 60000.0, np.float16)
     tier = compare("c", "", reference, -reference, bound=1.0)
     assert tier.max_error == 120000.0
+
+
+def test_logits_are_compared_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    reference, candidate = rng.normal(size=(2, 3, 5, 7)).astype(np.float32)
+    whole = compare("c", "", reference, candidate, bound=1.0)
+    monkeypatch.setattr(comparison, "_TOGETHER", 2 * 7)
+    parts = compare("c", "", reference, candidate, bound=1.0)
+    assert parts.kl == pytest.approx(whole.kl)
+    assert replace(parts, kl=whole.kl) == whole
+    assert comparison.relative_error(reference, candidate) == whole.relative_error
+    candidate[1, 2, 3] = np.nan
+    assert math.isnan(compare("c", "", reference, candidate, bound=1.0).max_error)
+    assert math.isnan(comparison.relative_error(reference, candidate))
 
 
 # --- the method's own error

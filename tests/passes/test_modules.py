@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.options.quantization import QuantSpec
+from rk_export.passes.modules import quantized
 from rk_export.passes.modules.factors import GroupedFactors, JointFactors, JointMember
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear, empty_matrix
 from rk_export.passes.numerics.quantize import quantize_rtn
@@ -103,3 +104,34 @@ def test_members_own_no_tensors() -> None:
     parent.q_proj, parent.k_proj = (JointMember(parent.factors, role) for role in ("q", "k"))
     assert all(name.startswith("factors.") for name in parent.state_dict())
     assert parent.q_proj.factors is parent.k_proj.factors is parent.factors
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_large_matrix_is_multiplied_some_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, has_bias: bool
+) -> None:
+    """Forward bit for bit; gradients are sums in another order."""
+    linear = QuantizedLinear(
+        quantize_rtn(random(300, 64), QuantSpec(4, 16, symmetric=symmetric)),
+        random(300, seed=2) if has_bias else None,
+    )
+    x, upstream = random(2, 5, 64, seed=1).requires_grad_(), random(2, 5, 300, seed=3)
+    whole = linear(x)
+    (expected,) = torch.autograd.grad(whole, x, upstream)
+    rows: list[int] = []
+    dequantize = quantized.dequantize
+
+    def counted(codes: Tensor, *args: object) -> Tensor:
+        rows.append(len(codes))
+        return dequantize(codes, *args)
+
+    monkeypatch.setattr(quantized, "dequantize", counted)
+    monkeypatch.setattr(quantized, "TOGETHER", 128 * 64)
+    assert torch.equal(linear(x), whole)
+    assert rows == [128, 128, 44]
+    (found,) = torch.autograd.grad(linear(x), x, upstream)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert torch.equal(linear(x), whole)
+    assert max(rows) == 128
