@@ -44,6 +44,11 @@ class QuantizationTally:
             self.weighted_squared_norm += step * inputs.mean_square(target[::step])
 
     @property
+    def is_weighted(self) -> bool:
+        """Whether any error was weighed by what its matrix reads."""
+        return self.weighted_squared_norm > 0
+
+    @property
     def error(self) -> float:
         """The relative Frobenius error."""
         return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0

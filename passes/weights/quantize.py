@@ -8,8 +8,9 @@ block being the first factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from rk_export.passes.weights.quantizer import Quantizer, QuantizerName
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
 
+logger = logging.getLogger(__name__)
+
 NO_STATISTICS = (
     "gptq needs the second moment of the inputs, which was not taken: scales were searched instead"
 )
@@ -42,13 +45,19 @@ class Quantize:
         device: Where the rounding runs.
         quantizer: `rtn` rounds to nearest, `search` also searches the scales, `gptq` also makes up for each
             column's error; the last two weigh by the curvature and refit the second factor of a pair.
+        singly: By the name of the matrix, what is known of matrices that share a site and not what they read: experts.
     """
 
     name = "quantize"
 
     def __init__(
-        self, scale_dtype: torch.dtype, device: torch.device, quantizer: QuantizerName = "rtn"
+        self,
+        scale_dtype: torch.dtype,
+        device: torch.device,
+        quantizer: QuantizerName = "rtn",
+        singly: Mapping[str, Curvature] | None = None,
     ) -> None:
+        self._singly = singly or {}
         self.scale_dtype = scale_dtype
         self.device = device
         self.quantizer = Quantizer(quantizer, scale_dtype)
@@ -66,14 +75,32 @@ class Quantize:
         if isinstance(first, JointMember):
             for pair in first.factors.pairs():
                 work.quantize_pair(pair)
+        elif "expert" in plan.members:
+            return self._experts(layer, plan, work)
         else:
             for path in plan.paths:
                 layer.replace(path, work.quantize_dense(layer.linear(path), plan.correction))
         return self._finding(plan, work)
 
+    def _experts(self, layer: Layer, plan: SitePlan, work: _Work) -> Finding:
+        """Round the matrices of experts, each as what it read says, as far as that is known."""
+        unknown = 0
+        for path, place in zip(plan.paths, plan.matrices, strict=True):
+            curvature = self._singly.get(place.name)
+            inputs = None if curvature is None else curvature.inputs.to(self.device)
+            unknown += inputs is None
+            own = replace(work, quantizer=self.quantizer.on(inputs), inputs=inputs)
+            layer.replace(path, own.quantize_dense(layer.linear(path), plan.correction))
+        finding = self._finding(plan, replace(work, quantizer=self.quantizer))
+        if self.quantizer.name == "rtn" or not unknown:
+            return finding
+        reason = f"{unknown} of {len(plan.paths)} matrices of experts read too few tokens: rounded by their weights"
+        logger.info("%s: %s", plan.site, reason)
+        return replace(finding, reason=reason)
+
     def _finding(self, plan: SitePlan, work: _Work) -> Finding:
         details: dict[str, Any] = {"pass": self.name, **work.spec.details(), "quantizer": work.quantizer.name}
-        if work.inputs is not None:
+        if work.inputs is not None or work.tally.is_weighted:
             details["weighted_error"] = work.tally.weighted_error
         if plan.correction:
             details["correction"] = plan.correction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.plan import SitePlan
 
+# Tokens that an expert must have read for its second moment to be used.
+LEAST_READS = 256
+
 _KINDS = ("second", "peaks", "gradients")
-_TOKEN_PEAKS = "token_peaks"
+_TOKEN_PEAKS, _READS = "token_peaks", "reads"
 _TOKENS, _EMBEDDING = "tokens", "embedding"
 
 
@@ -34,6 +37,7 @@ class DenseStatistics:
         tokens: Predicted tokens that the loss is the mean of.
         embedding: Mean over tokens of the squared gradient of a token's loss by what the embedding writes (dim,); None
             where nothing ran back.
+        reads: How many tokens each matrix read: an expert only those that are routed to it.
     """
 
     second: Mapping[MatrixId, Tensor]
@@ -42,6 +46,7 @@ class DenseStatistics:
     gradients: Mapping[MatrixId, Tensor]
     tokens: int
     embedding: Tensor | None = None
+    reads: Mapping[MatrixId, int] = field(default_factory=dict)
 
     def at(self, place: MatrixId) -> Curvature:
         """Return the curvature of one matrix.
@@ -89,6 +94,18 @@ class DenseStatistics:
             }
             yield Curvature(shared[key], outputs, self.tokens)
 
+    def of_experts(self, sites: Iterable[SitePlan]) -> dict[MatrixId, Curvature]:
+        """Return what is known of each expert's matrix that read enough tokens, without gradients."""
+        shared: dict[int, Curvature] = {}
+        found = {}
+        for place in (place for site in sites if "expert" in site.members for place in site.matrices):
+            if (tokens := self.reads.get(place, 0)) < LEAST_READS:
+                continue
+            second = self.second[place]
+            own = Inputs(second, token_peak=self.token_peaks.get(place, 0.0), tokens=tokens)
+            found[place] = shared.setdefault(id(second), Curvature(own))
+        return found
+
     def _inputs(self, place: MatrixId, device: torch.device) -> Inputs:
         peak = self.token_peaks.get(place, 0.0)
         return Inputs(self.second[place].to(device), token_peak=peak, tokens=self.tokens)
@@ -98,6 +115,8 @@ class DenseStatistics:
         packed: dict[str, Tensor] = {}
         for (layer, path), peak in self.token_peaks.items():
             packed[f"{_TOKEN_PEAKS}|{layer}|{path}"] = torch.tensor(peak, dtype=torch.float64)
+        for (layer, path), count in self.reads.items():
+            packed[f"{_READS}|{layer}|{path}"] = torch.tensor(count)
         for kind in _KINDS:
             tensors: Mapping[MatrixId, Tensor] = getattr(self, kind)
             shared: defaultdict[int, list[MatrixId]] = defaultdict(list)
@@ -111,17 +130,19 @@ class DenseStatistics:
     @classmethod
     def from_tensors(cls, packed: Mapping[str, Tensor]) -> DenseStatistics:
         """Return the statistics of a model from what `of_matrices` packed, the tokens and the embedding beside it."""
-        kinds: dict[str, dict[MatrixId, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS)}
+        kinds: dict[str, dict[MatrixId, Tensor]] = {kind: {} for kind in (*_KINDS, _TOKEN_PEAKS, _READS)}
         for name, tensor in packed.items():
             if name not in (_TOKENS, _EMBEDDING):
                 kind, layer, *paths = name.split("|")
                 kinds[kind] |= {MatrixId(int(layer), path): tensor for path in paths}
         token_peaks = {place: float(peak) for place, peak in kinds.pop(_TOKEN_PEAKS).items()}
+        reads = {place: int(count) for place, count in kinds.pop(_READS).items()}
         return cls(
             **kinds,
             token_peaks=token_peaks,
             tokens=int(packed[_TOKENS]),
             embedding=packed.get(_EMBEDDING),
+            reads=reads,
         )
 
 

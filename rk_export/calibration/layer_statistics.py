@@ -22,7 +22,10 @@ BySite = dict[str, Curvature]
 
 
 class LayerStatistics(Protocol):
-    """Curvatures by site name, asked for layer by layer; sites that nothing is known about are absent."""
+    """Curvatures by site name, asked for layer by layer; sites that nothing is known about are absent.
+
+    Experts share a site and read different tokens: theirs are by the name of the matrix.
+    """
 
     def begin(self, model: PreTrainedModel) -> None:
         """Look at the model while its embedding is still dense."""
@@ -82,7 +85,8 @@ class FromDense(Stationary):
 
     def of_sites(self, layer: Layer, sites: Sequence[SitePlan]) -> BySite:
         found = zip(sites, self.known.of_sites(sites), strict=True)
-        return {site.site: curvature for site, curvature in found if curvature is not None}
+        of_sites = {site.site: curvature for site, curvature in found if curvature is not None}
+        return of_sites | {place.name: own for place, own in self.known.of_experts(sites).items()}
 
 
 @dataclass

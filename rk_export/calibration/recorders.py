@@ -50,6 +50,10 @@ class InputRecorder:
         means = {place: total / self._sums[place].tokens for place, total in self._squares.items()}
         return {place: means[reader] for place, reader in self._reader.items()}
 
+    def reads(self) -> dict[MatrixId, int]:
+        """Return how many tokens each matrix read."""
+        return {place: self._sums[reader].tokens for place, reader in self._reader.items()}
+
 
 class GradientRecorder:
     """Moments of the gradients by what matrices put out.

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK, GRADIENT_CHUNK = 2048, 512  # tokens that run together, forward only and forward and back
 GRADIENT_TOKENS = 4096
-_VERSION = 3
+_VERSION = 4
 _IGNORED = -100  # the label of a token that nothing is predicted for
 
 Labels = Literal["model", "text"]
@@ -150,7 +150,9 @@ class _Gathering:
         inputs = InputRecorder()
         with self._recording(index, inputs.record):
             yield
-        known = DenseStatistics(inputs.second(), inputs.peaks(), inputs.token_peaks(), {}, 0, None)
+        known = DenseStatistics(
+            inputs.second(), inputs.peaks(), inputs.token_peaks(), {}, 0, None, inputs.reads()
+        )
         packed = known.of_matrices()
         if index == 0:
             self._parts.limit(

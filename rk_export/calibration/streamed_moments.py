@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.calibration.dense_statistics import LEAST_READS
 from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
 from rk_export.calibration.self_text import LENGTH, Writer, self_text
 from rk_export.calibration.streams import Streams
@@ -116,10 +117,12 @@ class CalibrationStreams:
         Experts get moments of the compressed version only: the two versions may route a token differently.
 
         Returns:
-            Curvatures by site name. A site whose matrices read different inputs, or no token at all, has none,
-            which is logged.
+            Curvatures by site name, those of experts by the matrix' name. A site whose matrices read different
+            inputs, or no token at all, has none, which is logged; neither has an expert that read too few tokens.
         """
         modules = {path: layer.at(path) for site in sites for path in site.paths}
+        mixed = [site for site in sites if "expert" in site.members]
+        experts = [path for site in mixed for path in site.paths]
         sums: defaultdict[str, InputSum] = defaultdict(InputSum)
         reader_of: dict[str, str] = {}
         for chunk in self._chunks:
@@ -127,10 +130,13 @@ class CalibrationStreams:
                 inputs, dense = self._inputs(chunk, index, modules)
             here = readers(inputs)
             reader_of |= here
-            for reader, site in {common_reader(site.paths, here): site for site in sites}.items():
+            for reader in {here[path] for path in experts if path in here}:
+                sums[reader].add(inputs[reader], None)
+            for reader in {common_reader(site.paths, here) for site in sites if site not in mixed}:
                 if reader is not None:
-                    sums[reader].add(inputs[reader], None if "expert" in site.members else dense.get(reader))
-        return _by_site(sites, reader_of, {reader: total.moments() for reader, total in sums.items()})
+                    sums[reader].add(inputs[reader], dense.get(reader))
+        moments = {reader: total.moments() for reader, total in sums.items()}
+        return _by_site(sites, reader_of, moments) | _by_expert(mixed, reader_of, moments)
 
     def advance(self, index: int) -> None:
         """Run the compressed version through a layer that has been rewritten."""
@@ -161,6 +167,18 @@ class CalibrationStreams:
         return matmuls_in(self._dtype or matmul_dtype(device), device)
 
 
+def _by_expert(
+    sites: Sequence[SitePlan], reader_of: Mapping[str, str], moments: Mapping[str, Inputs]
+) -> dict[str, Curvature]:
+    found = {}
+    apart = (site for site in sites if common_reader(site.paths, reader_of) is None)
+    for place in (place for site in apart for place in site.matrices):
+        own = moments.get(reader_of.get(place.path, ""))
+        if own is not None and own.tokens >= LEAST_READS:
+            found[place.name] = Curvature(own)
+    return found
+
+
 def _by_site(
     sites: Sequence[SitePlan], reader_of: Mapping[str, str], moments: Mapping[str, Inputs]
 ) -> dict[str, Curvature]:
@@ -171,6 +189,8 @@ def _by_site(
             found[site.site] = Curvature(shared)
             continue
         reached = any(path in reader_of for path in site.paths)
+        if reached and "expert" in site.members:
+            continue  # what is known of them is known one by one
         reason = "its matrices read different inputs" if reached else "no token reached it"
         logger.info("%s: no statistics, %s", site.site, reason)
     return found

@@ -193,7 +193,7 @@ def finished_layer(
         source: The dense model that the layer is of.
         plan: What to do.
         layer: The layer, with its weights.
-        known: Curvatures by site name; a site without one is judged by its weights.
+        known: Curvatures by site name, those of experts by matrix; what has none is judged by its weights.
         parts: Of the matrices in the sparse form.
         device: Where matrices are factorized and quantized.
     """
@@ -218,7 +218,7 @@ def finished_layer(
     }
     rounding: tuple[WeightPass, ...] = (
         Carry(source_grids(source), plan.recipe.target.float_dtype),
-        Quantize(SCALE_DTYPE, device, plan.recipe.quantizer),
+        Quantize(SCALE_DTYPE, device, plan.recipe.quantizer, known),
         Int8(device),
     )
     for weight_pass in rounding:
