@@ -171,9 +171,9 @@ def compression_inputs(
         InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
             the model can lose.
     """
-    weighs = _weighs_errors(recipe)
+    weighs = weighs_errors(recipe)
     dense = Transformed(source, (), Memory(folder))
-    tokens = _tokens(dense, recipe, device, weighs)
+    tokens = _tokens(dense, recipe, device)
     choice = decided_preparations(dense, recipe, tokens, device, folder)
     if recipe.find(Prepare) is not None:
         recipe = recipe.with_step(Prepare(choice.names))
@@ -197,19 +197,24 @@ def compression_inputs(
     return replace(started, decision=_decision(methods, started.work))
 
 
-def _tokens(source: Source, recipe: Recipe, device: torch.device, weighs: bool) -> Tensor | None:
+def _tokens(source: Source, recipe: Recipe, device: torch.device) -> Tensor | None:
     """Return the calibration text, or None where nothing reads one."""
-    if source.architecture.is_encoder or not recipe.calibration.uses_text:
-        return None
-    if not weighs and not any(method.reads_text for method in recipe.methods):
+    if not reads_text(source, recipe):
         return None
     return calibration_tokens(source, recipe.calibration, device, int4_text)
+
+
+def reads_text(source: Source, recipe: Recipe) -> bool:
+    """Whether calibration text is written or read for a recipe."""
+    if source.architecture.is_encoder or not recipe.calibration.uses_text:
+        return False
+    return weighs_errors(recipe) or any(method.reads_text for method in recipe.methods)
 
 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
-    directions = _weighs_directions(work.source, work.recipe)
+    directions = weighs_directions(work.source, work.recipe)
     statistics = model_statistics(
         work.source, tokens, work.recipe, work.device, directions=directions, folder=started.folder
     )
@@ -224,7 +229,7 @@ def _decision(methods: Sequence[Method[MethodOptions]], work: Work) -> Decision 
     return next((decision for decision in decisions if decision is not None), None)
 
 
-def _weighs_errors(recipe: Recipe) -> bool:
+def weighs_errors(recipe: Recipe) -> bool:
     """Whether anything that was asked for weighs errors by statistics."""
     rounds = recipe.quant is not None or recipe.table_quant is not None
     recovers = any(method.stage == "recover" for method in recipe.methods)
@@ -232,7 +237,7 @@ def _weighs_errors(recipe: Recipe) -> bool:
     return bool(recipe.limit or recipe.rank or recovers or compensates)
 
 
-def _weighs_directions(source: Source, recipe: Recipe) -> bool:
+def weighs_directions(source: Source, recipe: Recipe) -> bool:
     """Whether errors are weighed along directions of the outputs; rounding weighs every output on its own."""
     factorizes = bool(with_default_groups(source, recipe).groups)
     return factorizes or any(method.weighs_outputs for method in recipe.methods)
@@ -247,7 +252,7 @@ def _int4_finding(source: Source, device: torch.device) -> Finding:
 
 def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:
     """Yield what a model without calibration text goes without."""
-    if recipe.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(recipe):
+    if recipe.calibration.uses_text and source.architecture.is_encoder and weighs_errors(recipe):
         reason = (
             f"{recipe.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
         )

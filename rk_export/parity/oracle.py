@@ -53,7 +53,7 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     Raises:
         InputError: If transformers cannot be filled completely either.
     """
-    needed = round(_ROOM * 4 * source.parameter_count())
+    needed = needed_memory(source)
     available = available_memory()
     if available is not None and needed > available:
         reason = f"transformers needs {size(needed)} for the whole model, {size(available)} are free"
@@ -62,6 +62,11 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     with transformers_quiet():
         model, note = _whole_model(source)
     return Reference(torch_logits(model)(tokens.numpy()).float(), note)
+
+
+def needed_memory(source: StoredModel) -> int:
+    """Return the bytes that must be free for a comparison: the whole model in float32, and some room."""
+    return round(_ROOM * 4 * source.parameter_count())
 
 
 def _whole_model(source: StoredModel) -> tuple[PreTrainedModel, str]:
