@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rk_export.commands.machine_rates import machine_rates
-from rk_export.commands.requirements import Room, job_of, room, run_needs
+from rk_export.commands.requirements import Room, job_of, known_plan, room, run_needs
 from rk_export.commands.stages import Task, check_outputs, open_task
 from rk_export.json_codec import to_json
 from rk_export.model.context import context_notices
@@ -17,13 +16,12 @@ from rk_export.options.run import Run
 from rk_export.options.target import Target
 from rk_export.plan import Plan
 from rk_export.planning.fixed_parts import fixed_findings
-from rk_export.planning.planner import decide_plan
 from rk_export.planning.resources import KINDS, StageNeeds, Term
 from rk_export.report import humanize
 from rk_export.report.records import Finding
 from rk_export.report.table import Block, Column, make_table
 from rk_export.report.tables import matrices_table
-from rk_export.rewrite.sizes import planned_findings, sized_by_shapes
+from rk_export.rewrite.sizes import planned_findings
 from rk_export.source.tokenizer_conversion import check_tokenizer
 
 
@@ -177,10 +175,6 @@ def _estimate(stage: StageNeeds, rates: Any) -> Estimate:
 
 def _findings(task: Task) -> tuple[Finding, ...]:
     """Return what is known of the matrices without looking at weights."""
-    source, recipe, plan = task.source, task.recipe, task.plan
-    if plan is None and sized_by_shapes(recipe):
-        plan = decide_plan(source, recipe)
-    planned: Sequence[Finding] = ()
-    if plan is not None and plan.pruning is None:
-        planned = planned_findings(source, plan)
-    return (*source.findings, *planned, *fixed_findings(source.description, recipe))
+    source, plan = known_plan(task)
+    planned = () if plan is None else planned_findings(source, plan)
+    return (*source.findings, *planned, *fixed_findings(source.description, task.recipe))

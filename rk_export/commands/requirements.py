@@ -19,15 +19,20 @@ from rk_export.commands.stages import Task
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.memory import available_memory
+from rk_export.methods.base import Work, methods_of
 from rk_export.options.ranks import Budget
 from rk_export.parity.oracle import needed_memory
+from rk_export.plan import Plan
 from rk_export.planning.job import Job, Writer
 from rk_export.planning.method_needs import with_methods
 from rk_export.planning.plain_size import plain_int4_bytes
+from rk_export.planning.planner import decide_plan
 from rk_export.planning.resources import Place, StageNeeds, needed_in
 from rk_export.planning.stage_needs import PROCESS_BYTES, stages_of
 from rk_export.report.humanize import size
 from rk_export.rewrite.sizes import least_bytes, planned_bytes, sized_by_shapes
+from rk_export.source.protocol import Source
+from rk_export.source.transformed import Transformed
 from rk_export.tensor_cache import cache_root
 
 _PLACES: tuple[Place, ...] = ("output", "cache", "temporary")
@@ -162,7 +167,7 @@ def _disks(out: Path, needs: Sequence[StageNeeds]) -> list[Disk]:
     by_disk: dict[int, list[Place]] = {}
     for place in _PLACES:
         if needed_in(needs, place):
-            by_disk.setdefault(os.stat(_existing(folders[place])).st_dev, []).append(place)
+            by_disk.setdefault(_file_system(folders[place]), []).append(place)
     return [
         Disk(
             {place: str(folders[place]) for place in places},
@@ -171,6 +176,11 @@ def _disks(out: Path, needs: Sequence[StageNeeds]) -> list[Disk]:
         )
         for places in by_disk.values()
     ]
+
+
+def _file_system(folder: Path) -> int:
+    """Return a number that is the same for folders on one file system."""
+    return os.stat(_existing(folder)).st_dev
 
 
 def _existing(folder: Path) -> Path:
@@ -232,13 +242,23 @@ def _writer(task: Task, has_text: bool) -> Writer:
     return "int4" if needs_other_writer(task.source, task.device) else "dense"
 
 
+def known_plan(task: Task) -> tuple[Source, Plan | None]:
+    """Return the plan that is given, or the one that shapes alone make, with the model that it is for."""
+    source, plan = Transformed(task.source), task.plan
+    if plan is None:
+        return source, decide_plan(source, task.recipe) if sized_by_shapes(task.recipe) else None
+    for method in methods_of(task.recipe) if plan.pruning is not None else ():
+        if method.options.stage == "prune":
+            source = method.transform(Work(source, task.recipe, task.device, pruning=plan.pruning))
+    return source, plan
+
+
 def _output_bytes(task: Task) -> int:
     """Return the bytes of the bundle's model files as far as they are known: at most those of plain INT4 elsewhere."""
     source, recipe = task.source, task.recipe
-    if task.plan is not None and task.plan.pruning is None:
-        return planned_bytes(source, task.plan)
-    if sized_by_shapes(recipe):
-        return least_bytes(source, recipe)
+    left, plan = known_plan(task)
+    if plan is not None:
+        return planned_bytes(left, plan)
     limit: Budget | None = recipe.limit
     if limit is not None and limit.kind == "size":
         return round(limit.amount)
