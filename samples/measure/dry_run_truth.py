@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def compared(model: Path, words: Sequence[str], folder: Path) -> list[harness.Ro
 
 def rows_of(predicted: dict[str, Any], metered: memory_meter.Metered) -> list[harness.Row]:
     """Return a row for each stage that both know, and one for the whole run."""
-    usages = {usage.stage: usage for usage in metered.stages}
+    usages = {usage.stage: replace(usage) for usage in metered.stages}
     stages = {stage["stage"]: stage for stage in predicted["stages"]}
     # What runs before the first line of the log are the imports of the first stage.
     if memory_meter.BEFORE in usages and "load" in usages:
