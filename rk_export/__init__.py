@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from rk_export.cli.main import quiet_libraries
     from rk_export.commands.analyze import analyze
     from rk_export.commands.compare import compare
-    from rk_export.commands.compress import compress, dry_run, rewrite_model
+    from rk_export.commands.compress import compress, rewrite_model
     from rk_export.commands.deployment_files import deployment_files
+    from rk_export.commands.dry_run import DryRun, dry_run
     from rk_export.commands.evaluate import evaluate
     from rk_export.commands.explain import explain
     from rk_export.commands.export import export
@@ -69,9 +70,10 @@ _HOME = {
     "analyze": "rk_export.commands.analyze",
     "compare": "rk_export.commands.compare",
     "compress": "rk_export.commands.compress",
-    "dry_run": "rk_export.commands.compress",
     "rewrite_model": "rk_export.commands.compress",
     "deployment_files": "rk_export.commands.deployment_files",
+    "DryRun": "rk_export.commands.dry_run",
+    "dry_run": "rk_export.commands.dry_run",
     "evaluate": "rk_export.commands.evaluate",
     "explain": "rk_export.commands.explain",
     "export": "rk_export.commands.export",
@@ -126,6 +128,7 @@ __all__ = [
     "CalibrationOptions",
     "Comparison",
     "Correct",
+    "DryRun",
     "EvalText",
     "Factorize",
     "Finding",

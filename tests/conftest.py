@@ -209,7 +209,16 @@ Cli = Callable[..., Ended]
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+def made_up_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let dry runs take the machine's rates as given: measuring them takes seconds."""
+    from rk_export.commands import dry_run
+    from rk_export.planning.resources import KINDS
+
+    monkeypatch.setattr(dry_run, "machine_rates", lambda *_, **__: dict.fromkeys(KINDS, 1e9))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], made_up_rates: None) -> Iterator[Cli]:
     """Run `rk-export` in this process; return exit code and output."""
     from rk_export.cli.main import main
 

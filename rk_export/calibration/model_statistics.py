@@ -45,7 +45,7 @@ def model_statistics(
     """
     weighed = recipe.weighs_outputs
     wanted = weighed and recipe.calibration.gradients
-    back = tokens.numel() // 2 if directions else min(tokens.numel(), DIAGONAL_TOKENS)
+    back = back_tokens(tokens.numel(), directions=directions)
     statistics = dense_statistics(
         source,
         tokens,
@@ -58,6 +58,11 @@ def model_statistics(
         return statistics
     logger.info("outputs weigh by relative error, layer by layer")
     return layerwise(statistics, source.layers())
+
+
+def back_tokens(tokens: int, *, directions: bool) -> int:
+    """Return how many of the tokens of a text run back, as `model_statistics` is told of directions."""
+    return tokens // 2 if directions else min(tokens, DIAGONAL_TOKENS)
 
 
 def only_diagonals(source: Source, recipe: Recipe) -> bool:

@@ -19,7 +19,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("compress MODEL -o out/bundle --recipe int4 --ep cuda", "for a GPU"),
         ("compress MODEL -o out/bundle --plan plan.json", "apply a plan that you edited"),
-        ("compress MODEL -o out/bundle --dry-run", "what would be done, and how large it would be"),
+        ("compress MODEL -o out/bundle --dry-run", "memory, disk and time of each stage; nothing is done"),
     ),
     "analyze": (
         ("analyze MODEL -o out/spectra", "spectra of q/k and gate/up"),

@@ -52,12 +52,13 @@ def texts_of(args: argparse.Namespace, paths: Sequence[Path]) -> list[EvalText]:
 
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, or its dry run."""
-    from rk_export.commands.compress import compress, dry_run
-    from rk_export.report.render import planned, summary
+    from rk_export.commands.compress import compress
+    from rk_export.commands.dry_run import dry_run
+    from rk_export.report.render import summary
 
     recipe, plan, run = asked_recipe(args), _plan_of(args), _run_of(args)
     if args.dry_run:
-        report = dry_run(
+        found = dry_run(
             args.model,
             recipe,
             plan=plan,
@@ -67,7 +68,7 @@ def run_compress(args: argparse.Namespace) -> int:
             checkpoint=args.checkpoint,
             force=args.force,
         )
-        print_json(report.to_json()) if args.json else show(*planned(report))
+        print_json(found.to_json()) if args.json else show(*found.blocks())
         return 0
     report = compress(
         args.model,

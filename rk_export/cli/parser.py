@@ -194,7 +194,9 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     _add_plan(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what would be done and its size; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="show memory, disk and time of each stage, and sizes as far as shapes tell; nothing is done",
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"

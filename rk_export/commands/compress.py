@@ -7,23 +7,22 @@ from pathlib import Path
 
 import torch
 
-from rk_export.bundle.write import BundleRequest, Stages, new_report, write_bundle
+from rk_export.bundle.write import BundleRequest, Stages, write_bundle
 from rk_export.commands.compression_inputs import CompressionInputs
+from rk_export.commands.requirements import require_room
 from rk_export.commands.stages import Task, check_outputs, open_task
-from rk_export.folders import AtomicFolder, check_free_space
-from rk_export.model.context import context_notices
+from rk_export.folders import AtomicFolder
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.options.target import Target
 from rk_export.parity.probe import Probe
 from rk_export.plan import Plan
-from rk_export.planning.fixed_parts import fixed_findings
 from rk_export.report.records import Report
 from rk_export.rewrite.apply import QUANTIZED, Rewritten
 from rk_export.rewrite.checkpoint import save_pretrained
 from rk_export.rewrite.layer_store import LayerStore
-from rk_export.rewrite.sizes import planned_bytes, planned_findings
+from rk_export.rewrite.sizes import planned_bytes
 from rk_export.scratch import laid_down
 from rk_export.work_folder import WorkFolder
 
@@ -58,7 +57,7 @@ def compress(
         command: Command line to note in the report.
 
     Raises:
-        InputError: If the model, an option, the plan or the output cannot be used.
+        InputError: If the model, an option, the plan or the output cannot be used, or memory or disk will not do.
         UnsupportedModelError: If the family cannot be exported exactly.
         ProviderError: If CUDA was asked for and is absent.
         FusionError: If a planned graph pattern is missing.
@@ -70,7 +69,7 @@ def compress(
     with stages.stage("load", f"opening {model}"):
         task = open_task(model, recipe, plan, target=target, base=base, run=run)
         check_outputs(task.source, out, checkpoint, force)
-        check_free_space(out, task.least_bytes)
+        require_room(task, place)
     with WorkFolder(place, resume=resume) as work:
         work.begin(task.identity())
         with stages.stage("check", "comparing with transformers"):
@@ -150,53 +149,3 @@ def rewrite_model(
     inputs = task.inputs()
     rewritten = inputs.rewrite(task.decided(inputs))
     return _recovered(rewritten, inputs, before.probe, None, Stages())
-
-
-def dry_run(
-    model: str | Path,
-    recipe: Recipe | None = None,
-    *,
-    plan: Plan | None = None,
-    target: Target | None = None,
-    base: str | Path | None = None,
-    run: Run | None = None,
-    out: str | Path | None = None,
-    checkpoint: str | Path | None = None,
-    force: bool = False,
-) -> Report:
-    """Return what `compress` would do, with sizes from shapes alone; nothing is written.
-
-    Args:
-        model: As in `compress`.
-        recipe: As in `compress`.
-        plan: As in `compress`.
-        target: As in `compress`.
-        base: As in `compress`.
-        run: As in `compress`.
-        out: Where the bundle would go: refused if it will not fit there, or that place cannot be used.
-        checkpoint: As in `compress`.
-        force: As in `compress`.
-
-    Raises:
-        InputError: As `compress`.
-        ParityError: As `compress`, before any work.
-    """
-    task = open_task(model, recipe, plan, target=target, base=base, run=run)
-    source = task.source
-    if out is not None:
-        check_outputs(source, out, checkpoint, force)
-        check_free_space(out, task.least_bytes)
-    before = task.preflight()
-    inputs = task.inputs()
-    plan = task.decided(inputs)
-    if out is not None:
-        check_free_space(out, planned_bytes(inputs.source, plan))
-    fixed = fixed_findings(inputs.source.description, plan.recipe)
-    findings = (*inputs.findings, *planned_findings(inputs.source, plan), *fixed)
-    context = context_notices(source.description, task.recipe.target.context_length)
-    return new_report(
-        *(source.title, source.config.model_type),
-        findings=findings,
-        parity=(before.tier,),
-        notices=(*source.notices, *before.notices, *context),
-    )

@@ -44,7 +44,7 @@ from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
 from rk_export.rewrite.layer_store import LayerStore
-from rk_export.scratch import kept
+from rk_export.scratch import laid_down
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
@@ -174,9 +174,9 @@ def compression_inputs(
         InputError: If a text cannot be read, the preparations do not go together, or the options ask for more than
             the model can lose.
     """
-    weighs = _weighs_errors(recipe)
+    weighs = weighs_errors(recipe)
     dense = Transformed(source, (), Memory(folder))
-    tokens = _tokens(dense, recipe, device, weighs, folder)
+    tokens = _tokens(dense, recipe, device, folder)
     choice = decided_preparations(dense, recipe, tokens, device, folder)
     if recipe.find(Prepare) is not None:
         recipe = recipe.with_step(Prepare(choice.names))
@@ -189,7 +189,7 @@ def compression_inputs(
         teacher = work.source if method.sets_target else teacher
     started = CompressionInputs(dense, work, methods, teacher, choice=choice.findings, folder=folder)
     if probe is not None and work.source is not dense:
-        logits = kept(torch_logits(dense.shared().to("cpu"))(probe.numpy()))
+        logits = laid_down(torch_logits(dense.shared().to("cpu"))(probe.numpy()))
         started = replace(started, dense_logits=logits)
     if tokens is not None and recipe.calibration.metric == "self" and needs_other_writer(source, device):
         started = replace(started, choice=(*started.choice, _int4_finding(source, device)))
@@ -200,21 +200,24 @@ def compression_inputs(
     return replace(started, decision=_decision(methods, started.work))
 
 
-def _tokens(
-    source: Source, recipe: Recipe, device: torch.device, weighs: bool, folder: Path | None
-) -> Tensor | None:
+def _tokens(source: Source, recipe: Recipe, device: torch.device, folder: Path | None) -> Tensor | None:
     """Return the calibration text, or None where nothing reads one."""
-    if source.architecture.is_encoder or not recipe.calibration.uses_text:
-        return None
-    if not weighs and not any(method.reads_text for method in recipe.methods):
+    if not reads_text(source, recipe):
         return None
     return calibration_tokens(source, recipe.calibration, device, partial(int4_text, folder=folder))
+
+
+def reads_text(source: Source, recipe: Recipe) -> bool:
+    """Whether calibration text is written or read for a recipe."""
+    if source.architecture.is_encoder or not recipe.calibration.uses_text:
+        return False
+    return weighs_errors(recipe) or any(method.reads_text for method in recipe.methods)
 
 
 def _with_statistics(started: CompressionInputs, tokens: Tensor) -> CompressionInputs:
     """Return the start with the statistics of the model as methods left it."""
     work = started.work
-    directions = _weighs_directions(work.source, work.recipe)
+    directions = weighs_directions(work.source, work.recipe)
     statistics = model_statistics(
         work.source, tokens, work.recipe, work.device, directions=directions, folder=started.folder
     )
@@ -229,7 +232,7 @@ def _decision(methods: Sequence[Method[MethodOptions]], work: Work) -> Decision 
     return next((decision for decision in decisions if decision is not None), None)
 
 
-def _weighs_errors(recipe: Recipe) -> bool:
+def weighs_errors(recipe: Recipe) -> bool:
     """Whether anything that was asked for weighs errors by statistics."""
     rounds = recipe.quant is not None or recipe.table_quant is not None
     recovers = any(method.stage == "recover" for method in recipe.methods)
@@ -237,7 +240,7 @@ def _weighs_errors(recipe: Recipe) -> bool:
     return bool(recipe.limit or recipe.rank or recovers or compensates)
 
 
-def _weighs_directions(source: Source, recipe: Recipe) -> bool:
+def weighs_directions(source: Source, recipe: Recipe) -> bool:
     """Whether errors are weighed along directions of the outputs; rounding weighs every output on its own."""
     factorizes = bool(with_default_groups(source, recipe).groups)
     return factorizes or any(method.weighs_outputs for method in recipe.methods)
@@ -252,7 +255,7 @@ def _int4_finding(source: Source, device: torch.device) -> Finding:
 
 def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:
     """Yield what a model without calibration text goes without."""
-    if recipe.calibration.uses_text and source.architecture.is_encoder and _weighs_errors(recipe):
+    if recipe.calibration.uses_text and source.architecture.is_encoder and weighs_errors(recipe):
         reason = (
             f"{recipe.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
         )

@@ -27,7 +27,6 @@ from rk_export.plan import Plan
 from rk_export.planning import planner
 from rk_export.planning.plain_size import plain_int4_bytes, why_plain
 from rk_export.recipes import load
-from rk_export.rewrite.sizes import least_bytes, planned_bytes
 from rk_export.source.protocol import Source
 from rk_export.source.stored import StoredModel, open_source
 from rk_export.work_folder import WorkFolder
@@ -54,13 +53,6 @@ class Task:
     threads: int | None = None
     plan: Plan | None = None
     notices: tuple[str, ...] = ()
-
-    @property
-    def least_bytes(self) -> int:
-        """What a run will write at least, as far as that is known before it."""
-        if self.plan is not None and self.plan.pruning is None:
-            return planned_bytes(self.source, self.plan)
-        return least_bytes(self.source, self.recipe)
 
     def preflight(self) -> Preflight:
         """Read the model as transformers does, and run it on the probe; refuse what cannot be exported."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,30 @@ def measure_costs(
         phase,
         {spec: _fit(measured, [times[spec, shape] for shape in measured]) for spec in formats},
     )
+
+
+def product_rate(
+    rows: int, columns: int, spec: Format, tokens: int, *, seconds: float, threads: int | None = None
+) -> float:
+    """Return the FLOPs a second of one product, from the fastest of the calls in a given time.
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        spec: Its format.
+        tokens: How many run together.
+        seconds: How long to measure.
+        threads: As in `measure_costs`.
+    """
+    session = _product_session(rows, columns, spec, threads)
+    x = np.random.default_rng(0).standard_normal((1, tokens, columns), np.float32)
+    session.run(None, {"x": x})
+    fastest, end = math.inf, time.perf_counter() + seconds
+    while fastest == math.inf or time.perf_counter() < end:
+        begin = time.perf_counter()
+        session.run(None, {"x": x})
+        fastest = min(fastest, time.perf_counter() - begin)
+    return 2.0 * rows * columns * tokens / fastest
 
 
 def _fit(shapes: Sequence[tuple[int, int]], times: Sequence[float]) -> tuple[float, float, float]:

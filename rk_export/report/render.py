@@ -20,12 +20,6 @@ def findings_table(findings: Sequence[Finding]) -> str:
     return tables.matrices_table(findings).text()
 
 
-def planned(report: Report) -> tuple[Block, ...]:
-    """Return what a dry run found: the table of matrix groups, and the notices."""
-    table = tables.matrices_table(report.findings)
-    return tuple(filter(None, ((table if table.rows else ""), _notices(report))))
-
-
 def text_table(report: Report) -> str:
     """Return `summary` as plain text."""
     return plain_text(summary(report))

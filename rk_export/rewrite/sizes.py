@@ -46,10 +46,15 @@ def least_bytes(source: Source, recipe: Recipe) -> int:
 
     Where shapes alone make the plan it is what the plan leaves; else what no plan touches.
     """
-    by_shapes = recipe.factorize.allocation == "uniform" and recipe.factorize.energy is None
-    if by_shapes and recipe.budget is None and all(method.sized_by_shapes for method in recipe.methods):
+    if sized_by_shapes(recipe):
         return planned_bytes(source, decide_plan(source, recipe))
     return round(fixed_bytes(source.description, recipe)) - graph_bytes(source.description)
+
+
+def sized_by_shapes(recipe: Recipe) -> bool:
+    """Whether shapes alone make the plan: no weight and no statistic decides anything."""
+    uniform = recipe.factorize.allocation == "uniform" and recipe.factorize.energy is None
+    return uniform and recipe.budget is None and all(method.sized_by_shapes for method in recipe.methods)
 
 
 def _planned_table(path: str, source: Source, plan: Plan) -> Finding:

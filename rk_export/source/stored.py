@@ -31,7 +31,7 @@ from rk_export.source.protocol import Loading
 from rk_export.source.quantized.tensors import OLD_CONFIGS, DequantizedTensors
 from rk_export.source.remote_code import refuse_remote_code
 from rk_export.source.stand_ins import stand_in
-from rk_export.source.tensor_files import StoredTensors
+from rk_export.source.tensor_files import SafetensorFiles, StoredTensors
 from rk_export.source.transformed import Transform, Transformed
 from rk_export.source.weight_files import ADAPTER_WEIGHTS, check_known_layout
 from rk_export.tensor_cache import name_model
@@ -148,6 +148,12 @@ class StoredModel(Loading):
     def stored_bytes(self) -> int:
         """Return the bytes of the safetensors files."""
         return sum(path.stat().st_size for path in self._stored.files)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the files hold every tensor as it is used, in float32: it is then mapped and not copied."""
+        types = SafetensorFiles(sorted(self._stored.files)).types.values()
+        return not self.changed and set(types) == {"F32"}
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights (parameters on meta, buffers real), to be filled layer by layer."""

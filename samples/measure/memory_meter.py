@@ -4,7 +4,8 @@
 
 The command runs with all its children. Every 50 ms the meter reads their `/proc/PID/status`: RssAnon is what the
 processes hold, RssFile are mapped pages that the system may drop at any time. Pages that a child shares with its parent
-count twice. Disk is what the named folders take, with the half-written ones beside them, every 250 ms.
+count twice. Disk is what the named folders take, with the half-written ones beside them, every 250 ms; and files that
+the processes map from there and that have no name any more.
 
 A stage begins with a line in the log of one word, such as `calibrate: metric self`; a step inside it with a line that
 counts, such as `rewriting layers: 30`, and lasts until the next such line. So the command must not be `--quiet`.
@@ -177,7 +178,8 @@ def _watch(ran: subprocess.Popen[str], found: Metered, folders: Sequence[Path], 
     tree, disk = [ran.pid], 0
     while ran.poll() is None:
         if turn % _SLOW == 0:
-            tree, disk = descendants(ran.pid), sum(map(disk_bytes, folders))
+            tree = descendants(ran.pid)
+            disk = sum(map(disk_bytes, folders)) + unnamed_bytes(tree, folders)
         turn += 1
         anon, file, shared = resident(tree)
         now = time.monotonic() - begin
@@ -237,6 +239,26 @@ def disk_bytes(folder: Path) -> int:
         for root, _, files in os.walk(place):
             total += sum(_blocks(Path(root, name)) for name in files)
     return total
+
+
+def unnamed_bytes(processes: Iterable[int], folders: Iterable[Path]) -> int:
+    """Return the bytes of deleted files that processes map, of those that lay in folders or in work beside them."""
+    places = [start for one in folders for start in (f"{one}/", f"{one.parent}/.{one.name}.")]
+    lengths: dict[str, int] = {}
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            if not line.endswith(" (deleted)"):
+                continue
+            span, _, offset, _, inode, path = line.split(maxsplit=5)
+            if path.startswith(tuple(places)):
+                begin, end = (int(bound, 16) for bound in span.split("-"))
+                reaches = int(offset, 16) + end - begin  # a file may be mapped in pieces
+                lengths[inode] = max(lengths.get(inode, 0), reaches)
+    return sum(lengths.values())
 
 
 def _blocks(file: Path) -> int:

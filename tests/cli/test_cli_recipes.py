@@ -347,11 +347,11 @@ def test_a_plan_of_sparse_parts_is_applied_and_guarded(cli: Cli, llama: Path, tm
     assert "the search chose" in refused.err
 
 
-def test_dry_runs_say_what_would_go(cli: Cli, llama: Path, tmp_path: Path) -> None:
+def test_dry_runs_of_a_plan_say_what_would_go(cli: Cli, llama: Path, tmp_path: Path) -> None:
     words = settings("prune.ffn_keep=0.75", "prune.blocks=1", "calibration.tokens=512")
-    text = done(
-        cli("compress", llama, "-o", tmp_path / "none", "--recipe", "floats", *words, "--dry-run")
-    ).out
+    plan = tmp_path / "plan.json"
+    done(cli("plan", llama, "-o", plan, "--recipe", "floats", *words))
+    text = done(cli("compress", llama, "-o", tmp_path / "none", "--plan", plan, "--dry-run")).out
     assert "pruned.block_" in text
     assert "ffn_width" in text
     assert not (tmp_path / "none").exists()

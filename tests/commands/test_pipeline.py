@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_options
 from tiny_models import tiny_model
 
-from rk_export import Plan, compress, dry_run, make_plan, verify
+from rk_export import DryRun, Plan, compress, dry_run, make_plan, verify
 from rk_export.errors import InputError
 from rk_export.folders import check_manifest
 from rk_export.json_codec import to_json
@@ -92,8 +92,9 @@ def test_report_and_manifest_tell_the_run(llama: Path, bundle: Path) -> None:
     assert [len(prompt) for prompt in manifest["golden"]["probe"]["prompts"]] == [32] * 8
 
 
+@pytest.mark.usefixtures("made_up_rates")
 def test_sizes_are_known_before_the_work(llama: Path, bundle: Path) -> None:
-    def sizes(report: Report) -> dict[str, tuple[int, int]]:
+    def sizes(report: Report | DryRun) -> dict[str, tuple[int, int]]:
         groups = matrix_groups(report.findings)
         return {group.target: (group.bytes_before, group.bytes_after) for group in groups}
 
@@ -120,6 +121,7 @@ def test_an_edited_plan_is_what_is_done(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "plan.json").read_bytes() == edited.read_bytes()
 
 
+@pytest.mark.usefixtures("made_up_rates")
 def test_a_group_beyond_break_even_stays_dense_and_says_so(llama: Path) -> None:
     report = dry_run(llama, tiny_options(rank_multiple=64))
     skipped = [finding for finding in report.findings if finding.outcome is Outcome.SKIPPED]

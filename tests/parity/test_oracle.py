@@ -267,14 +267,6 @@ def test_an_fp16_graph_that_would_overflow_is_refused_before_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_dry_run_refuses_it_too(tmp_path: Path, cli: Cli) -> None:
-    model = loud(tmp_path / "model", 1e5)
-    ended = cli("compress", model, "-o", tmp_path / "out", "--ep", "portable", "--dry-run")
-    assert (ended.code, "reaches" in ended.err) == (2, True)
-    unweighed = ("--recipe", "int4", "--set", "calibration.text=none")
-    assert cli("compress", model, "-o", tmp_path / "out", "--ep", "cpu", "--dry-run", *unweighed).code == 0
-
-
 def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
     source = open_source(loud(tmp_path / "model", 1e7))
     with pytest.raises(InputError, match=r"layer 1, weight mlp\.down_proj\.weight reaches"):

@@ -57,6 +57,7 @@ def test_every_kind_has_its_own_name(source_of: object) -> None:
 
 
 @pytest.mark.whole
+@pytest.mark.usefixtures("made_up_rates")
 def test_lines_of_the_dry_run_and_of_the_report(llama: Path, tmp_path: Path, cli: Cli) -> None:
     shown = cli("compress", llama, "-o", tmp_path / "out", "--dry-run", "--recipe", "int4")
     assert re.search(r"^norms .*stays in floats$", shown.out, re.MULTILINE)
@@ -112,7 +113,7 @@ def test_an_output_that_will_not_fit_is_refused_before_work(
     ended = cli("compress", llama, "-o", tmp_path / "out", *extra)
     assert ended.code == 2
     assert "no space left on the disk" in ended.err
-    assert "200 are free" in ended.err
+    assert "200 B are free" in ended.err
 
 
 @pytest.mark.whole

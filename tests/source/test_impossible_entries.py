@@ -53,7 +53,8 @@ def test_an_impossible_entry_is_refused_by_name(
     cli: Cli, model: Path, tmp_path: Path, entry: str, value: Any, what: str
 ) -> None:
     edit_config(model, **{entry: value})
-    for extra in (("--dry-run",), ()):
+    # Only running the model tells that its logits are not finite, and a dry run does not run it.
+    for extra in ((),) if "logits" in what else (("--dry-run",), ()):
         ended = cli("compress", model, "-o", tmp_path / "out", *DENSE, *extra)
         assert (ended.code, what in ended.err, "\nFix: " in ended.err) == (2, True, True), ended.err
         assert "calibrate:" not in ended.err
