@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from rk_export.evaluation.models import evaluate_models
     from rk_export.evaluation.score_table import score_table
     from rk_export.evaluation.tasks import load_tasks
-    from rk_export.folders import library_versions
+    from rk_export.manifest import library_versions
     from rk_export.model.torch_logits import torch_logits
     from rk_export.options.calibration import CalibrationOptions
     from rk_export.options.correct import Correct
@@ -90,7 +90,7 @@ _HOME = {
     "evaluate_models": "rk_export.evaluation.models",
     "score_table": "rk_export.evaluation.score_table",
     "load_tasks": "rk_export.evaluation.tasks",
-    "library_versions": "rk_export.folders",
+    "library_versions": "rk_export.manifest",
     "torch_logits": "rk_export.model.torch_logits",
     "CalibrationOptions": "rk_export.options.calibration",
     "Correct": "rk_export.options.correct",

@@ -11,7 +11,7 @@ from rk_export.atomic import beside
 from rk_export.bundle.targets import TARGETS
 from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.errors import InputError
-from rk_export.folders import check_manifest, replace_in_manifest
+from rk_export.manifest import check_manifest, replace_in_manifest
 
 _BY_NAME = {target.name: target for target in TARGETS}
 

@@ -11,8 +11,8 @@ import torch
 from rk_export.commands.preparations import prepared_source
 from rk_export.commands.stages import Task, open_task
 from rk_export.errors import InputError
-from rk_export.folders import MANIFEST, check_manifest
 from rk_export.json_codec import from_json
+from rk_export.manifest import MANIFEST, check_manifest
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
