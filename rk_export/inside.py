@@ -32,10 +32,10 @@ def file_inside(folder: Path, name: object, *, where: str, fix: str = _FIX) -> P
     """
     path = folder / checked_name(name, where=where, fix=fix)
     try:
-        real = path.resolve(strict=True)
+        real = Path(os.path.realpath(path, strict=True))
         regular = stat.S_ISREG(real.stat().st_mode)
-    except OSError as error:  # a loop of links too
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"names {name!r}, which cannot be read: {reason}", where=where, fix=fix) from error
     if not _is_below(real, _homes(folder)):
         raise InputError(f"names {name!r}, a link that leads out of the folder", where=where, fix=fix)
@@ -79,7 +79,7 @@ def check_links(folder: Path) -> None:
     """
     homes = _homes(folder)
     for path in _links(folder):
-        if not _is_below(path.resolve(), homes):
+        if not _is_below(Path(os.path.realpath(path)), homes):
             raise InputError(
                 "a link that leads out of the folder",
                 where=str(path),

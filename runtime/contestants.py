@@ -96,14 +96,7 @@ class GenAIContestant:
     def __init__(self, path: str | Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.name = f"genai:{path}"
         self._og = _import_genai()
-        config_file = Path(path) / "genai_config.json"
-        if not config_file.is_file():
-            raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
-        settings = read_json(config_file)
-        _refuse_native_code(settings, config_file)
-        _refuse_other_places(settings, config_file)
-        model = Section(settings, str(config_file)).section("model")
-        self.vocab_size, self.max_length = (_needed(model, name) for name in ("vocab_size", "context_length"))
+        self.vocab_size, self.max_length = genai_settings(Path(path))
         self._model = self._og.Model(self._config(str(path), provider, threads))
         self._generator: Any = None
 
@@ -134,6 +127,25 @@ class GenAIContestant:
             overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
             config.overlay(json.dumps(overlay))
         return config
+
+
+def genai_settings(folder: Path) -> tuple[int, int]:
+    """Check what GenAI is told to load before it gets the folder.
+
+    Returns:
+        Tokens of the vocabulary, and of the context.
+
+    Raises:
+        InputError: The folder is no GenAI bundle, or its configuration names native code or a file outside.
+    """
+    config_file = folder / "genai_config.json"
+    if not config_file.is_file():
+        raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
+    settings = read_json(config_file)
+    _refuse_native_code(settings, config_file)
+    _refuse_other_places(settings, config_file)
+    model = Section(settings, str(config_file)).section("model")
+    return _needed(model, "vocab_size"), _needed(model, "context_length")
 
 
 def _refuse_native_code(settings: dict[str, Any], config_file: Path) -> None:

@@ -95,7 +95,7 @@ class SpecialTokens:
     def _malformed_lists(self) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(
                 f"a list of its tokens is malformed ({error!r})",
                 where=str(self.folder),
