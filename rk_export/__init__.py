@@ -118,6 +118,8 @@ _HOME = {
     "kept_parameters": "rk_export.rewrite.sizes",
     "StoredModel": "rk_export.source.stored",
     "open_source": "rk_export.source.stored",
+    "check_signature": "rk_export.signature",
+    "sign_bundle": "rk_export.signature",
     "assert_parity": "rk_export.testing",
 }
 __all__ = [
@@ -151,6 +153,7 @@ __all__ = [
     "UnsupportedModelError",
     "analyze",
     "assert_parity",
+    "check_signature",
     "compare",
     "comparison_html",
     "compress",
@@ -172,6 +175,7 @@ __all__ = [
     "quiet_libraries",
     "rewrite_model",
     "score_table",
+    "sign_bundle",
     "text_table",
     "torch_logits",
     "verify",

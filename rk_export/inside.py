@@ -37,10 +37,10 @@ def file_inside(folder: Path, name: object, *, where: str, fix: str = _FIX) -> P
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"names {name!r}, which cannot be read: {reason}", where=where, fix=fix) from error
-    if not _is_below(real, _homes(folder)):
-        raise InputError(f"names {name!r}, a link that leads out of the folder", where=where, fix=fix)
     if not regular:
         raise InputError(f"names {name!r}, which is no regular file", where=where, fix=fix)
+    if not _is_below(real, _homes(folder)):
+        raise InputError(f"names {name!r}, a link that leads out of the folder", where=where, fix=fix)
     return path
 
 

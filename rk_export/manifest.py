@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +20,8 @@ from rk_export.progress import stage
 
 MANIFEST = "rk_manifest.json"
 SIGNATURE = f"{MANIFEST}.sig"
+logger = logging.getLogger(__name__)
+
 _FORMAT = 1
 _BLOCK = 1 << 20
 _LONG = 512  # blocks of a file whose checksum takes more than a second or two
@@ -82,6 +85,9 @@ def replace_in_manifest(folder: str | os.PathLike[str], names: Sequence[str]) ->
     """
     root = Path(folder)
     manifest = read_manifest(root)
+    if (root / SIGNATURE).exists():
+        (root / SIGNATURE).unlink()
+        logger.warning("%s: the signature was of the bundle as it was, and is removed; sign it again", root)
     kept = {file: entry for file, entry in manifest["files"].items() if file.split("/")[0] not in names}
     added = {file: entry for name in names for file, entry in _entries(root, root / name).items()}
     _write_json(root, {**manifest, "files": dict(sorted({**kept, **added}.items()))})

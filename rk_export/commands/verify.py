@@ -21,6 +21,7 @@ from rk_export.plan import Plan
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.runtime.providers import Provider
+from rk_export.signature import check_signature
 from rk_export.source.transformed import Transformed
 
 
@@ -28,6 +29,7 @@ def verify(
     bundle: str | Path,
     against: str | Path | None = None,
     *,
+    key: str | Path | None = None,
     base: str | Path | None = None,
     provider: Provider = "auto",
     run: Run | None = None,
@@ -39,6 +41,7 @@ def verify(
         against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
             measured. None measures what the bundle can show alone: tiers d to h. Where the plan's calibration text
             is not at hand, the tiers that its statistics decide are said to be not measured, and the others run.
+        key: File of a public key; the signature of the manifest is checked before anything else.
         base: Of `against`, as in `compress`.
         provider: Execution provider.
         run: The machine; its `texts` may hold the calibration text.
@@ -47,9 +50,12 @@ def verify(
         The tiers; a failed one has `passed` False.
 
     Raises:
-        InputError: If a file of the bundle is missing or corrupted, or the model is not the bundle's.
+        InputError: If the signature is missing or wrong, a file of the bundle is missing or corrupted, or the model is
+            not the bundle's.
     """
     folder, threads = Path(bundle), None if run is None else run.threads
+    if key is not None:
+        check_signature(folder, key)
     plan, golden = bundle_files(folder)
     if against is None:
         _refuse_without_model(base, run or Run())

@@ -33,6 +33,7 @@ ORDER = (
         "json_codec",
         "inside",
         "manifest",
+        "signature",
         "memory",
         "device",
         "report",
