@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.json_codec import load_json
-from rk_export.model.config_checks import check_counts
+from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
 from rk_export.model.families import architecture_of
 from rk_export.passes.numerics.grid import Grid
@@ -310,6 +310,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     stated = load_json(path, fix="check the file")
     refuse_remote_code(folder)
     check_known_layout(folder, stated)
+    check_stated(stated, path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as in `transformers_model`: a wrong value raises anything
