@@ -219,7 +219,7 @@ def _over(what: str, found: int, most: int) -> str:
 def _is_deep(value: Any) -> bool:
     """Whether objects and arrays lie in each other deeper than any file in use has them."""
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(_DEEPEST):
         level = [
             item
             for node in level

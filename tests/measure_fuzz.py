@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(measure(kind, args.cases, args.seed, args.seconds))
             pass
     for row in rows:
-        logger.info("%s", json.dumps(row.to_json()))
+        print(json.dumps(row.to_json()))
     return int(any(row.failures for row in rows))
 
 

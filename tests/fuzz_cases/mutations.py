@@ -179,7 +179,7 @@ def _nudged(document: Any, every: Sequence[tuple[Any, Any]], draw: Draw) -> Any:
         node[key] = not value
     elif isinstance(value, (int, float)) and draw.random() < 0.7:
         node[key] = draw.choice(
-            (value + 1, value - 1, value * 2, -value, value * 1000, value + 64, value / 2)
+            (value + 1, value - 1, value * 2, -value, value * 1000, value + 64, value // 2)
         )
     else:
         node[key] = copy.deepcopy(
