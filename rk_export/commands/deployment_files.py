@@ -48,7 +48,7 @@ def deployment_files(
         )
     manifest = check_manifest(folder)
     deployment = Deployment(
-        folder, _checked(name or folder.name), "cuda" if manifest["ep"] == "cuda" else "cpu", storage
+        folder, _checked(name or folder.name), "cuda" if manifest.get("ep") == "cuda" else "cpu", storage
     )
     # What is there under the same name already serves a target that only refers to it.
     wanted = [

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 from fuzz_cases.kinds import KINDS
+from measure_fuzz import RESULTS, page
 
 SCRIPT = Path(__file__).parents[1] / "measure_fuzz.py"
 CASES = 200
+
+
+def test_the_page_is_what_was_measured() -> None:
+    data = json.loads((RESULTS / "fuzz.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "fuzz.md").read_text(encoding="utf-8") == page(data)
+    assert [row["kind"] for row in data["rows"]] == [*KINDS]
+    assert [row["kind"] for row in data["rows"] if row["failed"]] == []
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from rk_export.errors import InputError
 from rk_export.manifest import write_manifest
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.chat_files import TemplateFiles
 from rk_export.runtime.contestants import genai_settings
 from rk_export.runtime.graph_proto import check_graph
 
@@ -96,6 +97,17 @@ def test_any_link_out_of_a_bundle_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(folder.parent / "secret.bin")
     refused(folder, rf"{name}: a link that leads out of the folder")
+
+
+def test_a_template_without_an_end_is_not_read(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    os.mkfifo(folder / "additional_chat_templates" / "rag.jinja")
+    with pytest.raises(InputError, match=r"rag\.jinja: no file"):
+        TemplateFiles.read(folder)
+    (folder / "additional_chat_templates" / "rag.jinja").unlink()
+    (folder / "chat_template.jinja").write_text("x" * ((1 << 20) + 1))
+    with pytest.raises(InputError, match="too large for a chat template"):
+        TemplateFiles.read(folder)
 
 
 def test_tensors_of_subgraphs_functions_and_attributes_are_looked_at(tmp_path: Path) -> None:
