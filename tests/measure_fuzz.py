@@ -73,6 +73,7 @@ class Row:
         taken: Those that were read in spite of the damage.
         refused: Those that ended with a message of ours.
         places: Lines of the code that refused some.
+        places_before: How many such lines an earlier part of the run found.
         failures: Numbers of the failed cases by what is wrong.
         seconds: That all took.
     """
@@ -83,6 +84,7 @@ class Row:
     taken: int = 0
     refused: int = 0
     places: set[str] = field(default_factory=set)
+    places_before: int = 0
     failures: dict[str, list[int]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -107,8 +109,9 @@ class Row:
         """Return the row of the results."""
         failures = {what: numbers[:EXAMPLES] for what, numbers in self.failures.items()}
         failed = sum(map(len, self.failures.values()))
-        return asdict(self) | {
-            "places": len(self.places),
+        row = asdict(self)
+        row["places"] = max(len(row["places"]), row.pop("places_before"))
+        return row | {
             "failed": failed,
             "failures": failures,
             "seconds": round(self.seconds),
@@ -259,11 +262,11 @@ def _saved(folder: Path) -> list[dict[str, Any]]:
 
 
 def begun(kind: str, seed: int, folder: Path) -> Row:
-    """Return the row of an earlier run to go on with, without its places, or an empty one."""
+    """Return the row of an earlier run to go on with, or an empty one."""
     for row in _saved(folder):
         if (row["kind"], row["seed"]) == (kind, seed):
             counts = {name: row[name] for name in ("cases", "taken", "refused", "failures", "seconds")}
-            return Row(kind, seed, **counts)
+            return Row(kind, seed, **counts, places_before=row["places"])
     return Row(kind, seed)
 
 
