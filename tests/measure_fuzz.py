@@ -282,7 +282,7 @@ def page(data: dict[str, Any]) -> str:
     lines = [
         "# Hostile files",
         "",
-        "This page shows what became of files that were damaged at random. What rk-export checks is told in",
+        "This page shows the end of files that were damaged at random. The checks of rk-export are listed in",
         "[safety](../explanation/safety.md#files-from-strangers).",
         "",
         f"There were {total:,} cases, and {failed:,} of them failed. A case is a valid file with one to four changes.",
