@@ -29,11 +29,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum results inputs clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum results inputs clean"
+	@echo "other targets: setup lint types format suite test-optimum results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -99,6 +99,10 @@ results: $(READY)
 # What becomes of inputs as people bring them: docs/results/inputs.*; fails where a case does not end as expected.
 inputs: $(READY)
 	$(BIN)/python tests/measure_inputs.py
+
+# Damaged files of every kind, 100,000 each: docs/results/fuzz.*; fails where one is not refused or read.
+fuzz: $(READY)
+	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
 	rm -rf $(VENV) $(OPTIMUM_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rk_export.evaluation.models import evaluate_models
     from rk_export.evaluation.score_table import score_table
     from rk_export.evaluation.tasks import load_tasks
-    from rk_export.folders import library_versions
+    from rk_export.manifest import library_versions
     from rk_export.model.torch_logits import torch_logits
     from rk_export.options.calibration import CalibrationOptions
     from rk_export.options.correct import Correct
@@ -92,7 +92,7 @@ _HOME = {
     "evaluate_models": "rk_export.evaluation.models",
     "score_table": "rk_export.evaluation.score_table",
     "load_tasks": "rk_export.evaluation.tasks",
-    "library_versions": "rk_export.folders",
+    "library_versions": "rk_export.manifest",
     "torch_logits": "rk_export.model.torch_logits",
     "CalibrationOptions": "rk_export.options.calibration",
     "Correct": "rk_export.options.correct",
@@ -120,6 +120,8 @@ _HOME = {
     "kept_parameters": "rk_export.rewrite.sizes",
     "StoredModel": "rk_export.source.stored",
     "open_source": "rk_export.source.stored",
+    "check_signature": "rk_export.signature",
+    "sign_bundle": "rk_export.signature",
     "assert_parity": "rk_export.testing",
 }
 __all__ = [
@@ -154,6 +156,7 @@ __all__ = [
     "UnsupportedModelError",
     "analyze",
     "assert_parity",
+    "check_signature",
     "compare",
     "comparison_html",
     "compress",
@@ -175,6 +178,7 @@ __all__ = [
     "quiet_libraries",
     "rewrite_model",
     "score_table",
+    "sign_bundle",
     "text_table",
     "torch_logits",
     "verify",

@@ -1,42 +1,24 @@
-"""Output folders: written beside their place and moved in at the end, with a manifest of checksums."""
+"""Output folders: written beside their place and moved in at the end."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from importlib import metadata
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from rk_export.atomic import atomic_file, beside, make_folder, synchronize, synchronize_tree
+from rk_export.atomic import beside, make_folder, synchronize, synchronize_tree
 from rk_export.errors import InputError
 from rk_export.half_written import remove_leftovers
+from rk_export.json_codec import load_json
+from rk_export.manifest import MANIFEST
 from rk_export.plan import PLAN_MARK
-from rk_export.progress import stage
 from rk_export.report.records import Report
 
-MANIFEST = "rk_manifest.json"
-_FORMAT = 1
-_BLOCK = 1 << 20
-_LONG = 512  # blocks of a file whose checksum takes more than a second or two
 _MARKS = (MANIFEST, "report.json", "plan.json")
-_LIBRARIES = (
-    "rk-export",
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "mobius-onnx",
-    "onnxruntime-gpu",
-)
 
 
 class AtomicFolder:
@@ -161,8 +143,8 @@ def check_plan_place(target: Path, force: bool) -> None:
     if not force:
         raise InputError("exists already", where=str(target), fix="choose another name or give --force")
     try:
-        is_plan = PLAN_MARK in json.loads(target.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
+        is_plan = PLAN_MARK in load_json(target, fix="")
+    except (InputError, TypeError):
         is_plan = False
     if not is_plan:
         raise InputError("not replaced: the file is no plan", where=str(target), fix="choose another name")
@@ -208,8 +190,8 @@ def _is_ours(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _MARKS):
         return True
     try:
-        return "rk_export" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "rk_export" in load_json(folder / "config.json", fix="")
+    except (InputError, TypeError):
         return False
 
 
@@ -239,112 +221,6 @@ def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputE
     return InputError(what, where=str(path), fix="free some space, or give a folder on another disk")
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the hexadecimal SHA-256 of a file, read in blocks of 1 MiB; that of a large one shows its progress."""
-    digest, blocks = hashlib.sha256(), -(-os.path.getsize(path) // _BLOCK)
-    with open(path, "rb") as handle:
-        shown = stage(f"checksum of {Path(path).name}, MiB", blocks) if blocks > _LONG else nullcontext()
-        with shown as bar:
-            while block := handle.read(_BLOCK):
-                digest.update(block)
-                if bar is not None:
-                    bar.advance()
-    return digest.hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """Return the installed versions of the libraries that decide what a bundle contains."""
-    found = {name: _version(name) for name in _LIBRARIES}
-    return {name: version for name, version in found.items() if version is not None}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def write_manifest(folder: str | os.PathLike[str], info: dict[str, Any]) -> Path:
-    """Write ``rk_manifest.json``: ``info``, library versions, size and SHA-256 of every file.
-
-    Args:
-        folder: A finished bundle; files in subfolders are listed too, hard links hashed once.
-        info: JSON-ready facts of the run; ``format``, ``versions`` and ``files`` are the manifest's own keys.
-    """
-    root = Path(folder)
-    files = _entries(root, root)
-    return _write_json(root, {**info, "format": _FORMAT, "versions": library_versions(), "files": files})
-
-
-def replace_in_manifest(folder: str | os.PathLike[str], names: Sequence[str]) -> None:
-    """List what lies in some of a bundle's subfolders anew; the entries of all other files stay as they are.
-
-    Args:
-        folder: A bundle with a manifest.
-        names: The subfolders.
-    """
-    root = Path(folder)
-    manifest = _read_manifest(root)
-    kept = {file: entry for file, entry in manifest["files"].items() if file.split("/")[0] not in names}
-    added = {file: entry for name in names for file, entry in _entries(root, root / name).items()}
-    _write_json(root, {**manifest, "files": dict(sorted({**kept, **added}.items()))})
-
-
-def _entries(root: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and checksum of every file below a folder by its path below the root."""
-    digests: dict[tuple[int, int], str] = {}
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != root / MANIFEST):
-        stat = path.stat()
-        inode = (stat.st_dev, stat.st_ino)
-        if inode not in digests:
-            digests[inode] = sha256_of(path)
-        files[path.relative_to(root).as_posix()] = {"bytes": stat.st_size, "sha256": digests[inode]}
-    return files
-
-
-def _write_json(root: Path, manifest: dict[str, Any]) -> Path:
-    with atomic_file(root / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return root / MANIFEST
-
-
-def check_manifest(folder: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
-    """Return the manifest of a bundle after checking every file it lists, all sizes before any checksum.
-
-    Args:
-        folder: The bundle.
-        hashes: Also compare checksums; without them a gigabyte bundle is checked in milliseconds.
-
-    Raises:
-        InputError: No readable manifest, or a file is missing or changed; the first one is named.
-    """
-    root = Path(folder)
-    manifest = _read_manifest(root)
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    fix = "copy or export the bundle again"
-    for name, entry in files.items():
-        path = root / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(
-                f"the manifest lists {name}, which is outside the bundle", where=str(root), fix=fix
-            )
-        if not path.is_file():
-            raise InputError("listed in the manifest but missing", where=str(path), fix=fix)
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise InputError(
-                f"corrupted: {size:,} bytes instead of {entry['bytes']:,}", where=str(path), fix=fix
-            )
-    for name, entry in files.items() if hashes else ():
-        if sha256_of(root / name) != entry["sha256"]:
-            raise InputError(
-                "corrupted: its checksum differs from the manifest", where=str(root / name), fix=fix
-            )
-    return manifest
-
-
 def read_report(folder: str | os.PathLike[str]) -> Report:
     """Return the report of a bundle or of a folder of spectra.
 
@@ -362,26 +238,3 @@ def read_report(folder: str | os.PathLike[str]) -> Report:
             fix="give a folder that compress, export or analyze wrote",
         )
     return Report.load(path)
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    path = root / MANIFEST
-    if not path.is_file():
-        raise InputError(
-            "no bundle here: rk_manifest.json is missing",
-            where=str(root),
-            fix="give a folder that rk-export wrote",
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == _FORMAT
-        entries_ok = all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "the manifest is not readable", where=str(path), fix="copy or export the bundle again"
-        ) from error
-    if not (known and entries_ok):
-        raise InputError(
-            "the manifest is of another format", where=str(path), fix="export with this rk-export version"
-        )
-    return dict(manifest)

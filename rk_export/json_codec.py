@@ -10,6 +10,7 @@ import enum
 import json
 import math
 import reprlib
+import stat
 from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WRITE_AGAIN = "correct it, or write the file again with this rk-export"
+# The largest files in use are tokenizers: 262,144 tokens with their merges are 33 MB of 2 million values.
+_MOST_BYTES = 1 << 27
+_MOST_VALUES = 1 << 22  # of up to 200 bytes each in memory
+_DEEPEST = 64
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
@@ -158,18 +163,72 @@ def _said(details: ErrorDetails) -> str:
 
 
 def load_json(path: Path, *, fix: str) -> Any:
-    """Return what a JSON file holds.
+    """Return what a JSON file holds; the one reader of files that users bring.
+
+    Args:
+        path: The file.
+        fix: What to do about one that cannot be read.
 
     Raises:
-        InputError: No such file, or not JSON in UTF-8.
+        InputError: No such file, a device or pipe, not JSON in UTF-8, or beyond the bounds of `parse_json`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # it may have no end
+            raise InputError("cannot be read: a pipe or a device", where=str(path), fix=fix)
+        if found.st_size > _MOST_BYTES:
+            raise InputError(_over("bytes", found.st_size, _MOST_BYTES), where=str(path), fix=fix)
+        data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot be read: {reason}", where=str(path), fix=fix) from error
+    except ValueError as error:  # a name with a null byte
+        raise InputError(f"cannot be read: {error}", where=str(path), fix=fix) from error
+    return parse_json(data, where=str(path), fix=fix)
+
+
+def parse_json(data: bytes, *, where: str | None, fix: str) -> Any:
+    """Return what a JSON text holds, if it takes neither much memory nor deep recursion to hold it.
+
+    Every value but the first stands behind a bracket or a comma. So their number is known before anything is built.
+
+    Args:
+        data: The text in UTF-8.
+        where: Its file, for messages; None leaves it to the caller.
+        fix: What to do about one that cannot be read.
+
+    Raises:
+        InputError: Not JSON in UTF-8, or one with too many values, or nested too deeply.
+    """
+    values = sum(map(data.count, (b"[", b"{", b",")))
+    if values > _MOST_VALUES:
+        raise InputError(_over("values", values, _MOST_VALUES), where=where, fix=fix)
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({error})", where=str(path), fix=fix) from error
+        raise InputError(f"not valid JSON ({error})", where=where, fix=fix) from error
+    if _is_deep(value):
+        raise InputError(f"nested deeper than {_DEEPEST} levels", where=where, fix=fix)
+    return value
+
+
+def _over(what: str, found: int, most: int) -> str:
+    return f"too large for such a file: {found:,} {what}, at most {most:,} are read"
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether objects and arrays lie in each other deeper than any file in use has them."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for node in level
+            for item in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 @cache

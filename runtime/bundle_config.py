@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
-from rk_export.runtime.bundle_files import MODEL_FILE, read_json
+from rk_export.inside import check_links
+from rk_export.runtime.bundle_files import MODEL_FILE, Section, is_count
 from rk_export.runtime.ends import Ends, read_ends
 
 
@@ -59,34 +60,40 @@ class BundleConfig:
         """Read ``config.json``, ``genai_config.json`` and ``rk_manifest.json``.
 
         Raises:
-            InputError: The folder or its graph is missing, or a file is not valid JSON.
+            InputError: The folder or its graph is missing, holds a link that leads out of it, or a file is not valid
+                JSON or states something else than sizes.
         """
         folder = Path(folder)
         if not (folder / MODEL_FILE).is_file():
             raise InputError(
                 f"no {MODEL_FILE} here", where=str(folder), fix="give a folder written by rk-export or GenAI"
             )
-        config = read_json(folder / "config.json")
-        text_config = config.get("text_config") or config
-        genai = read_json(folder / "genai_config.json")
-        model = genai.get("model", {})
-        decoder = model.get("decoder", {})
-        manifest = read_json(folder / "rk_manifest.json")
-        switch = rotary_switch(text_config)
+        check_links(folder)
+        config = Section.of_file(folder / "config.json")
+        text_config = config.section("text_config")
+        text_config = text_config if text_config.values else config
+        genai = Section.of_file(folder / "genai_config.json")
+        model = genai.section("model")
+        decoder = model.section("decoder")
+        manifest = Section.of_file(folder / "rk_manifest.json")
+        switch = rotary_switch(text_config.values)
+        stated = model.count("context_length")
         return cls(
             folder=folder,
             context_length=_first(
                 # GenAI is told the switch where it cannot follow it; this runtime can.
-                None if model.get("context_length") == switch else model.get("context_length"),
-                text_config.get("max_position_embeddings"),
+                None if stated == switch else stated,
+                text_config.count("max_position_embeddings"),
             ),
             rotary_switch=switch,
-            vocab_size=_first(model.get("vocab_size"), text_config.get("vocab_size")),
-            head_size=_first(decoder.get("head_size"), text_config.get("head_dim"), _head_size(text_config)),
-            kv_heads=_first(decoder.get("num_key_value_heads"), text_config.get("num_key_value_heads")),
+            vocab_size=_first(model.count("vocab_size"), text_config.count("vocab_size")),
+            head_size=_first(
+                decoder.count("head_size"), text_config.count("head_dim"), _head_size(text_config)
+            ),
+            kv_heads=_first(decoder.count("num_key_value_heads"), text_config.count("num_key_value_heads")),
             shared_cache=_first(
-                manifest.get("shared_kv_cache"),
-                genai.get("search", {}).get("past_present_share_buffer"),
+                manifest.flag("shared_kv_cache"),
+                genai.section("search").flag("past_present_share_buffer"),
             ),
         )
 
@@ -100,21 +107,24 @@ def rotary_switch(config: Mapping[str, Any]) -> int | None:
     Returns:
         None where the model rotates otherwise, or never gets to its long factors.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stated = config.get("rope_parameters") or config.get("rope_scaling")
+    parameters = stated if isinstance(stated, dict) else {}
     kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
     switches = [
         _first(config.get("original_max_position_embeddings"), kind.get("original_max_position_embeddings"))
         for kind in kinds
         if _first(kind.get("rope_type"), kind.get("type")) == "longrope"
     ]
-    longest = config.get("max_position_embeddings") or 0
-    return min((switch for switch in switches if switch and switch < longest), default=None)
+    longest = config.get("max_position_embeddings")
+    if not is_count(longest):
+        return None
+    return min((switch for switch in switches if is_count(switch) and switch < longest), default=None)
 
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _head_size(config: dict[str, Any]) -> int | None:
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+def _head_size(config: Section) -> int | None:
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
     return hidden // heads if hidden and heads else None

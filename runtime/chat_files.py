@@ -15,6 +15,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 PROCESSOR_FILE = "chat_template.json"
+_LARGEST = 1 << 20  # bytes; the longest templates in use have some 20,000
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class TemplateFiles:
 
 def _text(path: Path) -> str:
     try:
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            fix = f"give a text of at most {_LARGEST:,} bytes"
+            raise InputError("no file, or too large for a chat template", where=str(path), fix=fix)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read ({error})", where=str(path), fix="save it as UTF-8") from error

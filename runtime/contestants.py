@@ -11,11 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from rk_export.errors import InputError, ProviderError
-from rk_export.runtime.bundle_files import read_json
+from rk_export.inside import check_links, checked_name, file_inside
+from rk_export.runtime.bundle_files import Section, read_json
 from rk_export.runtime.decoder import Decoder
+from rk_export.runtime.graph_proto import check_graph
 from rk_export.runtime.providers import Provider
 from rk_export.runtime.session import Session
 
+_WRITTEN = re.compile(r"profil|optimized_model|_path$")  # enable_profiling, ep.context_file_path ...
 _NATIVE_CODE = re.compile(r"librar|_lib_|plugin")  # custom_ops_library, trt_extra_plugin_lib_paths ...
 
 
@@ -93,13 +96,7 @@ class GenAIContestant:
     def __init__(self, path: str | Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.name = f"genai:{path}"
         self._og = _import_genai()
-        config_file = Path(path) / "genai_config.json"
-        if not config_file.is_file():
-            raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
-        settings = read_json(config_file)
-        _refuse_native_code(settings, config_file)
-        model = settings["model"]
-        self.vocab_size, self.max_length = int(model["vocab_size"]), int(model["context_length"])
+        self.vocab_size, self.max_length = genai_settings(Path(path))
         self._model = self._og.Model(self._config(str(path), provider, threads))
         self._generator: Any = None
 
@@ -132,6 +129,25 @@ class GenAIContestant:
         return config
 
 
+def genai_settings(folder: Path) -> tuple[int, int]:
+    """Check what GenAI is told to load before it gets the folder.
+
+    Returns:
+        Tokens of the vocabulary, and of the context.
+
+    Raises:
+        InputError: The folder is no GenAI bundle, or its configuration names native code or a file outside.
+    """
+    config_file = folder / "genai_config.json"
+    if not config_file.is_file():
+        raise InputError("no such file", where=str(config_file), fix="give a bundle made for GenAI")
+    settings = read_json(config_file)
+    _refuse_native_code(settings, config_file)
+    _refuse_other_places(settings, config_file)
+    model = Section(settings, str(config_file)).section("model")
+    return _needed(model, "vocab_size"), _needed(model, "context_length")
+
+
 def _refuse_native_code(settings: dict[str, Any], config_file: Path) -> None:
     """GenAI loads the libraries that its configuration names, and loading one runs what is in it."""
     for entry, value in _entries(settings):
@@ -141,6 +157,33 @@ def _refuse_native_code(settings: dict[str, Any], config_file: Path) -> None:
                 where=str(config_file),
                 fix="delete the entry; what rk-export writes needs none",
             )
+
+
+def _refuse_other_places(settings: dict[str, Any], config_file: Path) -> None:
+    """GenAI opens the files that its configuration names, and writes some; all must lie in the folder.
+
+    Raises:
+        InputError: An entry names a file outside the folder, or has one written, or a graph reads such a file.
+    """
+    folder, where = config_file.parent, str(config_file)
+    check_links(folder)
+    for entry, value in _entries(settings):
+        if _WRITTEN.search(entry) and value:
+            raise InputError(
+                f"{entry} has GenAI write files", where=where, fix="delete the entry; a benchmark needs none"
+            )
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and name.endswith(".onnx"):
+                check_graph(file_inside(folder, name, where=where))
+            elif isinstance(name, str) and name:
+                checked_name(name, where=where)
+
+
+def _needed(model: Section, name: str) -> int:
+    value = model.count(name)
+    if value is None:
+        raise InputError(f"{name} is missing", where=model.where, fix="give a bundle made for GenAI")
+    return value
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

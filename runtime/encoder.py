@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError
+from rk_export.manifest import check_manifest
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.graph_proto import read_facts
@@ -50,6 +51,7 @@ class EncoderSession:
         provider: Provider = "auto",
         threads: int | None = None,
         accuracy_level: int | None = None,
+        check: bool = False,
     ) -> EncoderSession:
         """Open a bundle folder; the arguments are those of ``Session.from_pretrained``.
 
@@ -57,6 +59,8 @@ class EncoderSession:
             InputError: A file is missing or broken, or an option out of range.
             ProviderError: CUDA was asked for and does not work here.
         """
+        if check:
+            check_manifest(path)
         config = BundleConfig.read(path)
         settings = SessionSettings(provider, threads, accuracy_level)
         return cls(open_session(config.model_path, settings), config)

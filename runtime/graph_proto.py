@@ -13,8 +13,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import uses_external_data
 
 from rk_export.errors import InputError
+from rk_export.inside import file_inside
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # table, indices
+_AGAIN = "export it again, or get the bundle again from a place that you trust"
+_DIGITS = 19  # of a size that fits into 64 bits
 _ATTENTION_BIAS = 10  # index of the input of GroupQueryAttention
 
 
@@ -89,6 +92,57 @@ def _set_level(graph: Any, level: int) -> None:
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
 
 
+def check_graph(model: Path) -> None:
+    """Refuse a graph that reads files outside its folder, or more than they hold, before a runtime opens it.
+
+    Raises:
+        InputError: The file is not an ONNX graph, or an external tensor names an absolute path, ``..``, a link out of
+            the folder, or bytes that its file does not have.
+    """
+    if model.is_file():
+        file_inside(model.parent, model.name, where=str(model), fix=_AGAIN)
+    proto = load_proto(model)
+    sizes: dict[str, int] = {}
+    for tensor in _all_tensors(proto):
+        if uses_external_data(tensor):
+            _check_external(tensor, model, sizes)
+
+
+def _check_external(tensor: Any, model: Path, sizes: dict[str, int]) -> None:
+    given = {entry.key: entry.value for entry in tensor.external_data}
+    location = given.get("location", "")
+    if location not in sizes:
+        path = file_inside(model.parent, location, where=str(model), fix=_AGAIN)
+        sizes[location] = path.stat().st_size
+    begin, length = (_count(given, key, model) for key in ("offset", "length"))
+    if begin + length > sizes[location]:
+        raise InputError(
+            f"tensor {tensor.name!r} reads {length:,} bytes from byte {begin:,} of {location}, which has "
+            f"{sizes[location]:,}",
+            where=str(model),
+            fix=_AGAIN,
+        )
+
+
+def _count(given: dict[str, str], key: str, model: Path) -> int:
+    text = given.get(key, "0")
+    if not (text.isascii() and text.isdigit() and len(text) < _DIGITS):
+        raise InputError(f"{key} of an external tensor is {text!r}", where=str(model), fix=_AGAIN)
+    return int(text)
+
+
+def _all_tensors(message: Any) -> Iterator[Any]:
+    """Yield every tensor in a message: those of subgraphs, functions, sparse tensors and training graphs too."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for item in [value] if hasattr(value, "ListFields") else value:
+            if isinstance(item, onnx.TensorProto):
+                yield item
+            else:
+                yield from _all_tensors(item)
+
+
 def _follow_links(proto: Any, folder: Path) -> Path:
     """Let external data be read from where links lead; return the folder that it is then relative to.
 
@@ -97,7 +151,7 @@ def _follow_links(proto: Any, folder: Path) -> Path:
     """
     entries = [
         entry
-        for tensor in _tensors(proto.graph)
+        for tensor in _all_tensors(proto)
         if uses_external_data(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
@@ -109,16 +163,6 @@ def _follow_links(proto: Any, folder: Path) -> Path:
     for entry in entries:
         entry.value = files[entry.value].relative_to(base).as_posix()
     return base
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
-            elif attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _tensors(attribute.g)
 
 
 def _read_floats(graph: Any) -> None:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from rk_export.errors import InputError, ProviderError
-from rk_export.runtime.graph_proto import graph_bytes
+from rk_export.runtime.graph_proto import check_graph, graph_bytes
 
 Provider = Literal["auto", "cpu", "cuda"]
 
@@ -71,8 +71,9 @@ def open_session(model: Path, settings: SessionSettings) -> Any:
 
     Raises:
         ProviderError: CUDA was asked for and does not work here.
-        InputError: The graph or its external data cannot be loaded.
+        InputError: The graph or its external data cannot be loaded, or the graph reads files outside its folder.
     """
+    check_graph(model)
     if settings.provider == "cpu":
         return _create(model, settings, [CPU])
     obstacle = cuda_obstacle()

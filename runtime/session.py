@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError, ProviderError
+from rk_export.manifest import check_manifest
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.cache import Cache, GrowingCache, SharedCache
@@ -63,6 +64,7 @@ class Session:
         threads: int | None = None,
         accuracy_level: int | None = None,
         max_length: int | None = None,
+        check: bool = False,
     ) -> Session:
         """Open a bundle folder.
 
@@ -72,11 +74,14 @@ class Session:
             threads: Threads within one operator; None lets ONNX Runtime decide.
             accuracy_level: 0 or 4 overrides the attribute of every ``MatMulNBits``.
             max_length: Most positions of prompt and new tokens together.
+            check: First compare size and SHA-256 of every file with the bundle's manifest.
 
         Raises:
-            InputError: A file is missing or broken, or an option out of range.
+            InputError: A file is missing, broken or, with ``check``, changed, or an option out of range.
             ProviderError: CUDA was asked for and cannot run this bundle here.
         """
+        if check:
+            check_manifest(path)
         config = BundleConfig.read(path)
         settings = SessionSettings(provider, threads, accuracy_level)
         session = cls(open_session(config.model_path, settings), config, max_length=max_length)

@@ -73,9 +73,7 @@ class SpecialTokens:
         decoder = read_json(self.folder / CONFIG_FILE).get("added_tokens_decoder") or {}
         older = read_json(self.folder / "added_tokens.json")
         with self._malformed_lists():
-            listed = {
-                entry["content"]: int(entry["id"]) for entry in self._tokenizer.get("added_tokens") or ()
-            }
+            listed = {entry["content"]: entry["id"] for entry in _listed(self._tokenizer)}
             configured = {entry["content"]: int(index) for index, entry in decoder.items()}
             found = {**{text: int(index) for text, index in older.items()}, **configured, **listed}
             return {str(text): index for text, index in found.items()}
@@ -97,12 +95,39 @@ class SpecialTokens:
     def _malformed_lists(self) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(
                 f"a list of its tokens is malformed ({error!r})",
                 where=str(self.folder),
                 fix=f"give {TOKENIZER_FILE} and {CONFIG_FILE} as transformers saves them",
             ) from error
+
+
+def listed_tokens(folder: Path) -> list[dict[str, Any]]:
+    """Return the added tokens of ``tokenizer.json``: objects with at least ``content``, a text, and ``id``, a number.
+
+    Raises:
+        InputError: The list is malformed.
+    """
+    try:
+        return _listed(read_json(folder / TOKENIZER_FILE))
+    except TypeError as error:
+        raise InputError(
+            f"a list of its tokens is malformed ({error})",
+            where=str(folder / TOKENIZER_FILE),
+            fix="give the file as transformers saves it",
+        ) from error
+
+
+def _listed(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    listed = tokenizer.get("added_tokens") or []
+    if not isinstance(listed, list) or not all(map(_is_added, listed)):
+        raise TypeError("added_tokens is no list of objects with content and id")
+    return listed
+
+
+def _is_added(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
 
 
 def _name_fields(values: Mapping[str, Any]) -> dict[str, Any]:

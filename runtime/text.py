@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from rk_export.errors import InputError
+from rk_export.json_codec import load_json
 
 _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
+
+
+def open_tokenizer(path: Path) -> Any:
+    """Return the ``tokenizers.Tokenizer`` of a file.
+
+    Raises:
+        InputError: The file is no tokenizer, or beyond the bounds of every JSON file that is read.
+    """
+    fix = "download or export it again"
+    try:
+        load_json(path, fix=fix)
+    except InputError as error:
+        raise InputError(f"not a tokenizer: {error.what}", where=str(path), fix=fix) from error
+    try:
+        with panics_are_errors():
+            return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"not a tokenizer ({error})", where=str(path), fix=fix) from error
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Raise RuntimeError where a library in Rust gives up on its input: it raises what is no ``Exception``."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # a class that cannot be imported
+            raise RuntimeError(str(error)) from error
+        raise
 
 
 class TextCodec:
@@ -19,7 +51,7 @@ class TextCodec:
         path: ``tokenizer.json``.
 
     Raises:
-        InputError: The file is missing or is no tokenizer.
+        InputError: The file is missing or is no tokenizer; later, that it cannot do what it is asked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,12 +59,7 @@ class TextCodec:
             raise InputError(
                 "no such file", where=str(path), fix="put tokenizer.json in the bundle, or give token ids"
             )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(
-                f"not a tokenizer ({error})", where=str(path), fix="download or export it again"
-            ) from error
+        self._path, self._tokenizer = path, open_tokenizer(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -48,7 +75,8 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"not UTF-8 ({error})", where="prompt", fix="encode it as UTF-8") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        with self._said():
+            return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def token_text(self, token: int) -> str | None:
         """Return how the vocabulary writes a token, or None where it has no such token."""
@@ -61,7 +89,21 @@ class TextCodec:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special tokens left out."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        with self._said():
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """Say which file brought what the library cannot do."""
+        try:
+            with panics_are_errors():
+                yield
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"the tokenizer cannot be used ({error})",
+                where=str(self._path),
+                fix="download or export it again",
+            ) from error
 
     def hidden_text(self, token: int) -> str:
         """Return the text of a special token, which `decode` leaves out; empty for every other token."""

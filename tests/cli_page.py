@@ -29,7 +29,12 @@ Some checkpoints were quantized before, so their weights lie on a grid already, 
 perfect on them. This command writes an equivalent model off the grid, on which quantizers can be compared.
 """,
     "verify": """
-The exit code is 1 if a tier is out of its bound. The tiers: [parity.md](parity.md).
+The exit code is 1 if a tier is out of its bound. The tiers: [parity.md](parity.md). The signature comes first, then
+every checksum, then the tiers.
+""",
+    "sign": """
+Every checksum is compared before the manifest is signed. How to make a key:
+[deploy.md](../how-to/deploy.md#sign-a-bundle).
 """,
     "eval": """
 Dense models and checkpoints run in PyTorch, bundles in ONNX Runtime. Each value has its standard error. How

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from rk_export.folders import write_manifest
+from rk_export.manifest import write_manifest
 
 
 def write_graph(folder: Path, kind: str = "FLOAT") -> None:

@@ -27,7 +27,7 @@ from input_cases.case import TOLERANCE, Case, Row, run_case
 from transformers.utils import logging as transformers_logging
 
 from rk_export.cli.main import quiet_libraries
-from rk_export.folders import library_versions
+from rk_export.manifest import library_versions
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SOURCES = ("safetensors", "peft", "compressed-tensors", "bitsandbytes", "gguf")

@@ -35,7 +35,7 @@ CALLS = {
     "decoder_spec": "rk_export.model.decoder_spec.decoder_spec",
     "models on meta": "rk_export.model.families.transformers_model",
     "graph modules": "rk_export.graph.dense.frontend.build_module",
-    "files hashed": "rk_export.folders.sha256_of",
+    "files hashed": "rk_export.manifest.sha256_of",
 }
 # Methods that are counted, where this version has them.
 KEPT = ("rk_export.source.memory", "Memory", "hold")

@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
-from rk_export.folders import library_versions, write_manifest
 from rk_export.graph.build import build_graph, save_graph
 from rk_export.json_codec import to_json
+from rk_export.manifest import library_versions, write_manifest
 from rk_export.memory import give_back
 from rk_export.model.context import context_notices, context_of, with_context
 from rk_export.options.recipe import Recipe

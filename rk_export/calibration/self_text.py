@@ -7,7 +7,6 @@ believes text to be. After an end-of-sequence token the start token follows: a s
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.progress import Bar, stage
+from rk_export.runtime.special_tokens import listed_tokens
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 
@@ -124,7 +124,7 @@ def start_token(source: Source) -> int:
         if ids := _ids(getattr(config, name, None)):
             logger.info("text starts with token %d (%s)", ids[0], name)
             return ids[0]
-    if (special := _first_special(source.folder / "tokenizer.json")) is not None:
+    if (special := _first_special(source.folder)) is not None:
         logger.info("text starts with token %d (the tokenizer's first special token)", special)
         return special
     raise InputError(
@@ -140,11 +140,8 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [int(value)]
 
 
-def _first_special(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
-    return next((int(token["id"]) for token in added if token.get("special")), None)
+def _first_special(folder: Path) -> int | None:
+    return next((token["id"] for token in listed_tokens(folder) if token.get("special")), None)
 
 
 def _ends(config: PretrainedConfig, start: int) -> list[int]:

@@ -42,7 +42,9 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "verify": (
         ("verify out/bundle", "files, and the tiers that a bundle shows alone"),
         ("verify out/bundle --against MODEL", "every tier"),
+        ("verify out/bundle --key PUBLIC.pem", "who made it, before anything else"),
     ),
+    "sign": (("sign out/bundle --key KEY.pem", "writes out/bundle/rk_manifest.json.sig"),),
     "eval": (
         ("eval out/bundle --text eval.txt --tokens 5120", "perplexity"),
         ("eval MODEL out/bundle --text eval.txt --tasks tasks/piqa.jsonl --limit 250", "side by side"),

@@ -170,7 +170,9 @@ def run_verify(args: argparse.Namespace) -> int:
     from rk_export.commands.verify import verify
     from rk_export.report.tables import parity_table
 
-    tiers = verify(args.bundle, args.against, base=args.base, provider=args.provider, run=_run_of(args))
+    tiers = verify(
+        args.bundle, args.against, key=args.key, base=args.base, provider=args.provider, run=_run_of(args)
+    )
     print_json(to_json(tiers)) if args.json else show(parity_table(tiers))
     return int(any(tier.passed is False for tier in tiers))
 

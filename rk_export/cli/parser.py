@@ -29,6 +29,7 @@ from rk_export.cli.handlers import (
 from rk_export.cli.recipes import add_recipes_arguments, run_recipes
 from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
+from rk_export.cli.sign import add_sign_arguments, run_sign
 
 Command = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
@@ -128,6 +129,9 @@ def _add_bundle_commands(add: AddCommand) -> None:
     """Add the commands that work on what was made, and `doctor`."""
     verify = add("verify", run_verify, "check a bundle's files and parity; exit 0 or 1")
     verify.add_argument("bundle", type=Path, help="bundle folder")
+    verify.add_argument(
+        "--key", type=Path, metavar="FILE", help="public key (PEM): the bundle's signature is checked first"
+    )
     verify.add_argument("--against", metavar="MODEL", help="the dense model: measures every tier anew")
     _add_base(verify)
     verify.add_argument("--provider", **_PROVIDER)
@@ -168,6 +172,8 @@ def _add_bundle_commands(add: AddCommand) -> None:
     add_report_arguments(add("report", run_report, "show what a run found, or open its page"))
 
     add_bundle_arguments(add("bundle", run_bundle, "add deployment files to a finished bundle"))
+
+    add_sign_arguments(add("sign", run_sign, "sign a bundle, so that others can tell that it is yours"))
 
     explain = add("explain", run_explain, "show what happened to each matrix of a bundle, and why")
     explain.add_argument("bundle", type=Path, help="bundle folder")

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from rk_export.commands.stages import Task, check_outputs, open_task
-from rk_export.folders import AtomicFolder, library_versions
+from rk_export.folders import AtomicFolder
+from rk_export.manifest import library_versions
 from rk_export.model.sites import dense_sites
 from rk_export.options.ranks import GROUPS
 from rk_export.options.recipe import Recipe

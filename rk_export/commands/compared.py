@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rk_export.errors import InputError
-from rk_export.folders import check_manifest, read_report
+from rk_export.folders import read_report
+from rk_export.manifest import check_manifest
 from rk_export.plan import Plan, SitePlan
 from rk_export.report.comparison import Compared, MatrixChoice
 from rk_export.report.matrix_groups import matrix_groups

@@ -11,7 +11,7 @@ from rk_export.atomic import beside, synchronize, synchronize_tree
 from rk_export.bundle.targets import TARGETS
 from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.errors import InputError
-from rk_export.folders import check_manifest, replace_in_manifest
+from rk_export.manifest import check_manifest, replace_in_manifest
 
 _BY_NAME = {target.name: target for target in TARGETS}
 
@@ -48,7 +48,7 @@ def deployment_files(
         )
     manifest = check_manifest(folder)
     deployment = Deployment(
-        folder, _checked(name or folder.name), "cuda" if manifest["ep"] == "cuda" else "cpu", storage
+        folder, _checked(name or folder.name), "cuda" if manifest.get("ep") == "cuda" else "cpu", storage
     )
     # What is there under the same name already serves a target that only refers to it.
     wanted = [

@@ -15,9 +15,10 @@ from rk_export.commands.compression_inputs import CompressionInputs, compression
 from rk_export.commands.model_costs import model_costs
 from rk_export.device import resolve_device
 from rk_export.errors import InputError
-from rk_export.folders import check_replaceable, library_versions
+from rk_export.folders import check_replaceable
 from rk_export.graph.dense.frontend import check_supported
 from rk_export.json_codec import to_json
+from rk_export.manifest import library_versions
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rk_export.commands.preparations import prepared_source
 from rk_export.commands.stages import Task, open_task
 from rk_export.errors import InputError
-from rk_export.folders import MANIFEST, check_manifest
 from rk_export.json_codec import from_json
+from rk_export.manifest import MANIFEST, check_manifest
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.parity.greedy import Golden
@@ -22,6 +21,7 @@ from rk_export.plan import Plan
 from rk_export.report.records import ParityTier
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.runtime.providers import Provider
+from rk_export.signature import check_signature
 from rk_export.source.transformed import Transformed
 
 
@@ -29,6 +29,7 @@ def verify(
     bundle: str | Path,
     against: str | Path | None = None,
     *,
+    key: str | Path | None = None,
     base: str | Path | None = None,
     provider: Provider = "auto",
     run: Run | None = None,
@@ -40,6 +41,7 @@ def verify(
         against: The dense model it was made from: the bundle's plan is applied to it again and every tier is
             measured. None measures what the bundle can show alone: tiers d to h. Where the plan's calibration text
             is not at hand, the tiers that its statistics decide are said to be not measured, and the others run.
+        key: File of a public key; the signature of the manifest is checked before anything else.
         base: Of `against`, as in `compress`.
         provider: Execution provider.
         run: The machine; its `texts` may hold the calibration text.
@@ -48,26 +50,40 @@ def verify(
         The tiers; a failed one has `passed` False.
 
     Raises:
-        InputError: If a file of the bundle is missing or corrupted, or the model is not the bundle's.
+        InputError: If the signature is missing or wrong, a file of the bundle is missing or corrupted, or the model is
+            not the bundle's.
     """
     folder, threads = Path(bundle), None if run is None else run.threads
-    manifest = check_manifest(folder)
-    plan = Plan.load(folder / "plan.json")
+    if key is not None:
+        check_signature(folder, key)
+    plan, golden = bundle_files(folder)
     if against is None:
         _refuse_without_model(base, run or Run())
-        return _alone(folder, manifest, plan, provider, threads)
+        return _alone(folder, golden, plan, provider, threads)
     _check_repeatable(folder, plan.recipe)
     task = open_task(against, None, plan, base=base, run=run, needs_texts=False)
     before = task.preflight()
     text = task.recipe.missing_text
     if text is not None and not task.source.architecture.is_encoder:
         why = f"the calibration text {text.name} is not at hand, name it with --calibration-text"
-        alone = _alone(folder, manifest, plan, provider, threads)
+        alone = _alone(folder, golden, plan, provider, threads)
         return (*_without_statistics(task, before, why), *alone)
     batch = torch.from_numpy(before.probe.batch)
     rewritten = choose_levels(task.inputs(probe=batch).rewrite(plan, batch), batch)
     tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
     return (*method_tiers(rewritten, before), *tiers)
+
+
+def bundle_files(folder: Path) -> tuple[Plan, Golden | None]:
+    """Check every file of a bundle against its manifest; return the plan and, of a decoder, its confirmed tokens.
+
+    Raises:
+        InputError: A file is missing or corrupted, or the plan or the manifest cannot be read.
+    """
+    stored = check_manifest(folder).get("golden")
+    where = f"{folder / MANIFEST}: golden"
+    golden = None if stored is None else from_json(Golden, stored, where, fix="export the bundle again")
+    return Plan.load(folder / "plan.json"), golden
 
 
 def _refuse_without_model(base: str | Path | None, run: Run) -> None:
@@ -94,18 +110,15 @@ def _without_statistics(task: Task, before: Preflight, why: str) -> Iterator[Par
 
 
 def _alone(
-    folder: Path, manifest: dict[str, Any], plan: Plan, provider: Provider, threads: int | None
+    folder: Path, golden: Golden | None, plan: Plan, provider: Provider, threads: int | None
 ) -> tuple[ParityTier, ...]:
     """Return the tiers that a decoder bundle shows without its model."""
-    if manifest["golden"] is None:
+    if golden is None:
         raise InputError(
             "an encoder bundle can only be verified against its model",
             where=str(folder),
             fix="give --against MODEL",
         )
-    golden = from_json(
-        Golden, manifest["golden"], f"{folder / MANIFEST}: golden", fix="export the bundle again"
-    )
     return bundle_tiers(folder, golden, plan.recipe.target.float_dtype, provider=provider, threads=threads)
 
 

@@ -11,7 +11,6 @@ single choice asks for the last word, as LAMBADA does: the item counts as right 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
+from rk_export.json_codec import parse_json
 
 _FIELDS = ("context", "choices", "gold")
 _MADE_BY = (
@@ -151,10 +151,7 @@ def _item(line: str, where: str) -> Item:
 
 
 def _parsed(line: str) -> Item:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not valid JSON ({error})") from error
+    record = parse_json(line.encode(), where=None, fix=_FIX)
     if not isinstance(record, dict):
         raise InputError("not a JSON object")
     if missing := [name for name in _FIELDS if name not in record]:

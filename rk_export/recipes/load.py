@@ -21,7 +21,7 @@ from rk_export.recipes.places import Places, parsed
 from rk_export.recipes.presets import DEFAULT, About, about_of, presets
 from rk_export.recipes.settings import Settings
 
-_LARGEST = 1_000_000
+_LARGEST = 100_000  # bytes; parsing takes some 10 microseconds for each
 
 
 def load(name: str | Path = DEFAULT, settings: Sequence[str] = (), amount: Budget | None = None) -> Recipe:

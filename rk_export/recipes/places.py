@@ -11,6 +11,7 @@ import yaml
 from rk_export.errors import InputError
 
 Path = tuple[int | str, ...]
+_DEEPEST = 64
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,6 +101,8 @@ class _Builder:
     def build(self, node: yaml.Node, path: Path) -> Any:
         mark = node.start_mark
         place = (mark.line + 1, mark.column + 1)
+        if len(path) > _DEEPEST:
+            raise self._refusal("nested too deeply", "correct the file", place)
         self._places.at.setdefault(path, place)
         if id(node) in self._seen:
             raise self._refusal("an alias", "write the value out", place)

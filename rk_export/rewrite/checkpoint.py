@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
@@ -12,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
+from rk_export.inside import copy_inside
 from rk_export.model.description import describe
 from rk_export.model.families import Architecture
 from rk_export.model.preparable import has_rotated_head
@@ -33,8 +33,8 @@ CHECKPOINT_VERSION = 1
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a compressed checkpoint."""
     try:
-        return SECTION in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return SECTION in read_json(folder / "config.json")
+    except InputError:
         return False
 
 
@@ -50,7 +50,7 @@ def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path,
         config[SECTION] = {"version": CHECKPOINT_VERSION, "plan": rewritten.plan.to_json()}
         copy_tokenizer(tokenizer_from, partial)
         if (tokenizer_from / GENERATION_FILE).is_file():  # it may name other ends than the config
-            shutil.copyfile(tokenizer_from / GENERATION_FILE, partial / GENERATION_FILE)
+            copy_inside(tokenizer_from, GENERATION_FILE, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

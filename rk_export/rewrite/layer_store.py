@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
-from rk_export.folders import sha256_of
 from rk_export.json_codec import from_json, to_json
+from rk_export.manifest import sha256_of
 from rk_export.report.records import Finding, Spectrum
 
 logger = logging.getLogger(__name__)

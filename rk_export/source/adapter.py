@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rk_export.errors import InputError
+from rk_export.json_codec import load_json
 from rk_export.source.renamed_tensors import without_wrappers
 from rk_export.source.tensor_files import FLOATS, SafetensorFiles
 from rk_export.source.weight_files import ADAPTER_WEIGHTS
@@ -172,10 +172,7 @@ def _text(values: Mapping[str, Any], key: str) -> str | None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path), fix="check the file") from error
+    values = load_json(path, fix="check the file")
     if not isinstance(values, dict):
         raise InputError("is no object", where=str(path), fix="check the file")
     kind = values.get("peft_type")

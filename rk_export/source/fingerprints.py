@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rk_export.atomic import atomic_file
-from rk_export.folders import sha256_of
+from rk_export.manifest import sha256_of
 from rk_export.tensor_cache import cache_root
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.model.config_checks import check_layers
 from rk_export.model.parameter_names import ModelNames, Target
 from rk_export.source.adapter import Adapter
 from rk_export.source.leftovers import classes_of, is_backbone, missing, no_place
@@ -56,6 +57,7 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the model that is built and exported is in floats
     files = open_tensors(folder, getattr(config, "transformers_weights", None))
+    check_layers(config, len(files.shapes))
     names = ModelNames(config)
     if quantization_of(files, stated) is None:
         check_types(files, names)

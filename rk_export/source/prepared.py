@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.folders import AtomicFolder, write_manifest
+from rk_export.folders import AtomicFolder
+from rk_export.manifest import write_manifest
 from rk_export.matrix_id import MatrixId
 from rk_export.model.description import ModelDescription
 from rk_export.model.layer_wiring import wiring_of

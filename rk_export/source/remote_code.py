@@ -18,6 +18,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from rk_export.errors import InputError
+from rk_export.json_codec import load_json
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
 
@@ -86,8 +87,8 @@ def code_references(folder: Path) -> Iterator[CodeReference]:
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return load_json(file, fix="")
+    except InputError:
         return None
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError
-from rk_export.model.config_checks import check_counts
+from rk_export.json_codec import load_json
+from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
 from rk_export.model.families import architecture_of
 from rk_export.passes.numerics.grid import Grid
@@ -284,18 +285,17 @@ def read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise _no_config(folder)
+    if found := stand_in(path):
+        raise InputError(f"is {found}", where=str(path), fix="download the file itself")
+    stated = load_json(path, fix="check the file")
     refuse_remote_code(folder)
+    check_known_layout(folder, stated)
+    check_stated(stated, path)
     try:
-        check_known_layout(folder, json.loads(path.read_text(encoding="utf-8")))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except InputError:
-        raise
     except Exception as error:  # as in `transformers_model`: a wrong value raises anything
-        found = stand_in(path)
         raise InputError(
-            f"is {found}" if found else f"cannot be read: {_first_reason(error)}",
-            where=str(path),
-            fix="download the file itself" if found else "check the file",
+            f"cannot be read: {_first_reason(error)}", where=str(path), fix="check the file"
         ) from error
     check_counts(config, path)
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.

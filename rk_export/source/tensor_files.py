@@ -42,6 +42,7 @@ class StoredTensors(Protocol):
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 # Bytes that are read from a file before it is opened anew: what was read stays mapped while it is open.
 _MAPPED = 1 << 29
+_LONGEST_HEADER = 1 << 25  # bytes; of some 300,000 tensors
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,33 @@ class _OpenFile:
         self._mapped += read
 
 
+def _check_header(path: Path) -> None:
+    """Refuse a header that is longer than its file, or than any in use, before it is read.
+
+    safetensors checks the same with a bound of 100 MB, which takes 1.5 GB of memory. It also checks that the tensors
+    fill the file without gap and overlap.
+    """
+    with path.open("rb") as handle:
+        stated = int.from_bytes(handle.read(8), "little")
+    held = path.stat().st_size - 8
+    if stated > held:
+        raise InputError(
+            f"is truncated or not safetensors (it states a header of {stated:,} bytes and has {max(held, 0):,})",
+            where=str(path),
+            fix="download it again",
+        )
+    if stated > _LONGEST_HEADER:
+        raise InputError(
+            f"its header has {stated:,} bytes, at most {_LONGEST_HEADER:,} are read",
+            where=str(path),
+            fix="store the tensors in several files",
+        )
+
+
 def _entries(path: Path, opened: _OpenFile) -> Iterator[tuple[str, _Entry]]:
     with _said(path):
+        if stand_in(path) is None:
+            _check_header(path)
         file = opened.at(path)
         for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             header = file.get_slice(name)

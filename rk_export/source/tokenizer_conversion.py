@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from rk_export.errors import InputError
+from rk_export.json_codec import load_json
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE
+from rk_export.runtime.text import open_tokenizer, panics_are_errors
 
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -48,11 +49,11 @@ def check_tokenizer(source: Path, vocabulary: int) -> None:
     if not present_files(source):
         return
     if (source / TOKENIZER_FILE).is_file():
-        _read(source / TOKENIZER_FILE)
+        open_tokenizer(source / TOKENIZER_FILE)
         return
     with TemporaryDirectory() as folder:
         convert_tokenizer(source, Path(folder))
-        known = _read(Path(folder) / TOKENIZER_FILE).get_vocab_size()
+        known = open_tokenizer(Path(folder) / TOKENIZER_FILE).get_vocab_size()
     # transformers makes a tokenizer of nothing but special tokens from an empty file.
     if 2 * known < vocabulary:
         raise InputError(
@@ -76,9 +77,9 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
             fix=f"pip install sentencepiece; or {_FIX}",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = open_with_transformers(source)
         tokenizer.save_pretrained(folder)
-        Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        open_tokenizer(folder / TOKENIZER_FILE)
     except Exception as error:  # each tokenizer library raises exceptions of its own, some of them bare
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
@@ -86,6 +87,19 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
             where=str(source / name),
             fix=f"{_FIX}; a damaged file: download it again",
         ) from error
+
+
+def open_with_transformers(source: Path) -> Any:
+    """Return transformers' tokenizer of a model folder; it raises whatever its parsers do, but no panic.
+
+    Raises:
+        InputError: A JSON file is beyond the bounds of every such file that is read.
+    """
+    for name in present_files(source):
+        if name.endswith(".json"):
+            load_json(source / name, fix="download it again")
+    with panics_are_errors():
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def _vocabulary_file(source: Path) -> str:
@@ -96,12 +110,3 @@ def _vocabulary_file(source: Path) -> str:
             f"no vocabulary: the tokenizer is {', '.join(present)} alone", where=str(source), fix=_FIX
         )
     return name
-
-
-def _read(path: Path) -> Any:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare exceptions
-        raise InputError(
-            f"is no tokenizer of the tokenizers library ({error})", where=str(path), fix="download it again"
-        ) from error

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
-
+from rk_export.inside import copy_inside
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
 from rk_export.runtime.chat_files import MORE_TEMPLATES, PROCESSOR_FILE, TEMPLATE_FILE, TemplateFiles
-from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE, SpecialTokens
-from rk_export.source.tokenizer_conversion import convert_tokenizer, present_files
+from rk_export.runtime.special_tokens import CONFIG_FILE, MAP_FILE, SpecialTokens, listed_tokens
+from rk_export.runtime.text import open_tokenizer
+from rk_export.source.tokenizer_conversion import convert_tokenizer, open_with_transformers, present_files
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +32,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         logger.warning("%s holds no tokenizer: the bundle takes token ids only", source)
         return
     for name in (*present, *templates):
-        shutil.copyfile(source / name, folder / name)
-    if (source / MORE_TEMPLATES).is_dir():
-        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
+        copy_inside(source, name, folder)
+    for path in (source / MORE_TEMPLATES).glob("*.jinja"):
+        copy_inside(source, f"{MORE_TEMPLATES}/{path.name}", folder)
     _complete(folder, source)
     _move_processor_template(folder)
     _name_known_class(folder / CONFIG_FILE)
@@ -47,7 +45,7 @@ def _complete(folder: Path, source: Path) -> None:
     if not (folder / TOKENIZER_FILE).is_file():  # GenAI and `tokenizers` read this file only
         convert_tokenizer(source, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = open_with_transformers(source)
     except Exception as error:  # tokenizers raises bare Exception, transformers whatever its parsers do
         logger.warning(
             "%s: transformers cannot open the tokenizer (%s); its files are taken as they are",
@@ -65,7 +63,7 @@ def _complete(folder: Path, source: Path) -> None:
 
 def _compare(folder: Path, source: Path, tokenizer: Any) -> None:
     """Warn where transformers makes other tokens of a text than ``tokenizer.json``, which all runtimes read."""
-    plain = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    plain = open_tokenizer(folder / TOKENIZER_FILE)
     plain.no_truncation()
     plain.no_padding()
     for text in _COMPARED:
@@ -86,7 +84,7 @@ def _missing_tokens(folder: Path, tokenizer: Any) -> list[str]:
     special = SpecialTokens.read(folder)
     named = {text: special.id_of(text) for text in special.named.values()}
     every = {**named, **special.added}
-    listed = {entry["content"] for entry in read_json(folder / TOKENIZER_FILE).get("added_tokens") or ()}
+    listed = {entry["content"] for entry in listed_tokens(folder)}
     known = tokenizer.get_added_vocab()
     return [text for text, index in every.items() if text not in listed and known.get(text) == index]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import defaultdict
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError
+from rk_export.inside import checked_name
+from rk_export.json_codec import load_json
 from rk_export.source.tensor_files import SafetensorFiles
 
 logger = logging.getLogger(__name__)
@@ -81,21 +82,16 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     """Return the files that an index lists, and the place of each tensor."""
     if not index.is_file():
         raise InputError("is missing", where=str(index), fix=_AGAIN)
-    try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        places = {key: index.parent / name for key, name in names.items()}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise InputError("is not a weight index", where=str(index), fix="download it again") from error
-    if not places:
+    data = load_json(index, fix="download it again")
+    names = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(names, dict):
+        raise InputError("is not a weight index", where=str(index), fix="download it again")
+    if not names:
         raise InputError("lists no tensor", where=str(index), fix="download it again")
-    if outside := sorted(
-        name for name in set(names.values()) if Path(name).is_absolute() or ".." in Path(name).parts
-    ):
-        raise InputError(
-            f"names a file outside the folder: {outside[0]}",
-            where=str(index),
-            fix="put the shards into the folder, and their names into the index",
-        )
+    fix = "put the shards into the folder, and their names into the index"
+    places = {
+        key: index.parent / checked_name(name, where=str(index), fix=fix) for key, name in names.items()
+    }
     return sorted(set(places.values())), places
 
 

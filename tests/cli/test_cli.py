@@ -16,8 +16,8 @@ import torch
 from conftest import Cli, Ended
 
 import rk_export
-from rk_export.folders import sha256_of
 from rk_export.json_codec import from_json
+from rk_export.manifest import sha256_of
 from rk_export.report.plots import COLORS
 from rk_export.report.records import Report
 from rk_export.runtime import GenerationOptions, Session

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import TEMPLATE, Cli, Ended, tiny_options
+from signing_keys import write_keys
 
 from rk_export import (
     CalibrationOptions,
@@ -29,6 +30,7 @@ from rk_export import (
     make_plan,
 )
 from rk_export.cli.parser import build_parser
+from rk_export.signature import sign_bundle
 from rk_export.work_folder import work_folder_of
 
 pytestmark = [pytest.mark.whole, pytest.mark.slow]
@@ -133,6 +135,10 @@ def finds(plain: Seen, changed: Seen) -> None:
     assert "--calibration-text FILE" in plain.ended.err
 
 
+def signs(plain: Seen, changed: Seen) -> None:
+    assert (plain.ended.code, changed.ended.code) == (2, 0), changed.ended.err
+
+
 LINES: dict[str, tuple[object, ...]] = {
     "compress": (
         "{llama}",
@@ -151,6 +157,7 @@ LINES: dict[str, tuple[object, ...]] = {
     "prepare": ("{llama}", "-o", "{out}", "--passes", "fold,rotate"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
     "verify": ("{bundle}", "--threads", 1, "--provider", "cpu"),
+    "sign": ("{signed}",),
     "eval": ("{bundle}", "--text", "{prose}", "--context", 64, "--tokens", 128, "--threads", 1),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 8, "--provider", "cpu"),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--json"),
@@ -259,6 +266,12 @@ CASES: dict[tuple[str, str], Case] = {
     ("export", "--ep"): Case(("--ep", "portable"), writes_other),
     ("export", "--context-length"): Case(("--context-length", 64), writes_other),
     ("export", "--threads"): NO_THREADS,
+    ("verify", "--key"): Case(
+        ("--key", "{stranger}"),
+        refused("is not that of"),
+        line=("{signed}", "--threads", 1, "--provider", "cpu"),
+    ),
+    ("sign", "--key"): Case(("--key", "{key}"), signs),
     ("verify", "--against"): Case(("--against", "{llama}"), prints_other),
     ("verify", "--base"): Case(("--base", "{llama}"), refused("goes with --against")),
     ("verify", "--provider"): NO_PROVIDER,
@@ -340,11 +353,14 @@ def places(
     task.write_text("\n".join(json.dumps({**item, "gold": gold}) for gold in (0, 1)), encoding="utf-8")
     moody = Path(shutil.copytree(bundle, folder / "moody"))
     (moody / "chat_template.jinja").write_text(TEMPLATE + "{{ mood }}", encoding="utf-8")
+    signed, (key, _) = Path(shutil.copytree(bundle, folder / "signed")), write_keys(folder)
+    sign_bundle(signed, key)
     session = Session.from_pretrained(bundle, provider="cpu")
     answer = session.generate("The harbour", options=GenerationOptions(max_new_tokens=8))[0]
     return {
         **{"llama": llama, "bundle": bundle, "prose": prose, "of_text": folder / "of-text"},
         **{"moved": moved, "task": task, "moody": moody, "plan": folder / "plan.json", "page": page},
+        **{"signed": signed, "key": key, "stranger": write_keys(folder, "stranger")[1]},
         **{"text": answer.text[2:4], "token": answer.token_ids[3]},
     }
 

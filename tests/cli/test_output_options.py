@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Cli
+from signing_keys import write_keys
 
 from rk_export.cli.main import run_command
 from rk_export.cli.parser import build_parser
@@ -27,6 +28,7 @@ LINES: dict[str, tuple[object, ...]] = {
     "prepare": ("{llama}", "-o", "{out}", "--passes", "fold"),
     "export": ("{llama}", "-o", "{out}", "--threads", 1),
     "verify": ("{bundle}", "--threads", 1),
+    "sign": ("{own}", "--key", "{key}"),
     "eval": ("{llama}", "--text", "{prose}", "--context", 64, "--tokens", 128),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
@@ -51,6 +53,7 @@ def places(llama: Path, bundle: Path, own_bundle: Path, prose: Path, tmp_path: P
         "bundle": bundle,
         "own": own_bundle,
         "prose": prose,
+        "key": write_keys(tmp_path)[0],
         "out": tmp_path / "out",
         "none": tmp_path / "no",
     }

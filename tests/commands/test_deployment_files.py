@@ -9,7 +9,7 @@ import pytest
 from deployable import write_deployable
 
 from rk_export import InputError, Run, deployment_files, verify
-from rk_export.folders import check_manifest
+from rk_export.manifest import check_manifest
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from tiny_models import tiny_model
 
 from rk_export import DryRun, Plan, compress, dry_run, make_plan, verify
 from rk_export.errors import InputError
-from rk_export.folders import check_manifest
 from rk_export.json_codec import to_json
+from rk_export.manifest import check_manifest
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run

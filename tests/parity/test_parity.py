@@ -19,9 +19,9 @@ import rk_export
 from rk_export import assert_parity
 from rk_export.bundle import write as write_bundle
 from rk_export.errors import InputError, ParityError
-from rk_export.folders import check_manifest
 from rk_export.graph.build import save_graph
 from rk_export.json_codec import from_json
+from rk_export.manifest import check_manifest
 from rk_export.options.run import Run
 from rk_export.parity import comparison
 from rk_export.parity import tiers as parity

@@ -13,7 +13,7 @@ from conftest import Cli, Ended
 from quantized_models import gptq, gptq_config, save_quantized, small
 
 from rk_export import Plan, Report
-from rk_export.folders import MANIFEST
+from rk_export.manifest import MANIFEST
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.recipes import RECIPE, load, preset_names
 

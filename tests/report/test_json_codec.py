@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rk_export.errors import FieldError, InputError
-from rk_export.json_codec import Float, from_json, load_json, to_json
+from rk_export.json_codec import Float, from_json, load_json, parse_json, to_json
 
 
 class Colour(enum.StrEnum):
@@ -114,3 +114,34 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes | None, 
         path.write_bytes(content)
     with pytest.raises(InputError, match=rf"t\.json: {message}"):
         load_json(path, fix="restore it")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 65 + b"]" * 65, "nested deeper than 64 levels"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "nested deeper than 64 levels"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b"[" + b"0," * (1 << 22) + b"0]", r"too large for such a file: 4,194,305 values"),
+        (b"9" * 5000, "not valid JSON"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+    ],
+)
+def test_a_json_text_is_read_within_bounds(content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_json(content, where="t.json", fix="restore it")
+
+
+def test_what_is_just_within_the_bounds_is_read() -> None:
+    assert parse_json(b"[" * 64 + b"]" * 64, where="t.json", fix="") is not None
+    many = parse_json(b"[" + b"0," * ((1 << 20) - 1) + b"0]", where="t.json", fix="")
+    assert len(many) == 1 << 20
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a pipe or a device"):
+        load_json(Path("/dev/zero"), fix="restore it")
+    with (tmp_path / "t.json").open("wb") as handle:
+        handle.truncate((1 << 27) + 1)
+    with pytest.raises(InputError, match="134,217,729 bytes, at most 134,217,728"):
+        load_json(tmp_path / "t.json", fix="restore it")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rk_export import Plan
-from rk_export.folders import check_manifest
+from rk_export.manifest import check_manifest
 from rk_export.runtime import Generation, GenerationOptions, Session
 
 pytestmark = pytest.mark.whole

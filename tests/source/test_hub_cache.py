@@ -38,7 +38,7 @@ def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
 
 
 def test_links_in_a_folder_beside_a_graph_that_is_none(tmp_path: Path) -> None:
-    """Several external files in folders of their own, and only they are links to another place."""
+    """Several external files in folders of their own, and only they are links to another place of the bundle."""
     plain = TinyDecoder(quantized_head=True, external=True).write(tmp_path / "bundle")
     ids = np.arange(1, 9)[None]
     levels = (None, 0)
@@ -47,13 +47,13 @@ def test_links_in_a_folder_beside_a_graph_that_is_none(tmp_path: Path) -> None:
         for level in levels
     ]
     model = onnx.load(plain / "model.onnx")
-    (tmp_path / "far").mkdir()
+    (plain / "far").mkdir()
     (plain / "weights" / "deep").mkdir(parents=True)
     for index, tensor in enumerate(model.graph.initializer):
         if len(tensor.raw_data) >= 64:
             place = f"weights/{'deep/' if index % 2 else ''}{index}.bin"
-            (tmp_path / "far" / f"{index}").write_bytes(tensor.raw_data)
-            (plain / place).symlink_to(tmp_path / "far" / f"{index}")
+            (plain / "far" / f"{index}").write_bytes(tensor.raw_data)
+            (plain / place).symlink_to(plain / "far" / f"{index}")
             set_external_data(tensor, place, offset=0, length=len(tensor.raw_data))
             tensor.ClearField("raw_data")
     assert len(list((plain / "weights" / "deep").iterdir())) > 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rk_export.errors import InputError
-from rk_export.folders import check_manifest
+from rk_export.manifest import check_manifest
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import has_rotated_head, preparations_of
 from rk_export.options.prepare import PREPARATIONS

@@ -13,11 +13,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from rk_export import folders
+from rk_export import manifest as manifest_file
 from rk_export.bundle.genai import genai_config, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.errors import InputError
-from rk_export.folders import AtomicFolder, check_free_space, check_manifest, write_manifest
+from rk_export.folders import AtomicFolder, check_free_space
+from rk_export.manifest import check_manifest, write_manifest
 from rk_export.source.side_files import write_side_files
 
 
@@ -200,7 +201,7 @@ def test_a_damaged_bundle_is_refused_with_the_file_named(
         check_manifest(bundle)
     check_manifest(bundle, hashes=False)
     data.write_bytes(bytes(2000))
-    monkeypatch.setattr(folders, "sha256_of", lambda path: pytest.fail("sizes come first"))
+    monkeypatch.setattr(manifest_file, "sha256_of", lambda path: pytest.fail("sizes come first"))
     with pytest.raises(InputError, match=r"model\.onnx\.data: corrupted: 2,000 bytes instead of 3,000"):
         check_manifest(bundle)
     data.unlink()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rk_export.errors import InputError
-from rk_export.folders import sha256_of
+from rk_export.manifest import sha256_of
 from rk_export.source.gguf.header import Header, StoredTensor, read_header
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")

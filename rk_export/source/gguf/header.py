@@ -12,6 +12,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEPTH = 4  # arrays of arrays; no file in use nests deeper
+_DIMENSIONS = 4  # of a tensor, as in llama.cpp
+# The largest headers in use are vocabularies of 262,144 tokens with their merges, some 10 MB.
+_LONGEST = 1 << 26
+_MOST = 100_000  # keys, and tensors
 _PART = re.compile(r"part-?\d|\d{5}-of-\d{5}|\.\d{3}$")
 
 
@@ -136,6 +141,8 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
             f"GGUF version {version} is not read", where=str(path), fix="known: 2 and 3"
         )
     tensor_count, key_count = struct.unpack_from("<QQ", data, 8)
+    if max(tensor_count, key_count) > _MOST:
+        raise ValueError(f"it states {key_count:,} keys and {tensor_count:,} tensors")
     cursor = _Cursor(data, 24)
     metadata = {}
     for _ in range(key_count):
@@ -184,6 +191,8 @@ class _Cursor:
 
     def _bytes(self, count: int) -> bytes:
         end = self.position + count
+        if end > _LONGEST:
+            raise struct.error(f"it is longer than {_LONGEST:,} bytes")
         if end > len(self._data):
             raise struct.error(f"it states {count} bytes where {len(self._data) - self.position} are left")
         self.position, begin = end, self.position
@@ -193,7 +202,12 @@ class _Cursor:
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """Return name, shape, encoding and offset of the next row of the table of tensors."""
     name = cursor.string()
-    shape = [cursor.scalar("<Q") for _ in range(cursor.scalar("<I"))]
+    dimensions = cursor.scalar("<I")
+    if dimensions > _DIMENSIONS:
+        raise ValueError(f"tensor {name} has {dimensions} dimensions")
+    shape = [cursor.scalar("<Q") for _ in range(dimensions)]
+    if 0 in shape:
+        raise ValueError(f"tensor {name} is empty")
     return name, tuple(reversed(shape)), cursor.scalar("<I"), cursor.scalar("<Q")
 
 
@@ -221,12 +235,16 @@ def _gguf_version() -> str:
 
 
 def _check_places(path: Path, tensors: tuple[StoredTensor, ...], length: int) -> None:
-    """Every tensor is named once and lies inside the file."""
+    """Every tensor is named once and lies inside the file, beside the others."""
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
             raise ValueError(f"tensor {tensor.name} is listed twice")
         seen.add(tensor.name)
+    placed = sorted(tensors, key=lambda tensor: tensor.begin)
+    for tensor, after in pairwise(placed):
+        if tensor.begin + tensor.size > after.begin:
+            raise ValueError(f"the tensors {tensor.name} and {after.name} overlap")
     last = max(tensors, key=lambda tensor: tensor.begin + tensor.size, default=None)
     if last is not None and last.begin + last.size > length:
         cut = bool(_PART.search(path.stem))

@@ -16,6 +16,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rk_export.errors import InputError, UnsupportedModelError
+from rk_export.json_codec import load_json
+from rk_export.runtime.text import panics_are_errors
 from rk_export.source.gguf.file import GgufFile
 
 logger = logging.getLogger(__name__)
@@ -95,9 +97,10 @@ def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
     with tempfile.TemporaryDirectory() as alone:  # tokenizer files beside the GGUF must not be picked up
         (Path(alone) / "model.gguf").symlink_to(source.path.resolve())
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
-            )
+            with panics_are_errors():
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(
                 f"its tokenizer cannot be rebuilt: {error}",
@@ -115,7 +118,7 @@ def write_tokenizer(source: GgufFile, folder: Path, *, max_length: int) -> None:
 
 def _leave_strangers_out(path: Path, tokens: int) -> None:
     """Take out special tokens that transformers adds for its own classes: the embedding has no rows for them."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = load_json(path, fix="take another conversion of this model")
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < tokens]
     path.write_text(json.dumps(data, ensure_ascii=False, indent=2), encoding="utf-8")
 

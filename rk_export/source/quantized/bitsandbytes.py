@@ -6,7 +6,6 @@ maxima in `X.weight.absmax`, quantized once more where there is `X.weight.nested
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rk_export.errors import InputError
+from rk_export.json_codec import parse_json
 from rk_export.source.quantized.matrix import (
     FLOATS,
     INCOMPLETE,
@@ -28,6 +28,8 @@ from rk_export.source.quantized.matrix import (
     mismatch,
 )
 from rk_export.source.tensor_files import StoredTensors
+
+_LONGEST_STATE = 1 << 16  # bytes; those of bitsandbytes have some 200
 
 _STATE = ".quant_state.bitsandbytes__"
 _FOUR_BIT_PARTS = ("absmax", "quant_map")
@@ -118,7 +120,10 @@ def _state(tensors: StoredTensors, name: str) -> dict[str, Any]:
         InputError: If it cannot be read, or lacks the shape or the block size.
     """
     try:
-        state: dict[str, Any] = json.loads(bytes(tensors.read(name).tolist()).decode("utf-8"))
+        if math.prod(tensors.shapes[name]) > _LONGEST_STATE:
+            raise ValueError(f"it has {math.prod(tensors.shapes[name])} bytes")
+        stored = bytes(tensors.read(name).flatten().tolist())
+        state: dict[str, Any] = parse_json(stored, where=name, fix=INCOMPLETE)
         rows, columns = state["shape"]
         if min(int(rows), int(columns), int(state["blocksize"])) < 1:
             raise ValueError("a size below 1")

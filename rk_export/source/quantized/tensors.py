@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import InputError
 from rk_export.passes.numerics.grid import Grid
 from rk_export.report.records import Finding, Outcome
+from rk_export.runtime.bundle_files import read_json
 from rk_export.source.quantized.awq import read_awq
 from rk_export.source.quantized.bitsandbytes import read_bitsandbytes
 from rk_export.source.quantized.compressed_tensors import read_compressed
@@ -191,12 +191,7 @@ def _old_configs(tensors: StoredTensors) -> Iterator[dict[str, Any]]:
     for folder in sorted({path.parent for path in tensors.files}):
         for name, method in OLD_CONFIGS.items():
             if (path := folder / name).is_file():
-                try:
-                    yield {"quant_method": method, **json.loads(path.read_text(encoding="utf-8"))}
-                except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-                    raise InputError(
-                        f"cannot be read as a JSON object: {error}", where=str(path), fix="download it again"
-                    ) from error
+                yield {"quant_method": method, **read_json(path)}
 
 
 def _reader_of(quantization: Mapping[str, Any]) -> _Reader:
