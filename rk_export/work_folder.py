@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
+from rk_export.json_codec import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +124,7 @@ class WorkFolder:
             partial.write_text(json.dumps(dict(identity), indent=1), encoding="utf-8")
 
     def _read(self, path: Path) -> dict[str, str]:
-        try:
-            found: object = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
+        found = load_json(path, fix="add --no-resume to begin anew")
         return found if isinstance(found, dict) else {}
 
     def _clear(self) -> None:

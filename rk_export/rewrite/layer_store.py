@@ -7,14 +7,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
-from rk_export.json_codec import from_json, to_json
+from rk_export.json_codec import from_json, load_json, to_json
 from rk_export.manifest import sha256_of
 from rk_export.report.records import Finding, Spectrum
 
@@ -93,8 +92,8 @@ class LayerStore:
         if index not in self:
             return None
         try:
-            value: Any = json.loads(self._record(index).read_text(encoding="utf-8"))
-            record = from_json(_Record, value, str(self._record(index)))
+            path = self._record(index)
+            record = from_json(_Record, load_json(path, fix="delete it"), str(path))
             if sha256_of(self._tensors(index)) != record.sha256:
                 raise ValueError("its checksum differs from the one that was noted")
             stored = load_file(self._tensors(index))
