@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.quantize import quantized_bytes
+from rk_export.passes.numerics.threads import total
 
 
 @dataclass
@@ -51,7 +52,7 @@ class QuantizationTally:
 
 
 def _square(matrix: Tensor) -> float:
-    return float(matrix.double().square().sum())
+    return float(total(matrix.double().square()))
 
 
 def _float_bytes(linear: nn.Linear) -> int:

@@ -65,9 +65,7 @@ class LayerWork:
         module = self.source.load_layer(self._model, index)
         layer = Layer(index, module, self.source.description.heads.kv_heads)
         known = self.statistics.of_sites(layer, self.plan.of_layer(index))
-        self.store.keep(
-            index, finished_layer(self.source, self.plan, layer, known, self.parts, self.device)
-        )
+        self.store.keep(index, finished_layer(self.source, self.plan, layer, known, self.parts, self.device))
         module.to("meta")
 
     @cached_property

@@ -59,7 +59,9 @@ def finish_in_processes(work: LayerWork, folder: Path, workers: int) -> None:
                     'if __name__ == "__main__"',
                 )
             if left:
-                logger.warning("a worker was killed: %d layers go to new ones, from layer %d", len(left), left[0])
+                logger.warning(
+                    "a worker was killed: %d layers go to new ones, from layer %d", len(left), left[0]
+                )
             missing = left
 
 

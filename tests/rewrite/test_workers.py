@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -19,15 +18,14 @@ from tiny_models import tiny_model
 
 from rk_export import Recipe, compress
 from rk_export.calibration.layer_statistics import NoStatistics
-from rk_export.errors import FieldError, InputError, RkExportError
+from rk_export.errors import InputError
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import RankRule
 from rk_export.options.run import Run
-from rk_export.options.target import Target
 from rk_export.planning.planner import decide_plan
 from rk_export.rewrite.layer_store import LayerStore
-from rk_export.rewrite.layer_work import LayerWork, unpacked
+from rk_export.rewrite.layer_work import LayerWork
 from rk_export.rewrite.workers import finish_in_processes
 from rk_export.source.stored import open_source
 from rk_export.work_folder import work_folder_of
