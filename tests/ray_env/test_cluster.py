@@ -84,7 +84,7 @@ class Refusing(NoStatistics):
 def work_on(model: Path, folder: Path, statistics: NoStatistics) -> LayerWork:
     folder.mkdir(exist_ok=True)
     source = open_source(model)
-    plan = decide_plan(source, load("int4", ["calibration.metric=none"]))
+    plan = decide_plan(source, load("int4"))
     return LayerWork(source, plan, statistics, {}, LayerStore(folder / "layers"), torch.device("cpu"))
 
 
