@@ -8,7 +8,8 @@ from pathlib import Path
 from rk_export.calibration.layer_statistics import Stationary
 from rk_export.options.run import Run
 from rk_export.planning.planner import check_plan
-from rk_export.rewrite.layer_work import LayerWork
+from rk_export.rewrite.layer_work import LayerWork, forget_handed
+from rk_export.rewrite.ray_cluster import finish_on_cluster
 from rk_export.rewrite.workers import finish_in_processes
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,10 @@ def finish_ahead(work: LayerWork, folder: Path, run: Run) -> None:
         return
     if not work.missing:
         return
-    if run.ray is not None:
-        from rk_export.rewrite.ray_cluster import finish_on_cluster
-
-        finish_on_cluster(work, folder, run.ray)
-        return
-    finish_in_processes(work, folder, run.workers)
+    try:
+        if run.ray is None:
+            finish_in_processes(work, folder, run.workers)
+        else:
+            finish_on_cluster(work, folder, run.ray)
+    finally:
+        forget_handed(folder)

@@ -90,6 +90,11 @@ class LayerWork:
         return stream.getvalue()
 
 
+def forget_handed(folder: Path) -> None:
+    """Remove the tensors that `packed` wrote into a folder: nobody reads them any more."""
+    (folder / _HANDED).unlink(missing_ok=True)
+
+
 def unpacked(work: bytes) -> LayerWork:
     """Return what `packed` made in the process that asks for the work."""
     made = pickle.loads(work)  # noqa: S301 (it comes from the process that started this one, not from a file)

@@ -18,6 +18,7 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from rk_export.errors import RkExportError
 from rk_export.progress import Bar, stage
@@ -122,6 +123,7 @@ def _begin(packed: bytes, devices: SimpleQueue[str], threads: int, parent: Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that asked ends the others
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")
     collect_logs()
     _worker = _Worker(packed, devices.get())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundle_bytes import contents
 from made_recipes import made_recipe
 from threadpoolctl import threadpool_limits
 from tiny_models import tiny_model
@@ -19,21 +20,11 @@ from rk_export.passes.numerics.eigen import leading_eigenvectors
 from rk_export.passes.numerics.metric import Metric, conditional_variances
 from rk_export.passes.numerics.threads import cpu_threads, total
 
-# They say when they were made, and how long that took.
-DATED = {"report.json", "report.html", "rk_manifest.json", "README.md"}
 SHORT = CalibrationOptions(tokens=512)
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "formats": lambda: Recipe.load("default"),
     "pairs": lambda: made_recipe(calibration=SHORT, rank=RankRule("keep", 0.7)),
 }
-
-
-def contents(bundle: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(bundle)): path.read_bytes()
-        for path in sorted(bundle.rglob("*"))
-        if path.is_file() and path.name not in DATED
-    }
 
 
 @pytest.mark.whole

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundle_bytes import contents
 from made_recipes import made_recipe
 from tiny_models import tiny_model
 
@@ -37,8 +38,6 @@ from rk_export.source.stored import open_source
 from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 from rk_export.work_folder import work_folder_of
 
-# They say when they were made, and how long that took.
-DATED = {"report.json", "report.html", "rk_manifest.json", "README.md"}
 SHORT = CalibrationOptions(tokens=512)
 LAYERS = 6
 
@@ -55,14 +54,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of each test's own; a process that is started takes it from the environment."""
     monkeypatch.setenv("RK_EXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rk_export.tensor_cache.CACHE", tmp_path / "cache")
-
-
-def contents(bundle: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(bundle)): path.read_bytes()
-        for path in sorted(bundle.rglob("*"))
-        if path.is_file() and path.name not in DATED
-    }
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
