@@ -180,16 +180,17 @@ The moments are dropped with the work folder when the run ends. Statistics above
 
 ## Hours on one machine
 
-{rates["machine"]}, measured: {rates["fp32"] / 1e9:.0f} GFLOPS in float32 and {rates["bf16"] / 1e9:.0f} in bfloat16, on products
-of {ENTRIES} x {ENTRIES} matrices, the fastest of {REPEATS}. The disk is assumed to read
+{rates["machine"]}, measured: {rates["fp32"] / 1e9:.0f} GFLOPS in float32 and {rates["bf16"] / 1e9:.0f} in bfloat16,
+on products of {ENTRIES} x {ENTRIES} matrices, the fastest of {REPEATS}. The disk is assumed to read
 {DISK / 1e9:.0f} GB a second.
 
 {_hours_table(rates, DISK)}
 
 ## Hours on {GPUS} GPUs
 
-Assumed, not measured: {GPU_RATES["fp32"] / 1e12:.0f} TFLOPS in float32 and {GPU_RATES["bf16"] / 1e12:.0f} in bfloat16 a GPU, and
-storage that reads {GPU_RATES["disk"] / 1e9:.0f} GB a second. Forward, backward and moments run on one GPU. GPTQ runs
+Assumed, not measured: {GPU_RATES["fp32"] / 1e12:.0f} TFLOPS in float32 and {GPU_RATES["bf16"] / 1e12:.0f} in bfloat16 a
+GPU, and storage that reads {GPU_RATES["disk"] / 1e9:.0f} GB a second. Forward, backward and moments run
+on one GPU. GPTQ runs
 on {GPUS} with `--workers {GPUS}`.
 
 {_hours_table(GPU_RATES, GPU_RATES["disk"], GPUS)}
