@@ -1,7 +1,8 @@
 """What compressing models of 7 to 405 billion parameters takes, by arithmetic: FLOPs, bytes and hours of each stage.
 
     python samples/measure/large_models.py               # the page, from the rates that are in the results
-    python samples/measure/large_models.py --measure     # measures the rates of this machine first
+    python samples/measure/large_models.py --measure     # measures the rates of this machine first: it must be idle
+    python samples/measure/large_models.py --rates 95 241    # takes rates in GFLOPS (float32, bfloat16) as given
 
 Nothing of that size is run here. The formulas stand in the functions below, one a stage.
 """
@@ -9,6 +10,7 @@ Nothing of that size is run here. The formulas stand in the functions below, one
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from dataclasses import dataclass
@@ -124,7 +126,15 @@ def rate(dtype: torch.dtype) -> float:
 
 def measured_rates() -> Row:
     """Return the rates of this machine."""
-    return {"fp32": rate(torch.float32), "bf16": rate(torch.bfloat16), "machine": machine()}
+    rates = {"fp32": rate(torch.float32), "bf16": rate(torch.bfloat16)}
+    how = f"measured on products of {ENTRIES} x {ENTRIES} matrices, the fastest of {REPEATS}"
+    return {**rates, "machine": machine(), "how": how}
+
+
+def given_rates(fp32: float, bf16: float) -> Row:
+    """Return rates that somebody measured in another way, in GFLOPS."""
+    how = "given on the command line, not measured by this script"
+    return {"fp32": 1e9 * fp32, "bf16": 1e9 * bf16, "machine": machine(), "how": how}
 
 
 def hours(shape: Shape, rates: Row, disk_rate: float, side_by_side: int = 1) -> dict[str, float]:
@@ -156,8 +166,8 @@ def page(rates: Row) -> str:
     )
     return f"""# Large models: the arithmetic
 
-How long would a model take that nobody compressed here? This page computes it. Only the rates of the first machine are
-measured. `python samples/measure/large_models.py --measure` writes the page, and its functions hold the formulas.
+How long would a model take that nobody compressed here? This page computes it. Nothing of that size was
+run. `python samples/measure/large_models.py --measure` writes the page, and its functions hold the formulas.
 
 The calibration text has {TOKENS:,} tokens, and the recipe is plain INT4 with GPTQ.
 
@@ -180,8 +190,8 @@ The moments are dropped with the work folder when the run ends. Statistics above
 
 ## Hours on one machine
 
-{rates["machine"]}, measured: {rates["fp32"] / 1e9:.0f} GFLOPS in float32 and {rates["bf16"] / 1e9:.0f} in bfloat16,
-on products of {ENTRIES} x {ENTRIES} matrices, the fastest of {REPEATS}. The disk is assumed to read
+{rates["machine"]}: {rates["fp32"] / 1e9:.0f} GFLOPS in float32 and {rates["bf16"] / 1e9:.0f} in bfloat16. They were
+{rates["how"]}. The disk is assumed to read
 {DISK / 1e9:.0f} GB a second.
 
 {_hours_table(rates, DISK)}
@@ -190,8 +200,7 @@ on products of {ENTRIES} x {ENTRIES} matrices, the fastest of {REPEATS}. The dis
 
 Assumed, not measured: {GPU_RATES["fp32"] / 1e12:.0f} TFLOPS in float32 and {GPU_RATES["bf16"] / 1e12:.0f} in bfloat16 a
 GPU, and storage that reads {GPU_RATES["disk"] / 1e9:.0f} GB a second. Forward, backward and moments run
-on one GPU. GPTQ runs
-on {GPUS} with `--workers {GPUS}`.
+on one GPU. GPTQ runs on {GPUS} with `--workers {GPUS}`.
 
 {_hours_table(GPU_RATES, GPU_RATES["disk"], GPUS)}
 
@@ -211,15 +220,17 @@ def main() -> int:
     """Write the page."""
     arguments = parser(__doc__)
     arguments.add_argument("--measure", action="store_true", help="measure the rates of this machine")
+    arguments.add_argument("--rates", type=float, nargs=2, metavar="GFLOPS", help="of float32 and bfloat16")
     return run(write, arguments.parse_args())
 
 
 def write(args: argparse.Namespace) -> None:
     """Measure where asked to, compute and write."""
     results = Results(args.out, "large_models")
-    if args.measure:
+    if args.measure or args.rates:
         results.rows.pop("rates", None)
-    results.measure([("rates", measured_rates)])
+    measure = functools.partial(given_rates, *args.rates) if args.rates else measured_rates
+    results.measure([("rates", measure)])
     results.write_page(page(results.rows["rates"]))
 
 
