@@ -16,10 +16,12 @@ WORKERS ?= 2
 
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
+RAY_VENV := .venv-ray
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
+RAY_READY := $(RAY_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -29,11 +31,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -92,6 +94,16 @@ $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(OPTIMUM_VENV)/bin/python -m pip install -r $<
 	@touch $@
 
+# Ray is large, and few need it: a local cluster of two nodes in an environment of its own.
+test-ray: $(RAY_READY)
+	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest tests/ray_env --confcutdir=tests/ray_env
+
+$(RAY_READY): pyproject.toml
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install $(TORCH)
+	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
+	@touch $@
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -105,4 +117,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rk_export.atomic import atomic_file
 from rk_export.cache_limit import is_entry, keep_within_limit, use
@@ -20,6 +21,7 @@ from rk_export.cache_limit import is_entry, keep_within_limit, use
 logger = logging.getLogger(__name__)
 
 _titles: dict[str, str] = {}  # fingerprint of a model -> its name
+_places = WeakIdKeyDictionary()  # tensor that is mapped from a file -> the file, and its name there
 _models: dict[Path, str] = {}  # file of the cache -> name of the model that it belongs to
 
 # Another place is a matter of the machine, like those of other caches.
@@ -79,7 +81,15 @@ def read_tensors(path: Path, level: int = logging.INFO) -> dict[str, Tensor] | N
         return None
     logger.log(level, "read from %s", path)
     use(path)
+    for name, tensor in tensors.items():
+        _places[tensor] = path, name
     return tensors
+
+
+def place_of(tensor: Tensor) -> tuple[Path, str] | None:
+    """Return the cache file that a tensor is mapped from and its name there; None where it lies in none any more."""
+    place: tuple[Path, str] | None = _places.get(tensor)  # type: ignore[no-untyped-call]
+    return place if place is not None and place[0].is_file() else None
 
 
 def model_of(path: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rk_export.passes.numerics.metric import Metric, conditional_variances
+from rk_export.passes.numerics.threads import total
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Inputs:
     def mean_square(self, E: Tensor) -> float:
         """Return the mean of |E x|² for E (out, in)."""
         weighted = E * self.second if self.second.ndim == 1 else E @ self.second.to(E.dtype)
-        return max(0.0, float((weighted * E).sum(dtype=torch.float64)))
+        return max(0.0, float(total(weighted * E)))
 
     def behind(self, down: Tensor) -> Inputs:
         """Return what is known about A x for A (k, in)."""
@@ -144,7 +145,7 @@ class Curvature:
         weighted = self.inputs.metric.columns(E)
         if self.output_metric is not None:
             weighted = self.output_metric.rows(weighted)
-        return 0.5 * float(weighted.square().sum(dtype=torch.float64))
+        return 0.5 * float(total(weighted.square()))
 
 
 def _diagonal(moment: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from scipy.linalg import blas, eigvalsh, lapack
 from torch import Tensor
 
+from rk_export.passes.numerics.threads import one_thread
+
 
 def gram_matrix(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return WᵀW (in, in) in `dtype`; on CPU by a symmetric rank-k update, half the work of a product.
@@ -31,6 +33,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     return torch.from_numpy(np.matmul(A.numpy(), B.numpy()))
 
 
+@one_thread()
 def eigenvalues(gram: Tensor) -> Tensor:
     """Return the eigenvalues, ascending, of a symmetric matrix given by its lower triangle."""
     if gram.device.type != "cpu":
@@ -39,6 +42,7 @@ def eigenvalues(gram: Tensor) -> Tensor:
     return torch.from_numpy(eigvalsh(gram.numpy(), lower=True, check_finite=False))
 
 
+@one_thread()
 def leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues, ascending, and the eigenvectors (n, count) of the largest ones, in that order.
 

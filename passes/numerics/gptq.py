@@ -22,7 +22,7 @@ from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.column_sweep import ColumnSweep, in_order
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.quantize import QuantizedMatrix, by_rows, check_blockwise, stacked
-from rk_export.passes.numerics.threads import cpu_threads
+from rk_export.passes.numerics.threads import cpu_threads, one_thread
 
 # A second moment that has no Cholesky factor, by rounding or by too few tokens, is damped so much more, up to
 # this share of its mean eigenvalue.
@@ -97,6 +97,7 @@ def _processing_order(second: Tensor, block: int) -> Tensor:
     return order.flatten()
 
 
+@one_thread()
 def _upper_root(H: Tensor) -> Tensor:
     """Return the upper triangular R with H = R Rᵀ; H gets more damping in place where none exists.
 

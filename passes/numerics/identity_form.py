@@ -21,6 +21,7 @@ from rk_export.passes.numerics.eigen import product
 from rk_export.passes.numerics.joint_svd import singular_values
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.pivoting import exchange, greedy_groups, pivoted_rows
+from rk_export.passes.numerics.threads import one_thread
 
 COEFFICIENT_BOUND = 2.0
 # A pivot block beyond this condition is treated as rank-deficient.
@@ -91,6 +92,7 @@ def identity_form(
     )
 
 
+@one_thread()
 def _pivot_rows(B: Tensor, size: int, bound: float) -> tuple[Tensor, Tensor]:
     """Return the indices of the pivots and of the other rows, each group's first rows before the second ones."""
     out, rank = B.shape
@@ -111,6 +113,7 @@ def _pivot_rows(B: Tensor, size: int, bound: float) -> tuple[Tensor, Tensor]:
     return (chosen + steps).flatten(), (left + steps).flatten()
 
 
+@one_thread()
 def _coefficients(rest: Tensor, pivot_block: Tensor, condition: float) -> Tensor:
     """Return C with C B_P = B_rest; the smallest such C where the pivots are dependent."""
     if condition > LARGEST_CONDITION:
@@ -119,6 +122,7 @@ def _coefficients(rest: Tensor, pivot_block: Tensor, condition: float) -> Tensor
     return solved
 
 
+@one_thread()
 def refit_up(W: Tensor, down: Tensor, inputs: Metric | None = None, cross: Tensor | None = None) -> Tensor:
     """Return the B (out, k) that minimizes |(W - B A) S| for a given A, usually a quantized one.
 

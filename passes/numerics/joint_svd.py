@@ -21,6 +21,7 @@ from rk_export.options.ranks import Gauge
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.eigen import eigenvalues, gram_matrix, leading_eigenvectors, product
 from rk_export.passes.numerics.metric import Metric
+from rk_export.passes.numerics.threads import one_thread
 
 # Up to this size float64 costs little. Beyond, float32 misplaces the subspace by an energy of order
 # (1e-7)² n log n times the largest eigenvalue, so it serves unless the energy beyond the rank is tiny.
@@ -103,6 +104,7 @@ def right_subspace(W: Tensor, rank: int) -> Subspace:
     return _gram_subspace(W, rank, torch.float64)
 
 
+@one_thread()
 def _gram_subspace(W: Tensor, rank: int, dtype: torch.dtype) -> Subspace:
     tall = W.shape[0] >= W.shape[1]
     values, vectors = leading_eigenvectors(gram_matrix(W if tall else W.T, dtype), rank)
@@ -160,10 +162,10 @@ def joint_factors(
     down = V.T if inputs is None else inputs.unweighted(V.T).to(V.dtype)
     if inputs is None:
         energy = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square()
-        total = torch.linalg.vector_norm(W, dtype=torch.float64).square()
-        squared_error = max(0.0, float(total - energy.sum()))
+        whole = torch.linalg.vector_norm(W, dtype=torch.float64).square()
+        squared_error = max(0.0, float(whole - energy.sum()))
     else:
-        squared_error = float((W.to(V.dtype) - product(up, down)).double().square().sum())
+        squared_error = float(total((W.to(V.dtype) - product(up, down)).double().square()))
     up, down = _balanced(up, down) if gauge == "balanced" else (up, down)
     return Factors(
         down.to(W.dtype).contiguous(),

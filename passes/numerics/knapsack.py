@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rk_export.passes.numerics.threads import total
+
 _EVALUATIONS = 200
 # Relative to the budget; sums are taken in float64.
 _TOLERANCE = 1e-9
@@ -68,8 +70,8 @@ def _cost(s: Tensor, prices: Tensor, multiplier: float) -> tuple[float, float]:
     for part, price in zip(torch.split(s, _CHUNK), torch.split(prices, _CHUNK), strict=True):
         t = torch.sub(part, price, alpha=multiplier)
         inside = (t > 0) & (t < 1)
-        cost += float((t.clamp_(0, 1) * price).sum(dtype=torch.float64))
-        slope += float((price.square() * inside).sum(dtype=torch.float64))
+        cost += float(total(t.clamp_(0, 1) * price))
+        slope += float(total(price.square() * inside))
     return cost, slope
 
 

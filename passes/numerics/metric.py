@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rk_export.passes.numerics.eigen import product
+from rk_export.passes.numerics.threads import one_thread
 
 # Share of the mean eigenvalue added to every one: directions that no token reached still count a little.
 DAMPING = 0.01
@@ -36,6 +37,7 @@ class Metric:
     damping: tuple[float, ...]
 
     @classmethod
+    @one_thread()
     def of(cls, second: Tensor, damping: float = DAMPING) -> Metric:
         """Return the metric of a second moment (n, n), or (n,) where only its diagonal is known.
 
@@ -121,12 +123,14 @@ class Metric:
             yield part.to(root.dtype), root
 
 
+@one_thread()
 def _solve_root(A: Tensor, root: Tensor, *, upper: bool = False) -> Tensor:
     """Return A S^-1 for a triangular S."""
     solved: Tensor = torch.linalg.solve_triangular(root, A, upper=upper, left=False)
     return solved
 
 
+@one_thread()
 def conditional_variances(second: Tensor, damping: float = DAMPING) -> Tensor:
     """Return the variance of each input given all that come after it (n,), float64, of a damped second moment (n, n).
 

@@ -12,6 +12,8 @@ import torch
 from scipy.linalg import qr
 from torch import Tensor
 
+from rk_export.passes.numerics.threads import one_thread
+
 # Dimensions spanned from one sketch, and sketch columns beyond them.
 BLOCK, OVERSAMPLING = 32, 8
 
@@ -26,6 +28,7 @@ def pivoted_rows(B: Tensor) -> Tensor:
     return torch.from_numpy(pivots[: B.shape[1]].astype("int64")).to(B.device)
 
 
+@one_thread()
 def greedy_groups(B: Tensor, seed: int = 0) -> Tensor:
     """Return the indices (k / g,) of groups whose rows span all k dimensions and are well-conditioned.
 
@@ -54,6 +57,7 @@ def _without(X: Tensor, basis: Tensor) -> Tensor:
     return X - basis @ (basis.mT @ X)
 
 
+@one_thread()
 def _pick(sketch: Tensor, open_groups: Tensor, count: int) -> Tensor:
     """Pick `count` groups of the sketch (groups, g, s) one after the other, each of largest remaining volume.
 
@@ -77,6 +81,7 @@ def _squared_volume(groups: Tensor) -> Tensor:
     return _determinant(groups @ groups.mT)
 
 
+@one_thread()
 def exchange(C: Tensor, size: int, bound: float) -> list[tuple[int, int]]:
     """Exchange groups while that multiplies the volume of the chosen rows by more than `bound`.
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rk_export.passes.numerics.threads import one_thread, total
+
 # Added to each diagonal entry of a second moment, as a share of it: the largest inputs of a layer can be a
 # thousand times the median, so a share of the mean would drown the others. On SmolLM2-135M (12,288 calibration
 # tokens, errors on 2,048 tokens of another text) 0.1 served best for output projections.
@@ -68,9 +70,10 @@ class Reduction:
 
 def _energy(A: Tensor, M: Tensor, B: Tensor) -> float:
     """Return tr(A M Bᵀ)."""
-    return float(((A @ M.to(torch.float64)) * B).sum())
+    return float(total((A @ M.to(torch.float64)) * B))
 
 
+@one_thread()
 def refit(W: Tensor, start: Tensor, inputs: Reduction, damping: float = DAMPING) -> Tensor:
     """Return the matrix (out, r) near `start` that reproduces W x from z in least squares.
 
@@ -90,6 +93,7 @@ def refit(W: Tensor, start: Tensor, inputs: Reduction, damping: float = DAMPING)
     return (wide + correction).to(W.dtype)
 
 
+@one_thread()
 def eliminate_columns(W: Tensor, H: Tensor, count: int, damping: float = DAMPING) -> Tensor:
     """Return the ascending indices of the `count` columns of W (out, in) that stay under H (in, in).
 
@@ -137,6 +141,7 @@ def neuron_norms(readers: Sequence[Tensor], down: Tensor) -> Tensor:
     return scores
 
 
+@one_thread()
 def block_costs(W: Tensor, H: Tensor, blocks: int, damping: float = DAMPING) -> Tensor:
     """Return what dropping each of `blocks` equal column blocks of W (out, in) costs after the refit.
 

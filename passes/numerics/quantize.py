@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rk_export.errors import InputError
 from rk_export.options.quantization import QuantSpec
+from rk_export.passes.numerics.threads import total
 
 _FP16_NORMAL = torch.finfo(torch.float16).smallest_normal
 _FP16_STEP = 2.0**-24  # between neighbours below the normal range
@@ -60,8 +61,8 @@ class QuantizedMatrix:
                 self.columns,
                 self.spec,
             )
-            error += float((part.to(rows.device) - rows).square_().sum(dtype=torch.float64))
-            norm += float(rows.square().sum(dtype=torch.float64))
+            error += float(total((part.to(rows.device) - rows).square_()))
+            norm += float(total(rows.square()))
             begin += len(rows)
         return (error / norm) ** 0.5 if norm else 0.0
 

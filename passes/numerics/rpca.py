@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rk_export.passes.numerics.eigen import gram_matrix, leading_eigenvectors, product
+from rk_export.passes.numerics.threads import one_thread
 
 START, GROWTH = 1.25, 1.5
 _LARGEST = 1e4  # of μ |W|₂
@@ -90,6 +91,7 @@ def soft(X: Tensor, threshold: Tensor) -> Tensor:
     return X - X.clamp(-threshold, threshold)
 
 
+@one_thread()
 def thresholded_singular_values(X: Tensor, threshold: Tensor) -> Tensor:
     """Return X (matrices, m, n) with every singular value lowered by a threshold (matrices,), down to zero."""
     if X.device.type == "cpu":
@@ -120,6 +122,7 @@ def _shrinkage(squares: Tensor, threshold: Tensor) -> Tensor:
     return (1 - threshold / sigma).clamp_min(0)
 
 
+@one_thread()
 def _spectral_norms(stack: Tensor) -> Tensor:
     """Return the largest singular value of each matrix (matrices,)."""
     if stack.device.type == "cpu":

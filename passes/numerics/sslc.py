@@ -25,6 +25,7 @@ from rk_export.passes.numerics.joint_svd import joint_factors
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
 from rk_export.passes.numerics.metric import Metric
 from rk_export.passes.numerics.mixed import largest
+from rk_export.passes.numerics.threads import one_thread, total
 
 # Steps of conjugate gradients that refit the entries: at a stage, and at the end.
 STEPS, LAST_STEPS = 6, 12
@@ -35,9 +36,10 @@ _TINY = 1e-30
 
 def squared_error(E: Tensor, C: Tensor) -> float:
     """Return tr(E C Eᵀ), the mean of |E x|² over inputs, of an error E (out, in) under C (in, in)."""
-    return float((product(E, C) * E).sum(dtype=torch.float64))
+    return float(total(product(E, C) * E))
 
 
+@one_thread()
 def column_costs(C: Tensor) -> Tensor:
     """Return what a unit of squared error costs in each column once all others make up for it: 1 / (C⁻¹)_jj.
 
@@ -55,6 +57,7 @@ def column_costs(C: Tensor) -> Tensor:
     return (1 / inverse.diagonal()).to(C.dtype)
 
 
+@one_thread()
 def _root(C: Tensor) -> Tensor:
     root, failed = torch.linalg.cholesky_ex(C.to(torch.float64))
     if int(failed):
@@ -111,6 +114,7 @@ def best_low_rank(R: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return factors.up, factors.down
 
 
+@one_thread()
 def improved_low_rank(R: Tensor, C: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of R, no worse under C than the best U beside a given V: least squares for U, V, and U again.
 
@@ -125,6 +129,7 @@ def improved_low_rank(R: Tensor, C: Tensor, down: Tensor) -> tuple[Tensor, Tenso
     return _best_up(R, C, down), down
 
 
+@one_thread()
 def _best_up(R: Tensor, C: Tensor, down: Tensor) -> Tensor:
     """Return the U (out, rank) of least error beside V (rank, in): U V C Vᵀ = R C Vᵀ."""
     weighed = product(down, C)

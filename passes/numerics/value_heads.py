@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rk_export.passes.numerics.pruning import Reduction, refit
+from rk_export.passes.numerics.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
     return whole.view(count * rows, count * columns)
 
 
+@one_thread()
 def _basis(outputs: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return L (rank, dim) and R (dim, rank) that minimize E‖O (v - R L v)‖².
 

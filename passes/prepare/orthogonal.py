@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rk_export.passes.numerics.threads import one_thread
+
 # A Hadamard matrix is applied as a Kronecker product of factors of at most this size.
 LARGEST_FACTOR = 64
 ROWS_AT_ONCE = 8192
@@ -63,6 +65,7 @@ def hadamard_factors(size: int) -> tuple[Tensor, ...]:
     return tuple(_hadamard(item) for item in exponents)
 
 
+@one_thread()
 def haar(size: int, generator: torch.Generator) -> Tensor:
     """Return an orthogonal (size, size) matrix drawn uniformly, float64."""
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)

@@ -15,6 +15,7 @@ from rk_export.passes.modules.quantized import linear_of as linear_of
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.joint_svd import Factors, factors_under, orthogonality_defect
 from rk_export.passes.numerics.ranks import kept_ratio, spectrum
+from rk_export.passes.numerics.threads import total
 from rk_export.passes.weights.identity import empty_identity, identity_factors
 from rk_export.passes.weights.neuron_order import obstacle, renumber, renumbered
 from rk_export.plan import SitePlan
@@ -113,7 +114,7 @@ class Factorize:
         weights = [linear.weight for linear in members]
         groups, identity = len(parts), plan.form == "identity"
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
-        norm = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights))
+        norm = math.sqrt(sum(float(total(weight.double().square())) for weight in weights))
         squared_error = sum(factors.squared_error for factors in parts)
         kept = kept_ratio(plan.rank, columns, rows // groups, identity=identity)
         size = weights[0].element_size()

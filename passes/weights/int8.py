@@ -10,6 +10,7 @@ from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.int8 import int8_bytes, quantize_rows
+from rk_export.passes.numerics.threads import total
 from rk_export.passes.weights.quantize import matrix_paths
 from rk_export.plan import SitePlan
 from rk_export.report.records import Finding, Outcome
@@ -37,8 +38,8 @@ class Int8:
         for path in matrix_paths(layer, plan):
             linear = layer.linear(path)
             quantized = self.quantize(linear)
-            squared_error += float((quantized.weight - linear.weight).double().square().sum())
-            squared_norm += float(linear.weight.double().square().sum())
+            squared_error += float(total((quantized.weight - linear.weight).double().square()))
+            squared_norm += float(total(linear.weight.double().square()))
             before += linear.weight.numel() * linear.weight.element_size()
             after += int8_bytes(linear.out_features, linear.in_features)
             layer.replace(path, quantized)

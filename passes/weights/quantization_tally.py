@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.quantize import quantized_bytes
+from rk_export.passes.numerics.threads import total
 
 _SAMPLED_ROWS = 512  # of a matrix, from which the error of its outputs is estimated
 
@@ -61,7 +61,7 @@ class QuantizationTally:
 
 
 def _square(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    return float(total(matrix.double().square()))
 
 
 def _float_bytes(linear: nn.Linear) -> int:

@@ -13,6 +13,7 @@ from rk_export.device import CPU
 from rk_export.matrix_id import MatrixId
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature, Inputs
+from rk_export.passes.numerics.threads import total
 from rk_export.plan import SitePlan
 
 # Tokens that an expert must have read for its second moment to be used.
@@ -161,6 +162,6 @@ def layerwise(statistics: DenseStatistics, layers: Iterable[Layer]) -> DenseStat
         for place in (place for place in statistics.second if place.layer == layer.index):
             W = layer.linear(place.path).weight
             C = statistics.second[place].to(W.device)
-            power = float(((W @ C) * W).sum(dtype=torch.float64))
+            power = float(total((W @ C) * W))
             gradients[place] = torch.full((W.shape[0],), 1 / max(power, 1e-30) / statistics.tokens)
     return replace(statistics, gradients=gradients, embedding=None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rk_export.calibration.moments import MomentSum
 from rk_export.matrix_id import MatrixId
+from rk_export.passes.numerics.threads import total
 
 Recorder = Callable[[MatrixId, Tensor, Tensor], None]
 
@@ -33,7 +34,7 @@ class InputRecorder:
             sizes = x.detach().flatten(0, -2).float().abs()
             peaks = sizes.amax(0).cpu()
             self._peaks[place] = torch.maximum(self._peaks.get(place, peaks), peaks)
-            self._squares[place] += float(sizes.amax(1).square().sum())
+            self._squares[place] += float(total(sizes.amax(1).square()))
         self._reader[place] = self._last[1]
 
     def second(self) -> dict[MatrixId, Tensor]:

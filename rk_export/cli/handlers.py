@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 def _run_of(args: argparse.Namespace) -> Run:
     from rk_export.options.run import Run
 
-    return Run(args.device, args.threads, tuple(getattr(args, "calibration_text", ())))
+    texts = tuple(getattr(args, "calibration_text", ()))
+    return Run(args.device, args.threads, texts, getattr(args, "workers", 1), getattr(args, "ray", None))
 
 
 def _plan_of(args: argparse.Namespace) -> Plan | None:

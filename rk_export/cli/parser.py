@@ -207,6 +207,19 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the compressed PyTorch model"
     )
+    workers = parser.add_mutually_exclusive_group()
+    workers.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that finish layers side by side, one a GPU where there are several (default 1)",
+    )
+    workers.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="a Ray cluster whose nodes finish them: HOST:PORT or auto; needs shared storage and `rk-export[ray]`",
+    )
     _add_run(parser)
 
 

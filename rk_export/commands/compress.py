@@ -82,7 +82,7 @@ def compress(
             needed = planned_bytes(inputs.source, plan)
         with AtomicFolder(out, force=force, needed=needed) as partial:
             with stages.stage("rewrite", "factorizing and quantizing layer by layer"):
-                rewritten = inputs.rewrite(plan, probe, LayerStore(work.layers))
+                rewritten = inputs.rewrite(plan, probe, LayerStore(work.layers), run)
             rewritten = _recovered(rewritten, inputs, before.probe, work, stages)
             if checkpoint is not None:
                 folder = task.source.folder

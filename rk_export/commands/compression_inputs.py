@@ -35,6 +35,7 @@ from rk_export.methods.sparse_sites import check_parts
 from rk_export.model.torch_logits import torch_logits
 from rk_export.options.prepare import PARTS_OF_FOLD, Prepare
 from rk_export.options.recipe import Recipe
+from rk_export.options.run import Run
 from rk_export.options.step import MethodOptions
 from rk_export.parity.preflight import dense_logits
 from rk_export.passes.numerics.predicted_loss import TableCurvature
@@ -42,8 +43,10 @@ from rk_export.plan import Plan, Pruning
 from rk_export.planning.planner import with_default_groups
 from rk_export.report.humanize import size
 from rk_export.report.records import Finding, Outcome
+from rk_export.rewrite.ahead import finish_ahead
 from rk_export.rewrite.apply import DENSE, Rewritten, rewrite
 from rk_export.rewrite.layer_store import LayerStore
+from rk_export.rewrite.layer_work import LayerWork
 from rk_export.scratch import laid_down
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Source
@@ -93,26 +96,38 @@ class CompressionInputs:
         """Of `source`; None where the metric uses no text, or the model is an encoder."""
         return self.work.statistics
 
-    def rewrite(self, plan: Plan, probe: Tensor | None = None, store: LayerStore | None = None) -> Rewritten:
+    def rewrite(
+        self,
+        plan: Plan,
+        probe: Tensor | None = None,
+        store: LayerStore | None = None,
+        run: Run | None = None,
+    ) -> Rewritten:
         """Apply a plan to the model, under what is known about it.
 
         Args:
             plan: The plan.
             probe: Tokens (batch, length) that run alongside.
             store: Where finished layers of this run lie, and are kept.
+            run: How many processes finish layers; without a store and a folder it is this one.
 
         Raises:
             InputError: If the plan does not fit the model, or asks for other sparse parts than were chosen.
+            RkExportError: As `finish_ahead`.
         """
         parts = {} if self.decision is None else self.decision.parts
         check_parts(plan, parts)
+        statistics = self.layer_statistics()
+        if store is not None and self.folder is not None:
+            work = LayerWork(self.source, plan, statistics, parts, store, self.work.device)
+            finish_ahead(work, self.folder, run or Run())
         dense = self.dense_logits
         if dense is None and probe is not None and self.source is not self.dense:
             dense, _ = dense_logits(self.dense, probe)
         rewritten = rewrite(
             self.source,
             plan,
-            statistics=self.layer_statistics(),
+            statistics=statistics,
             table_inputs=None if self.table is None else self.table.head.inputs,
             parts=parts,
             probe=probe,

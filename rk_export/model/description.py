@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -38,6 +38,10 @@ class ModelDescription:
 
     config: PretrainedConfig
     architecture: Architecture
+
+    def __reduce__(self) -> tuple[Callable[[PretrainedConfig], ModelDescription], tuple[PretrainedConfig]]:
+        """Travel between processes as the config alone: the rest follows from it."""
+        return describe, (self.config,)
 
     @property
     def model_type(self) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rk_export.calibration.text_run import Objective, TextRun
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.int8_inputs import int8_inputs
+from rk_export.passes.numerics.threads import total
 from rk_export.passes.weights.factorize import factors_path
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import Rewritten
@@ -162,7 +163,7 @@ class _Costs:
             seen = x.detach()
             error = module.product(int8_inputs(seen, module.spec) - seen)
             felt = (error * gradient).flatten(0, -2).double().sum(1)
-            self.losses[module] += 0.5 * float(felt.square().sum())
+            self.losses[module] += 0.5 * float(total(felt.square()))
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 

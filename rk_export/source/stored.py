@@ -90,6 +90,11 @@ class StoredModel(Loading):
         for notice in opened.notices:
             logger.warning("%s: %s", self.title, notice)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes as the folders that the model is read from, opened again there."""
+        folder, base = self.origin
+        return _opened_again, (folder.resolve(), base and base.resolve(), self.name)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that decide what the tensors are."""
@@ -273,6 +278,12 @@ def open_source(model: str | Path, base: str | Path | None = None) -> StoredMode
             fix=f"drop it, or name a folder with {ADAPTER_CONFIG}",
         )
     return StoredModel(folder, str(model))
+
+
+def _opened_again(folder: Path, base: Path | None, name: str) -> StoredModel:
+    if base is None:
+        return StoredModel(folder, name)
+    return StoredModel(base, name, read_adapter(folder))
 
 
 def read_config(folder: Path) -> PretrainedConfig:

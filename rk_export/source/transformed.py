@@ -91,6 +91,10 @@ class Transformed(Loading):
         self._done: WeakSet[nn.Module] = WeakSet()
         self._whole: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[Transformed], tuple[Source, tuple[Transform, ...]]]:
+        """Travel between processes without what is in memory: there the layers are made from the files again."""
+        return Transformed, (self.stored, self.transforms)
+
     def then(self, transform: Transform) -> Transformed:
         """Return the model under one more change."""
         return Transformed(self.stored, (*self.transforms, transform), self._memory)

@@ -204,6 +204,8 @@ CASES: dict[tuple[str, str], Case] = {
     ("compress", "--checkpoint"): Case(("--checkpoint", "{out}"), refused("Fix: "), line=WHOLE),
     ("compress", "--device"): NO_DEVICE,
     ("compress", "--threads"): Case(("--threads", 0), refused("threads: 0 is out of range"), line=WHOLE),
+    ("compress", "--workers"): Case(("--workers", 0), refused("workers: 0 is out of range")),
+    ("compress", "--ray"): Case(("--ray", "127.0.0.1:1"), refused("--ray"), line=WHOLE),
     ("compress", "--cache-limit"): NO_LIMIT,
     ("compress", "--calibration-text"): Case(
         ("--calibration-text", "{moved}"), finds, line=(*OF_TEXT, "--dry-run")

@@ -26,6 +26,7 @@ from rk_export.methods.sparse_sites import (
 )
 from rk_export.options.ranks import Budget
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
+from rk_export.passes.numerics.threads import total
 from rk_export.source.protocol import Source
 
 
@@ -100,12 +101,12 @@ def check_pools(pools: Pools, amount: float, budget: Budget, prices: Prices) -> 
         InputError: If all candidates fit, or none does.
     """
     cost = flat_prices(pools, prices)
-    total = float(cost.sum(dtype=torch.float64))
+    whole = float(total(cost))
     if not len(cost) or float(cost.min()) > amount:
         raise keeps_nothing(budget)
-    if total <= amount:
+    if whole <= amount:
         raise InputError(
-            f"all candidates cost {total:.4g}, the budget is {amount:.4g}: there is nothing to choose",
+            f"all candidates cost {whole:.4g}, the budget is {amount:.4g}: there is nothing to choose",
             where=budget.flag,
             fix="give less, or leave the matrices dense",
         )

@@ -17,6 +17,7 @@ from rk_export.methods.sparse_sites import Prices
 from rk_export.passes.numerics.knapsack import largest_within
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.numerics.mixed import part_losses
+from rk_export.passes.numerics.threads import total
 from rk_export.scratch import joined
 
 # Scores of one matrix' candidates (candidates,), float32; a larger one is kept sooner, one of -inf never.
@@ -33,7 +34,8 @@ def energy_score(prices: Prices) -> Score:
     """Return the score without data: squared norm per price, over the mean square of the matrix."""
 
     def score(place: MatrixId, pool: Pool) -> Tensor:
-        scale = pool.parts.dense().square().mean().clamp_min(_LEAST)
+        dense = pool.parts.dense()
+        scale = (total(dense.square()) / dense.numel()).to(dense).clamp_min(_LEAST)
         return pool.energies() / pool.prices(prices) / scale
 
     return score
