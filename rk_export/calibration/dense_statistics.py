@@ -16,8 +16,9 @@ from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.threads import total
 from rk_export.plan import SitePlan
 
-# Tokens that an expert must have read for its second moment to be used.
-LEAST_READS = 256
+# Tokens that an expert must have read for each of its inputs. GPTQ to INT4 by the moment of fewer fits what only they
+# say: a gate of SmolLM2 with 576 inputs has an error of 0.069 by 512 tokens, 0.057 by 1024, and 0.061 by its weights.
+READS_PER_INPUT = 1.75
 
 _KINDS = ("second", "peaks", "gradients")
 _TOKEN_PEAKS, _READS = "token_peaks", "reads"
@@ -100,7 +101,8 @@ class DenseStatistics:
         shared: dict[int, Curvature] = {}
         found = {}
         for place in (place for site in sites if "expert" in site.members for place in site.matrices):
-            if (tokens := self.reads.get(place, 0)) < LEAST_READS:
+            tokens = self.reads.get(place, 0)
+            if not tokens or tokens < READS_PER_INPUT * len(self.second[place]):
                 continue
             second = self.second[place]
             own = Inputs(second, token_peak=self.token_peaks.get(place, 0.0), tokens=tokens)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.calibration.dense_statistics import LEAST_READS
+from rk_export.calibration.dense_statistics import READS_PER_INPUT
 from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
 from rk_export.calibration.self_text import LENGTH, Writer, self_text
 from rk_export.calibration.streams import Streams
@@ -174,7 +174,7 @@ def _by_expert(
     apart = (site for site in sites if common_reader(site.paths, reader_of) is None)
     for place in (place for site in apart for place in site.matrices):
         own = moments.get(reader_of.get(place.path, ""))
-        if own is not None and own.tokens >= LEAST_READS:
+        if own is not None and own.tokens >= READS_PER_INPUT * len(own.second):
             found[place.name] = Curvature(own)
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.matrix_id import MatrixId
+from rk_export.memory import check_memory
 from rk_export.methods.sparse_sites import check_source, linear_shapes, on_disk
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts, index_dtype, rank_zero_factors
 from rk_export.scratch import joined
@@ -29,7 +30,11 @@ def magnitude(
     check_source(source, "cap")
     limit = None
     if scope == "global":
-        sizes = joined((W.abs().flatten() for _, W in _weights(source)), _entries(source))
+        entries = _entries(source)
+        check_memory(
+            8 * entries, "the entries of all matrices, compared", where="magnitude", fix="compare by matrix"
+        )
+        sizes = joined((W.abs().flatten() for _, W in _weights(source)), entries)
         limit = _limit(sizes, keep)
     parts = {}
     for place, W in _weights(source):
