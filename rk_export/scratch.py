@@ -7,6 +7,7 @@ process ends, the disk gets its space back.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rk_export.folders import is_full
 from rk_export.tensor_cache import cache_root
 
 # Bytes; smaller tensors stay in memory.
@@ -49,6 +51,10 @@ def mapped(tensors: Mapping[str, Tensor], folder: Path | None = None) -> dict[st
                 size += -(-flat.nbytes // _ALIGNED) * _ALIGNED
             file.truncate(size)
         storage = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
+    except OSError as error:
+        if is_full(error):  # NumPy names neither the reason nor the place
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     finally:
         os.unlink(name)
     return {

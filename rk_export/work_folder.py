@@ -14,6 +14,7 @@ from typing import IO
 
 from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
+from rk_export.folders import is_full, no_space
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class WorkFolder:
         resume: Go on with what an earlier run left; without it that is deleted.
 
     Raises:
-        InputError: On entry, if another process works there.
+        InputError: On entry, if another process works there; later, if a disk is full.
     """
 
     def __init__(self, out: Path, *, resume: bool = True) -> None:
@@ -97,6 +98,9 @@ class WorkFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
+        if error is not None and is_full(error):
+            named = error.filename if isinstance(error, OSError) else None
+            raise no_space(Path(named or self.path)) from error
 
     def begin(self, identity: Mapping[str, str]) -> None:
         """Take note of what decides the result, or refuse to go on with a run in which it differed.
