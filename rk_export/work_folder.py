@@ -83,11 +83,16 @@ class WorkFolder:
                 where=str(self.path),
                 fix="wait until it ends, or give another output folder",
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
         if not self._resume:
             self._clear()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+        except OSError as error:
+            if is_full(error):
+                raise no_space(self.path) from error
+            raise
         return self
 
     def __exit__(

@@ -332,7 +332,7 @@ def checksums(bundle: Path) -> dict[str, str]:
 
 def message(process: Process) -> str:
     """Return the error that a process ended with, on one line, without folders of this machine."""
-    lines = [line for _, line in process.lines if not memory_meter.STAGE.match(line)]
+    lines = [line for _, line in process.lines if line]
     fix = next((place for place, line in enumerate(lines) if line.startswith("Fix: ")), None)
     text = " ".join(lines[max(0, fix - 1) : fix + 1]) if fix is not None else " ".join(lines[-1:])
     words = text.split(" ")
