@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+from safetensors import SafetensorError
+
 from rk_export.atomic import beside, make_folder, synchronize, synchronize_tree
 from rk_export.errors import InputError
 from rk_export.half_written import remove_leftovers
@@ -73,8 +75,8 @@ class AtomicFolder:
         self._raise_if_full(error)
 
     def _raise_if_full(self, error: BaseException | None) -> None:
-        if isinstance(error, OSError) and _is_full(error):
-            raise _no_space(self.target, self.needed) from error
+        if error is not None and is_full(error):
+            raise no_space(self.target, self.needed) from error
 
     def _move_in(self) -> None:
         """Swap the new folder in; the old one comes back if that fails, and is deleted only afterwards."""
@@ -202,17 +204,28 @@ def check_free_space(path: str | os.PathLike[str], needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise _no_space(Path(path), needed, free)
+        raise no_space(Path(path), needed, free)
 
 
-def _is_full(error: OSError) -> bool:
-    """Whether a write failed for want of space; NumPy's `tofile` says so in words only, without a number."""
+def is_full(error: BaseException) -> bool:
+    """Return whether a write failed for want of space; NumPy's `tofile` and safetensors say so in words only."""
+    if isinstance(error, SafetensorError):
+        return re.search(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)", str(error)) is not None
+    if not isinstance(error, OSError):
+        return False
     if error.errno is None:
         return re.search(r"\d+ requested and \d+ written", str(error)) is not None
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _no_space(path: Path, needed: int | None, free: int | None = None) -> InputError:
+def no_space(path: Path, needed: int | None = None, free: int | None = None) -> InputError:
+    """Return the error of a full disk.
+
+    Args:
+        path: What lies there, or should.
+        needed: Bytes, where that is known.
+        free: The same.
+    """
     what = "no space left on the disk"
     if needed is not None:
         what += f": {needed:,} bytes are needed"

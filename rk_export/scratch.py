@@ -8,6 +8,7 @@ its space back.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.device import CPU
+from rk_export.folders import is_full
 from rk_export.tensor_cache import cache_file, cache_root, read_tensors, write_tensors
 
 # Bytes; smaller tensors stay in memory.
@@ -139,6 +141,10 @@ def _file(folder: Path | None) -> Iterator[tuple[BinaryIO, str]]:
     try:
         with os.fdopen(handle, "wb") as file:
             yield file, name
+    except OSError as error:
+        if is_full(error):  # NumPy names neither the reason nor the place
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     finally:
         os.unlink(name)
 

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from rk_export.atomic import atomic_file
 from rk_export.errors import InputError
+from rk_export.folders import is_full, no_space
 from rk_export.json_codec import load_json
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class WorkFolder:
         resume: Go on with what an earlier run left; without it that is deleted.
 
     Raises:
-        InputError: On entry, if another process works there.
+        InputError: On entry, if another process works there; later, if a disk is full.
     """
 
     def __init__(self, out: Path, *, resume: bool = True) -> None:
@@ -82,9 +83,14 @@ class WorkFolder:
                 where=str(self.path),
                 fix="wait until it ends, or give another output folder",
             ) from error
-        holder.write_text(str(os.getpid()), encoding="utf-8")
         if not self._resume:
             self._clear()
+        try:
+            holder.write_text(str(os.getpid()), encoding="utf-8")
+        except OSError as error:
+            if is_full(error):
+                raise no_space(self.path) from error
+            raise
         return self
 
     def __exit__(
@@ -94,6 +100,9 @@ class WorkFolder:
         if self._is_ours and (error is None or not kept):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
+        if error is not None and is_full(error):
+            named = error.filename if isinstance(error, OSError) else None
+            raise no_space(Path(named or self.path)) from error
 
     def begin(self, identity: Mapping[str, str]) -> None:
         """Take note of what decides the result, or refuse to go on with a run in which it differed.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,19 @@ def test_copies_have_the_values_and_leave_no_file(tmp_path: Path, dtype: torch.d
     for name, tensor in tensors.items():
         assert copies[name].dtype is dtype
         assert torch.equal(copies[name], tensor)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, mode: str) -> Any:
+        os.close(handle)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr("rk_export.scratch.os.fdopen", full)
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        mapped({"ones": torch.ones(LARGE)}, tmp_path)
+    assert (failed.value.errno, failed.value.filename) == (errno.ENOSPC, str(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_was_mapped_can_be_changed(tmp_path: Path) -> None:

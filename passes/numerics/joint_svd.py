@@ -21,7 +21,7 @@ from rk_export.options.ranks import Gauge
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.eigen import eigenvalues, gram_matrix, leading_eigenvectors, product
 from rk_export.passes.numerics.metric import Metric
-from rk_export.passes.numerics.threads import one_thread
+from rk_export.passes.numerics.threads import one_thread, total
 
 # Up to this size float64 costs little. Beyond, float32 misplaces the subspace by an energy of order
 # (1e-7)² n log n times the largest eigenvalue, so it serves unless the energy beyond the rank is tiny.

@@ -64,7 +64,9 @@ class StatisticsParts:
             path = self._path(part, index, self._cache_dir if self._is_cached else self._folder)
             write_tensors(path, tensors)
             found = read_tensors(path, logging.DEBUG)
-        self.known |= mapped(tensors) if found is None else found
+        if found is None:  # no space where such files lie, so perhaps beside the output
+            found = mapped(tensors, self._folder if self._is_cached else None)
+        self.known |= found
 
     def limit(self, needed: int) -> None:
         """Keep nothing in the cache where all parts together exceed its limit, and say so.

@@ -81,8 +81,7 @@ def build(model: Path, ours: Path, peer: Path, threads: int) -> None:
         recipe = Recipe((Prepare(), Quantize(("all",), bits=4, quantizer="rtn")))
         compress(model, ours, recipe, run=Run(threads=threads))
     if not (peer / "model.onnx").exists():
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-        subprocess.run([*builder, "-i", str(model), "-o", str(peer)], check=True)
+        subprocess.run(harness.genai_builder(model, peer), check=True)
 
 
 def one_round(args: argparse.Namespace, ours: Path, peer: Path) -> Row:

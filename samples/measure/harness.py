@@ -136,6 +136,12 @@ def model_bytes(bundle: Path) -> int:
     return sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
 
 
+def genai_builder(model: Path, out: Path) -> list[str]:
+    """Return the command with which onnxruntime-genai builds an INT4 model of its own."""
+    words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    return [*words, "-i", str(model), "-o", str(out)]
+
+
 def in_own_process(script: str, *words: str) -> Row:
     """Run a script that prints a row as its last line, in a fresh process: memory and buffers are its own."""
     output = subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.PIPE, text=True)

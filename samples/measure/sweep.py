@@ -119,9 +119,8 @@ class Sweep:
     def peer(self, name: str, options: tuple[str, ...]) -> Row:
         """Build with onnxruntime-genai."""
         bundle = self.work / f"peer-{name.replace(' ', '-')}"
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         extra = ["--extra_options", *options] if options else []
-        subprocess.run([*builder, "-i", str(self.off_grid()), "-o", str(bundle), *extra], check=True)
+        subprocess.run([*harness.genai_builder(self.off_grid(), bundle), *extra], check=True)
         return self.bundle(bundle)
 
     def bundle(self, bundle: Path) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from made_recipes import made_recipe
+from safetensors import SafetensorError
 from tiny_models import tiny_model
 
 from rk_export import Recipe, compress
@@ -190,6 +191,43 @@ def test_what_changed_since_is_refused_by_name(
     assert len(list((work_folder_of(unfinished) / "layers").glob("layer-*.json"))) == 2
     compress(model, unfinished, recipe, run=RUN, resume=False)
     assert (unfinished / "model.onnx").is_file()
+
+
+def no_room_for_states(patch: pytest.MonkeyPatch) -> None:
+    """Have a full disk take what need not stay in memory; NumPy says so in words of its own."""
+
+    def full(handle: int, mode: str) -> Any:
+        os.close(handle)
+        return open("/dev/full", mode)
+
+    patch.setattr("rk_export.scratch.os.fdopen", full)
+
+
+def no_room_for_layers(patch: pytest.MonkeyPatch) -> None:
+    """Have safetensors meet a full disk when a layer is finished."""
+
+    def full(*given: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    patch.setattr("rk_export.rewrite.layer_store.save_file", full)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("fill", [no_room_for_states, no_room_for_layers])
+def test_a_run_that_a_full_disk_ended_goes_on_when_there_is_space(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    out, recipe = tmp_path / "out", made_recipe(calibration=SHORT)
+    with monkeypatch.context() as patch:
+        fill(patch)
+        with pytest.raises(InputError, match="no space left on the disk") as refused:
+            compress(model, out, recipe, run=RUN)
+    assert "free some space" in str(refused.value)
+    assert not out.exists()
+    compress(model, out, recipe, run=RUN)
+    compress(model, tmp_path / "whole", recipe, run=RUN)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not work_folder_of(out).exists()
 
 
 def test_two_runs_of_one_output_are_refused(unfinished: Path, model: Path) -> None:

@@ -18,10 +18,11 @@ pytestmark = pytest.mark.whole
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 SHORT = sorted(SAMPLES.glob("*.py"))
+PARTS = ("harness.py", "floors.py")  # of the measurements; no scripts
 SCRIPTS = [
     *(path for path in SHORT if path.name != "parity_in_your_tests.py"),  # that one is a file of tests
     SAMPLES / "assets" / "__main__.py",
-    *(path for path in sorted((SAMPLES / "measure").glob("*.py")) if path.name != "harness.py"),
+    *(path for path in sorted((SAMPLES / "measure").glob("*.py")) if path.name not in PARTS),
     *sorted((SAMPLES / "papers").glob("*/main.py")),
 ]
 PUBLIC = {"rk_export", "rk_export.runtime", "rk_export.testing"}
