@@ -29,7 +29,10 @@ class Orthogonal:
 
     def right(self, rows: Tensor) -> Tensor:
         """Return `rows` Q (n, d), computed in float64 and given back in the dtype and on the device of `rows`."""
-        return torch.cat([self._apply(part).to(rows.dtype) for part in torch.split(rows, ROWS_AT_ONCE)])
+        result = torch.empty_like(rows)
+        for begin in range(0, len(rows), ROWS_AT_ONCE):
+            result[begin : begin + ROWS_AT_ONCE] = self._apply(rows[begin : begin + ROWS_AT_ONCE])
+        return result
 
     def left(self, matrix: Tensor) -> Tensor:
         """Return Qᵀ `matrix` (d, n)."""
