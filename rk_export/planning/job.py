@@ -43,8 +43,9 @@ class LayerCounts:
 
     @property
     def input_bytes(self) -> int:
-        """Statistics of what the matrices read: moments and peaks, and a number for each matrix."""
-        return sum(_FLOAT * (width**2 + width) for width in self.reads) + _DOUBLE * len(self.matrices)
+        """Statistics of what the matrices read: moments and peaks, and two numbers for each matrix."""
+        numbers = (_DOUBLE + _LONG) * len(self.matrices)
+        return sum(_FLOAT * (width**2 + width) for width in self.reads) + numbers
 
     def gradient_bytes(self, *, diagonal: bool) -> int:
         """Statistics of the gradients by what they put out."""
