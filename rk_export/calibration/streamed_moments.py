@@ -132,9 +132,9 @@ class CalibrationStreams:
             reader_of |= here
             for reader in {here[path] for path in experts if path in here}:
                 sums[reader].add(inputs[reader], None)
-            for reader in {common_reader(site.paths, here) for site in sites if site not in mixed}:
-                if reader is not None:
-                    sums[reader].add(inputs[reader], dense.get(reader))
+            for common in {common_reader(site.paths, here) for site in sites if site not in mixed}:
+                if common is not None:
+                    sums[common].add(inputs[common], dense.get(common))
         moments = {reader: total.moments() for reader, total in sums.items()}
         return _by_site(sites, reader_of, moments) | _by_expert(mixed, reader_of, moments)
 
