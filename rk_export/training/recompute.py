@@ -39,7 +39,7 @@ def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
 def _forgetful(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # or it holds the weights of all layers
         return output
 
     return run
