@@ -184,10 +184,10 @@ def test_a_source_travels_as_its_folder_and_its_changes(tmp_path: Path, model: P
     work = LayerWork(pruned, plan, NoStatistics(), {}, store, torch.device("cpu"))
     there = unpacked(work.packed(tmp_path)).source
     assert (there.name, there.fingerprint(tmp_path)) == (pruned.name, pruned.fingerprint(tmp_path))
-    (layer, *others), (expected, *_) = list(there.layers()), list(pruned.layers())
-    assert len(others) == 2
-    for name, tensor in expected.module.state_dict().items():
-        assert torch.equal(layer.module.state_dict()[name], tensor)
+    assert there.layer_count == 3
+    for layer, expected in zip(there.layers(), pruned.layers(), strict=True):
+        tensors = layer.module.state_dict()
+        assert all(torch.equal(tensors[name], t) for name, t in expected.module.state_dict().items())
 
 
 @pytest.mark.parametrize("changed", [{"workers": 0}, {"workers": 2, "ray": "auto"}], ids=["none", "both"])
