@@ -6,13 +6,13 @@ the sums with what a run really took.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from rk_export.planning.job import Job, LayerCounts
 from rk_export.planning.resources import Place, StageNeeds, Term, Work, added, times, total
 
 # The process with its libraries, before any tensor.
-PROCESS_BYTES = 400_000_000
+PROCESS_BYTES = 430_000_000
 # Tokens of the probe: eight prompts of 32.
 PROBE = 256
 # Tokens of the text that reparameterizations are chosen on, and that statistics of the table read.
@@ -22,13 +22,19 @@ CHUNK, BACK_CHUNK, LOGITS = 2048, 512, 1 << 24
 # Entries that GPTQ works on together, and sequences that are written together.
 ROUNDED_TOGETHER, WRITTEN_TOGETHER = 1 << 25, 64
 
+_FLOAT_BYTES = 4
+
 # --- copies in memory
-_PROBE_CHECKED = 4  # logits of the probe: exact, shaken, and what compares them
-_PROBE_LEVELS = 8  # the same while int8 inputs are judged: gradients, and errors in float64
-_PROBE_VERIFIED = 12  # the same of PyTorch and of two sessions, and what compares them
+_PROBE_CHECKED = 7  # logits of the probe: exact, shaken, of transformers, and what compares them
+_PROBE_LEVELS = 15  # while int8 inputs are judged: of three versions, their gradients, errors in float64
+_PROBE_EXPORTED = 9  # what of it is there while the graph is traced
+_PROBE_VERIFIED = 17  # of PyTorch and of two sessions, and what compares them
 _LOGITS_BACK = 5  # logits with their distribution, labels and gradients
-_TABLE_PRICED = 4  # the embedding while formats are priced
-_TABLE_UNPACKED = 3  # the embedding as numbers again, with its codes
+_TABLES_PREPARED = 1.2  # the embedding beside the old and the new one, while it is prepared
+_TABLE_UNPACKED = 2  # the embedding as numbers again
+# At most so much the allocator keeps of quantized layers that were unpacked, and kernels keep that were made for the
+# numbers of tokens that came to an expert.
+_UNPACKED_LAYERS, _EXPERT_KERNELS = 450_000_000, 450_000_000
 _SWEPT = 6  # what GPTQ holds of its entries: target, error, codes, and of the scales that it tries
 _MOMENTS_OF_SWEEP = 4  # the moment, its factor, and what both become
 _STATES = {"attention": 4, "other": 2}  # preparations that touch what a matrix reads
@@ -36,9 +42,10 @@ _ACTIVATIONS = 6  # of a layer's widths, saved for the way back
 _SESSION = 1.4  # memory of a session over the bytes of its model
 
 # --- passes and calls
-_LAYER_CALLS, _EXPERT_CALLS = 60, 15  # short operations of a layer's forward pass, and of each expert
+_LAYER_CALLS, _EXPERT_CALLS = 240, 90  # short operations of a layer's forward pass, and of each expert
 _TRACE_CALLS = 3_000  # those of tracing a layer, over its matrices
-_START_CALLS, _FILE_CALLS = 700_000, 150_000  # imports; tokenizer and configs
+_START_CALLS, _FILE_CALLS = 4_000_000, 300_000  # imports; tokenizer and configs
+_SESSION_CALLS = 2_000_000  # two sessions, and what they generate
 _PASSES_LOGITS = 8  # of the float32 logits that are drawn from
 _PASSES_SHAKEN = 12  # of the outputs of a module that is shaken
 _PASSES_PRICED = 16  # of a matrix that formats are priced for
@@ -81,9 +88,9 @@ def check_needs(job: Job) -> StageNeeds:
 
 def calibrate_needs(job: Job) -> StageNeeds:
     """Return what the text, the choice of reparameterizations and the statistics take; the largest step counts."""
-    steps = [_writing(job), _forward_step(job), _backward_step(job), _preparing(job), _table_step(job)]
-    largest = max(steps, key=total)
-    memory = (*_process(), _probe(job), *largest)
+    after_text = [_forward_step(job), _backward_step(job), _trial(job), _making(job), _table_step(job)]
+    steps = [_writing(job), *([*_after_text(job), *step] for step in after_text if step)]
+    memory = (*_process(), _probe(job), *max(steps, key=total))
     works = [_text_work(job), _preparing_work(job), _statistics_work(job)]
     disk = (*_scratch(job), *_inputs_on_disk(job), *_statistics_on_disk(job), *_written_model(job))
     return StageNeeds("calibrate", memory, _gpu(job), disk, added(*works))
@@ -107,9 +114,9 @@ def plan_needs(job: Job) -> StageNeeds:
             pricing.append(_term("metrics in float64", 24 * widest**2 + 24 * largest))
             work = added(work, {"factors": _DECOMPOSED * factors})
     if job.recipe.table_is_open and job.recipe.budget is not None:
-        pricing.append(_term("embedding while it is priced", 4 * _TABLE_PRICED * job.table))
+        pricing.append(_term("embedding while it is priced", 4 * job.table))
         work = added(work, {"passes": 4.0 * _PASSES_PRICED * job.table})
-    memory = (*_process(), _probe(job), *_left(job, pricing))
+    memory = (*_process(), _probe(job), *_after_text(job), *_model(job), *pricing)
     return StageNeeds("plan", memory, _gpu(job), (*_scratch(job), *_statistics_on_disk(job)), work)
 
 
@@ -119,13 +126,14 @@ def rewrite_needs(job: Job) -> StageNeeds:
     widest = max((columns for _, columns in layer.matrices), default=0)
     largest = max((rows * columns for rows, columns in layer.matrices), default=0)
     rounding = [
+        *_model(job),
         *_layer(job),
         _term("moments and factors of GPTQ", 4 * _MOMENTS_OF_SWEEP * widest**2),
         _term("entries that GPTQ rounds", 4 * _SWEPT * min(largest, ROUNDED_TOGETHER)),
         _probe(job, 3),
     ]
     table = [
-        *_tables(job),
+        *_model(job),
         _term("rows of the embedding that are rounded", 4 * _SWEPT * min(job.table, ROUNDED_TOGETHER)),
         _probe(job),
     ]
@@ -133,7 +141,7 @@ def rewrite_needs(job: Job) -> StageNeeds:
         _probe(job, _PROBE_LEVELS),
         _term("the embedding, unpacked", 4 * _TABLE_UNPACKED * job.table),
     ]
-    peak = max((_left(job, step) for step in (rounding, table, judged)), key=total)
+    peak = (*_after_text(job), *max((rounding, table, judged), key=total))
     finished = _term("finished layers", _finished_bytes(job), "output")
     disk = (*_scratch(job), *_statistics_on_disk(job), finished)
     return StageNeeds("rewrite", (*_process(), *peak), _gpu(job), disk, _rewrite_work(job))
@@ -141,18 +149,18 @@ def rewrite_needs(job: Job) -> StageNeeds:
 
 def export_needs(job: Job) -> StageNeeds:
     """Return what tracing and writing the graph takes: tensors are converted one at a time."""
-    held = [_probe(job, 3), _term("the largest tensor, converted", 4 * job.table)]
+    held = [_probe(job, _PROBE_EXPORTED), _term("the embedding, unpacked", 4 * _TABLE_UNPACKED * job.table)]
     work = added(
         {"writes": job.output_bytes, "passes": 4.0 * job.output_bytes},
         {"calls": float(_TRACE_CALLS * sum(len(layer.matrices) for layer in job.layers))},
     )
-    memory = (*_process(), *_left(job, held))
+    memory = (*_process(), *_after_text(job), *held)
     return StageNeeds("export", memory, disk=_finished(job), work=work)
 
 
 def bundle_needs(job: Job) -> StageNeeds:
     """Return what the tokenizer and the configs of the runtimes take."""
-    memory = (*_process(), *_left(job, [_probe(job, 3)]))
+    memory = (*_process(), *_after_text(job), _probe(job), _unpacked_layers(job))
     return StageNeeds("bundle", memory, disk=_finished(job), work={"calls": _FILE_CALLS})
 
 
@@ -161,7 +169,7 @@ def verify_needs(job: Job) -> StageNeeds:
     held = [
         _probe(job, _PROBE_VERIFIED),
         _term("a session", round(_SESSION * job.output_bytes)),
-        _term("the embedding, unpacked", 4 * _TABLE_UNPACKED * job.table),
+        _unpacked_layers(job),
     ]
     parameters = job.active_parameters + job.tables
     work = added(
@@ -169,8 +177,9 @@ def verify_needs(job: Job) -> StageNeeds:
         {"float_products": 2.0 * 4 * PROBE * parameters, "writes": 0.0},
         {"passes": 4.0 * _PASSES_DEQUANTIZED * _VERIFIED_PASSES * (job.layer_parameters + job.table)},
         times(_VERIFIED_PASSES, _calls(job)),
+        {"calls": float(_SESSION_CALLS)},
     )
-    memory = (*_process(), *_left(job, held))
+    memory = (*_process(), *_after_text(job), *held)
     return StageNeeds("verify", memory, disk=_finished(job), work=work)
 
 
@@ -219,10 +228,38 @@ def _writing(job: Job) -> list[Term]:
     return [_term("the INT4 model", _SESSION * job.int4_bytes), _term("its keys and values", cache), logits]
 
 
-def _left(job: Job, step: Sequence[Term]) -> list[Term]:
-    """Return a later step, with what the allocator keeps of the writer beyond it."""
-    kept = job.product_bytes * job.parameters if job.writer == "dense" else 0
-    return [*step, _term("kept by the allocator", kept)] if kept else list(step)
+def _after_text(job: Job) -> list[Term]:
+    """Return what the allocator keeps of the writer, and of the layers that ran back."""
+    if not job.sequences:
+        return []
+    written = {
+        "dense": job.product_bytes * job.parameters,
+        "int4": round(_SESSION * job.int4_bytes),
+        "nobody": 0,
+    }
+    kept = [_term("kept by the allocator of the writer", written[job.writer])]
+    if job.largest.experts and job.product_bytes < _FLOAT_BYTES:
+        kept.append(_term("kernels for the tokens of experts", _EXPERT_KERNELS))
+    return [*kept, *_back_layer(job)] if job.back or job.prepares else kept
+
+
+def _back_layer(job: Job) -> list[Term]:
+    wide = max(map(_outputs, job.layers))
+    gradients = sum(rows**2 for rows, _ in job.largest.matrices) if job.directions else 0
+    return [
+        _term("activations of a layer", 4 * _ACTIVATIONS * BACK_CHUNK * wide),
+        _term("moments of a layer's gradients", 8 * gradients),
+    ]
+
+
+def _model(job: Job) -> list[Term]:
+    """Return the tables of the dense and of the prepared model; layers are mapped."""
+    prepared = [_term("embedding and head, prepared", 4 * job.tables)] if job.prepares else []
+    return [_term("embedding and head", 4 * job.tables), *prepared]
+
+
+def _unpacked_layers(job: Job) -> Term:
+    return _term("kept by the allocator of unpacked layers", min(4 * job.layer_parameters, _UNPACKED_LAYERS))
 
 
 def _forward_step(job: Job) -> list[Term]:
@@ -232,54 +269,62 @@ def _forward_step(job: Job) -> list[Term]:
     layer = job.largest
     wide = max(map(_outputs, job.layers))
     moments = sum(width**2 for width in layer.reads) if job.has_statistics else 0
-    step = [
+    return [
+        *_model(job),
         _term("hidden states of the text", 8 * job.tokens * job.width),
         _term("activations of a chunk", 4 * min(CHUNK, job.tokens) * wide),
         _term("moments of a layer, and their means", 8 * moments),
         _term("the largest moment, mirrored", 8 * max(layer.reads) ** 2 if moments else 0),
     ]
-    return _left(job, step)
 
 
 def _backward_step(job: Job) -> list[Term]:
-    """Return what the way back takes: logits in slices at the top, then one layer with its activations."""
+    """Return what the top of the way back takes: logits in slices."""
     if not job.back and not job.prepares:
         return []
-    back = max(job.back, min(SHORT_TEXT, job.tokens) if job.prepares else 0)
-    wide = max(map(_outputs, job.layers))
-    gradients = sum(rows**2 for rows, _ in job.largest.matrices) if job.directions else 0
-    step = [
+    back = _back(job)
+    return [
+        *_model(job),
         _term("hidden states and gradients", 8 * (job.tokens + back) * job.width),
-        _term("logits of some tokens", 4 * _LOGITS_BACK * LOGITS),
-        _term("the head in the type of products", job.product_bytes % 4 * job.table),
-        _term("activations of a layer", 4 * _ACTIVATIONS * BACK_CHUNK * wide),
-        _term("moments of a layer's gradients", 8 * gradients),
+        _term("logits of some tokens", 4 * _LOGITS_BACK * min(LOGITS, BACK_CHUNK * job.vocabulary)),
     ]
-    return _left(job, step)
 
 
-def _preparing(job: Job) -> list[Term]:
+def _back(job: Job) -> int:
+    return max(job.back, min(SHORT_TEXT, job.tokens) if job.prepares else 0)
+
+
+def _trial(job: Job) -> list[Term]:
     """Return what the trial of the reparameterizations takes: one layer twice, and its moments in each state."""
     if not job.prepares:
         return []
     layer = job.largest
     short = min(SHORT_TEXT, job.tokens)
-    step = [
+    return [
+        _term("embedding and head", 4 * job.tables),
         _term("a layer twice", 8 * layer.parameters),
         _term("what its matrices read", 8 * short * sum(layer.reads)),
         _term("moments in each state", 4 * sum(_states(job, width) * width**2 for width in layer.reads)),
         _term("a factor", 12 * max(layer.reads) ** 2),
     ]
-    return _left(job, step)
+
+
+def _making(job: Job) -> list[Term]:
+    """Return what preparing embedding and head takes."""
+    if not job.prepares:
+        return []
+    return [*_model(job), _term("what both are prepared from", 4 * _TABLES_PREPARED * job.tables)]
 
 
 def _table_step(job: Job) -> list[Term]:
     """Return what the statistics of the embedding take: logits of a short text."""
     if not job.has_statistics:
         return []
-    return _left(
-        job, [_term("logits of some tokens", 16 * LOGITS), _term("moment of the head", 8 * job.width**2)]
-    )
+    return [
+        *_model(job),
+        _term("logits of some tokens", 16 * min(LOGITS, SHORT_TEXT * job.vocabulary)),
+        _term("moment of the head", 8 * job.width**2),
+    ]
 
 
 def _states(job: Job, width: int) -> int:
@@ -314,8 +359,7 @@ def _scratch(job: Job) -> tuple[Term, ...]:
 
 def _inputs_on_disk(job: Job) -> tuple[Term, ...]:
     """Return what the layers read of the text that runs back."""
-    back = max(job.back, min(SHORT_TEXT, job.tokens) if job.prepares else 0)
-    return (_term("what the layers read", 4 * back * job.width * len(job.layers), "output"),)
+    return (_term("what the layers read", 4 * _back(job) * job.width * len(job.layers), "output"),)
 
 
 def _statistics_on_disk(job: Job) -> tuple[Term, ...]:
