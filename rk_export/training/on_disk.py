@@ -41,12 +41,8 @@ class OnDisk:
         for name, tensor in self._large.items():
             tensor.data = values[name]
             move = _moved_to(zeros(tensor.shape))
-<<<<<<< HEAD
-            self._hooks.append(tensor.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
-=======
             hook = tensor.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
             self._hooks.append(hook)
->>>>>>> i12-methods
         if self._large:
             taken = 4 * sum(tensor.nbytes for tensor in self._large.values())
             logger.info("values, gradients and moments of what is trained take %s of disk", size(taken))
