@@ -33,6 +33,7 @@ from rk_export.rewrite.sizes import least_bytes, planned_bytes, sized_by_shapes
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
 from rk_export.tensor_cache import cache_root
+from rk_export.work_folder import work_folder_of
 
 _PLACES: tuple[Place, ...] = ("output", "cache", "temporary")
 
@@ -170,11 +171,17 @@ def _disks(out: Path, needs: Sequence[StageNeeds]) -> list[Disk]:
     return [
         Disk(
             {place: str(folders[place]) for place in places},
-            max(sum(stage.on(place) for place in places) for stage in needs),
+            max(0, max(sum(stage.on(place) for place in places) for stage in needs) - _kept(out, places)),
             shutil.disk_usage(_existing(folders[places[0]])).free,
         )
         for places in by_disk.values()
     ]
+
+
+def _kept(out: Path, places: Sequence[Place]) -> int:
+    """Return the bytes that an unfinished run left, which need not be written again."""
+    files = work_folder_of(out).rglob("*") if "output" in places else ()
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _file_system(folder: Path) -> int:
