@@ -196,7 +196,7 @@ class Crashes:
             "again_status": status,
             "again_seconds": round(time.monotonic() - begin, 1),
             "went_on_from": found[0] if found else "",
-            "made_again": [line for _, line in process.lines if " is made again" in line],
+            "made_again": [without_folders(line) for _, line in process.lines if " is made again" in line],
             "identical": is_same,
             "different": sorted(
                 name for name in {*files, *expected} if files.get(name) != expected.get(name)
@@ -284,8 +284,11 @@ class Crashes:
         """Start the command twice."""
         first = self.start(folder)
         first.said("calibrate: ")
+        first.send(signal.SIGSTOP)  # or it might be done before the second one looks
         second = self.start(folder)
-        refused_status, status = second.wait(), first.wait()
+        refused_status = second.wait()
+        first.send(signal.SIGCONT)
+        status = first.wait()
         is_refused = refused_status == 2 and f"process {first.id}" in second.log
         is_same = status == 0 and checksums(folder / "out") == self.whole()["files"]
         return {
@@ -335,8 +338,12 @@ def message(process: Process) -> str:
     lines = [line for _, line in process.lines if line]
     fix = next((place for place, line in enumerate(lines) if line.startswith("Fix: ")), None)
     text = " ".join(lines[max(0, fix - 1) : fix + 1]) if fix is not None else " ".join(lines[-1:])
-    words = text.split(" ")
-    return " ".join(Path(word).name if word.startswith("/") else word for word in words)
+    return without_folders(text)
+
+
+def without_folders(text: str) -> str:
+    """Return a line with absolute paths by their names."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in text.split(" "))
 
 
 def flip(path: Path) -> None:
