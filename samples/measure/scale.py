@@ -44,6 +44,7 @@ SHAPES = ("mixture", "135m", "0.5b", "1.1b", "7b")
 # What the peak of a shape should stay below, in GB.
 GOALS = {"135m": 1.9, "0.5b": 3.0, "1.1b": 3.5, "7b": 8.0}
 CURVE, DEPTHS = "0.5b", (4, 8, 16, 32)
+SHALLOW = ("7b", 4)  # what a layer of a large model takes, in a fraction of its time
 LARGE = ("7b",)  # model folders that are deleted after the run
 REAL: dict[str, tuple[str, Callable[[], Path]]] = {
     "smollm2": ("SmolLM2-135M-Instruct", smollm2),
@@ -79,11 +80,12 @@ class Scale:
                 yield key, partial(self.real, key)
                 if importlib.util.find_spec("onnxruntime_genai"):
                     yield f"{PEER}{key}", partial(self.peer, key)
+        yield depth_key(SHALLOW[1], SHALLOW[0]), partial(self.shape, *SHALLOW)
         yield SHAPES[-1], partial(self.shape, SHAPES[-1], None)
 
     def shape(self, shape: str, layers: int | None) -> Row:
         """Measure a model of random weights, which is written where it is missing."""
-        key = shape if layers is None else depth_key(layers)
+        key = shape if layers is None else depth_key(layers, shape)
         folder = self.work / "models" / key
         if not folder.exists():
             shapes.write(folder, shape, layers=layers)
@@ -136,7 +138,7 @@ class Scale:
         counts = floors.counts_of(config, model)
         bundle, cache = folder / "out", folder / "cache"
         threads = ("--threads", str(self.threads))
-        changed = [word for setting in self.settings for word in ("--set", setting)]
+        changed = [word for setting in self.settings for word in words_of(setting)]
         compress = self.metered(
             [*COMMAND, "compress", str(model), "-o", str(bundle), "--device", "cpu", *threads, *changed],
             folder,
@@ -202,9 +204,15 @@ def perplexity(logits: Any, model: Path) -> list[float]:
     return [round(found.perplexity, 4), round(found.perplexity_error, 4)]
 
 
-def depth_key(layers: int) -> str:
-    """Return the name of the row of the curve with that many layers."""
-    return f"{CURVE}-{layers}-layers"
+def depth_key(layers: int, shape: str = CURVE) -> str:
+    """Return the name of the row of a shape with that many layers."""
+    return f"{shape}-{layers}-layers"
+
+
+def words_of(setting: str) -> tuple[str, str]:
+    """Return the arguments of `compress` that a setting stands for; `recipe=NAME` takes another recipe."""
+    key, _, value = setting.partition("=")
+    return ("--recipe", value) if key == "recipe" else ("--set", setting)
 
 
 def tokens_of(settings: Sequence[str]) -> int:
@@ -222,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of the recipe, such as calibration.tokens=2048; the rows note it",
+        help="of the recipe, such as calibration.tokens=2048, or recipe=int4 for another one; the rows note it",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default %(default)s")
     parser.add_argument("--keep", action="store_true", help="leave large models and all outputs there")
