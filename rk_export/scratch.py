@@ -163,7 +163,8 @@ def settle(module: nn.Module, folder: Path | None = None, *, untouched: bool = F
             same = f"{tensor.data_ptr()} {tuple(tensor.shape)} {tensor.stride()}"
             held.setdefault(same, []).append(tensor)
     if untouched:
-        held = {same: group for same, group in held.items() if not _in_file(group[0].data_ptr())}
+        files = _places_of_files()
+        held = {same: group for same, group in held.items() if not _within(files, group[0].data_ptr())}
     copies = mapped({same: group[0].data for same, group in held.items()}, folder)
     for same, group in held.items():
         for tensor in group:
@@ -193,13 +194,19 @@ def settling(folder: Path | None = None) -> Iterator[None]:
 
 def _in_file(address: int) -> bool:
     """Whether memory at an address is that of a file; where the system does not tell, it is not."""
+    return _within(_places_of_files(), address)
+
+
+def _within(places: Sequence[tuple[int, int]], address: int) -> bool:
+    return any(begin <= address < end for begin, end in places)
+
+
+def _places_of_files() -> list[tuple[int, int]]:
+    """Return where files are mapped in this process, begin and end of each; nothing where the system does not tell."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
-    for line in lines:
-        span, _, _, _, inode, *_ = line.split(maxsplit=5)
-        begin, end = (int(bound, 16) for bound in span.split("-"))
-        if begin <= address < end:
-            return inode != "0"
-    return False
+        return []
+    mappings = (line.split(maxsplit=5) for line in lines)
+    spans = [span.split("-") for span, _, _, _, inode, *_ in mappings if inode != "0"]
+    return [(int(begin, 16), int(end, 16)) for begin, end in spans]

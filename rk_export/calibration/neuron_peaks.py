@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import recorded_inputs
 from rk_export.calibration.text_run import TextRun
+from rk_export.device import matmul_dtype
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import cached
 
 # Peaks settle with little text.
 SHORT_TEXT = 2048
-_VERSION = 1  # raise when other numbers come out
+_VERSION = 2  # raise when other numbers come out
 
 
 def shortened(tokens: Tensor, count: int = SHORT_TEXT) -> Tensor:
@@ -41,7 +42,7 @@ def neuron_peaks(
         device: Where it runs.
         cache_dir: Where what was computed is kept; ``~/.cache/rk-export`` when None.
     """
-    key = key_on_text(_VERSION, source, tokens, cache_dir, device=device.type)
+    key = key_on_text(_VERSION, source, tokens, cache_dir, runs=[device.type, str(matmul_dtype(device))])
     return dict(cached("neuron-peaks", key, lambda: _peaks(source, tokens, device), cache_dir))
 
 
@@ -59,6 +60,6 @@ def _peaks(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Te
         peaks.update({name: x.flatten(0, -2).abs().amax(0).float().cpu() for name, x in inputs.items()})
 
     # All of the text is one chunk: every layer runs once.
-    run = TextRun(model, source.architecture, [tokens], device=device, dtype=torch.float32)
+    run = TextRun(model, source.architecture, [tokens], device=device)
     run.forward("peaks of FFN neurons, layers", watched)
     return peaks

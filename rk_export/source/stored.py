@@ -200,7 +200,8 @@ class StoredModel(Loading):
         tensor = self._stored.read(key).to(torch.float32)
         # In pieces: what is computed of a whole table takes more memory than the table.
         pieces = torch.split(tensor.flatten(), _PIECE)
-        if bad := sum([int((~torch.isfinite(part)).sum()) for part in pieces]):
+        if not all(bool(torch.isfinite(part).all()) for part in pieces):
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in pieces)
             raise InputError(
                 f"tensor {key!r} has {bad} values that are NaN or infinite",
                 where=self._stored.place(key),
