@@ -33,7 +33,7 @@ class Estimate:
         stage: As the log names it.
         memory: Peak of the anonymous memory, in bytes.
         gpu: Peak of the device's memory, in bytes.
-        disk: Peak of what lies in work folder, cache, temporary folder and output, in bytes.
+        disk: Peak of what lies in work folder, cache and output, in bytes.
         seconds: How long it takes.
         parts: What memory, device and disk consist of.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from rk_export.source.transformed import Transformed
 from rk_export.tensor_cache import cache_root
 from rk_export.work_folder import work_folder_of
 
-_PLACES: tuple[Place, ...] = ("output", "cache", "temporary")
+_PLACES: tuple[Place, ...] = ("output", "cache")
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,6 @@ def _less_disk(disk: Disk) -> str:
         helps.append("give an output on another disk")
     if "cache" in disk.folders:
         helps.append("let RK_EXPORT_CACHE name a folder on another disk, or run `rk-export cache --prune`")
-    if "temporary" in disk.folders:
-        helps.append("let TMPDIR name a folder on another disk")
     return "; ".join(helps)
 
 
@@ -158,11 +155,10 @@ def room(out: Path, needs: Sequence[StageNeeds]) -> Room:
 
 
 def _disks(out: Path, needs: Sequence[StageNeeds]) -> list[Disk]:
-    """Return the file systems of output, cache and temporary folder; folders on one are summed, stage by stage."""
+    """Return the file systems of output and cache; folders on one are summed, stage by stage."""
     folders: dict[Place, Path] = {
         "output": out.parent,
         "cache": cache_root(),
-        "temporary": Path(tempfile.gettempdir()),
     }
     by_disk: dict[int, list[Place]] = {}
     for place in _PLACES:

@@ -26,7 +26,7 @@ KINDS: tuple[WorkKind, ...] = get_args(WorkKind)
 Work = Mapping[WorkKind, float]
 
 # Folders that may lie on different file systems.
-Place = Literal["output", "cache", "temporary"]
+Place = Literal["output", "cache"]
 
 
 @dataclass(frozen=True)

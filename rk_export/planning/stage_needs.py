@@ -372,7 +372,7 @@ def _written_model(job: Job) -> tuple[Term, ...]:
     if job.writer != "int4":
         return ()
     return (
-        _term("the INT4 model that writes", job.int4_bytes, "temporary"),
+        _term("the INT4 model that writes", job.int4_bytes, "output"),
         _term("its layers", job.int4_bytes, "cache"),
     )
 

@@ -42,7 +42,7 @@ def test_a_stage_is_the_sum_of_its_terms() -> None:
         work={"writes": 6.0, "reads": 2.0},
     )
     assert (stage.memory_bytes, stage.gpu_bytes, stage.disk_bytes) == (3, 0, 28)
-    assert (stage.on("output"), stage.on("cache"), stage.on("temporary")) == (20, 8, 0)
+    assert (stage.on("output"), stage.on("cache")) == (20, 8)
     assert needed_in([stage, StageNeeds("other")], "output") == 20
     assert stage.seconds({**dict.fromkeys(KINDS, 1.0), "writes": 3.0}) == 4.0
     assert added({"reads": 1.0}, times(3, {"reads": 2.0, "calls": 1.0})) == {"reads": 7.0, "calls": 3.0}
@@ -118,8 +118,8 @@ def test_statistics_beyond_the_limit_lie_beside_the_output(source_of: SourceOf) 
         assert {term.place for term in plan.disk if term.name == "statistics"} == {place}
 
 
-def test_a_text_that_int4_writes_lies_in_the_temporary_folder(source_of: SourceOf) -> None:
+def test_the_model_that_writes_in_int4_lies_beside_the_output(source_of: SourceOf) -> None:
     written = job(source_of("llama"), writer="int4", int4_bytes=1000)
     calibrate = next(stage for stage in stages_of(written) if stage.name == "calibrate")
-    assert calibrate.on("temporary") == 1000
+    assert {(term.place, term.bytes) for term in calibrate.disk if "INT4" in term.name} == {("output", 1000)}
     assert calibrate.work["int4_products"] > 0
