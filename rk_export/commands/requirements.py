@@ -157,7 +157,7 @@ def room(out: Path, needs: Sequence[StageNeeds]) -> Room:
 def _disks(out: Path, needs: Sequence[StageNeeds]) -> list[Disk]:
     """Return the file systems of output and cache; folders on one are summed, stage by stage."""
     folders: dict[Place, Path] = {
-        "output": out.parent,
+        "output": out,
         "cache": cache_root(),
     }
     by_disk: dict[int, list[Place]] = {}

@@ -2,58 +2,25 @@
 
     python samples/measure/large_file.py WORK [--layers 6]
 
-Writes a random Llama in bfloat16 into the folder WORK, exports it in floats, checks the size of its data file and
-generates from it. It is in no gate: six layers take 12 GB of disk, and ONNX Runtime holds the matrices in memory.
+Writes some layers of LLaMA-7B's shape with random weights into the folder WORK, exports them in floats, checks the size
+of the data file and generates from it. It is in no gate: six layers take 12 GB of disk, and ONNX Runtime holds the matrices in memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
+
+from measure import shapes
 
 import rk_export
-from rk_export.model.families import empty_model
 
 LARGEST_OF_32_BITS = 1 << 32
-_TENSORS_OF_LAYER = 9
-
-
-def write_model(folder: Path, layers: int) -> Path:
-    """Write a random Llama of LLaMA-7B's width and a small vocabulary, one file a layer, tensor by tensor."""
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        max_position_embeddings=512,
-        architectures=["LlamaForCausalLM"],
-        eos_token_id=2,
-    )
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    generator, places = torch.Generator().manual_seed(0), {}
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for name, parameter in empty_model(config).named_parameters():
-        part = name.split(".")[2] if ".layers." in name else "outer"
-        file = places[name] = f"part-{part}.safetensors"
-        noise = torch.empty(parameter.shape, dtype=torch.bfloat16)
-        values = torch.ones_like(noise) if noise.ndim == 1 else noise.normal_(0, 0.02, generator=generator)
-        shards.setdefault(file, {})[name] = values
-        if part != "outer" and len(shards[file]) == _TENSORS_OF_LAYER:
-            save_file(shards.pop(file), folder / file, metadata={"format": "pt"})
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
-    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     model = given.work / "model"
     if not model.exists():
-        write_model(model, given.layers)
+        shapes.write(model, "7b", layers=given.layers)
     bundle = given.work / "bundle"
     report = rk_export.export(model, bundle, force=True)
     for tier in report.parity:

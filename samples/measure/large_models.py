@@ -14,9 +14,13 @@ import functools
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from harness import Results, Row, machine, parser, run, table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
+
+from measure.harness import Results, Row, machine, parser, run, table
 
 TOKENS = 8192  # of the calibration text, the default
 ENTRIES = 1024  # of a side of the matrices that rates are measured with

@@ -134,7 +134,7 @@ class Scale:
         """Compress, verify and run, each under the meter."""
         folder = self.folder(key)
         speeds = floors.rates(self.work)
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         counts = floors.counts_of(config, model)
         bundle, cache = folder / "out", folder / "cache"
         threads = ("--threads", str(self.threads))

@@ -37,7 +37,9 @@ COMMANDS = (
     "compare",
     "report",
     "bundle",
+    "sign",
     "explain",
+    "cache",
     "doctor",
 )
 # The recipe of conftest.tiny_options() as a command line.
@@ -45,11 +47,14 @@ UNWEIGHED = ("--set", "calibration.text=none", "--device", "cpu")
 GROUPS = ("--set", "factorize.groups=[qk, gate_up]", "--set", "factorize.keep=0.8")
 OPTIONS = ("--recipe", "int4", *GROUPS, "--set", "quantize.with=rtn", *UNWEIGHED)
 PUBLIC = {
+    "check_signature",
+    "sign_bundle",
     "W8A8",
     "Budget",
     "CalibrationOptions",
     "Comparison",
     "Correct",
+    "DryRun",
     "EvalText",
     "Factorize",
     "Finding",

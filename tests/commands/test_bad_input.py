@@ -26,8 +26,13 @@ SMALL = ("--recipe", "joint-rank", "--device", "cpu", "--threads", 1)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return every file below a folder with its bytes, and every folder."""
-    paths = (path for path in folder.rglob("*") if not path.is_symlink())
+    """Return every file below a folder with its bytes, and every folder; an unfinished run may go on, and is left out."""
+    unfinished = [path for path in folder.rglob(".*.work") if path.is_dir()]
+    paths = (
+        path
+        for path in folder.rglob("*")
+        if not path.is_symlink() and not {path, *path.parents} & {*unfinished}
+    )
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 

@@ -21,7 +21,7 @@ def test_a_compression_reads_every_tensor_twice_and_describes_the_model_once(
     for counts in (first, second):
         assert counts["most reads of one tensor"] <= 2
         assert counts["tensor reads"] <= 2 * counts["tensors"]
-        assert counts["file opens"] <= 2
+        assert counts["file opens"] <= 4  # twice for the types in the headers alone
         assert counts["describe"] == 1
         assert counts["architecture_of"] <= 6
         assert counts["decoder_spec"] <= 4

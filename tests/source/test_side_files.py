@@ -213,7 +213,7 @@ def test_a_damaged_bundle_is_refused_with_the_file_named(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not readable"),
+        ("{", "not valid JSON"),
         ('{"format": 1}', "not readable"),
         ('{"format": 99, "files": {}}', "another format"),
         ('{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "outside"),
