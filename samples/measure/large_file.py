@@ -3,7 +3,8 @@
     python samples/measure/large_file.py WORK [--layers 6]
 
 Writes some layers of LLaMA-7B's shape with random weights into the folder WORK, exports them in floats, checks the size
-of the data file and generates from it. It is in no gate: six layers take 12 GB of disk, and ONNX Runtime holds the matrices in memory.
+of the data file and generates from it. It is in no gate: six layers take 12 GB of disk, and ONNX Runtime holds the
+matrices in memory.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ SMALL = ("--recipe", "joint-rank", "--device", "cpu", "--threads", 1)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return every file below a folder with its bytes, and every folder; an unfinished run may go on, and is left out."""
+    """Return every file below a folder with its bytes, and every folder, unfinished runs left out."""
     unfinished = [path for path in folder.rglob(".*.work") if path.is_dir()]
     paths = (
         path
