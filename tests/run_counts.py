@@ -110,7 +110,9 @@ def _counting(function: Callable[..., Any], counts: Counter[str], what: str) -> 
 
     @wraps(function)
     def counting(*arguments: Any, **named: Any) -> Any:
-        if what != "files hashed" or str(arguments[0]).endswith(WEIGHTS):
+        # Layers of the run itself are hashed too.
+        path = str(arguments[0]) if arguments else ""
+        if what != "files hashed" or (path.endswith(WEIGHTS) and ".work" not in path):
             counts[what] += 1
         return function(*arguments, **named)
 

@@ -423,7 +423,7 @@ def test_disk_known_to_be_too_small(
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage(10_000, 9_000, 1_000))
     message = refused("compress", llama, "-o", out, *SMALL)
     assert message.startswith(f"{out}: no space left on the disk")
-    assert "1,000 are free" in message
+    assert "1.00 kB are free" in message
 
 
 # --- the bundle

@@ -99,7 +99,7 @@ def test_folders_on_one_disk_are_summed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
     monkeypatch.setattr(requirements, "cache_root", lambda: tmp_path / "cache")
-    numbers = {tmp_path / "cache": 1, tmp_path: 1 if together else 2}
+    numbers = {tmp_path / "cache": 1, tmp_path / "out": 1 if together else 2}
     monkeypatch.setattr(requirements, "_file_system", lambda folder: numbers.get(folder, 3))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(requirements.shutil, "disk_usage", lambda _: usage(10_000, 9_800, 200))
