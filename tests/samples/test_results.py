@@ -25,6 +25,7 @@ PAGES = {
     "pruning": "measure.prune_structures",
     "real_models": "measure.real_models",
     "sampling": "measure.bench_sampling",
+    "scale": "measure.scale",
     "sparse_export": "measure.measure_sparse_export",
 }
 
