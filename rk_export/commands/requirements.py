@@ -29,6 +29,7 @@ from rk_export.planning.resources import Place, StageNeeds, needed_in
 from rk_export.planning.stage_needs import PROCESS_BYTES, stages_of
 from rk_export.report.humanize import size
 from rk_export.rewrite.sizes import least_bytes, planned_bytes, sized_by_shapes
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
 from rk_export.tensor_cache import cache_root
@@ -191,6 +192,10 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 def run_needs(task: Task) -> tuple[StageNeeds, ...]:
     """Return what every stage of a task takes."""
     job = job_of(task)
@@ -232,6 +237,7 @@ def job_of(task: Task) -> Job:
         output_bytes=_output_bytes(task),
         limit=CACHE_LIMIT,
         product_bytes=matmul_dtype(device).itemsize,
+        tokenizer_bytes=_size_of(source.folder / TOKENIZER_FILE),
         on_gpu=device.type == "cuda",
     )
 

@@ -73,6 +73,7 @@ class Job:
         output_bytes: Of the bundle's model files.
         limit: Bytes of statistics that the cache takes.
         product_bytes: Of a number in the type that the device multiplies in.
+        tokenizer_bytes: Of the tokenizer's file.
         on_gpu: Layers, moments and GPTQ are on a CUDA device.
     """
 
@@ -92,6 +93,7 @@ class Job:
     output_bytes: int
     limit: int
     product_bytes: int
+    tokenizer_bytes: int = 0
     on_gpu: bool = False
 
     @property

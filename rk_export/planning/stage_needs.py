@@ -25,16 +25,15 @@ ROUNDED_TOGETHER, WRITTEN_TOGETHER = 1 << 25, 64
 _FLOAT_BYTES = 4
 
 # --- copies in memory
-_PROBE_CHECKED = 7  # logits of the probe: exact, shaken, of transformers, and what compares them
-_PROBE_LEVELS = 15  # while int8 inputs are judged: of three versions, their gradients, errors in float64
-_PROBE_EXPORTED = 9  # what of it is there while the graph is traced
-_PROBE_VERIFIED = 17  # of PyTorch and of two sessions, and what compares them
+_PROBE_CHECKED = 2  # logits of the probe while they are compared; those that are kept lie on the disk
+_PROBE_LEVELS = 4  # while int8 inputs are judged
+_PROBE_VERIFIED = 7  # of PyTorch and of a session, and what compares them
 _LOGITS_BACK = 5  # logits with their distribution, labels and gradients
-_TABLES_PREPARED = 1.2  # the embedding beside the old and the new one, while it is prepared
-_TABLE_UNPACKED = 2  # the embedding as numbers again
-# At most so much the allocator keeps of quantized layers that were unpacked, and kernels keep that were made for the
-# numbers of tokens that came to an expert.
-_UNPACKED_LAYERS, _EXPERT_KERNELS = 450_000_000, 450_000_000
+_TABLES_PREPARED = 0.85  # of embedding and head, what they are prepared from beside what they become
+_TABLE_ROUNDED = (
+    2.5  # bytes of an entry of the embedding: its codes and scales, before and after they are joined
+)
+_TOKENIZER_READ, _TOKENIZER_WRITTEN = 17, 29  # of the tokenizer's file, as objects of Python
 _SWEPT = 6  # what GPTQ holds of its entries: target, error, codes, and of the scales that it tries
 _MOMENTS_OF_SWEEP = 4  # the moment, its factor, and what both become
 _STATES = {"attention": 4, "other": 2}  # preparations that touch what a matrix reads
@@ -63,14 +62,15 @@ _VERIFIED_PASSES = 12  # of the quantized PyTorch model
 def stages_of(job: Job) -> tuple[StageNeeds, ...]:
     """Return the stages of a run in their order, methods that recover left out."""
     decoder = not job.description.architecture.is_encoder
-    stages = [load_needs(), check_needs(job), calibrate_needs(job) if decoder else None]
+    stages = [load_needs(job), check_needs(job), calibrate_needs(job) if decoder else None]
     stages += [plan_needs(job), rewrite_needs(job), export_needs(job), bundle_needs(job), verify_needs(job)]
     return tuple(stage for stage in stages if stage is not None)
 
 
-def load_needs() -> StageNeeds:
-    """Return what opening takes: imports, headers and configs."""
-    return StageNeeds("load", _process(), work={"calls": _START_CALLS})
+def load_needs(job: Job) -> StageNeeds:
+    """Return what opening takes: imports, headers, configs and the tokenizer."""
+    memory = (*_process(), *_texts(job, _TOKENIZER_READ))
+    return StageNeeds("load", memory, work={"calls": _START_CALLS})
 
 
 def check_needs(job: Job) -> StageNeeds:
@@ -88,9 +88,9 @@ def check_needs(job: Job) -> StageNeeds:
 
 def calibrate_needs(job: Job) -> StageNeeds:
     """Return what the text, the choice of reparameterizations and the statistics take; the largest step counts."""
-    after_text = [_forward_step(job), _backward_step(job), _trial(job), _making(job), _table_step(job)]
-    steps = [_writing(job), *([*_after_text(job), *step] for step in after_text if step)]
-    memory = (*_process(), _probe(job), *max(steps, key=total))
+    steps = [_writing(job), _forward_step(job), _backward_step(job)]
+    steps += [_trial(job), _making(job), _table_step(job)]
+    memory = (*_process(), *max(steps, key=total))
     works = [_text_work(job), _preparing_work(job), _statistics_work(job)]
     disk = (*_scratch(job), *_inputs_on_disk(job), *_statistics_on_disk(job), *_written_model(job))
     return StageNeeds("calibrate", memory, _gpu(job), disk, added(*works))
@@ -116,7 +116,7 @@ def plan_needs(job: Job) -> StageNeeds:
     if job.recipe.table_is_open and job.recipe.budget is not None:
         pricing.append(_term("embedding while it is priced", 4 * job.table))
         work = added(work, {"passes": 4.0 * _PASSES_PRICED * job.table})
-    memory = (*_process(), _probe(job), *_after_text(job), *_model(job), *pricing)
+    memory = (*_process(), *pricing)
     return StageNeeds("plan", memory, _gpu(job), (*_scratch(job), *_statistics_on_disk(job)), work)
 
 
@@ -126,22 +126,16 @@ def rewrite_needs(job: Job) -> StageNeeds:
     widest = max((columns for _, columns in layer.matrices), default=0)
     largest = max((rows * columns for rows, columns in layer.matrices), default=0)
     rounding = [
-        *_model(job),
         *_layer(job),
         _term("moments and factors of GPTQ", 4 * _MOMENTS_OF_SWEEP * widest**2),
         _term("entries that GPTQ rounds", 4 * _SWEPT * min(largest, ROUNDED_TOGETHER)),
         _probe(job, 3),
     ]
     table = [
-        *_model(job),
         _term("rows of the embedding that are rounded", 4 * _SWEPT * min(job.table, ROUNDED_TOGETHER)),
-        _probe(job),
+        _term("the embedding, rounded", _TABLE_ROUNDED * job.table),
     ]
-    judged = [
-        _probe(job, _PROBE_LEVELS),
-        _term("the embedding, unpacked", 4 * _TABLE_UNPACKED * job.table),
-    ]
-    peak = (*_after_text(job), *max((rounding, table, judged), key=total))
+    peak = max((rounding, table, [_probe(job, _PROBE_LEVELS)]), key=total)
     finished = _term("finished layers", _finished_bytes(job), "output")
     disk = (*_scratch(job), *_statistics_on_disk(job), finished)
     return StageNeeds("rewrite", (*_process(), *peak), _gpu(job), disk, _rewrite_work(job))
@@ -149,18 +143,16 @@ def rewrite_needs(job: Job) -> StageNeeds:
 
 def export_needs(job: Job) -> StageNeeds:
     """Return what tracing and writing the graph takes: tensors are converted one at a time."""
-    held = [_probe(job, _PROBE_EXPORTED), _term("the embedding, unpacked", 4 * _TABLE_UNPACKED * job.table)]
     work = added(
         {"writes": job.output_bytes, "passes": 4.0 * job.output_bytes},
         {"calls": float(_TRACE_CALLS * sum(len(layer.matrices) for layer in job.layers))},
     )
-    memory = (*_process(), *_after_text(job), *held)
-    return StageNeeds("export", memory, disk=_finished(job), work=work)
+    return StageNeeds("export", _process(), disk=_finished(job), work=work)
 
 
 def bundle_needs(job: Job) -> StageNeeds:
     """Return what the tokenizer and the configs of the runtimes take."""
-    memory = (*_process(), *_after_text(job), _probe(job), _unpacked_layers(job))
+    memory = (*_process(), *_texts(job, _TOKENIZER_WRITTEN))
     return StageNeeds("bundle", memory, disk=_finished(job), work={"calls": _FILE_CALLS})
 
 
@@ -169,7 +161,6 @@ def verify_needs(job: Job) -> StageNeeds:
     held = [
         _probe(job, _PROBE_VERIFIED),
         _term("a session", round(_SESSION * job.output_bytes)),
-        _unpacked_layers(job),
     ]
     parameters = job.active_parameters + job.tables
     work = added(
@@ -179,7 +170,7 @@ def verify_needs(job: Job) -> StageNeeds:
         times(_VERIFIED_PASSES, _calls(job)),
         {"calls": float(_SESSION_CALLS)},
     )
-    memory = (*_process(), *_after_text(job), *held)
+    memory = (*_process(), *held)
     return StageNeeds("verify", memory, disk=_finished(job), work=work)
 
 
@@ -228,21 +219,6 @@ def _writing(job: Job) -> list[Term]:
     return [_term("the INT4 model", _SESSION * job.int4_bytes), _term("its keys and values", cache), logits]
 
 
-def _after_text(job: Job) -> list[Term]:
-    """Return what the allocator keeps of the writer, and of the layers that ran back."""
-    if not job.sequences:
-        return []
-    written = {
-        "dense": job.product_bytes * job.parameters,
-        "int4": round(_SESSION * job.int4_bytes),
-        "nobody": 0,
-    }
-    kept = [_term("kept by the allocator of the writer", written[job.writer])]
-    if job.largest.experts and job.product_bytes < _FLOAT_BYTES:
-        kept.append(_term("kernels for the tokens of experts", _EXPERT_KERNELS))
-    return [*kept, *_back_layer(job)] if job.back or job.prepares else kept
-
-
 def _back_layer(job: Job) -> list[Term]:
     wide = max(map(_outputs, job.layers))
     gradients = sum(rows**2 for rows, _ in job.largest.matrices) if job.directions else 0
@@ -258,8 +234,9 @@ def _model(job: Job) -> list[Term]:
     return [_term("embedding and head", 4 * job.tables), *prepared]
 
 
-def _unpacked_layers(job: Job) -> Term:
-    return _term("kept by the allocator of unpacked layers", min(4 * job.layer_parameters, _UNPACKED_LAYERS))
+def _texts(job: Job, copies: float) -> tuple[Term, ...]:
+    """Return what the tokenizer's file takes while it is read or written."""
+    return (_term("the tokenizer", copies * job.tokenizer_bytes),)
 
 
 def _forward_step(job: Job) -> list[Term]:
@@ -270,7 +247,6 @@ def _forward_step(job: Job) -> list[Term]:
     wide = max(map(_outputs, job.layers))
     moments = sum(width**2 for width in layer.reads) if job.has_statistics else 0
     return [
-        *_model(job),
         _term("hidden states of the text", 8 * job.tokens * job.width),
         _term("activations of a chunk", 4 * min(CHUNK, job.tokens) * wide),
         _term("moments of a layer, and their means", 8 * moments),
@@ -284,7 +260,6 @@ def _backward_step(job: Job) -> list[Term]:
         return []
     back = _back(job)
     return [
-        *_model(job),
         _term("hidden states and gradients", 8 * (job.tokens + back) * job.width),
         _term("logits of some tokens", 4 * _LOGITS_BACK * min(LOGITS, BACK_CHUNK * job.vocabulary)),
     ]
@@ -313,7 +288,10 @@ def _making(job: Job) -> list[Term]:
     """Return what preparing embedding and head takes."""
     if not job.prepares:
         return []
-    return [*_model(job), _term("what both are prepared from", 4 * _TABLES_PREPARED * job.tables)]
+    return [
+        _term("embedding and head, prepared", 4 * job.tables),
+        _term("what both are prepared from", 4 * _TABLES_PREPARED * job.tables),
+    ]
 
 
 def _table_step(job: Job) -> list[Term]:
@@ -321,7 +299,6 @@ def _table_step(job: Job) -> list[Term]:
     if not job.has_statistics:
         return []
     return [
-        *_model(job),
         _term("logits of some tokens", 16 * min(LOGITS, SHORT_TEXT * job.vocabulary)),
         _term("moment of the head", 8 * job.width**2),
     ]
