@@ -28,7 +28,7 @@ from rk_export.tensor_cache import cache_file, read_tensors, write_tensors
 logger = logging.getLogger(__name__)
 
 LENGTH = 256  # tokens of a sequence, unless the model's context is shorter
-DENSE_LIMIT = 1_000_000_000  # bytes of a model that writes its own text
+DENSE_LIMIT = 1_000_000_000  # bytes of a model that writes its own text on the CPU
 _VERSION = 2  # raise when other tokens come out: cached text of an older version is then sampled again
 _SEQUENCES = 64  # sampled together
 _CACHE_BYTES = 2 << 30  # keys and values of the sequences sampled together
@@ -50,7 +50,7 @@ def self_text(
     """Return text sampled from a dense decoder, or the one sampled earlier from the same weights.
 
     Weights are in bfloat16 where the device multiplies it natively (`matmul_dtype`), else in float32; logits are
-    normalized in float32. A model that would take more than `DENSE_LIMIT` in memory that way does not write itself.
+    normalized in float32. A model that would take more than `writer_limit` in memory that way does not write itself.
 
     Args:
         source: The dense model.
@@ -96,7 +96,14 @@ def self_text(
 
 def needs_other_writer(source: Source, device: torch.device) -> bool:
     """Whether a model is too large to write its text itself."""
-    return dense_writer_bytes(source, device) > DENSE_LIMIT
+    return dense_writer_bytes(source, device) > writer_limit(device)
+
+
+def writer_limit(device: torch.device) -> int:
+    """Return the most memory of a model that writes its own text: half of a GPU's, or `DENSE_LIMIT`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1]) // 2
+    return DENSE_LIMIT
 
 
 def dense_writer_bytes(source: Source, device: torch.device) -> int:

@@ -24,7 +24,7 @@ from rk_export.calibration.layer_statistics import (
 )
 from rk_export.calibration.model_statistics import diagonals_finding, model_statistics, only_diagonals
 from rk_export.calibration.neuron_peaks import shortened
-from rk_export.calibration.self_text import DENSE_LIMIT, dense_writer_bytes, needs_other_writer
+from rk_export.calibration.self_text import dense_writer_bytes, needs_other_writer, writer_limit
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.calibration.table_statistics import table_curvature
 from rk_export.commands.int4_writer import int4_text
@@ -264,7 +264,7 @@ def weighs_directions(source: Source, recipe: Recipe) -> bool:
 def _int4_finding(source: Source, device: torch.device) -> Finding:
     """Return the finding that says who wrote the calibration text."""
     needed = size(dense_writer_bytes(source, device))
-    reason = f"the model in INT4 wrote it: dense it takes {needed}, more than {size(DENSE_LIMIT)}"
+    reason = f"the model in INT4 wrote it: dense it takes {needed}, more than {size(writer_limit(device))}"
     return Finding("calibration.text", Outcome.APPLIED, reason, details={"pass": "text"})
 
 
