@@ -42,8 +42,8 @@ ROWS = {
     "W8A8": Row(("--recipe", "w8a8"), 22.59, 137.4, within=0.01),
     # 33.61 and 35.15 on two machines, whose arithmetic samples different texts from the model.
     "0.8 kept, floats": Row(("--recipe", "floats", "--keep", 0.8), 34.4, within=0.05),
-    # Wanda's entries: the one selector of CAP that takes seconds.
-    "CAP, 0.5 kept": Row(("--recipe", "wanda"), 55.77, 271.2),
+    # Wanda's entries: the one selector of CAP that takes seconds. 55.77 and 57.50, for the same reason.
+    "CAP, 0.5 kept": Row(("--recipe", "wanda"), 56.6, 271.2, within=0.03),
 }
 INT4 = Row(("--recipe", "int4"), 24.85, 90.3)
 DEFAULT = Row((), 24.18, 89.9)
