@@ -13,7 +13,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from rk_export.atomic import atomic_file
-from rk_export.errors import FusionError, InputError, ParityError
+from rk_export.errors import InputError
 from rk_export.folders import is_full, no_space
 from rk_export.json_codec import load_json
 
@@ -97,8 +97,7 @@ class WorkFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         kept = any(path.name not in (_LOCK, _HOLDER, _IDENTITY) for path in self.path.iterdir())
-        # What failed its proof would fail it again.
-        if self._is_ours and (not kept or error is None or isinstance(error, ParityError | FusionError)):
+        if self._is_ours and (error is None or not kept):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
         if error is not None and is_full(error):

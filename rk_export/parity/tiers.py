@@ -171,12 +171,11 @@ def _decoder_tiers(
     shipped = Session.from_pretrained(bundle, provider=provider, threads=threads)
     rounded = shipped.prefill_logits(probe.batch)
     level = compare("d", LEVEL_TIER, logits, rounded, bound=None)
-    lost = level.relative_error or 0.0
-    level_bound, level_note = shipped_bound(rewritten, probe, reference, bound, lost)
+    level_bound, level_note = shipped_bound(rewritten, probe, reference, bound, (logits, rounded))
     tiers.insert(1, replace(held_to(level, level_bound), note=level_note))
     bar.advance()
     # Elsewhere other inputs fall to the other side.
-    golden = Golden(probe, tokens, bound, max(level_bound, LEVEL_FACTOR * lost))
+    golden = Golden(probe, tokens, bound, max(level_bound, LEVEL_FACTOR * (level.relative_error or 0.0)))
     tiers.append(greedy_tier(rewritten, golden, error))
     bar.advance()
     tiers.append(shipped_padding_tier(shipped, probe))
@@ -198,45 +197,48 @@ def float_reference(rewritten: Rewritten, probe: Probe) -> np.ndarray:
 
 
 def shipped_bound(
-    rewritten: Rewritten, probe: Probe, reference: np.ndarray, bound: float, error: float
+    rewritten: Rewritten,
+    probe: Probe,
+    reference: np.ndarray,
+    bound: float,
+    runtime: tuple[np.ndarray, np.ndarray],
 ) -> tuple[float, str]:
     """Return the bound of tier d as a relative error, and what it comes from.
 
     Rounding inputs to int8 costs what it costs; PyTorch emulates it, and the runtime may lose twice as much. The
-    largest error depends on which inputs fall to the other side: where one emulation loses less than the runtime,
-    others are made, their outputs moved by a float32 step. Qwen2.5-Coder-0.5B loses 2 % in one and 4 % in another.
+    largest error is that of one position, and depends on which of its inputs fall to the other side:
+    Qwen2.5-Coder-0.5B lost 2 % in one run and 6 % in another. So where it is larger, the root mean square over all
+    positions decides.
 
     Args:
         rewritten: The quantized model.
         probe: The prompts.
         reference: Its logits of them with all inputs in floats.
         bound: What exact computations may differ by.
-        error: What the runtime lost, a relative error.
+        runtime: Logits of the runtime at level 0, and as shipped.
     """
-    lost = _lost_to_rounding(rewritten, probe, reference)
+    level = rewritten.plan.recipe.target.accuracy_level
+    with level4_inputs(rewritten.model) if level == 4 else nullcontext():
+        emulated = torch_logits(rewritten.model)(probe.batch).float().numpy()
+    lost = relative_error(reference, emulated)
     if lost == 0:
         return bound, "no inputs are rounded to int8"
-    if error > max(bound, LEVEL_FACTOR * lost):
-        lost = max(lost, *(_lost_to_rounding(rewritten, probe, reference, seed) for seed in range(SHAKES)))
     note = f"PyTorch's own int8 inputs differ from floats by {lost:.2g}"
     if lost > COARSE:
         note += f"; {_remedy(rewritten)}"
+    error = relative_error(*runtime)
+    if error > max(bound, LEVEL_FACTOR * lost):
+        here, there = _root_mean_square(*runtime), _root_mean_square(reference, emulated)
+        note += f"; in the root mean square the runtime's error is {here / there:.2f} times PyTorch's"
+        if here <= LEVEL_FACTOR * there:
+            return error, note
     return max(bound, LEVEL_FACTOR * lost), note
 
 
-def _lost_to_rounding(
-    rewritten: Rewritten, probe: Probe, reference: np.ndarray, shaken_by: int | None = None
-) -> float:
-    """Return the relative error of the model as shipped, as PyTorch emulates it; a seed shakes its modules' outputs."""
-    model = rewritten.model
-    level = rewritten.plan.recipe.target.accuracy_level
-    with (
-        level4_inputs(model) if level == 4 else nullcontext(),
-        nullcontext()
-        if shaken_by is None
-        else shaking_outputs(model, torch.Generator().manual_seed(shaken_by)),
-    ):
-        return relative_error(reference, torch_logits(model)(probe.batch).float().numpy())
+def _root_mean_square(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the root mean square of a difference, a prompt at a time."""
+    squares = [float(np.square(a - b, dtype=np.float64).mean()) for a, b in zip(one, other, strict=True)]
+    return float(np.sqrt(np.mean(squares)))
 
 
 def _remedy(rewritten: Rewritten) -> str:
