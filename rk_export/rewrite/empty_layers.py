@@ -78,9 +78,15 @@ def empty_tables(model: nn.Module, architecture: Architecture, spec: QuantSpec |
     path = architecture.lm_head
     if path is None:
         return
-    head: Any = model.get_submodule(path)
-    if isinstance(head, RotatedHead):
-        head.rotation = QuantizedLinear.empty(columns, columns, rotation_spec(spec), bias=False)
-        path, head = f"{path}.head", head.head
-    empty = QuantizedLinear.empty(head.out_features, head.in_features, spec, bias=head.bias is not None)
-    model.set_submodule(path, empty)
+    model.set_submodule(path, _empty_head(model.get_submodule(path), spec))
+
+
+def _empty_head(head: Any, spec: QuantSpec) -> nn.Module:
+    """Return an output projection without values; the dense one stays as it is, for others may hold it."""
+    dense = head.head if isinstance(head, RotatedHead) else head
+    rows, columns = dense.out_features, dense.in_features
+    empty = QuantizedLinear.empty(rows, columns, spec, bias=dense.bias is not None)
+    if not isinstance(head, RotatedHead):
+        return empty
+    rotation = QuantizedLinear.empty(columns, columns, rotation_spec(spec), bias=False)
+    return RotatedHead(rotation, empty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -39,12 +40,13 @@ def recipes() -> dict[str, Recipe]:
         "formats": Recipe.load("default"),
         "pairs": made_recipe(calibration=SHORT, rank=RankRule("keep", 0.7)),
         "healed": made_recipe(calibration=SHORT, methods=(HealOptions(steps=3, batch_tokens=512),)),
+        "rotated": made_recipe(calibration=SHORT, prepare=("fold", "rotate")),
     }
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tiny_model("llama", bos_token_id=1).save_pretrained(tmp_path / "model")
+    tiny_model("llama", bos_token_id=1, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -65,6 +67,12 @@ def contents(bundle: Path) -> dict[str, bytes]:
         for path in sorted(bundle.rglob("*"))
         if path.is_file() and path.name not in DATED
     }
+
+
+def parity_errors(bundle: Path) -> list[tuple[str, float | None]]:
+    """Return what each tier measured: a report is dated, its figures are not."""
+    report = json.loads((bundle / "report.json").read_text())
+    return [(tier["tier"], tier["max_error"]) for tier in report["parity"]]
 
 
 def killed_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +127,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bundle(
     if not out.exists():
         compress(model, out, recipe, run=RUN)
     assert contents(out) == expected
+    assert parity_errors(out) == parity_errors(tmp_path / "whole")
     assert not work_folder_of(out).exists()
 
 
