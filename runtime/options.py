@@ -28,6 +28,8 @@ class GenerationOptions:
             count as their text here, though they are left out of what is returned: ``<|im_end|>`` is found.
         stop_token_ids: Tokens that end the generation beside those of the model; their text is not returned.
         seed: Seed of the random draws; the same seed gives the same text. None draws a fresh one.
+        logprobs: So many of the likeliest tokens are reported for every token, beside the chosen one; 0 reports the
+            chosen one alone, None nothing. The engine alone reports them.
 
     Raises:
         InputError: An option is out of its range.
@@ -42,6 +44,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "give at least 1")
@@ -62,6 +65,7 @@ class GenerationOptions:
         )
         _require(fits, "stop_token_ids", self.stop_token_ids, "give a tuple of token ids, 0 or more")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "give 0 or more")
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "give 0 or more")
 
     @property
     def greedy(self) -> bool:

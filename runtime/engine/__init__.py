@@ -1,0 +1,54 @@
+"""Continuous batching: many requests share one key-value buffer, and none changes the answer of another."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rk_export.runtime.engine.engine import Engine
+    from rk_export.runtime.engine.records import (
+        Answer,
+        Constraint,
+        Counters,
+        EngineClosedError,
+        EngineOptions,
+        Piece,
+        QueueFullError,
+        Request,
+        TokenScore,
+    )
+
+_RECORDS = (
+    "Answer",
+    "Constraint",
+    "Counters",
+    "EngineClosedError",
+    "EngineOptions",
+    "Piece",
+    "QueueFullError",
+    "Request",
+    "TokenScore",
+)
+
+__all__ = [
+    "Answer",
+    "Constraint",
+    "Counters",
+    "Engine",
+    "EngineClosedError",
+    "EngineOptions",
+    "Piece",
+    "QueueFullError",
+    "Request",
+    "TokenScore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "records" if name in _RECORDS else "engine"
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
