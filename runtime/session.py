@@ -277,17 +277,25 @@ class Session:
         """Whether rows of unequal length can run together, each with a slot of a common cache."""
         return self._shares_cache and self._facts.row_lengths
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row is computed to the same bit whatever rows run beside it, on this processor."""
+        return self._measured_multiple is not None
+
     @cached_property
     def row_multiple(self) -> int:
         """Rows of a step are filled up to a multiple of this, so that none depends on the others; found by trying."""
-        multiple = measured_row_multiple(self)
-        if multiple is None:
+        if self._measured_multiple is None:
             logger.warning(
                 "%s: this processor rounds a row otherwise beside other rows: an answer may depend on the requests "
                 "that run beside it",
                 self.config.folder,
             )
-        return multiple or 1
+        return self._measured_multiple or 1
+
+    @cached_property
+    def _measured_multiple(self) -> int | None:
+        return measured_row_multiple(self)
 
     @cached_property
     def rows(self) -> int | None:

@@ -61,7 +61,8 @@ class TinyDecoder:
     Args:
         grouped: ``GroupQueryAttention`` with rotary positions, or else attention in plain operators, without.
         lengths: What ``GroupQueryAttention`` is told of a row's length: ``row``, its own, from any mask, as we export
-            it; ``sum``, its own, from the ones of its mask, as GenAI's builder does; ``total``, the longest of the batch.
+            it; ``sum``, its own, from the ones of its mask, as GenAI's builder does; ``total``, the longest of
+            all.
         logits_start: The graph has the overridable initializer of that name.
         quantized_head: The output matrix is a ``MatMulNBits``.
         external: Weights lie in ``model.onnx.data``.
