@@ -59,14 +59,17 @@ class Engine:
     Args:
         session: The open bundle; nobody else should run it meanwhile, for the processor's sake.
         options: How many requests run together, and in which memory.
+        draft: A smaller model of the same vocabulary that guesses ahead. Requests then run one at a time.
 
     Raises:
-        InputError: The capacity is beyond the model's context.
+        InputError: The capacity is beyond the model's context, or the draft cannot guess for this model.
     """
 
-    def __init__(self, session: Session, options: EngineOptions = _DEFAULTS) -> None:
+    def __init__(
+        self, session: Session, options: EngineOptions = _DEFAULTS, draft: Session | None = None
+    ) -> None:
         self.session, self.options = session, options
-        self._batch, self.capacity = open_batch(session, options)
+        self._batch, self.capacity = open_batch(session, options, draft)
         self._waiting: deque[Ticket] = deque()
         self._running: dict[Running, Ticket] = {}
         self._left: list[Ticket] = []  # cancelled while they ran
@@ -253,7 +256,9 @@ class Engine:
     def _serve(self) -> None:
         try:
             while self._admitted():
-                for running in self._batch.step():
+                advanced = self._batch.step()
+                self._counters = replace(self._counters, steps=self._counters.steps + bool(advanced))
+                for running in advanced:
                     self._tell(running)
         except BaseException as error:
             logger.exception("the engine ended")
