@@ -12,9 +12,9 @@ import numpy as np
 
 from rk_export.errors import InputError
 from rk_export.runtime.engine.prefixes import common
+from rk_export.runtime.engine.rounding import LONGEST_CHECK
 from rk_export.runtime.engine.slots import SlotRunner
 
-LONGEST_GUESS = 16
 _FIRST_GUESS = 4
 _LONGEST_PATTERN = 3  # tokens at the end of a text that are looked for earlier in it
 _MEMORY = 0.8  # what one check leaves of the share of accepted guesses before it
@@ -52,7 +52,7 @@ class GuessLength:
             return
         self._share = _MEMORY * self._share + (1 - _MEMORY) * accepted / drafted
         longer = accepted == drafted
-        self._length = min(LONGEST_GUESS, 2 * self._length) if longer else max(2, accepted + 1)
+        self._length = min(LONGEST_CHECK - 1, 2 * self._length) if longer else max(2, accepted + 1)
         if self._share < _TOO_FEW:
             self._pause, self._share = _PAUSE, 0.5
 

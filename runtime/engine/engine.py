@@ -15,6 +15,7 @@ from rk_export.errors import RkExportError
 from rk_export.runtime.engine.open_batch import open_batch
 from rk_export.runtime.engine.records import (
     Answer,
+    CancelledRequestError,
     Counters,
     EngineClosedError,
     EngineOptions,
@@ -45,7 +46,7 @@ class Ticket:
     def cancel(self) -> None:
         """Take the request back and free its slot; one that has ended stays as it is.
 
-        The listener may hear of tokens that were under way, and then of an `EngineClosedError`.
+        The listener may still hear of a token that was under way, and at last of a `CancelledRequestError`.
         """
         self._cancel(self)
 
@@ -247,11 +248,8 @@ class Engine:
 
     def _cancel(self, ticket: Ticket) -> None:
         with self._state:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                self._finished["cancelled"] += 1
-            elif ticket.running in self._running:
-                self._left.append(ticket)
+            self._left.append(ticket)
+            self._state.notify_all()
 
     def _serve(self) -> None:
         try:
@@ -270,27 +268,36 @@ class Engine:
         """Wait for something to do, and take requests in; return whether there is more to come."""
         with self._state:
             self._state.wait_for(
-                lambda: self._waiting or self._running or self._work or self._closing or self._at_once
+                lambda: self._waiting or self._running or self._work or self._left or self._closing
             )
             if self._at_once or (self._closing and not (self._waiting or self._running or self._work)):
                 return False
-            self._let_go()
+            gone = self._let_go()
             while self._waiting and self._batch.has_room:
                 ticket = self._waiting.popleft()
                 self._running[ticket.running] = ticket
                 self._batch.add(ticket.running)
                 self._count(cached_tokens=ticket.running.cached)
             work = [self._work.popleft() for _ in range(len(self._work))]
+        for ticket in gone:
+            ticket.listener(CancelledRequestError("the request was taken back", where="engine"))
         for item in work:
             item()
         return True
 
-    def _let_go(self) -> None:
+    def _let_go(self) -> list[Ticket]:
+        """Forget the cancelled requests that have not ended, and return them."""
+        gone = []
         for ticket in self._left:
             if self._running.pop(ticket.running, None) is not None:
                 self._batch.drop(ticket.running)
-                self._finished["cancelled"] += 1
+                gone.append(ticket)
+            elif ticket in self._waiting:
+                self._waiting.remove(ticket)
+                gone.append(ticket)
+        self._finished["cancelled"] += len(gone)
         self._left.clear()
+        return gone
 
     def _tell(self, running: Running) -> None:
         """Tell what is new of a row."""

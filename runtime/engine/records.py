@@ -21,6 +21,10 @@ class EngineClosedError(RkExportError):
     """The engine takes no requests any more, or ended before it could finish this one."""
 
 
+class CancelledRequestError(RkExportError):
+    """The caller took the request back."""
+
+
 class Constraint(Protocol):
     """Which tokens may come next in one answer, for example those that keep a JSON schema."""
 

@@ -17,9 +17,20 @@ MULTIPLES = (1, 2, 4)  # of rows that are tried, smallest first
 # Prompts are computed in multiples of that many tokens but for their end, so that a token meets the same path
 # however a prompt is cut; all multiples of rows divide it.
 GRAIN = 8
+# Most tokens of a run that checks guesses: attention cuts a run into blocks of at least 16 tokens.
+LONGEST_CHECK = 15
 _SEED = 7
 
 logger = logging.getLogger(__name__)
+
+
+def last_run(tokens: int) -> int:
+    """Return how many tokens at the end of a prompt are computed in one run, where that matters; else 0.
+
+    Attention cuts a run into blocks of twice its head width, and a single token in the last block is added up in
+    another order. So a prompt that may leave one ends with a run of its own.
+    """
+    return GRAIN + 1 if tokens % GRAIN == 1 else 0
 
 
 def row_multiple(runner: SlotRunner, positions: int, vocabulary: int) -> int | None:
