@@ -168,7 +168,8 @@ def insist_on_device(arguments: Sequence[str]) -> list[str]:
     """
     return [
         argument.replace(LM_EVALS_DEFAULT, "cuda")
-        if argument == f"--device={LM_EVALS_DEFAULT}" or (before == "--device" and argument == LM_EVALS_DEFAULT)
+        if argument == f"--device={LM_EVALS_DEFAULT}"
+        or (before == "--device" and argument == LM_EVALS_DEFAULT)
         else argument
         for before, argument in zip(["", *arguments], arguments, strict=False)
     ]
