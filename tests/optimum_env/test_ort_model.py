@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
+SAMPLE = Path(__file__).parents[2] / "samples" / "deploy_optimum.py"
 PAD, END = 0, 2
 
 # The heads of the last two are 32 wide, and hidden size / heads is 16.
@@ -120,6 +123,14 @@ def test_single_rows_get_our_tokens(case: Case) -> None:
     model, longest = _model(case.folder), _longest(case.tokens)
     found = [_greedy(model, _encode(case, [text]), longest)[0] for text in case.texts]
     assert found == case.tokens
+
+
+def test_the_sample_prints_our_text(case: Case) -> None:
+    command = [sys.executable, str(SAMPLE), str(case.folder), "-p", case.texts[1], "--max-new-tokens"]
+    command.append(str(len(case.tokens[1])))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    expected = _tokenizer(case).decode(case.ids[1] + case.tokens[1], skip_special_tokens=True)
+    assert done.stdout.removesuffix("\n") == expected
 
 
 def test_left_padded_rows_get_our_tokens(case: Case, tmp_path: Path) -> None:
