@@ -84,10 +84,11 @@ format: $(READY)
 	$(BIN)/python -m ruff check --fix .
 
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
+# The main one writes tiny bundles and the tokens of our runtime.
 test-optimum: $(READY) $(OPTIMUM_READY)
-	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python samples/assets smollm2)" \
-		-o out/optimum --recipe int4 --set quantize.symmetric=false
-	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
+	rm -rf out/optimum
+	OMP_NUM_THREADS=1 $(BIN)/python tests/optimum_bundles.py out/optimum
+	RK_BUNDLES=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
 $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
