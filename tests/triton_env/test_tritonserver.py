@@ -6,6 +6,7 @@ Runs in an environment of its own (``make test-triton``), since the server's pac
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,3 +235,23 @@ def test_a_client_that_leaves_frees_its_slot(endless: Served) -> None:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert "try again later" in endless.generate(text_input="c", max_tokens=2)[1]["error"]
     wait_until_both_are_free(endless)
+
+
+def test_a_running_answer_is_finished_before_the_server_ends(tmp_path: Path) -> None:
+    (repository,) = deployment_files(endless_bundle(tmp_path / "endless"), ["triton-python"])
+    (tmp_path / "server").mkdir()
+    server = TritonServer(repository, tmp_path / "server")
+    try:
+        server.wait()
+        served, codes = Served(server, "endless"), []
+        ending = threading.Thread(target=lambda: codes.append(server.stop()))
+        with served.grpc_stream(text_input="a", max_tokens=2000, stream=True) as responses:
+            first = next(responses)
+            ending.start()
+            events = [first, *responses]
+        ending.join()
+        assert events[-1]["completion_tokens"] == 2000
+        assert codes == [0]
+        assert not server.members()
+    finally:
+        server.kill()

@@ -39,7 +39,7 @@ class TritonServer:
             f"--backend-directory={_backends(home, folder)}",
             *("--http-address=127.0.0.1", f"--http-port={self.http}"),
             *("--grpc-address=127.0.0.1", f"--grpc-port={self.grpc}"),
-            *("--allow-metrics=false", "--exit-on-error=true", "--exit-timeout-secs=20"),
+            *("--allow-metrics=false", "--exit-on-error=true", "--exit-timeout-secs=50"),
         ]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
