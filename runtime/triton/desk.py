@@ -8,7 +8,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,7 +109,8 @@ class Desk:
                 found = self._events.get(timeout=_LOOK if self._open else None)
                 if found is None:
                     return
-                self._guarded(*found)
+                with self._guarded(found[0]):
+                    self._handle(*found)
             except queue.Empty:
                 pass
             if time.monotonic() - looked >= _LOOK:
@@ -116,9 +118,11 @@ class Desk:
                 looked = time.monotonic()
 
     def _look(self) -> None:
-        for exchange in [one for one in self._open if one.wire.cancelled()]:
-            self._drop(exchange)
-            exchange.wire.refuse(CANCELLED)
+        for exchange in list(self._open):
+            with self._guarded(exchange):
+                if exchange.wire.cancelled():
+                    self._drop(exchange)
+                    exchange.wire.refuse(CANCELLED)
 
     def _drop(self, exchange: Exchange) -> None:
         exchange.over = True
@@ -126,15 +130,18 @@ class Desk:
         if exchange.ticket is not None:
             exchange.ticket.cancel()
 
-    def _guarded(self, exchange: Exchange, event: _Event) -> None:
+    @contextmanager
+    def _guarded(self, exchange: Exchange) -> Iterator[None]:
+        """Let a broken wire take its own request along, and not the others."""
         try:
-            if not exchange.over:
-                self._handle(exchange, event)
-        except Exception:  # a broken wire takes its own request along, not the others
+            yield
+        except Exception:
             logger.exception("a response could not be sent")
             self._drop(exchange)
 
     def _handle(self, exchange: Exchange, event: _Event) -> None:
+        if exchange.over:
+            return
         if event is None:
             self._open.add(exchange)
         elif isinstance(event, Piece):

@@ -55,7 +55,7 @@ class Client:
     """A wire that keeps what comes."""
 
     def __init__(self) -> None:
-        self.left = self.broken = False
+        self.left = self.broken = self.lost = False
         self._got: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def piece(self, text: str) -> None:
@@ -70,6 +70,8 @@ class Client:
         self._got.put(refusal)
 
     def cancelled(self) -> bool:
+        if self.lost:
+            raise OSError("no such request")
         return self.left
 
     def next(self) -> Any:
@@ -141,6 +143,14 @@ def test_a_client_that_leaves_is_found_without_any_event(desk: Desk, engine: Eng
     assert stays.next() == "on"
     assert leaves.nothing_more()
     assert engine.taken[0].cancelled.empty()
+
+
+def test_a_wire_that_cannot_tell_takes_its_own_request_along(desk: Desk, engine: EngineDouble) -> None:
+    lost, leaves = ask(desk), ask(desk)
+    lost.lost = True
+    assert engine.taken[0].cancelled.get(timeout=WITHIN)
+    leaves.left = True
+    assert leaves.next() == CANCELLED
 
 
 def test_a_broken_wire_takes_its_own_request_along(desk: Desk, engine: EngineDouble) -> None:
