@@ -17,11 +17,13 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
+TRITON_VENV := .venv-triton
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
+TRITON_READY := $(TRITON_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -31,11 +33,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-triton results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray test-triton results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -105,6 +107,19 @@ $(RAY_READY): pyproject.toml
 	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
 	@touch $@
 
+# The real tritonserver, on the CPU and on 127.0.0.1 only. Its package needs numpy below 2.
+test-triton: $(TRITON_READY)
+	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python -m pytest tests/triton_env --confcutdir=tests/triton_env -o pythonpath=tests
+
+# The package brings a server that is linked against libpython, for Linux on x86_64.
+$(TRITON_READY): tests/triton_env/requirements.txt tests/triton_env/libpython.py pyproject.toml
+	@rm -f $@
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python tests/triton_env/libpython.py
+	$(TRITON_VENV)/bin/python -m pip install -r $<
+	$(TRITON_VENV)/bin/python -m pip install --no-deps -e .
+	@touch $@
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -118,4 +133,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(TRITON_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
