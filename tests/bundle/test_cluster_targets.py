@@ -110,6 +110,13 @@ def test_limits_equal_requests_and_the_engine_takes_the_cores_it_has(
     assert container["image"].endswith("-cuda") is (ep == "cuda")
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_api_keys_come_from_a_secret_where_there_is_one(folder: Path, target: str) -> None:
+    (container,) = pod_of(target, written(target, Deployment(folder, "My_model")))["containers"]
+    (keys,) = (one for one in container["env"] if one["name"] == "RK_EXPORT_API_KEYS")
+    assert keys["valueFrom"]["secretKeyRef"] == {"name": "my-model-api-keys", "key": "keys", "optional": True}
+
+
 def test_memory_grows_with_the_cache_up_to_a_capacity(folder: Path) -> None:
     graph = folder / "model.onnx"
     assert cache_bytes(graph) == 2 * 16 * 4
@@ -151,11 +158,12 @@ def test_kserve_gets_a_container_and_leaves_scaling_to_us(folder: Path) -> None:
     }
     predictor = service["spec"]["predictor"]
     (place,) = predictor["storageUris"]
-    assert place == {"uri": "pvc://models/tiny-llama-v2", "mountPath": "/mnt/models/Tiny_Llama.v2"}
+    assert place == {"uri": "pvc://models/tiny-llama-v2", "mountPath": "/mnt/models"}
     (container,) = predictor["containers"]
     assert container["name"] == "kserve-container"
     assert container["image"] == "registry.example:5000/team/serve:3"
-    assert container["args"][:2] == ["serve", "/mnt/models/Tiny_Llama.v2"]
+    assert container["args"][:2] == ["serve", "/mnt/models"]
+    assert "--name=Tiny_Llama.v2" in container["args"]
     assert {"name": "PROTOCOL", "value": "v2"} in container["env"]
 
 
@@ -191,7 +199,7 @@ def test_kubernetes_mounts_a_folder_of_a_claim(
     volume = next(volume for volume in pod["volumes"] if volume["name"] == "bundle")
     assert volume["persistentVolumeClaim"] == {"claimName": claim, "readOnly": True}
     mount = next(mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "bundle")
-    assert (mount["mountPath"], mount["readOnly"], mount.get("subPath")) == ("/models/m", True, path)
+    assert (mount["mountPath"], mount["readOnly"], mount.get("subPath")) == ("/bundle", True, path)
 
 
 Change = Callable[[Path], Deployment]

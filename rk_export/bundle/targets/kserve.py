@@ -9,9 +9,10 @@ from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.bundle.targets.cluster_names import service_name, storage_uri
 from rk_export.bundle.targets.manifests import write_object
 from rk_export.bundle.targets.pod_sizes import PodSize, pod_size, size_comment
-from rk_export.bundle.targets.pods import METRIC_COMMENT, autoscaler, container, pod
+from rk_export.bundle.targets.pods import METRIC_COMMENT, autoscaler, container, key_comment, pod
 
 _SUFFIX = "-predictor"  # KServe appends it to the names of its own objects
+_BUNDLE = "/mnt/models"
 _COMMENT = (
     "Serves the model {name} of this bundle on KServe 0.16 or newer, with rk-export's own server.",
     "1. Build the image from samples/container, push it, and put its name below (or give --image).",
@@ -20,7 +21,6 @@ _COMMENT = (
     "   read the files. If the place asks for credentials, add the serviceAccountName that has them.",
     "3. kubectl apply -f {folder}/",
     "Requests go to /v2/models/{name}/infer and to OpenAI's routes under /v1.",
-    "The server asks for no API key. To change that, mount a secret and add --api-key-file with its path to args.",
 )
 
 
@@ -37,17 +37,16 @@ def write_service(deployment: Deployment, folder: Path) -> None:
     """
     service, size = service_name(deployment.name, suffix=_SUFFIX), pod_size(deployment)
     comment = [line.format(name=deployment.name, folder=folder.name) for line in _COMMENT]
-    comment += size_comment(size)
+    comment += [*key_comment(service), *size_comment(size)]
     write_object(folder / "inferenceservice.yaml", comment, _inference_service(deployment, service, size))
     scaler = autoscaler(service, f"{service}{_SUFFIX}", size.slots)
     write_object(folder / "autoscaler.yaml", METRIC_COMMENT, scaler)
 
 
 def _inference_service(deployment: Deployment, service: str, size: PodSize) -> dict[str, Any]:
-    bundle = f"/mnt/models/{deployment.name}"
-    server = {"name": "kserve-container", **container(deployment, size, bundle)}
-    server["env"] = [{"name": "PROTOCOL", "value": "v2"}]
-    place = {"uri": storage_uri(deployment, service), "mountPath": bundle}
+    server = {"name": "kserve-container", **container(deployment, service, size, _BUNDLE)}
+    server["env"] = [{"name": "PROTOCOL", "value": "v2"}, *server["env"]]
+    place = {"uri": storage_uri(deployment, service), "mountPath": _BUNDLE}
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",

@@ -16,8 +16,9 @@ from rk_export.bundle.targets.kubernetes_objects import (
 )
 from rk_export.bundle.targets.manifests import write_object
 from rk_export.bundle.targets.pod_sizes import PodSize, pod_size, size_comment
-from rk_export.bundle.targets.pods import METRIC_COMMENT, PORT, autoscaler, container, pod
+from rk_export.bundle.targets.pods import METRIC_COMMENT, PORT, autoscaler, container, key_comment, pod
 
+_BUNDLE = "/bundle"
 _KUSTOMIZATION = (
     "Serves the model {name} of this bundle with rk-export's own server.",
     "1. Build the image from samples/container and push it. `kustomize edit set image`, or --image, names yours.",
@@ -28,8 +29,7 @@ _KUSTOMIZATION = (
 )
 _DEPLOYMENT = (
     "The claim is mounted read-only, and user 65532 must be able to read the files.",
-    "If the bundle is baked into the image instead, drop the volume and name its folder in args.",
-    "To ask for API keys, mount a secret and add --api-key-file with its path to args.",
+    "If the bundle is baked into the image instead, drop the volume, and name its folder in args.",
 )
 _POLICY = (
     "Pods of this namespace may ask the server, and those of the namespace `monitoring` may read its metrics: put the",
@@ -55,7 +55,7 @@ def write_base(deployment: Deployment, folder: Path) -> None:
     objects = {
         "serviceaccount.yaml": ((), service_account(service)),
         "deployment.yaml": (
-            (*_DEPLOYMENT, *size_comment(size)),
+            (*_DEPLOYMENT, *key_comment(service), *size_comment(size)),
             _deployment(deployment, service, size, labels),
         ),
         "service.yaml": ((), cluster_service(service, labels)),
@@ -83,10 +83,9 @@ def _deployment(
     deployment: Deployment, service: str, size: PodSize, labels: dict[str, str]
 ) -> dict[str, Any]:
     claim, path = volume_claim(deployment, service)
-    bundle = f"/models/{deployment.name}"
-    mount = {"name": "bundle", "mountPath": bundle, "readOnly": True, **({"subPath": path} if path else {})}
+    mount = {"name": "bundle", "mountPath": _BUNDLE, "readOnly": True, **({"subPath": path} if path else {})}
     volume = {"name": "bundle", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-    server = {"name": "server", **container(deployment, size, bundle, [mount])}
+    server = {"name": "server", **container(deployment, service, size, _BUNDLE, [mount])}
     spread = {
         "maxSkew": 1,
         "topologyKey": "kubernetes.io/hostname",

@@ -11,6 +11,7 @@ from rk_export.bundle.targets.pod_sizes import PodSize
 
 PORT = 8000
 QUEUE_METRIC = "rk_export_queue_depth"
+KEYS_VARIABLE = "RK_EXPORT_API_KEYS"
 USER = 65532  # as in the Containerfile; "nonroot" in other small images
 METRIC_COMMENT = (
     f"Adds replicas while requests wait. {QUEUE_METRIC} is read through the API for custom metrics, which an adapter",
@@ -23,12 +24,13 @@ _MOST_REPLICAS = 4
 
 
 def container(
-    deployment: Deployment, size: PodSize, bundle: str, mounts: Sequence[dict[str, Any]] = ()
+    deployment: Deployment, service: str, size: PodSize, bundle: str, mounts: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """Return the container of the server.
 
     Args:
         deployment: What is served.
+        service: What the service is called.
         size: What a replica needs.
         bundle: The bundle's folder in the container.
         mounts: Volume mounts beside ``/tmp``.
@@ -41,6 +43,7 @@ def container(
     return {
         "image": image_of(deployment),
         "args": arguments(deployment, size, bundle),
+        "env": [_keys(service)],
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         "resources": {"requests": {**resources, **gpu}, "limits": {**resources, **gpu}},
         "startupProbe": {**_probe("ready"), "failureThreshold": -(-size.start_seconds // _PROBE)},
@@ -66,9 +69,26 @@ def arguments(deployment: Deployment, size: PodSize, bundle: str) -> list[str]:
         bundle,
         "--host=0.0.0.0",
         f"--port={PORT}",
+        f"--name={deployment.name}",
         f"--provider={deployment.ep}",
         f"--threads={size.cpus}",
+        f"--slots={size.slots}",
+        f"--context={size.capacity}",
+        f"--grace={GRACE}",
     ]
+
+
+def key_comment(service: str) -> tuple[str, ...]:
+    """Return how to ask for API keys, for the head of a manifest."""
+    return (
+        "Without the secret that env names, the server answers everybody. To ask for API keys, make it first:",
+        f"  kubectl create secret generic {service}-api-keys --from-literal=keys=KEY1,KEY2",
+    )
+
+
+def _keys(service: str) -> dict[str, Any]:
+    reference = {"name": f"{service}-api-keys", "key": "keys", "optional": True}
+    return {"name": KEYS_VARIABLE, "valueFrom": {"secretKeyRef": reference}}
 
 
 def pod(container: dict[str, Any], volumes: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
