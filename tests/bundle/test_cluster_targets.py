@@ -142,7 +142,7 @@ def test_replicas_follow_the_queue(folder: Path, target: str, scaled: str) -> No
     assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": scaled}
     assert spec["minReplicas"] < spec["maxReplicas"]
     (metric,) = spec["metrics"]
-    assert metric["pods"]["metric"] == {"name": "rk_export_queue_depth"}
+    assert metric["pods"]["metric"] == {"name": "rk_export_requests_waiting"}
     assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "4"}
 
 

@@ -26,6 +26,8 @@ if "RK_TEST_CONTAINER" not in os.environ:
 from image_steps import Stage, build
 from runtime_models import TinyDecoder
 
+from rk_export.bundle.targets.pods import QUEUE_METRIC
+
 ROOT = Path(__file__).parents[2]
 CONTAINERFILE = ROOT / "samples" / "container" / "Containerfile"
 MOST_MEGABYTES = 400  # of the environment for the CPU; PyTorch alone is more
@@ -113,7 +115,7 @@ def test_the_server_answers_and_writes_nothing_into_the_image(
     answer = ask(f"{url}/v1/completions", body)
     assert answer["usage"]["completion_tokens"] == 4
     assert ask(f"{url}/v2/models/bundle")["name"] == "bundle"
-    assert "rk_export_" in ask(f"{url}/metrics")
+    assert f'{QUEUE_METRIC}{{model="bundle"}} 0.0' in ask(f"{url}/metrics").splitlines()
     assert files_of(image.root) == before
 
 

@@ -10,7 +10,7 @@ from rk_export.bundle.targets.cluster_names import image_of
 from rk_export.bundle.targets.pod_sizes import PodSize
 
 PORT = 8000
-QUEUE_METRIC = "rk_export_queue_depth"
+QUEUE_METRIC = "rk_export_requests_waiting"
 KEYS_VARIABLE = "RK_EXPORT_API_KEYS"
 USER = 65532  # as in the Containerfile; "nonroot" in other small images
 METRIC_COMMENT = (
