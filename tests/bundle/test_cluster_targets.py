@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from deployable import write_graph
 from rk_export.bundle.targets import kserve, kubernetes
 from rk_export.bundle.targets.base import Deployment
 from rk_export.bundle.targets.pod_sizes import cache_bytes, pod_size
+from rk_export.cli.parser import build_parser
 from rk_export.errors import InputError
 
 GIB = 2**30
@@ -115,6 +117,25 @@ def test_api_keys_come_from_a_secret_where_there_is_one(folder: Path, target: st
     (container,) = pod_of(target, written(target, Deployment(folder, "My_model")))["containers"]
     (keys,) = (one for one in container["env"] if one["name"] == "RK_EXPORT_API_KEYS")
     assert keys["valueFrom"]["secretKeyRef"] == {"name": "my-model-api-keys", "key": "keys", "optional": True}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_server_understands_its_arguments_and_shows_the_metric(folder: Path, target: str) -> None:
+    serve = pytest.importorskip("rk_export.cli.serve")
+    metrics = pytest.importorskip("rk_export.runtime.server.metrics")
+    files = written(target, Deployment(folder, "My_model"))
+    (container,) = pod_of(target, files)["containers"]
+    args = build_parser().parse_args(container["args"])
+    settings = serve.settings_of(args)
+    size = pod_size(Deployment(folder, "My_model"))
+    assert (settings.host, settings.port, args.name) == ("0.0.0.0", 8000, ["My_model"])
+    assert (settings.engine.slots, settings.engine.capacity) == (size.slots, size.capacity)
+    assert settings.grace < pod_of(target, files)["terminationGracePeriodSeconds"]
+    assert [str(path) for path in args.bundles] in (["/mnt/models"], ["/bundle"])
+    assert container["env"][-1]["name"] == serve.KEYS_VARIABLE
+    shown = metrics.Metrics(SimpleNamespace(served={})).page().decode()
+    scaler = files["autoscaler.yaml"]["spec"]["metrics"][0]["pods"]
+    assert f"# TYPE {scaler['metric']['name']} gauge\n" in shown
 
 
 def test_memory_grows_with_the_cache_up_to_a_capacity(folder: Path) -> None:

@@ -55,6 +55,7 @@ def size_comment(size: PodSize) -> tuple[str, ...]:
 def pod_size(deployment: Deployment) -> PodSize:
     """Compute what a replica needs from the size of the graph, its cache and the engine's slots.
 
+    A dense bundle of 538 MB took 0.7 GiB once open, and 2.4 GiB after 8 requests at once; it is given 5 GiB.
     One core decodes about 18 tokens a second for each of 8 rows of a model of 145 MB: hence two GiB x slots a core.
 
     Raises:
