@@ -35,11 +35,14 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-triton test-kubernetes test-container results inputs fuzz clean
+# Other runtimes, each in an environment of its own; `test` runs none of them.
+ELSEWHERE := test-optimum test-ray test-triton test-kubernetes test-container
+
+.PHONY: help setup demo test lint types format unit suite docs $(ELSEWHERE) results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray test-triton test-kubernetes test-container results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite $(ELSEWHERE) results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -123,7 +126,6 @@ $(TRITON_READY): tests/triton_env/requirements.txt tests/triton_env/libpython.py
 	@touch $@
 
 # Manifests against the schemas of Kubernetes and KServe, and the Containerfile against a linter.
-.PHONY: test-kubernetes test-container
 test-kubernetes: $(KUBERNETES_READY)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(KUBERNETES_VENV)/bin/python -m pytest tests/kubernetes_env \
 		--confcutdir=tests/kubernetes_env
