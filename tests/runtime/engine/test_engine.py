@@ -286,7 +286,9 @@ def test_a_fault_of_the_engine_ends_every_request(session: Session, monkeypatch:
     engine.close()
 
 
-def test_asyncio_streams_answers_and_takes_requests_back(session: Session, engine: Engine) -> None:
+def test_asyncio_streams_answers_and_takes_requests_back(
+    session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def go() -> None:
         request = Request(prompts(5)[0], GenerationOptions(max_new_tokens=9))
         items = [item async for item in engine.stream(request)]
@@ -299,6 +301,7 @@ def test_asyncio_streams_answers_and_takes_requests_back(session: Session, engin
         assert [answer.token_ids for answer in together] == [
             alone(session, Request(prompt, SAMPLED))[0] for prompt in prompts(4, 50, 9)
         ]
+        held_up(session, monkeypatch)
         task = asyncio.create_task(engine.answer(Request(prompts(5)[0], LONG)))
         while not engine.counters().running:
             await asyncio.sleep(0.001)
