@@ -50,7 +50,7 @@ def tool_use(body: ChatRequest, decoder: Decoder) -> ToolUse:
     tools, choice = tuple(body.tools or ()), body.tool_choice
     if not tools or choice == "none":
         return ToolUse()
-    if "tools" not in decoder.template:
+    if not decoder.template or not decoder.session.chat_template.reads("tools"):
         raise bad_request(
             "the chat template of this model has no place for tools", "tools", "unsupported_parameter"
         )

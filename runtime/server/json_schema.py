@@ -14,6 +14,8 @@ from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.server.errors import bad_request
 
 _WORD = 32  # tokens of one element of the bit mask
+# Between two elements: small models that may write more never come to an end.
+_FORM = {"whitespace_pattern": r"\n?[ ]{0,12}"}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -50,7 +52,7 @@ class GrammarTokens:
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_FORM)
             problem = LLMatcher.validate_grammar(grammar, self.tokens)
         except (ValueError, RuntimeError, RecursionError) as error:
             problem = str(error)
