@@ -135,7 +135,8 @@ def serving(models: Mapping[str, Path], **settings: Any) -> Iterator[Running]:
     thread.start()
     end = time.monotonic() + 60
     while not announced.wait(0.02):
-        assert thread.is_alive() and server.failure is None, server.failure
+        assert server.failure is None, server.failure
+        assert thread.is_alive()
         assert time.monotonic() < end
     port = listener.getsockname()[1]
     key = chosen.keys[0] if chosen.keys else "no key at all"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rk_export.errors import RkExportError
+from rk_export.errors import InputError, RkExportError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.server.errors import bad_request
 
@@ -35,9 +35,14 @@ class GrammarTokens:
         from llguidance import LLTokenizer
 
         text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-        self.tokens = LLTokenizer(text, eos_token=list(ends) or None)
-        if rows is not None and rows > self.tokens.vocab_size:
-            self.tokens = LLTokenizer(text, n_vocab=rows, eos_token=list(ends) or None)
+        try:
+            self.tokens = LLTokenizer(text, eos_token=list(ends) or None)
+            if rows is not None and rows > self.tokens.vocab_size:
+                self.tokens = LLTokenizer(text, n_vocab=rows, eos_token=list(ends) or None)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"no grammar can be kept with this tokenizer ({error})", fix="ask for plain text"
+            ) from error
 
     def constraint(self, schema: dict[str, Any], param: str) -> JsonConstraint:
         """Return a fresh constraint to the JSON of a schema.

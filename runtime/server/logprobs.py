@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rk_export.errors import InputError
 from rk_export.runtime.engine.records import TokenScore
 from rk_export.runtime.server.models import Decoder
 
@@ -61,7 +62,10 @@ def token_bytes(decoder: Decoder, token: int) -> bytes:
     special = codec.hidden_text(token)
     if special or codec.token_text(token) is None:
         return special.encode()
-    return decoder.grammar.bytes_of(token)
+    try:
+        return decoder.grammar.bytes_of(token)
+    except InputError:  # llguidance cannot read this tokenizer
+        return codec.decode([token]).encode()
 
 
 def _entry(decoder: Decoder, token: int, value: float) -> dict[str, Any]:

@@ -308,7 +308,8 @@ def _opened(model: Served, settings: ServerSettings) -> Decoder | EncoderWorker:
         capacity=limit,
         kept_prefixes=settings.engine.kept_prefixes,
     )
-    session.text_codec  # noqa: B018  opened here, not by two requests at once
+    # Read here, so that a broken file is told now and not by a request.
+    session.text_codec, session.config.ends, session.rows  # noqa: B018
     return Decoder(session, Engine(session, options), limit, options.slots)
 
 

@@ -75,7 +75,7 @@ def test_a_full_queue_says_when_to_come_again(folder: Path, expected: str) -> No
 
 def test_a_request_that_does_not_fit_whole_is_not_begun(folder: Path) -> None:
     with serving({"tiny": folder}, engine=EngineOptions(slots=2, queue=2)) as server:
-        with server.held(), ThreadPoolExecutor(1) as clients:
+        with ThreadPoolExecutor(1) as clients, server.held():
             first = clients.submit(server.post, "/v1/completions", {**BODY, "n": 3})
             server.until(lambda: server.decoder().engine.counters().requests == 3)
             assert server.post("/v1/completions", {**BODY, "n": 3}).status_code == 429
@@ -205,7 +205,7 @@ def test_several_models_are_opened_under_a_limit(folder: Path, tmp_path: Path) -
             assert loaded() == [name]
         assert server.post("/v1/embeddings", {"model": "enc", "input": "a"}).status_code == 200
         assert loaded() == ["tiny", "enc"]
-        with server.held(), ThreadPoolExecutor(1) as clients:
+        with ThreadPoolExecutor(1) as clients, server.held():
             busy = clients.submit(server.post, "/v1/completions", BODY)
             server.until(lambda: server.context.models.served["tiny"].uses == 1)
             refused = server.post("/v1/completions", {**BODY, "model": "other"})
