@@ -17,11 +17,13 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
+TRITON_CLIENT_VENV := .venv-triton-client
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
+TRITON_CLIENT_READY := $(TRITON_CLIENT_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -31,7 +33,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-triton-client results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -104,6 +106,16 @@ $(RAY_READY): pyproject.toml
 	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
 	@touch $@
 
+# Triton's client wants older protobuf than rk-export, which serves in its own environment.
+test-triton-client: $(READY) $(TRITON_CLIENT_READY)
+	RK_PYTHON=$(abspath $(BIN)/python) $(TRITON_CLIENT_VENV)/bin/python -m pytest tests/triton_client_env \
+		--confcutdir=tests/triton_client_env -p no:cacheprovider
+
+$(TRITON_CLIENT_READY): tests/triton_client_env/requirements.txt
+	$(PYTHON) -m venv $(TRITON_CLIENT_VENV)
+	$(TRITON_CLIENT_VENV)/bin/python -m pip install -r $<
+	@touch $@
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -117,4 +129,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(TRITON_CLIENT_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

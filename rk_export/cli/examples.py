@@ -61,7 +61,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "serve": (
         ("serve out/bundle", "on 127.0.0.1:8000"),
         ("serve out/bundle --host 0.0.0.0 --api-key-file keys.txt", "for other machines, with keys"),
-        ("serve out/a out/b --name chat=out/a --memory-limit 4000000000", "opened when they are named"),
+        ("serve out/a out/b --name chat=out/a --memory-limit 4GB", "opened when they are named"),
     ),
     "bench": (("bench out/bundle --against out/dense genai:out/bundle", "in turns, with ratios"),),
     "compare": (

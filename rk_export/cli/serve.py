@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rk_export.cache_limit import cache_bytes
 from rk_export.cli.terminal import print_json
 from rk_export.errors import ProviderError
 
@@ -79,7 +80,7 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens of an answer")
     parser.add_argument(
-        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="of a request (default 4194304)"
+        "--max-body", default="4MB", metavar="SIZE", help="of a request's body (default 4MB)"
     )
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (default 600)"
@@ -93,9 +94,8 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory-limit",
-        type=int,
-        metavar="BYTES",
-        help="of all open models: each is opened when it is named, and idle ones are closed for it",
+        metavar="SIZE",
+        help="such as 4GB, of all open models: each is opened when it is named, and idle ones are closed for it",
     )
 
 
@@ -146,6 +146,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     from rk_export.runtime.providers import SessionSettings
     from rk_export.runtime.server.settings import ServerSettings, read_keys
 
+    limit = args.memory_limit
     return ServerSettings(
         host=args.host,
         port=args.port,
@@ -153,9 +154,9 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         engine=EngineOptions(args.slots, args.queue, args.chunk, args.context, args.kept_prefixes),
         keys=read_keys(args.api_key_file, os.environ.get(KEYS_VARIABLE)),
         max_tokens=args.max_tokens,
-        max_body=args.max_body,
+        max_body=cache_bytes(args.max_body, "--max-body"),
         timeout=args.timeout,
         grace=args.grace,
         cors=tuple(args.cors),
-        memory_limit=args.memory_limit,
+        memory_limit=None if limit is None else cache_bytes(limit, "--memory-limit"),
     )

@@ -42,7 +42,7 @@ class ServerSettings:
     engine: EngineOptions = field(default_factory=EngineOptions)
     keys: tuple[str, ...] = ()
     max_tokens: int | None = None
-    max_body: int = 4 << 20
+    max_body: int = 4_000_000
     timeout: float = 600.0
     grace: float = 30.0
     cors: tuple[str, ...] = ()
