@@ -79,9 +79,7 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         help="a web page's origin that may call, or *; may be repeated",
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens of an answer")
-    parser.add_argument(
-        "--max-body", default="4MB", metavar="SIZE", help="of a request's body (default 4MB)"
-    )
+    parser.add_argument("--max-body", default="4MB", metavar="SIZE", help="of a request's body (default 4MB)")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (default 600)"
     )

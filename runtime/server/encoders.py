@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -44,7 +45,7 @@ class EncoderWorker:
         with self._place():
             for start in range(0, len(rows), _BATCH):
                 batch = rows[start : start + _BATCH]
-                found.append(await self._in_thread(lambda batch=batch: self.session.embed_tokens(batch)))
+                found.append(await self._in_thread(partial(self.session.embed_tokens, batch)))
         return np.concatenate(found)
 
     async def run(self, work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from rk_export.runtime.server.errors import bad_request
 
 _WORD = 32  # tokens of one element of the bit mask
 # Between two elements: small models that may write more never come to an end.
-_FORM = {"whitespace_pattern": r"\n?[ ]{0,12}"}
+_FORM: Any = {"whitespace_pattern": r"\n?[ ]{0,12}"}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 

@@ -46,7 +46,7 @@ class Metrics:
     """
 
     def __init__(self, models: Models) -> None:
-        disable_created_metrics()  # a second series for each, which nobody draws
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody draws
         self._registry = CollectorRegistry()
         self.requests = Counter(
             f"{_PREFIX}http_requests", "Answered requests.", ("route", "status"), registry=self._registry

@@ -243,8 +243,8 @@ def named_folders(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Pa
     """
     given: dict[Path, str] = {}
     for text in names:
-        name, equals, folder = text.partition("=")
-        place = Path(folder) if equals else folders[0]
+        name, equals, path = text.partition("=")
+        place = Path(path) if equals else folders[0]
         if not name or place not in folders or (not equals and len(folders) > 1):
             raise InputError(f"{text!r} names no bundle of the line", where="name", fix="write NAME=FOLDER")
         given[place] = name

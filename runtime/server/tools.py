@@ -50,7 +50,8 @@ class CallForm:
         start = text.find(self.begin)
         if start < 0 or (not self.begin and not text.lstrip().startswith("{")):
             return text, []
-        before, calls, rest = text[:start], [], text[start:]
+        before, rest = text[:start], text[start:]
+        calls: list[Call] = []
         while rest := rest.strip():
             if not rest.startswith(self.begin):
                 return (before, calls) if self.end and calls else (text, [])

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-http = pytest.importorskip("tritonclient.http", reason="needs tritonclient: run `make test-triton-client`")
+pytest.importorskip("tritonclient.http", reason="needs tritonclient: run `make test-triton-client`")
 
 import numpy as np
+import tritonclient.http as http
 from tritonclient.utils import InferenceServerException
 
 
@@ -37,7 +38,14 @@ def reference(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Any]:
-    words = [os.environ["RK_PYTHON"], "-m", "rk_export.cli.main", "serve", str(folder / "tiny"), str(folder / "enc")]
+    words = [
+        os.environ["RK_PYTHON"],
+        "-m",
+        "rk_export.cli.main",
+        "serve",
+        str(folder / "tiny"),
+        str(folder / "enc"),
+    ]
     more = ["--port", "0", "--provider", "cpu", "--threads", "1", "--quiet"]
     with subprocess.Popen([*words, *more], stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -70,7 +78,9 @@ def test_server_and_models_are_ready(client: Any) -> None:
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("named", [True, False])
-def test_logits_of_the_last_position(client: Any, reference: dict[str, Any], binary: bool, named: bool) -> None:
+def test_logits_of_the_last_position(
+    client: Any, reference: dict[str, Any], binary: bool, named: bool
+) -> None:
     outputs = [http.InferRequestedOutput("logits", binary_data=binary)] if named else None
     found = client.infer("tiny", [ids_input(reference["ids"], binary=binary)], outputs=outputs)
     logits = found.as_numpy("logits")
