@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rk_export.errors import InputError
+from rk_export.errors import InputError, RkExportError
 from rk_export.memory import give_back
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
@@ -24,11 +25,12 @@ from rk_export.runtime.graph_proto import load_proto
 from rk_export.runtime.server.encoders import EncoderWorker
 from rk_export.runtime.server.errors import ApiError, unavailable
 from rk_export.runtime.server.json_schema import GrammarTokens
-from rk_export.runtime.server.logs import event
+from rk_export.runtime.server.logs import event, logger
 from rk_export.runtime.server.settings import DEFAULT_CONTEXT, ServerSettings
 from rk_export.runtime.session import Session
 
 _CLOSE_SECONDS = 10.0
+_NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # it stands in paths
 _FLOAT = 4  # bytes of a key's or value's element, at most
 
 
@@ -198,7 +200,11 @@ class Models:
         async with self._opening:
             if model.opened is None:
                 await self._make_room(model)
-                await asyncio.to_thread(self._open, model)
+                try:
+                    await asyncio.to_thread(self._open, model)
+                except RkExportError as error:
+                    logger.error("a model cannot be opened: %s", error)
+                    raise unavailable(f"{model.name} cannot be opened", "model_failed", after=60) from error
 
     async def _make_room(self, wanted: Served) -> None:
         """Close idle models, those first that were not used for the longest time, until another one fits."""
@@ -251,6 +257,12 @@ def named_folders(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Pa
     found: dict[str, Path] = {}
     for folder in folders:
         name = given.get(folder, folder.resolve().name)
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"{name!r} is no name of a model",
+                where=str(folder),
+                fix="give --name NAME=FOLDER of letters, digits, dots, colons, dashes and underscores",
+            )
         if name in found:
             raise InputError(
                 f"two bundles are named {name!r}", where=str(folder), fix="give --name OTHER=FOLDER"

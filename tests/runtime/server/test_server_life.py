@@ -226,6 +226,40 @@ def test_models_asked_for_at_once_are_opened_once(folder: Path, tmp_path: Path) 
         assert server.decoder("other").engine.counters().requests == 3
 
 
+def test_a_model_that_cannot_be_opened_later_is_no_fault_of_the_client(folder: Path, tmp_path: Path) -> None:
+    other = write_decoder(tmp_path / "other", seed=1)
+    with serving({"tiny": folder, "other": other}, memory_limit=1 << 40) as server:
+        (other / "model.onnx").write_bytes(b"nothing")
+        answer = server.post("/v1/completions", {**BODY, "model": "other"})
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "model_failed")
+        assert str(tmp_path) not in answer.text
+        assert server.post("/v1/completions", BODY).status_code == 200
+
+
+def test_settings_reach_the_engine(folder: Path) -> None:
+    options = EngineOptions(slots=3, queue=5, chunk=16, capacity=128, kept_prefixes=2)
+    with serving({"tiny": folder}, engine=options) as server:
+        assert server.decoder().engine.options == options
+    with serving({"tiny": folder}) as server:
+        assert server.decoder().engine.options.capacity == 1024  # the model's own
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+def test_a_prompt_that_begins_like_another_is_partly_copied(folder: Path, kept: int) -> None:
+    texts, cached = [], []
+    prompt = "A long and common beginning of many prompts. " * 3
+    with serving({"tiny": folder}, engine=EngineOptions(slots=2, queue=2, kept_prefixes=kept)) as server:
+        for _ in range(2):
+            answer = server.post("/v1/completions", {**BODY, "prompt": prompt}).json()
+            texts.append(answer["choices"][0]["text"])
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        metrics = server.get("/metrics").text
+    assert texts[0] == texts[1]
+    assert cached[0] == 0
+    assert (cached[1] > 0) == (kept > 0)
+    assert f'rk_export_cached_prompt_tokens_total{{model="tiny"}} {float(cached[1])}' in metrics
+
+
 def test_what_no_server_can_be_made_of(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the limit is"):
         Models({"tiny": folder}, ServerSettings(memory_limit=1000))
@@ -240,6 +274,8 @@ def test_names_of_bundles() -> None:
     assert named_folders([a, b], []) == {"a": a, "b": b}
     assert named_folders([a], ["chat"]) == {"chat": a}
     assert named_folders([a, c], ["chat=other/a"]) == {"a": a, "chat": c}
+    with pytest.raises(InputError, match="no name of a model"):
+        named_folders([a], ["a/b"])
     for folders, names in (([a, c], []), ([a, b], ["chat"]), ([a], ["x=out/b"]), ([a], ["=out/a"])):
         with pytest.raises(InputError):
             named_folders(folders, names)
