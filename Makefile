@@ -17,12 +17,14 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
+TRITON_VENV := .venv-triton
 TRITON_CLIENT_VENV := .venv-triton-client
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
+TRITON_READY := $(TRITON_VENV)/ready
 TRITON_CLIENT_READY := $(TRITON_CLIENT_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
@@ -33,11 +35,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-triton-client results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-triton test-triton-client results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray test-triton test-triton-client results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -86,10 +88,11 @@ format: $(READY)
 	$(BIN)/python -m ruff check --fix .
 
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
+# The main one writes tiny bundles and the tokens of our runtime.
 test-optimum: $(READY) $(OPTIMUM_READY)
-	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python samples/assets smollm2)" \
-		-o out/optimum --recipe int4 --set quantize.symmetric=false
-	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
+	rm -rf out/optimum
+	OMP_NUM_THREADS=1 $(BIN)/python tests/optimum_bundles.py out/optimum
+	RK_BUNDLES=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
 $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
@@ -116,6 +119,19 @@ $(TRITON_CLIENT_READY): tests/triton_client_env/requirements.txt
 	$(TRITON_CLIENT_VENV)/bin/python -m pip install -r $<
 	@touch $@
 
+# The real tritonserver, on the CPU and on 127.0.0.1 only. Its package needs numpy below 2.
+test-triton: $(TRITON_READY)
+	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python -m pytest tests/triton_env --confcutdir=tests/triton_env -o pythonpath=tests
+
+# The package brings a server that is linked against libpython, for Linux on x86_64.
+$(TRITON_READY): tests/triton_env/requirements.txt tests/triton_env/libpython.py pyproject.toml
+	@rm -f $@
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python tests/triton_env/libpython.py
+	$(TRITON_VENV)/bin/python -m pip install -r $<
+	$(TRITON_VENV)/bin/python -m pip install --no-deps -e .
+	@touch $@
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -129,4 +145,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(TRITON_CLIENT_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(TRITON_VENV) $(TRITON_CLIENT_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

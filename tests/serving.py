@@ -43,12 +43,8 @@ def write_decoder(
     folder: Path, *, context: int = 1024, template: str | None = None, seed: int = 0, ends: bool = False
 ) -> Path:
     """Write a tiny decoder bundle with a longer context than usual; without ``ends`` no token ends an answer."""
-    before = runtime_models.CONTEXT
-    runtime_models.CONTEXT = context
-    try:
-        runtime_models.TinyDecoder(seed=seed).write(folder, eos=runtime_models.EOS if ends else [])
-    finally:
-        runtime_models.CONTEXT = before
+    decoder = runtime_models.TinyDecoder(seed=seed, context=context)
+    decoder.write(folder, eos=runtime_models.EOS if ends else [])
     if not ends:
         (folder / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
     if template is not None:

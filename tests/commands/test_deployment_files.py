@@ -69,7 +69,7 @@ def test_files_are_replaced_with_force_only(folder: Path) -> None:
         (
             ["triton", "seldon"],
             {},
-            "--for: 'seldon' is no deployment target\nFix: give some of triton, kserve",
+            "--for: 'seldon' is no deployment target\nFix: give some of triton, triton-python, kserve",
         ),
         (["triton"], {"name": "../../elsewhere"}, "--name: '../../elsewhere' cannot name a served model"),
         (["triton"], {"storage": "pvc://m/t"}, "--storage: goes with the target kserve"),
