@@ -147,7 +147,8 @@ def test_a_drain_ends_when_the_grace_is_over(folder: Path) -> None:
             running = clients.submit(server.post, "/v1/completions", LONG)
             server.until(lambda: server.decoder().engine.counters().requests == 1)
             server.server.handle_exit(signal.SIGTERM, None)
-            time.sleep(0.5)
+            server.until(lambda: server.context.models.served["tiny"].opened is None)
+            time.sleep(0.2)
         answer = running.result()
         assert (answer.status_code, error_of(answer)["code"]) == (503, "shutting_down")
 
@@ -342,9 +343,11 @@ def test_a_second_signal_ends_the_process_at_once(folder: Path) -> None:
         with contextlib.suppress(httpx.TransportError), ThreadPoolExecutor(1) as clients:
             body = {**LONG, "n": 60}
             answer = clients.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
-            time.sleep(0.3)
+            while 'rk_export_requests_running{model="tiny"} 0' in httpx.get(f"{url}/metrics").text:
+                time.sleep(0.01)
             ran.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+            while httpx.get(f"{url}/health/ready").status_code == 200:
+                time.sleep(0.01)
             ran.send_signal(signal.SIGTERM)
             begin = time.monotonic()
             ran.wait(20)
