@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -313,13 +313,7 @@ def _opened(model: Served, settings: ServerSettings) -> Decoder | EncoderWorker:
     session = Session.from_pretrained(
         model.folder, provider=how.provider, threads=how.threads, max_length=limit
     )
-    options = EngineOptions(
-        slots=settings.engine.slots,
-        queue=settings.engine.queue,
-        chunk=settings.engine.chunk,
-        capacity=limit,
-        kept_prefixes=settings.engine.kept_prefixes,
-    )
+    options = replace(settings.engine, capacity=limit)
     # Read here, so that a broken file is told now and not by a request.
     session.text_codec, session.config.ends, session.rows  # noqa: B018
     return Decoder(session, Engine(session, options), limit, options.slots)
