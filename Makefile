@@ -19,6 +19,7 @@ OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
 TRITON_VENV := .venv-triton
 TRITON_CLIENT_VENV := .venv-triton-client
+KUBERNETES_VENV := .venv-kubernetes
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
@@ -26,6 +27,7 @@ OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
 TRITON_READY := $(TRITON_VENV)/ready
 TRITON_CLIENT_READY := $(TRITON_CLIENT_VENV)/ready
+KUBERNETES_READY := $(KUBERNETES_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -35,11 +37,14 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-triton test-triton-client results inputs fuzz clean
+# Other runtimes, each in an environment of its own; `test` runs none of them.
+ELSEWHERE := test-optimum test-ray test-triton test-triton-client test-kubernetes test-container
+
+.PHONY: help setup demo test lint types format unit suite docs $(ELSEWHERE) results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray test-triton test-triton-client results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite $(ELSEWHERE) results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -132,6 +137,22 @@ $(TRITON_READY): tests/triton_env/requirements.txt tests/triton_env/libpython.py
 	$(TRITON_VENV)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
+# Manifests against the schemas of Kubernetes and KServe, and the Containerfile against a linter.
+test-kubernetes: $(KUBERNETES_READY)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(KUBERNETES_VENV)/bin/python -m pytest tests/kubernetes_env \
+		--confcutdir=tests/kubernetes_env
+
+# kserve without its own requirements: its types are read, its server is not started.
+$(KUBERNETES_READY): tests/kubernetes_env/requirements.txt samples/container/requirements.txt
+	$(PYTHON) -m venv $(KUBERNETES_VENV)
+	$(KUBERNETES_VENV)/bin/python -m pip install -r $<
+	$(KUBERNETES_VENV)/bin/python -m pip install --no-deps kserve==0.21.0
+	@touch $@
+
+# The steps of samples/container/Containerfile, carried out without a container engine; fetches 100 MB of packages.
+test-container: $(READY)
+	RK_TEST_CONTAINER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/container_env
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -145,4 +166,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(TRITON_VENV) $(TRITON_CLIENT_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* out build dist .pytest_cache .mypy_cache .ruff_cache

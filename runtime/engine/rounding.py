@@ -20,6 +20,7 @@ GRAIN = 8
 # Most tokens of a run that checks guesses: attention cuts a run into blocks of at least 16 tokens.
 LONGEST_CHECK = 15
 _SEED = 7
+_ENOUGH_LOGITS = 1 << 16  # of a row: few of them agree by chance
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +47,27 @@ def row_multiple(runner: SlotRunner, positions: int, vocabulary: int) -> int | N
     """
     slots = runner.buffers.slots
     rng = np.random.default_rng(_SEED)
-    tokens = rng.integers(vocabulary, size=slots)
     for slot, prompt in enumerate(rng.integers(vocabulary, size=(slots, positions))):
         runner.extend(slot, prompt, 0)
+    trials = rng.integers(vocabulary, size=(max(1, min(8, _ENOUGH_LOGITS // vocabulary)), slots))
+    for multiple in MULTIPLES:
+        if all(_agree(runner, tokens, positions, multiple) for tokens in trials):
+            return multiple
+    return None
+
+
+def _agree(runner: SlotRunner, tokens: np.ndarray, positions: int, multiple: int) -> bool:
+    """Whether steps of multiples of so many rows give the logits of a step of all rows."""
+    slots = len(tokens)
 
     def logits(first: int, rows: int) -> np.ndarray:
         # A step writes behind the positions that count, so that it can be tried again.
         return np.array(runner.step(first, tokens[first : first + rows], np.full(rows, positions)))
 
     everything = logits(0, slots)
-    for multiple in MULTIPLES:
-        apart = ((first, multiple) for first in range(0, slots, multiple))
-        several = ((0, rows) for rows in range(2 * multiple, slots, multiple))
-        tried = (*apart, *several)
-        if all(
-            np.array_equal(logits(first, rows), everything[first : first + rows]) for first, rows in tried
-        ):
-            return multiple
-    return None
+    apart = [(first, multiple) for first in range(0, slots, multiple)]
+    several = [(0, rows) for rows in range(2 * multiple, slots, multiple)]
+    return all(
+        np.array_equal(logits(first, rows), everything[first : first + rows])
+        for first, rows in apart + several
+    )

@@ -122,7 +122,7 @@ class SlotBatch:
         last = total - last_run(total)
         if end > last > max(running.filled, self._above):
             return last
-        return min(end, total)
+        return total if running.filled >= last else min(end, total)
 
     def _decode(self) -> list[Running]:
         rows = list(self._rows)
