@@ -56,6 +56,17 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="of prompt and answer together; sets the memory (default the model's, at most 4096)",
     )
     parser.add_argument(
+        "--lookup",
+        action="store_true",
+        help="guess ahead from what the text said before; requests then run one at a time",
+    )
+    parser.add_argument(
+        "--draft",
+        type=Path,
+        metavar="SMALL",
+        help="a smaller bundle that guesses ahead; requests then run one at a time",
+    )
+    parser.add_argument(
         "--kept-prefixes",
         type=int,
         default=8,
@@ -149,7 +160,15 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         host=args.host,
         port=args.port,
         session=SessionSettings(args.provider, args.threads),
-        engine=EngineOptions(args.slots, args.queue, args.chunk, args.context, args.kept_prefixes),
+        engine=EngineOptions(
+            slots=args.slots,
+            queue=args.queue,
+            chunk=args.chunk,
+            capacity=args.context,
+            kept_prefixes=args.kept_prefixes,
+            lookup=args.lookup,
+        ),
+        draft=args.draft,
         keys=read_keys(args.api_key_file, os.environ.get(KEYS_VARIABLE)),
         max_tokens=args.max_tokens,
         max_body=cache_bytes(args.max_body, "--max-body"),

@@ -34,6 +34,8 @@ _TOTALS = (
     ("prompt_tokens", "Tokens of prompts.", "prompt_tokens"),
     ("cached_prompt_tokens", "Tokens of prompts that were copied instead of computed.", "cached_tokens"),
     ("generated_tokens", "Tokens of answers.", "new_tokens"),
+    ("drafted_tokens", "Tokens that were guessed ahead.", "drafted_tokens"),
+    ("accepted_tokens", "Those of them that the model would have chosen itself.", "accepted_tokens"),
     ("decode_steps", "Steps in which all running answers got a token.", "steps"),
 )
 

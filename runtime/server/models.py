@@ -316,7 +316,13 @@ def _opened(model: Served, settings: ServerSettings) -> Decoder | EncoderWorker:
     options = replace(settings.engine, capacity=limit)
     # Read here, so that a broken file is told now and not by a request.
     session.text_codec, session.config.ends, session.rows  # noqa: B018
-    return Decoder(session, Engine(session, options), limit, options.slots)
+    draft = None if settings.draft is None else _draft(settings.draft, settings)
+    return Decoder(session, Engine(session, options, draft), limit, options.slots)
+
+
+def _draft(folder: Path, settings: ServerSettings) -> Session:
+    how = settings.session
+    return Session.from_pretrained(folder, provider=how.provider, threads=how.threads)
 
 
 def _collect() -> None:

@@ -24,6 +24,7 @@ class ServerSettings:
         session: How bundles are opened.
         engine: Slots, queue and memory of every decoder; where its capacity is None, that of a model is its context
             length, at most `DEFAULT_CONTEXT`.
+        draft: A smaller bundle that guesses ahead for every decoder; None for no guesses by a model.
         keys: API keys, one of which a request must carry; empty lets everybody in.
         max_tokens: Most new tokens of one answer; None leaves it to the context.
         max_body: Most bytes of a request's body.
@@ -40,6 +41,7 @@ class ServerSettings:
     port: int = 8000
     session: SessionSettings = field(default_factory=SessionSettings)
     engine: EngineOptions = field(default_factory=EngineOptions)
+    draft: Path | None = None
     keys: tuple[str, ...] = ()
     max_tokens: int | None = None
     max_body: int = 4_000_000

@@ -64,6 +64,8 @@ OPTIONS: list[tuple[tuple[object, ...], str, Any]] = [
     (("--chunk", 16), "engine", EngineOptions(chunk=16)),
     (("--context", 128), "engine", EngineOptions(capacity=128)),
     (("--kept-prefixes", 0), "engine", EngineOptions(kept_prefixes=0)),
+    (("--lookup",), "engine", EngineOptions(lookup=True)),
+    (("--draft", "out/small"), "draft", Path("out/small")),
     (("--max-tokens", 7), "max_tokens", 7),
     (("--max-body", "2MB"), "max_body", 2_000_000),
     (("--timeout", 1.5), "timeout", 1.5),

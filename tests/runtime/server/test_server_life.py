@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from runtime_models import write_encoder
-from serving import Running, error_of, serving, streamed, write_decoder
+from serving import Running, checked, error_of, serving, streamed, write_decoder
 
 from rk_export.errors import InputError
 from rk_export.runtime import GenerationOptions, Session
@@ -259,6 +259,23 @@ def test_a_prompt_that_begins_like_another_is_partly_copied(folder: Path, kept: 
     assert cached[0] == 0
     assert (cached[1] > 0) == (kept > 0)
     assert f'rk_export_cached_prompt_tokens_total{{model="tiny"}} {float(cached[1])}' in metrics
+
+
+@pytest.mark.parametrize("by", ["lookup", "draft"])
+def test_guesses_change_no_answer_and_are_counted(folder: Path, expected: str, by: str) -> None:
+    guessing: dict[str, Any] = {"engine": EngineOptions(slots=2, queue=2, lookup=by == "lookup")}
+    if by == "draft":
+        guessing["draft"] = folder  # the model itself: every guess is right
+    with serving({"tiny": folder}, **guessing) as server:
+        answer = server.post("/v1/completions", BODY).json()
+        assert checked(answer)["choices"][0]["text"] == expected
+        long = server.post("/v1/completions", {**LONG, "max_tokens": 400}).json()
+        details = long["usage"]["completion_tokens_details"]
+        metrics = server.get("/metrics").text
+    assert sum(details.values()) > 0
+    if by == "draft":
+        assert details["accepted_prediction_tokens"] > 100
+    assert 'rk_export_drafted_tokens_total{model="tiny"} 0.0' not in metrics
 
 
 def test_what_no_server_can_be_made_of(folder: Path, tmp_path: Path) -> None:
