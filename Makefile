@@ -18,6 +18,7 @@ VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
 TRITON_VENV := .venv-triton
+TRITON_CLIENT_VENV := .venv-triton-client
 KUBERNETES_VENV := .venv-kubernetes
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -25,6 +26,7 @@ DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
 TRITON_READY := $(TRITON_VENV)/ready
+TRITON_CLIENT_READY := $(TRITON_CLIENT_VENV)/ready
 KUBERNETES_READY := $(KUBERNETES_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
@@ -36,7 +38,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Other runtimes, each in an environment of its own; `test` runs none of them.
-ELSEWHERE := test-optimum test-ray test-triton test-kubernetes test-container
+ELSEWHERE := test-optimum test-ray test-triton test-triton-client test-kubernetes test-container
 
 .PHONY: help setup demo test lint types format unit suite docs $(ELSEWHERE) results inputs fuzz clean
 
@@ -110,6 +112,16 @@ $(RAY_READY): pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
 	$(RAY_VENV)/bin/python -m pip install $(TORCH)
 	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
+	@touch $@
+
+# Triton's client wants older protobuf than rk-export, which serves in its own environment.
+test-triton-client: $(READY) $(TRITON_CLIENT_READY)
+	RK_PYTHON=$(abspath $(BIN)/python) $(TRITON_CLIENT_VENV)/bin/python -m pytest tests/triton_client_env \
+		--confcutdir=tests/triton_client_env -p no:cacheprovider
+
+$(TRITON_CLIENT_READY): tests/triton_client_env/requirements.txt
+	$(PYTHON) -m venv $(TRITON_CLIENT_VENV)
+	$(TRITON_CLIENT_VENV)/bin/python -m pip install -r $<
 	@touch $@
 
 # The real tritonserver, on the CPU and on 127.0.0.1 only. Its package needs numpy below 2.

@@ -98,6 +98,13 @@ class ChatTemplate:
             return continued(self._run(name, opened(chat), {**values, "add_generation_prompt": False}), chat)
         return self._run(name, chat, values)
 
+    def reads(self, argument: str) -> bool:
+        """Whether any of the templates reads an argument, such as ``tools``."""
+        return any(argument in self._arguments(name) for name in self._files.sources)
+
+    def _arguments(self, name: str) -> set[str]:
+        return meta.find_undeclared_variables(_environment().parse(self._files.sources[name]))
+
     def _run(self, name: str, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> str:
         try:
             return self._compiled(name).render({**values, "messages": messages})
@@ -132,8 +139,7 @@ class ChatTemplate:
         """Say once which arguments have no effect."""
         if not given - self._warned:
             return
-        read = meta.find_undeclared_variables(_environment().parse(self._files.sources[name]))
-        for argument in sorted(given - read - self._warned):
+        for argument in sorted(given - self._arguments(name) - self._warned):
             logger.warning("%s does not read %r: it has no effect", self._files.where(name), argument)
         self._warned |= given
 

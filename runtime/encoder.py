@@ -98,7 +98,14 @@ class EncoderSession:
             InputError: No texts were given, or one is empty, has a token without a row in the embedding, or more
                 tokens than the model has positions.
         """
-        rows = [self.text_codec.encode(text) for text in texts]
+        return self.embed_tokens([self.text_codec.encode(text) for text in texts])
+
+    def embed_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return what `embed` returns for texts that are tokens already, special tokens included.
+
+        Raises:
+            InputError: As `embed`.
+        """
         named = replace(self._gate, limit=None, text_of=self.text_codec.token_text)
         for index, row in enumerate(rows):
             named.check(row, where=f"text {index}")
@@ -108,7 +115,7 @@ class EncoderSession:
             raise InputError(
                 f"the longest has {longest} tokens", where="texts", fix=f"give texts of 1 to {limit} tokens"
             )
-        input_ids = np.array([row + [0] * (longest - len(row)) for row in rows], np.int64)
+        input_ids = np.array([[*row, *[0] * (longest - len(row))] for row in rows], np.int64)
         mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int64)
         hidden = self.forward(input_ids, mask).astype(np.float32)
         mean = (hidden * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)

@@ -49,6 +49,11 @@ A text ends at every token that the bundle names as an end ([where texts end](bu
 and where `--stop` or `--stop-token-id` say. Scores pass the same steps in the same order as in `generate`
 of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """,
+    "serve": """
+Standard output gets one line when the models are open. The log on standard error is JSON. The first Ctrl-C or SIGTERM
+lets running answers end, and the exit code is 0. A second one ends the server at once. Routes, limits and errors:
+[server.md](server.md).
+""",
     "bench": """
 The contestants run in turns, in a batch of one, on random tokens. The result is medians, and ratios to the
 first bundle. Prompt, new tokens and one more must fit into the context of every contestant.

@@ -58,6 +58,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "an argument of the chat template",
         ),
     ),
+    "serve": (
+        ("serve out/bundle", "on 127.0.0.1:8000"),
+        ("serve out/bundle --host 0.0.0.0 --api-key-file keys.txt", "for other machines, with keys"),
+        ("serve out/a out/b --name chat=out/a --memory-limit 4GB", "opened when they are named"),
+    ),
     "bench": (("bench out/bundle --against out/dense genai:out/bundle", "in turns, with ratios"),),
     "compare": (
         ("compare out/a out/b out/c", "a table"),

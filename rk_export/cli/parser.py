@@ -29,6 +29,7 @@ from rk_export.cli.handlers import (
 from rk_export.cli.recipes import add_recipes_arguments, run_recipes
 from rk_export.cli.report import add_report_arguments, run_report
 from rk_export.cli.run import add_run_arguments, run_run
+from rk_export.cli.serve import add_serve_arguments, run_serve
 from rk_export.cli.sign import add_sign_arguments, run_sign
 
 Command = Callable[[argparse.Namespace], int]
@@ -152,6 +153,10 @@ def _add_bundle_commands(add: AddCommand) -> None:
     run.add_argument("bundle", type=Path, help="bundle folder")
     add_run_arguments(run)
     _add_runtime_arguments(run)
+
+    serve = add("serve", run_serve, "answer OpenAI's HTTP interface with bundles")
+    add_serve_arguments(serve)
+    _add_runtime_arguments(serve)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
     bench.add_argument("bundle", help="bundle folder; genai:PATH runs GenAI")

@@ -1,1 +1,3 @@
-"""An HTTP server for bundles: OpenAI's API, the Open Inference Protocol, metrics and a chat page."""
+"""`rk-export serve`: bundles behind OpenAI's HTTP interface and the Open Inference Protocol; extra ``serve``."""
+
+from __future__ import annotations

@@ -33,6 +33,7 @@ COMMANDS = (
     "verify",
     "eval",
     "run",
+    "serve",
     "bench",
     "compare",
     "report",

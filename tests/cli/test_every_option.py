@@ -38,8 +38,9 @@ pytestmark = [pytest.mark.whole, pytest.mark.slow]
 Places = dict[str, Path]
 COMMON = {"--json", "--quiet"}
 # Their options are tested in `test_bundle_and_report.py`: one opens a browser, the other writes into its bundle. Those
-# of the third remove things: `test_cache.py` gives them a cache of their own.
-ELSEWHERE = {"report", "bundle", "cache"}
+# of the third remove things: `test_cache.py` gives them a cache of their own. The last one runs until it is ended:
+# `test_serve.py`.
+ELSEWHERE = {"report", "bundle", "cache", "serve"}
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_packages_import_what_stands_before_them() -> None:
     ("package", "others"),
     [
         ("rk_export.passes", {"errors", "report", "options", "matrix_id", "plan"}),
-        ("rk_export.runtime", {"errors", "inside", "json_codec", "manifest", "progress", "report"}),
+        ("rk_export.runtime", {"errors", "inside", "json_codec", "manifest", "memory", "progress", "report"}),
     ],
 )
 def test_lower_packages_import_themselves_and_leaves(package: str, others: set[str]) -> None:

@@ -1,0 +1,330 @@
+"""The models of a server: opened at the start, or when they are named where memory is limited."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rk_export.errors import InputError, RkExportError
+from rk_export.memory import give_back
+from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
+from rk_export.runtime.chat_files import TemplateFiles
+from rk_export.runtime.encoder import EncoderSession
+from rk_export.runtime.engine.engine import Engine
+from rk_export.runtime.engine.records import EngineOptions
+from rk_export.runtime.graph_proto import load_proto
+from rk_export.runtime.server.encoders import EncoderWorker
+from rk_export.runtime.server.errors import ApiError, unavailable
+from rk_export.runtime.server.json_schema import GrammarTokens
+from rk_export.runtime.server.logs import event, logger
+from rk_export.runtime.server.settings import DEFAULT_CONTEXT, ServerSettings
+from rk_export.runtime.session import Session
+
+_CLOSE_SECONDS = 10.0
+_NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # it stands in paths
+_FLOAT = 4  # bytes of a key's or value's element, at most
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """An open decoder bundle: it continues texts.
+
+    Args:
+        session: The bundle.
+        engine: What runs its requests.
+        limit: Most positions of prompt and answer together.
+        slots: Requests that run together.
+    """
+
+    session: Session
+    engine: Engine
+    limit: int
+    slots: int
+
+    @cached_property
+    def grammar(self) -> GrammarTokens:
+        """The tokenizer for grammars and for the bytes of tokens."""
+        config = self.session.config
+        return GrammarTokens(config.folder, self.session.rows, sorted(config.eos_ids))
+
+    @cached_property
+    def template(self) -> str:
+        """The text of all chat templates; empty where there is none."""
+        return "\n".join(TemplateFiles.read(self.session.config.folder).sources.values())
+
+    def close(self, *, finish: bool) -> None:
+        """End the engine's thread."""
+        self.engine.close(finish=finish, timeout=_CLOSE_SECONDS)
+
+
+@dataclass
+class Served:
+    """A model that clients can name.
+
+    Args:
+        name: What they call it.
+        folder: Its bundle.
+        encoder: Whether it gives embeddings instead of texts.
+        bytes: What it takes in memory once it is open, by its files and its buffers.
+        created: When its graph was written, in seconds since the epoch.
+        opened: The open bundle, or None.
+        uses: Requests that it is answering.
+        last_used: When the last of them began, by a monotonic clock.
+    """
+
+    name: str
+    folder: Path
+    encoder: bool
+    bytes: int
+    created: int
+    opened: Decoder | EncoderWorker | None = None
+    uses: int = 0
+    last_used: float = 0.0
+
+    def release(self) -> None:
+        """End one use."""
+        self.uses -= 1
+
+    def entry(self) -> dict[str, Any]:
+        """Return the model as ``/v1/models`` lists it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "rk-export",
+            "kind": "embedding" if self.encoder else "text",
+            "loaded": self.opened is not None,
+        }
+
+
+class Models:
+    """The models of a server by name.
+
+    Args:
+        folders: Bundles by the names that clients use.
+        settings: How they are opened, and under which memory limit.
+
+    Raises:
+        InputError: A folder is no bundle, or one alone is larger than the limit.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], settings: ServerSettings) -> None:
+        self._settings = settings
+        self.served = {name: _look_at(name, folder, settings) for name, folder in folders.items()}
+        self._opening = asyncio.Lock()
+        limit = settings.memory_limit
+        for model in self.served.values():
+            if limit is not None and model.bytes > limit:
+                raise InputError(
+                    f"{model.name} takes about {model.bytes:,} bytes, the limit is {limit:,}",
+                    where="memory_limit",
+                    fix="raise it, or lower --slots or --context",
+                )
+
+    def open_at_start(self) -> None:
+        """Open every model, or the first one where memory is limited: a bundle that cannot be opened is told at once.
+
+        Raises:
+            InputError: One cannot be opened.
+            ProviderError: The execution provider cannot be had.
+        """
+        names = list(self.served)
+        for name in names if self._settings.memory_limit is None else names[:1]:
+            self._open(self.served[name])
+
+    async def hold(
+        self, name: str, stack: ExitStack, *, encoder: bool | None = None
+    ) -> Decoder | EncoderWorker:
+        """Return a model that stays open until a stack is closed, opened first where need be.
+
+        Args:
+            name: The model.
+            stack: Lets go of it.
+            encoder: The kind that is wanted; None takes either.
+
+        Raises:
+            ApiError: No such model, one of the other kind, or there is no memory for it while others answer.
+        """
+        model = self.find(name)
+        if encoder is not None and encoder != model.encoder:
+            gives = "embeddings" if model.encoder else "texts"
+            raise ApiError(400, f"{name} gives {gives} only", param="model", code="wrong_model_kind")
+        model.uses += 1
+        stack.callback(model.release)
+        model.last_used = time.monotonic()
+        if model.opened is None:
+            await self._opened(model)
+        assert model.opened is not None
+        return model.opened
+
+    async def decoder(self, name: str, stack: ExitStack) -> Decoder:
+        """Return a model that continues texts; see `hold`."""
+        found = await self.hold(name, stack, encoder=False)
+        assert isinstance(found, Decoder)
+        return found
+
+    async def encoder(self, name: str, stack: ExitStack) -> EncoderWorker:
+        """Return a model that gives embeddings; see `hold`."""
+        found = await self.hold(name, stack, encoder=True)
+        assert isinstance(found, EncoderWorker)
+        return found
+
+    def find(self, name: str) -> Served:
+        """Return a model.
+
+        Raises:
+            ApiError: There is none of that name.
+        """
+        if name not in self.served:
+            there = ", ".join(self.served)
+            raise ApiError(
+                404, f"no model is named {name!r}; there are: {there}", param="model", code="model_not_found"
+            )
+        return self.served[name]
+
+    def close(self, *, finish: bool) -> None:
+        """Close every model."""
+        for model in self.served.values():
+            self._shut(model, finish=finish)
+
+    async def _opened(self, model: Served) -> None:
+        async with self._opening:
+            if model.opened is None:
+                await self._make_room(model)
+                try:
+                    await asyncio.to_thread(self._open, model)
+                except RkExportError as error:
+                    logger.error("a model cannot be opened: %s", error)
+                    raise unavailable(f"{model.name} cannot be opened", "model_failed", after=60) from error
+
+    async def _make_room(self, wanted: Served) -> None:
+        """Close idle models, those first that were not used for the longest time, until another one fits."""
+        limit = self._settings.memory_limit
+        while limit is not None and self._open_bytes() + wanted.bytes > limit:
+            idle = [model for model in self.served.values() if model.opened is not None and model.uses == 0]
+            if not idle:
+                raise unavailable(
+                    f"there is no memory for {wanted.name} while other models answer", "no_memory", after=5
+                )
+            oldest = min(idle, key=lambda model: model.last_used)
+            opened, oldest.opened = oldest.opened, None  # nobody may begin to use it now
+            assert opened is not None
+            await asyncio.to_thread(opened.close, finish=True)
+            del opened
+            _collect()
+            event("model closed", model=oldest.name)
+
+    def _open_bytes(self) -> int:
+        return sum(model.bytes for model in self.served.values() if model.opened is not None)
+
+    def _open(self, model: Served) -> None:
+        begin = time.monotonic()
+        model.opened = _opened(model, self._settings)
+        event("model opened", model=model.name, seconds=round(time.monotonic() - begin, 3))
+
+    def _shut(self, model: Served, *, finish: bool) -> None:
+        opened, model.opened = model.opened, None
+        if opened is not None:
+            opened.close(finish=finish)
+
+
+def named_folders(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
+    """Return the bundles by name: that of the folder, or the one given for it.
+
+    Args:
+        folders: The bundles.
+        names: ``NAME`` for the only bundle, or ``NAME=FOLDER`` with the folder as it was given.
+
+    Raises:
+        InputError: A name belongs to no bundle, or two bundles have the same.
+    """
+    given: dict[Path, str] = {}
+    for text in names:
+        name, equals, path = text.partition("=")
+        place = Path(path) if equals else folders[0]
+        if not name or place not in folders or (not equals and len(folders) > 1):
+            raise InputError(f"{text!r} names no bundle of the line", where="name", fix="write NAME=FOLDER")
+        given[place] = name
+    found: dict[str, Path] = {}
+    for folder in folders:
+        name = given.get(folder, folder.resolve().name)
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"{name!r} is no name of a model",
+                where=str(folder),
+                fix="give --name NAME=FOLDER of letters, digits, dots, colons, dashes and underscores",
+            )
+        if name in found:
+            raise InputError(
+                f"two bundles are named {name!r}", where=str(folder), fix="give --name OTHER=FOLDER"
+            )
+        found[name] = folder
+    return found
+
+
+def _look_at(name: str, folder: Path, settings: ServerSettings) -> Served:
+    config = BundleConfig.read(folder)
+    outputs = {value.name for value in load_proto(config.model_path).graph.output}
+    encoder = "logits" not in outputs
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise InputError(
+            f"no {TOKENIZER_FILE} here", where=str(folder), fix="put the model's tokenizer beside the graph"
+        )
+    size = _file_bytes(folder) + (0 if encoder else _cache_bytes(config, settings))
+    return Served(name, folder, encoder, size, int(config.model_path.stat().st_mtime))
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
+
+
+def _cache_bytes(config: BundleConfig, settings: ServerSettings) -> int:
+    """Return the bytes of keys and values of all slots and kept prefixes; 0 where the configuration does not tell."""
+    stated = read_json(config.folder / "config.json")
+    nested = stated.get("text_config")
+    layers = (nested if isinstance(nested, dict) else stated).get("num_hidden_layers")
+    if not isinstance(layers, int) or config.kv_heads is None or config.head_size is None:
+        return 0
+    options = settings.engine
+    rows = (options.slots + options.kept_prefixes) * _capacity(config.context_length, options)
+    return 2 * layers * config.kv_heads * config.head_size * _FLOAT * rows
+
+
+def _capacity(context: int | None, options: EngineOptions) -> int:
+    return options.capacity or min(context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def _opened(model: Served, settings: ServerSettings) -> Decoder | EncoderWorker:
+    how = settings.session
+    if model.encoder:
+        encoder = EncoderSession.from_pretrained(model.folder, provider=how.provider, threads=how.threads)
+        return EncoderWorker(encoder, settings.engine.queue)
+    known = BundleConfig.read(model.folder).context_length
+    limit = _capacity(known, settings.engine)
+    session = Session.from_pretrained(
+        model.folder, provider=how.provider, threads=how.threads, max_length=limit
+    )
+    options = replace(settings.engine, capacity=limit)
+    # Read here, so that a broken file is told now and not by a request.
+    session.text_codec, session.config.ends, session.rows  # noqa: B018
+    draft = None if settings.draft is None else _draft(settings.draft, settings)
+    return Decoder(session, Engine(session, options, draft), limit, options.slots)
+
+
+def _draft(folder: Path, settings: ServerSettings) -> Session:
+    how = settings.session
+    return Session.from_pretrained(folder, provider=how.provider, threads=how.threads)
+
+
+def _collect() -> None:
+    gc.collect()
+    give_back()

@@ -1,0 +1,99 @@
+"""`/v1/embeddings` over HTTP, against the encoder's own vectors."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runtime_models import write_encoder
+from serving import Running, checked, error_of, serving, write_decoder
+
+from rk_export.runtime import EncoderSession
+
+TEXTS = ["harbour", "a", "ship at sea"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("bundles") / "enc")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Running]:
+    with serving({"enc": folder, "tiny": write_decoder(folder.parent / "tiny")}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def session(folder: Path) -> EncoderSession:
+    return EncoderSession.from_pretrained(folder, provider="cpu", threads=1)
+
+
+def test_vectors_are_the_encoders(server: Running, session: EncoderSession) -> None:
+    expected = session.embed(TEXTS)
+    for form in ("float", "base64"):  # the client decodes the second one itself
+        found = server.client().embeddings.create(model="enc", input=TEXTS, encoding_format=form)
+        vectors = [item.embedding for item in found.data]
+        if form == "base64":
+            vectors = [np.frombuffer(base64.b64decode(str(vector)), "<f4") for vector in vectors]
+        np.testing.assert_allclose(np.array(vectors, np.float32), expected, rtol=0, atol=0)
+    usual = server.client().embeddings.create(model="enc", input=TEXTS)
+    np.testing.assert_array_equal(np.array([item.embedding for item in usual.data], np.float32), expected)
+    assert usual.usage.prompt_tokens == sum(len(session.text_codec.encode(text)) for text in TEXTS)
+
+
+def test_tokens_are_texts_too(server: Running, session: EncoderSession) -> None:
+    tokens = [session.text_codec.encode(text) for text in TEXTS]
+    found = [
+        checked(server.post("/v1/embeddings", {"model": "enc", "input": given}).json())["data"]
+        for given in (TEXTS, tokens, TEXTS[0], tokens[0])
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def test_many_texts_are_several_batches(server: Running, session: EncoderSession) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    found = server.post("/v1/embeddings", {"model": "enc", "input": texts}).json()["data"]
+    expected = np.concatenate([session.embed([text]) for text in texts])
+    np.testing.assert_allclose([item["embedding"] for item in found], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input": []},
+        {"input": [""] * 3000},
+        {"input": "far too long for sixteen positions"},
+        {"input": [[]]},
+        {"input": [999]},
+        {"input": [[-1]]},
+        {"input": [[10**30]]},
+        {"input": 5},
+        {"dimensions": 3},
+        {"encoding_format": "hex"},
+        {"model": "tiny"},
+        {"truncate": True},
+    ],
+)
+def test_what_cannot_be_done_is_refused(server: Running, more: dict[str, object]) -> None:
+    answer = server.post("/v1/embeddings", {"model": "enc", "input": "a", **more})
+    assert answer.status_code == 400, answer.text
+    assert error_of(answer)["type"] == "invalid_request_error"
+
+
+def test_an_encoder_continues_no_text(server: Running) -> None:
+    for path, more in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ):
+        answer = server.post(path, {"model": "enc", **more})
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "wrong_model_kind")
+
+
+def test_its_own_dimensions_may_be_named(server: Running) -> None:
+    answer = server.post("/v1/embeddings", {"model": "enc", "input": "a", "dimensions": 8})
+    assert len(answer.json()["data"][0]["embedding"]) == 8
