@@ -17,11 +17,13 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
+NODE_ENV := .venv-node
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
+NODE_READY := $(NODE_ENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -31,11 +33,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-node test-browser results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray test-node test-browser results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -104,6 +106,23 @@ $(RAY_READY): pyproject.toml
 	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
 	@touch $@
 
+# Node.js 20 or newer with npm. The browser is the system's own: make BROWSER=... names another one.
+BROWSER ?= /usr/bin/chromium
+NODE_PYTEST := OMP_NUM_THREADS=1 RK_NODE_MODULES=$(abspath $(NODE_ENV)/node_modules) $(BIN)/python -m pytest
+
+test-node: $(READY) $(NODE_READY)
+	$(NODE_PYTEST) tests/node_env/test_node.py
+
+test-browser: $(READY) $(NODE_READY)
+	RK_BROWSER=$(BROWSER) $(NODE_PYTEST) tests/node_env/test_browser.py
+
+# onnxruntime-node's install script would fetch libraries for CUDA.
+$(NODE_READY): tests/node_env/package.json tests/node_env/package-lock.json
+	mkdir -p $(NODE_ENV)
+	cp $^ $(NODE_ENV)
+	cd $(NODE_ENV) && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund
+	@touch $@
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -117,4 +136,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(NODE_ENV) out build dist .pytest_cache .mypy_cache .ruff_cache

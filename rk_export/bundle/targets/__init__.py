@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rk_export.bundle.targets import kserve, triton
+from rk_export.bundle.targets import kserve, transformers_js, triton
 from rk_export.bundle.targets.base import Target
 
-TARGETS: tuple[Target, ...] = (triton.TARGET, kserve.TARGET)
+TARGETS: tuple[Target, ...] = (triton.TARGET, kserve.TARGET, transformers_js.TARGET)
