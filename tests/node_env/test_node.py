@@ -7,9 +7,7 @@ one; RK_BUNDLE may name the bundle of a chat model that is then tried too.
 from __future__ import annotations
 
 import base64
-import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ if "RK_NODE_MODULES" not in os.environ:
 
 from conftest import SENTENCES, VOCABULARY, tiny_options, trained_tokenizer
 from made_recipes import INT8
+from node_scripts import node
 from tiny_models import tiny_model
 
 from rk_export import Run, compress, deployment_files, export
@@ -33,7 +32,6 @@ from rk_export.runtime import EncoderSession, GenerationOptions, Session
 
 pytestmark = pytest.mark.whole
 
-HERE = Path(__file__).parent
 NEW_TOKENS = 24
 OPTIONS = GenerationOptions(max_new_tokens=NEW_TOKENS)
 MESSAGES = [
@@ -50,15 +48,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "exact q4": {"accuracy_level": 0},
 }
 FormatOf = Callable[[str], Path]
-
-
-def node(script: str, **job: Any) -> Any:
-    """Run one of the scripts beside this file and return its answer."""
-    done = subprocess.run(
-        ["node", str(HERE / script)], input=json.dumps(job), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +114,7 @@ def test_the_graph_asks_for_what_transformers_js_feeds(format_of: FormatOf) -> N
 
 def test_transformers_js_has_a_class_for_every_family_that_is_let_through() -> None:
     decoders = sorted(MODEL_TYPES - {"bert"})
-    found = node("transformers.mjs", folder=str(HERE), task="types", types=[*decoders, "mixtral"])
+    found = node("transformers.mjs", folder=str(Path(__file__)), task="types", types=[*decoders, "mixtral"])
     assert found["known"] == decoders
 
 

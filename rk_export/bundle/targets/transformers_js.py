@@ -11,6 +11,7 @@ import onnx
 
 from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.bundle.targets.js_graph import SUFFIXES, dtype_of, keep_logits, name_batch, rename_data
+from rk_export.bundle.targets.js_tables import expand_tables
 from rk_export.bundle.targets.links import bundle_graph, link
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
@@ -96,6 +97,7 @@ def _write_graph(model: onnx.ModelProto, bundle: Path, folder: Path, file: str) 
     """Write the graph and link its weights; return the number of their files."""
     name_batch(model.graph)
     keep_logits(model.graph)
+    expand_tables(model.graph)
     names = rename_data(model.graph, file)
     (folder / "onnx").mkdir()
     for old, new in names.items():
