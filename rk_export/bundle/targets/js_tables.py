@@ -48,7 +48,7 @@ class _Lookup:
         """Write nodes and constants; the last node gives the lookup's output."""
         data, rows, scales, *points = self.node.input
         found = _attributes(self.node)
-        bits, block = found.get("bits", 4), found["block_size"]
+        bits, block = found.get("bits", 4), found.get("block_size", 128)
         blocks = self.row_bytes * 8 // bits // block
         codes = self._floats(self._op("Gather", data, rows), bits, blocks * block)
         codes = self._op("Reshape", codes, self._constant([0, 0, blocks, block]))
