@@ -21,7 +21,17 @@ async function load({ model, library: modules }) {
   };
   generator = await pipeline("text-generation", name, { device: "wasm", progress_callback });
   criterion = new InterruptableStoppingCriteria();
+  pauseBetweenTokens(generator.model.sessions.model);
   tell("ready");
+}
+
+/** Let messages arrive between two tokens: WebAssembly computes without a pause, and "stop" would wait for the end. */
+function pauseBetweenTokens(session) {
+  const run = session.run.bind(session);
+  session.run = async (...inputs) => {
+    await new Promise((resolve) => setTimeout(resolve));
+    return run(...inputs);
+  };
 }
 
 /** Answer a conversation greedily, piece by piece. */

@@ -47,6 +47,20 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with room for an answer that can be stopped before it is complete."""
+    place = tmp_path_factory.mktemp("long")
+    model = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=4096)
+    rows = model.lm_head.weight.data
+    rows[model.config.eos_token_id] = rows[100] / 2  # the likeliest token has a score above 0: never this one
+    model.save_pretrained(place / "model")
+    trained_tokenizer().save_pretrained(place / "model")
+    compress(place / "model", place / "bundle", tiny_options(accuracy_level=0), run=Run(threads=1))
+    deployment_files(place / "bundle", ["transformers.js"])
+    return place / "bundle"
+
+
 @contextmanager
 def sample(bundle: Path) -> Iterator[str]:
     """Serve the sample page, the packages and a bundle; yields the address of the page."""
@@ -72,6 +86,14 @@ def test_a_bundle_answers_in_the_browser(bundle: Path) -> None:
     assert found["answer"] == expected.text
     assert found["state"].startswith(f"{len(expected.token_ids)} tokens, ")
     assert found["complaints"] == []
+
+
+@pytest.mark.whole
+def test_an_answer_in_the_browser_is_stopped(long_bundle: Path) -> None:
+    with sample(long_bundle) as page:
+        query = "?model=/bundle/transformers.js&library=/lib"
+        found = node("model_page.mjs", url=page + query, prompt="Hi", stop=True)
+    assert 0 < int(found["state"].split()[0]) < 128  # which are asked for
 
 
 @pytest.mark.whole
@@ -235,19 +257,6 @@ def served(bundle: Path, *more: str) -> Iterator[str]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
         yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture(scope="module")
-def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with room for an answer that can be stopped before it is complete."""
-    place = tmp_path_factory.mktemp("long")
-    model = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=4096)
-    rows = model.lm_head.weight.data
-    rows[model.config.eos_token_id] = rows[100] / 2  # the likeliest token has a score above 0: never this one
-    model.save_pretrained(place / "model")
-    trained_tokenizer().save_pretrained(place / "model")
-    compress(place / "model", place / "bundle", tiny_options(accuracy_level=0), run=Run(threads=1))
-    return place / "bundle"
 
 
 @pytest.mark.whole
