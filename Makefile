@@ -17,13 +17,11 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
-NODE_ENV := .venv-node
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
-NODE_READY := $(NODE_ENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -33,11 +31,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-node test-browser results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray test-node test-browser results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -106,8 +104,24 @@ $(RAY_READY): pyproject.toml
 	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
 	@touch $@
 
-# Node.js 20 or newer with npm. The browser is the system's own: make BROWSER=... names another one.
+# Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
+results: $(READY)
+	$(BIN)/python samples/measure/factorize_groupings.py
+
+# What becomes of inputs as people bring them: docs/results/inputs.*; fails where a case does not end as expected.
+inputs: $(READY)
+	$(BIN)/python tests/measure_inputs.py
+
+# Damaged files of every kind, 100,000 each: docs/results/fuzz.*; fails where one is not refused or read.
+fuzz: $(READY)
+	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
+
+# A bundle in JavaScript: Node.js 20 or newer with npm, and for the pages a Chromium of the system; make BROWSER=...
+# names another one. RK_BUNDLE=... tries a chat model, too, which has its folder for transformers.js.
+.PHONY: test-node test-browser
 BROWSER ?= /usr/bin/chromium
+NODE_ENV := .venv-node
+NODE_READY := $(NODE_ENV)/ready
 NODE_PYTEST := OMP_NUM_THREADS=1 RK_NODE_MODULES=$(abspath $(NODE_ENV)/node_modules) $(BIN)/python -m pytest
 
 test-node: $(READY) $(NODE_READY)
@@ -123,17 +137,5 @@ $(NODE_READY): tests/node_env/package.json tests/node_env/package-lock.json
 	cd $(NODE_ENV) && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund
 	@touch $@
 
-# Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
-results: $(READY)
-	$(BIN)/python samples/measure/factorize_groupings.py
-
-# What becomes of inputs as people bring them: docs/results/inputs.*; fails where a case does not end as expected.
-inputs: $(READY)
-	$(BIN)/python tests/measure_inputs.py
-
-# Damaged files of every kind, 100,000 each: docs/results/fuzz.*; fails where one is not refused or read.
-fuzz: $(READY)
-	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
-
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(NODE_ENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

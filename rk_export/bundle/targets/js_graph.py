@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
 
-from rk_export.bundle.targets.links import data_files
+from rk_export.errors import InputError
 
 BATCH = "batch_size"
 KEPT = "num_logits_to_keep"
@@ -16,6 +17,17 @@ _START = "logits_start"
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"} | {
     f"q{bits}{kind}": f"_q{bits}{kind}" for bits in (2, 4) for kind in ("", "f16")
 }
+
+
+def read_graph(bundle: Path) -> onnx.ModelProto:
+    """Return a bundle's graph without its external data.
+
+    Raises:
+        InputError: The bundle has no ``model.onnx``.
+    """
+    if not (bundle / "model.onnx").is_file():
+        raise InputError("model.onnx is missing", where=str(bundle), fix="export the bundle again")
+    return onnx.load(bundle / "model.onnx", load_external_data=False)
 
 
 def dtype_of(graph: onnx.GraphProto) -> str:
@@ -66,13 +78,11 @@ def keep_logits(graph: onnx.GraphProto) -> None:
 
 def rename_data(graph: onnx.GraphProto, file: str) -> dict[str, str]:
     """Name the files of weights after the graph's: ``FILE_data``, ``FILE_data_1`` ...; returns old name -> new."""
-    names = {
-        old: f"{file}_data" + (f"_{number}" if number else "") for number, old in enumerate(data_files(graph))
-    }
-    for tensor in graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = names[entry.value]
+    places = [one for tensor in graph.initializer for one in tensor.external_data if one.key == "location"]
+    olds = sorted({one.value for one in places})
+    names = {old: f"{file}_data" + (f"_{number}" if number else "") for number, old in enumerate(olds)}
+    for one in places:
+        one.value = names[one.value]
     return names
 
 

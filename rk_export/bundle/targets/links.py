@@ -1,4 +1,4 @@
-"""Files that a deployment target shares with its bundle: hard links, and what a graph keeps beside itself."""
+"""Files of a bundle that appear a second time, in the folder of a deployment target."""
 
 from __future__ import annotations
 
@@ -7,32 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-import onnx
-
-from rk_export.errors import InputError
-
 logger = logging.getLogger(__name__)
 
 
-def bundle_graph(bundle: Path) -> onnx.ModelProto:
-    """Return a bundle's graph without its external data.
-
-    Raises:
-        InputError: The bundle has no ``model.onnx``.
-    """
-    if not (bundle / "model.onnx").is_file():
-        raise InputError("model.onnx is missing", where=str(bundle), fix="export the bundle again")
-    return onnx.load(bundle / "model.onnx", load_external_data=False)
-
-
-def data_files(graph: onnx.GraphProto) -> list[str]:
-    """Return the names of the files that hold a graph's weights, sorted."""
-    entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
-    return sorted({entry.value for entry in entries if entry.key == "location"})
-
-
-def link(source: Path, target: Path) -> None:
-    """Let a file appear in a second place, as a hard link; it is copied where the file system has none."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let a file appear a second time: as a hard link, or as a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)  # files of the Hub's cache are links themselves
     except OSError as error:

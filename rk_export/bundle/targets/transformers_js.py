@@ -10,9 +10,16 @@ from typing import Any
 import onnx
 
 from rk_export.bundle.targets.base import Deployment, Target
-from rk_export.bundle.targets.js_graph import SUFFIXES, dtype_of, keep_logits, name_batch, rename_data
+from rk_export.bundle.targets.js_graph import (
+    SUFFIXES,
+    dtype_of,
+    keep_logits,
+    name_batch,
+    read_graph,
+    rename_data,
+)
 from rk_export.bundle.targets.js_tables import expand_tables
-from rk_export.bundle.targets.links import bundle_graph, link
+from rk_export.bundle.targets.links import link_or_copy
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
 from rk_export.runtime.chat_files import DEFAULT, TemplateFiles
@@ -45,7 +52,7 @@ def write_folder(deployment: Deployment, folder: Path) -> None:
         InputError: The bundle has no graph or tokenizer, or transformers.js has no class for its model type.
     """
     bundle = deployment.bundle
-    model, config = bundle_graph(bundle), _config(bundle)
+    model, config = read_graph(bundle), _config(bundle)
     tokenizer = _tokenizer_config(bundle)
     dtype = dtype_of(model.graph)
     data = _write_graph(model, bundle, folder, f"model{SUFFIXES[dtype]}.onnx")
@@ -55,7 +62,7 @@ def write_folder(deployment: Deployment, folder: Path) -> None:
     _write_json(folder / CONFIG_FILE, tokenizer)
     for name in (TOKENIZER_FILE, "generation_config.json"):
         if (bundle / name).is_file():
-            link(bundle / name, folder / name)
+            link_or_copy(bundle / name, folder / name)
 
 
 def _config(bundle: Path) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def _write_graph(model: onnx.ModelProto, bundle: Path, folder: Path, file: str) 
     names = rename_data(model.graph, file)
     (folder / "onnx").mkdir()
     for old, new in names.items():
-        link(bundle / old, folder / "onnx" / new)
+        link_or_copy(bundle / old, folder / "onnx" / new)
         if (bundle / old).stat().st_size > _LARGEST_FILE:
             logger.warning("%s: larger than 2 GiB: Node loads it, browsers do not", old)
     (folder / "onnx" / file).write_bytes(model.SerializeToString())

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from rk_export.bundle.targets.base import Deployment, Target
-from rk_export.bundle.targets.links import bundle_graph, data_files, link
+from rk_export.bundle.targets.links import link_or_copy
 from rk_export.errors import InputError
 
 _TYPES = {
@@ -44,13 +44,20 @@ def write_repository(deployment: Deployment, folder: Path) -> None:
         InputError: The bundle has no ``model.onnx``, or an input or output type has no counterpart in Triton.
     """
     bundle = deployment.bundle
-    graph = bundle_graph(bundle).graph
+    if not (bundle / "model.onnx").is_file():
+        raise InputError("model.onnx is missing", where=str(bundle), fix="export the bundle again")
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    files = {"model.onnx"} | {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
     text = _config(graph, deployment.name, deployment.ep)
     place = folder / deployment.name
     model = place / "1" / "model.onnx"
-    model.mkdir(parents=True)
-    for file in ("model.onnx", *data_files(graph)):
-        link(bundle / file, model / file)
+    for file in sorted(files):
+        link_or_copy(bundle / file, model / file)
     (place / "config.pbtxt").write_text(text, encoding="utf-8")
 
 
