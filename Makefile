@@ -165,5 +165,26 @@ inputs: $(READY)
 fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
+# A bundle in JavaScript: Node.js 20 or newer with npm, and for the pages a Chromium of the system; make BROWSER=...
+# names another one. RK_BUNDLE=... tries a chat model, too, which has its folder for transformers.js.
+.PHONY: test-node test-browser
+BROWSER ?= /usr/bin/chromium
+NODE_ENV := .venv-node
+NODE_READY := $(NODE_ENV)/ready
+NODE_PYTEST := OMP_NUM_THREADS=1 RK_NODE_MODULES=$(abspath $(NODE_ENV)/node_modules) $(BIN)/python -m pytest
+
+test-node: $(READY) $(NODE_READY)
+	$(NODE_PYTEST) tests/node_env/test_node.py
+
+test-browser: $(READY) $(NODE_READY)
+	RK_BROWSER=$(BROWSER) $(NODE_PYTEST) tests/node_env/test_browser.py
+
+# onnxruntime-node's install script would fetch libraries for CUDA.
+$(NODE_READY): tests/node_env/package.json tests/node_env/package-lock.json
+	mkdir -p $(NODE_ENV)
+	cp $^ $(NODE_ENV)
+	cd $(NODE_ENV) && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund
+	@touch $@
+
 clean:
 	rm -rf .venv .venv-* out build dist .pytest_cache .mypy_cache .ruff_cache

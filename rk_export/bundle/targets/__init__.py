@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from rk_export.bundle.targets import kserve, kserve_triton, kubernetes, triton, triton_python
+from rk_export.bundle.targets import (
+    kserve,
+    kserve_triton,
+    kubernetes,
+    transformers_js,
+    triton,
+    triton_python,
+)
 from rk_export.bundle.targets.base import Target
 
 TARGETS: tuple[Target, ...] = (
@@ -11,4 +18,5 @@ TARGETS: tuple[Target, ...] = (
     kserve.TARGET,
     kserve_triton.TARGET,
     kubernetes.TARGET,
+    transformers_js.TARGET,
 )
