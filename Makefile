@@ -17,11 +17,13 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
+RAY_SERVE_VENV := .venv-ray-serve
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
+RAY_SERVE_READY := $(RAY_SERVE_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -31,11 +33,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-ray-serve results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray test-ray-serve results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -94,6 +96,9 @@ $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(OPTIMUM_VENV)/bin/python -m pip install -r $<
 	@touch $@
 
+# Ray as a cluster of this machine alone: its processes listen on the loopback, and report to nobody.
+RAY_ALONE := RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0
+
 # Ray is large, and few need it: a local cluster of two nodes in an environment of its own.
 test-ray: $(RAY_READY)
 	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest tests/ray_env --confcutdir=tests/ray_env
@@ -102,6 +107,17 @@ $(RAY_READY): pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
 	$(RAY_VENV)/bin/python -m pip install $(TORCH)
 	$(RAY_VENV)/bin/python -m pip install -e '.[ray]' 'pytest>=8'
+	@touch $@
+
+# The sample for Ray Serve, without PyTorch: two replicas of tiny models, of which one is killed.
+test-ray-serve: $(RAY_SERVE_READY)
+	OMP_NUM_THREADS=1 $(RAY_ALONE) PYTHONPATH=$(CURDIR)/samples:$(CURDIR)/tests \
+		$(RAY_SERVE_VENV)/bin/python -m pytest tests/ray_serve_env --confcutdir=tests/ray_serve_env
+
+$(RAY_SERVE_READY): tests/ray_serve_env/requirements.txt
+	$(PYTHON) -m venv $(RAY_SERVE_VENV)
+	$(RAY_SERVE_VENV)/bin/python -m pip install -r $<
+	$(RAY_SERVE_VENV)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
@@ -117,4 +133,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(RAY_SERVE_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
