@@ -1,25 +1,27 @@
-"""Bundles behind Ray Serve, with OpenAI's routes: a copy of this folder is a server for a cluster.
+"""Bundles behind Ray Serve, with the routes of ``rk-export serve``: a copy of this folder is a server for a cluster.
 
-    pip install 'ray[serve]' rk-export
+    pip install 'ray[serve]' 'rk-export[serve]'
     cd samples && serve run ray_serve.app:application small=/models/small large=/models/large
 
-Every name in the command becomes a model of ``/v1/completions`` and ``/v1/chat/completions``. Its folder must lie
-under the same path on every node.
+Every name in the command becomes a model of ``/v1/completions``, ``/v1/chat/completions`` and ``/v1/embeddings``. Its
+folder must lie under the same path on every node.
+
+A replica is a whole ``rk-export serve`` of one bundle, without the socket. The ingress reads nothing of a request but
+the name of its model, so clients get what that server gives, to the byte.
 
 One deployment a bundle, rather than ``serve.multiplexed``: each model scales by its own load, and its replicas hold
-it from their start. A multiplexed replica loads and drops bundles while requests run, so that one model's load slows
+it from their start. A multiplexed replica opens and drops bundles while requests run, so that one model's load slows
 another's answers, and a crash loses the answers of both.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
@@ -27,36 +29,23 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
-from ray_serve.forms import Ask, Refusal, Reply, event
+from ray_serve.inside import Call, Head, Part, brings_text, parts_of
 from ray_serve.repeat import LostAnswerError, Repeated
 from rk_export.errors import InputError
-from rk_export.runtime import Session
-from rk_export.runtime.engine import (
-    Answer,
-    Counters,
-    Engine,
-    EngineClosedError,
-    EngineOptions,
-    QueueFullError,
-    Request,
-)
+from rk_export.runtime.engine import Counters, EngineOptions
+from rk_export.runtime.providers import SessionSettings
+from rk_export.runtime.server.app import create_app
+from rk_export.runtime.server.errors import ApiError, JsonResponse, json_bytes, unavailable
+from rk_export.runtime.server.models import Decoder, Models
+from rk_export.runtime.server.reading import parse_object
+from rk_export.runtime.server.settings import ServerSettings
 
-Event = str | Answer | Refusal  # a piece of text; the finished answer; why there is none
-
-# What a caller sees of a replica whose process, node or engine has ended.
-LOST = (
-    RayActorError,
-    WorkerCrashedError,
-    NodeDiedError,
-    ObjectLostError,
-    ReplicaUnavailableError,
-    EngineClosedError,
-)
 DRAIN = 120  # seconds in which a replica that has to end finishes its answers; it takes no new ones
 ATTEMPTS = "x-attempts"  # a response header: how many replicas the request was sent to
+OWN_HEADERS = (b"content-length", b"x-request-id")  # of a replica's answer: Starlette and Ray set them anew
 
 logger = logging.getLogger(__name__)
 
@@ -82,52 +71,66 @@ class Model:
     threads: int = 1
     waiting: int = 64
 
+    @property
+    def settings(self) -> ServerSettings:
+        """How a replica opens its bundle, and what it refuses; API keys and limits belong here."""
+        return ServerSettings(
+            session=SessionSettings(threads=self.threads), engine=EngineOptions(slots=self.slots), grace=DRAIN
+        )
+
+
+class EngineEndedError(Exception):
+    """The process of a replica lives, its engine does not."""
+
+
+# What a caller sees of a replica whose process, node or engine has ended.
+LOST = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    ObjectLostError,
+    ReplicaUnavailableError,
+    EngineEndedError,
+)
+
 
 @serve.deployment(graceful_shutdown_timeout_s=DRAIN, health_check_period_s=5)
 class Replica:
-    """A process with one open bundle and its engine."""
+    """A process with one open bundle, its engine and its server."""
 
-    def __init__(self, bundle: str, slots: int, threads: int) -> None:
-        session = Session.from_pretrained(bundle, threads=threads)
-        # Ray holds the queue: a request that waits there can still go to any replica.
-        self.engine = Engine(session, EngineOptions(slots=slots, queue=slots))
+    def __init__(self, name: str, model: Model) -> None:
+        self._name, self._models = name, Models({name: Path(model.bundle)}, model.settings)
+        self._models.open_at_start()
+        self._app = create_app(self._models, model.settings)
+        self._app.state.context.state.ready = True  # the server's own start would open the bundle meanwhile
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
-        """Yield the pieces of a streamed answer, if it is one, and the whole at the end."""
-        try:
-            request = Request(self._tokens(ask), ask.options)
-            if not ask.stream:
-                yield await self.engine.answer(request)
-                return
-            async with aclosing(self.engine.stream(request)) as items:
-                async for item in items:
-                    if isinstance(item, Answer):
-                        yield item
-                    elif item.text:
-                        yield item.text
-        except QueueFullError:
-            yield Refusal(429, "too many requests: try again later", "queue_full", retry_after=1)
-        except InputError as error:
-            yield Refusal.of(error)
+    async def answer(self, call: Call) -> AsyncGenerator[Part, None]:
+        """Yield the parts of the answer to a request."""
+        async with aclosing(parts_of(self._app, call)) as parts:
+            async for part in parts:
+                yield part
+
+    async def check_health(self) -> None:
+        """Raise where the engine has ended: Ray then starts another replica."""
+        if (decoder := self._decoder) is not None:
+            await decoder.engine.run(lambda: None)
 
     def counters(self) -> Counters:
         """Return what the engine of this replica did, for your own metrics."""
-        return self.engine.counters()
+        return Counters() if self._decoder is None else self._decoder.engine.counters()
 
-    def _tokens(self, ask: Ask) -> tuple[int, ...]:
-        session = self.engine.session
-        if ask.messages is not None:
-            return tuple(session.chat_tokens(ask.messages))
-        return tuple(
-            session.text_codec.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt or ()
-        )
+    @property
+    def _decoder(self) -> Decoder | None:
+        opened = self._models.served[self._name].opened
+        return opened if isinstance(opened, Decoder) else None
 
     def __del__(self) -> None:
-        """Stop the engine; Ray calls this when the last answer is finished."""
-        if hasattr(self, "engine"):
-            self.engine.close()
+        """Close the bundle; Ray calls this when the last answer is finished, or the time for it is up."""
+        if hasattr(self, "_app"):
+            self._models.close(finish=False)
 
 
+# An ingress that dies takes the requests with it that it forwards. It runs no model, so it has little to die of.
 @serve.deployment(
     max_ongoing_requests=1000, graceful_shutdown_timeout_s=DRAIN, ray_actor_options={"num_cpus": 0}
 )
@@ -137,92 +140,77 @@ class Ingress:
     def __init__(self, models: Mapping[str, DeploymentHandle]) -> None:
         self._models = {name: handle.options(stream=True) for name, handle in models.items()}
 
-    async def __call__(self, request: HttpRequest) -> Response:
+    async def __call__(self, request: Request) -> Response:
         """Answer a request."""
-        match request.method, request.url.path:
-            case "POST", "/v1/completions":
-                return await self._answer(request, chat=False)
-            case "POST", "/v1/chat/completions":
-                return await self._answer(request, chat=True)
-            case "GET", "/v1/models":
-                listed = [
-                    {"id": name, "object": "model", "created": 0, "owned_by": "rk-export"}
-                    for name in self._models
-                ]
-                return JSONResponse({"object": "list", "data": listed})
-        return refused(Refusal(404, "there is no such route", "not_found"))
-
-    async def _answer(self, request: HttpRequest, *, chat: bool) -> Response:
+        path = request.url.path
         try:
-            ask = Ask.of(await _json(request), chat=chat)
-        except InputError as error:
-            return refused(Refusal.of(error, error.where))
-        if ask.model not in self._models:
-            return refused(Refusal(404, f"there is no model {ask.model!r}", "model_not_found", "model"))
-        tries = Repeated(lambda: _attempt(self._models[ask.model], ask), LOST)
-        events = tries.events()
-        try:
-            # The status is chosen when the first event is here: until then, a loss costs the client only time.
-            first = await anext(events)
+            if (request.method, path) == ("GET", "/v1/models"):
+                return JsonResponse({"object": "list", "data": [_entry(name) for name in self._models]})
+            if request.method == "POST" and path.startswith("/v1/"):
+                return await self._answer(request)
+            raise ApiError(404, "there is no such route")
         except Exception as error:
-            return refused(explained(error))
-        attempts = {ATTEMPTS: str(tries.made)}
-        if isinstance(first, Refusal):
-            return refused(first)
-        if isinstance(first, Answer) and not ask.stream:
-            return JSONResponse(Reply(ask).whole(first), headers=attempts)
-        stream = _sent(Reply(ask), first, events)
-        return StreamingResponse(stream, media_type="text/event-stream", headers=attempts)
+            return explained(error).response(path)
+
+    async def _answer(self, request: Request) -> Response:
+        call = Call(request.method, request.url.path, tuple(request.headers.raw), await request.body())
+        body = parse_object(call.body)
+        replicas = self._models.get(str(body.get("model")))
+        if replicas is None:
+            raise ApiError(
+                404, f"there is no model {body.get('model')!r}", param="model", code="model_not_found"
+            )
+        # Of an answer that is not streamed, nothing is sent before its end.
+        streamed = body.get("stream") is True
+        tries = Repeated(lambda: _attempt(replicas, call), LOST, brings_text if streamed else lambda _: False)
+        parts = tries.parts()
+        # The first part comes when the answer has begun or is whole: until then, a death costs nothing but time.
+        head = await anext(parts)
+        assert isinstance(head, Head)
+        headers = {name.decode(): value.decode() for name, value in head.headers if name not in OWN_HEADERS}
+        headers[ATTEMPTS] = str(tries.made)
+        if streamed:
+            return StreamingResponse(_sent(parts), head.status, headers)
+        return Response(b"".join([bytes(part) async for part in parts]), head.status, headers)
 
 
-async def _json(request: HttpRequest) -> Any:
+async def _attempt(replicas: DeploymentHandle, call: Call) -> AsyncGenerator[Part, None]:
+    """Send a request to one replica.
+
+    Raises:
+        EngineEndedError: The replica has no engine any more.
+    """
+    response = replicas.answer.remote(call)
     try:
-        return json.loads(await request.body())
-    except ValueError as error:
-        raise InputError("is no JSON", where="body", fix="send a JSON object") from error
-
-
-async def _attempt(replicas: DeploymentHandle, ask: Ask) -> AsyncGenerator[Event, None]:
-    """Send the request to one replica."""
-    response = replicas.answer.remote(ask)
-    try:
-        async for item in response:
-            yield item
+        async for part in response:
+            if isinstance(part, Head) and part.status == 503:
+                raise EngineEndedError
+            yield part
     finally:
-        response.cancel()  # nothing where it has ended; frees the slot where the client has left
+        response.cancel()  # frees the slot where the client has left; nothing where the answer is whole
 
 
-async def _sent(reply: Reply, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
-    """Write a stream as server-sent events. One that breaks off ends with an error, and without ``[DONE]``."""
-    async with aclosing(rest):
+async def _sent(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[bytes, None]:
+    """Pass a stream on. One that breaks off ends with an event that says so, and without ``[DONE]``."""
+    async with aclosing(parts):
         try:
-            yield _written(reply, first, first=True)
-            async for item in rest:
-                yield _written(reply, item, first=False)
+            async for part in parts:
+                yield bytes(part)
         except Exception as error:
-            yield event(explained(error).body())
+            yield b"data: " + json_bytes(explained(error).body()) + b"\n\n"
 
 
-def _written(reply: Reply, item: Event, *, first: bool) -> str:
-    if isinstance(item, Refusal):
-        return event(item.body())
-    return reply.end(item) if isinstance(item, Answer) else reply.piece(item, first=first)
-
-
-def explained(error: Exception) -> Refusal:
+def explained(error: Exception) -> ApiError:
     """Say to the client what has happened, and nothing of the inside."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, LostAnswerError):
-        return Refusal(503, f"{error.what}: {error.fix}", "replica_lost", retry_after=1)
+        return unavailable(f"{error.what}: {error.fix}", "replica_lost")
     if isinstance(error, BackPressureError):
-        return Refusal(429, "too many requests: try again later", "queue_full", retry_after=1)
+        wait = {"retry-after": "1"}
+        return ApiError(429, "too many requests: try again later", code="queue_full", headers=wait)
     logger.error("a request failed", exc_info=error)
-    return Refusal(500, "an internal error", "internal_error")
-
-
-def refused(refusal: Refusal) -> Response:
-    """Return the response of a refusal."""
-    wait = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
-    return JSONResponse(refusal.body(), refusal.status, headers=wait)
+    return ApiError(500, "an internal error", code="internal_error")
 
 
 def build(models: Mapping[str, Model]) -> Application:
@@ -234,7 +222,7 @@ def build(models: Mapping[str, Model]) -> Application:
             max_ongoing_requests=model.slots,
             max_queued_requests=model.waiting,
             ray_actor_options={"num_cpus": model.threads},
-        ).bind(model.bundle, model.slots, model.threads)
+        ).bind(name, model)
         for name, model in models.items()
     }
     return Ingress.bind(replicas)
@@ -249,3 +237,7 @@ def application(bundles: dict[str, str]) -> Application:
     if not bundles:
         raise InputError("no bundle", where="serve run", fix="give NAME=FOLDER, once for each model")
     return build({name: Model(folder) for name, folder in bundles.items()})
+
+
+def _entry(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "rk-export"}

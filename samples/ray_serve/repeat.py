@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from rk_export.errors import RkExportError
 
-Event = TypeVar("Event")
+Part = TypeVar("Part")
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class LostAnswerError(RkExportError):
     Args:
         what: What happened.
         fix: What the client can do.
-        begun: Whether something of the answer was sent.
+        begun: Whether something of the answer was given out.
     """
 
     def __init__(self, what: str, *, fix: str, begun: bool) -> None:
@@ -31,42 +31,50 @@ class LostAnswerError(RkExportError):
 
 
 @dataclass
-class Repeated(Generic[Event]):
-    """The events of one answer, from the first replica that lives long enough.
+class Repeated(Generic[Part]):
+    """One answer, from the first replica that lives long enough.
 
-    A second attempt may draw another text than the first. So the two are never mixed: once an event was given out, a
-    loss ends the answer.
+    A second attempt may draw another text than the first. So the two are never mixed: once a part was given out, a
+    death ends the answer.
 
     Args:
-        attempt: Sends the request once and yields what comes back. Closing it cancels the request.
+        attempt: Sends the request once and yields the parts of its answer. Closing it cancels the request.
         lost: The exceptions that mean that a replica is gone. Every other exception passes through.
+        commits: Whether a part has to reach the client at once. Those before it are held back, and forgotten if the
+            replica dies; at the end of the answer, all are given out.
         most: Attempts in all. A request that kills its replicas must not kill every one.
         pause: Seconds before the second attempt, doubled for each one after it.
     """
 
-    attempt: Callable[[], AsyncGenerator[Event, None]]
+    attempt: Callable[[], AsyncGenerator[Part, None]]
     lost: tuple[type[BaseException], ...]
+    commits: Callable[[Part], bool]
     most: int = 3
     pause: float = 0.1
     made: int = 0
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """Yield the events.
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        """Yield the parts.
 
         Raises:
-            LostAnswerError: The replica died after an event, or every attempt lost its replica.
+            LostAnswerError: The replica died after a part, or every attempt lost its replica.
         """
         begun = False
-        while not begun:
+        while True:
             self.made += 1
+            held: list[Part] = []
             try:
-                async with aclosing(self.attempt()) as events:
-                    async for event in events:
-                        begun = True
-                        yield event
-                return
+                async with aclosing(self.attempt()) as parts:
+                    async for part in parts:
+                        held.append(part)
+                        begun = begun or self.commits(part)
+                        while begun and held:
+                            yield held.pop(0)
+                break
             except self.lost as error:
                 await self._after(error, begun=begun)
+        for part in held:
+            yield part
 
     async def _after(self, error: BaseException, *, begun: bool) -> None:
         """Wait until the request may be sent again, or say that it may not."""

@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingConfig
 from ray_serve.app import Model, build
 
 ROOT = Path(__file__).parents[2]
-CONTEXT = 8192  # of the tiny models here: an answer takes long enough to leave it
+CONTEXT = 4096  # of the tiny models here: an answer takes long enough to leave it
 TWO, GROWING = "org/two", "growing"  # models with two replicas, and with one that becomes two
 
 

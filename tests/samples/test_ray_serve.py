@@ -1,27 +1,29 @@
-"""The sample for Ray Serve without Ray: when a request is repeated, and OpenAI's forms by its own types."""
+"""The sample for Ray Serve without Ray: when a request is repeated, and how a server is asked within the process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
-from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from ray_serve.forms import Ask, Refusal, Reply
+from ray_serve.inside import Call, Head, Part, brings_text, parts_of
 from ray_serve.repeat import LostAnswerError, Repeated
-
-from rk_export.errors import InputError
-from rk_export.runtime.engine import Answer
-from rk_export.runtime.options import FinishReason, GenerationOptions
-
-ANSWER = Answer("sea", (115, 101, 97), FinishReason.LENGTH, prompt_tokens=4, cached_tokens=2)
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 
 class DeadError(Exception):
     """Stands for a replica's death."""
+
+
+def commits(part: str) -> bool:
+    """Small letters have to reach the client at once."""
+    return part.islower()
 
 
 class Replicas:
@@ -43,11 +45,11 @@ class Replicas:
 
 def told(replicas: Replicas, **options: Any) -> tuple[list[str], Repeated[str], Exception | None]:
     """Return the events that came, who brought them, and what ended them early."""
-    tries = Repeated(replicas.attempt, (DeadError,), pause=0, **options)
+    tries = Repeated(replicas.attempt, (DeadError,), commits, pause=0, **options)
     came: list[str] = []
 
     async def listen() -> None:
-        async for event in tries.events():
+        async for event in tries.parts():
             came.append(event)  # noqa: PERF401  what came stays where an error ends it
 
     try:
@@ -81,6 +83,17 @@ def test_what_died_after_an_event_ends_and_is_never_mixed() -> None:
     assert isinstance(error.__cause__, DeadError)
 
 
+def test_what_is_held_back_is_forgotten_with_its_replica() -> None:
+    replicas = Replicas((["HEAD", "ROLE"], True), (["HEAD", "OTHER", "b", "C"], False))
+    came, tries, error = told(replicas)
+    assert (came, tries.made, error) == (["HEAD", "OTHER", "b", "C"], 2, None)
+
+
+def test_an_answer_without_any_text_comes_at_its_end() -> None:
+    came, tries, error = told(Replicas((["HEAD", "END"], False)))
+    assert (came, tries.made, error) == (["HEAD", "END"], 1, None)
+
+
 def test_a_request_that_kills_every_replica_ends() -> None:
     replicas = Replicas(*[([], True)] * 5)
     came, tries, error = told(replicas, most=2)
@@ -94,9 +107,9 @@ def test_another_error_is_no_death() -> None:
         raise ValueError("broken")
         yield ""
 
-    tries = Repeated(broken, (DeadError,))
+    tries = Repeated(broken, (DeadError,), commits)
     with pytest.raises(ValueError, match="broken"):
-        asyncio.run(anext(tries.events()))
+        asyncio.run(anext(tries.parts()))
     assert tries.made == 1
 
 
@@ -104,7 +117,7 @@ def test_a_listener_that_leaves_closes_the_attempt() -> None:
     replicas = Replicas((["a", "b"], False))
 
     async def leave() -> None:
-        events = Repeated(replicas.attempt, (DeadError,)).events()
+        events = Repeated(replicas.attempt, (DeadError,), commits).parts()
         assert await anext(events) == "a"
         assert replicas.closed == 0
         await events.aclose()
@@ -120,73 +133,106 @@ def test_waits_grow(monkeypatch: pytest.MonkeyPatch) -> None:
         waits.append(seconds)
 
     monkeypatch.setattr("ray_serve.repeat.asyncio.sleep", wait)
-    told_pause = Repeated(Replicas(*[([], True)] * 4).attempt, (DeadError,), most=4, pause=0.5)
+    tries = Repeated(Replicas(*[([], True)] * 4).attempt, (DeadError,), commits, most=4, pause=0.5)
     with pytest.raises(LostAnswerError):
-        asyncio.run(anext(told_pause.events()))
+        asyncio.run(anext(tries.parts()))
     assert waits == [0.5, 1, 2]
 
 
-def test_a_request_becomes_options() -> None:
-    body = {"model": "m", "prompt": [1, 2], "max_tokens": 5, "top_p": 0.5, "seed": 3, "stop": "x", "n": 1}
-    ask = Ask.of({**body, "user": "somebody", "stream": None}, chat=False)
-    options = GenerationOptions(max_new_tokens=5, temperature=1.0, top_p=0.5, seed=3, stop=("x",))
-    assert ask == Ask("m", (1, 2), None, options)
-    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 7}
-    ask = Ask.of({**chat, "stream": True, "stream_options": {"include_usage": True}}, chat=True)
-    assert (ask.messages, ask.prompt) == (({"role": "user", "content": "hi"},), None)
-    assert (ask.options.max_new_tokens, ask.stream, ask.usage) == (7, True, True)
+async def greet(request: Request) -> Response:
+    return JSONResponse(
+        {"body": json.loads(await request.body())}, 201, {"X-Mark": request.headers["x-given"]}
+    )
+
+
+async def count(request: Request) -> Response:
+    async def numbers() -> AsyncIterator[bytes]:
+        try:
+            for number in range(100):
+                yield b"%d" % number
+                await asyncio.sleep(0)
+        finally:
+            request.app.state.ended = True
+
+    return StreamingResponse(numbers())
+
+
+async def wait(request: Request) -> Response:
+    try:
+        await asyncio.sleep(60)
+    finally:
+        request.app.state.ended = True
+    return Response()
+
+
+async def fail(request: Request) -> Response:
+    raise ValueError("broken")
+
+
+@pytest.fixture
+def app() -> Starlette:
+    return Starlette(
+        routes=[Route(f"/{f.__name__}", f, methods=["POST"]) for f in (greet, count, wait, fail)]
+    )
+
+
+def asked(app: Starlette, call: Call) -> list[Part]:
+    async def parts() -> list[Part]:
+        return [part async for part in parts_of(app, call)]
+
+    return asyncio.run(parts())
+
+
+def test_a_call_is_answered(app: Starlette) -> None:
+    head, body = asked(app, Call("POST", "/greet", ((b"x-given", b"7"),), b"[1]"))
+    assert isinstance(head, Head)
+    assert head.status == 201
+    assert dict(head.headers)[b"x-mark"] == b"7"
+    assert body == b'{"body":[1]}'
+    missing, *_ = asked(app, Call("POST", "/other"))
+    assert isinstance(missing, Head)
+    assert missing.status == 404
+
+
+def test_a_stream_comes_in_its_parts(app: Starlette) -> None:
+    _, *parts = asked(app, Call("POST", "/count"))
+    assert parts == [b"%d" % number for number in range(100)]
+
+
+def test_an_error_is_the_callers(app: Starlette) -> None:
+    with pytest.raises(ValueError, match="broken"):
+        asked(app, Call("POST", "/fail"))
+
+
+@pytest.mark.parametrize("path", ["/count", "/wait"])
+def test_a_caller_that_leaves_ends_the_answer(app: Starlette, path: str) -> None:
+    app.state.ended = False
+
+    async def leave() -> None:
+        async with aclosing(parts_of(app, Call("POST", path))) as parts:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await anext(parts)
+                    assert not app.state.ended
+                    raise TimeoutError
+
+    asyncio.run(leave())
+    assert app.state.ended
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("part", "expected"),
     [
-        ("model", None),
-        ("prompt", 5),
-        ("prompt", ["two", "texts"]),
-        ("prompt", [True]),
-        ("messages", [{"role": "user"}]),
-        ("n", 2),
-        ("stream", "yes"),
-        ("max_tokens", 2.5),
-        ("temperature", "hot"),
-        ("seed", True),
-        ("stop", [1]),
-        ("stream_options", {"other": 1}),
-        ("logit_bias", {}),
+        (Head(200, ()), False),
+        (b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n', False),
+        (b'data: {"choices":[{"index":0,"delta":{"content":"sea"}}]}\n\n', True),
+        (b'data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0}]}}]}\n\n', True),
+        (b'data: {"choices":[{"index":0,"text":"","logprobs":null}]}\n\n', False),
+        (b'data: {"choices":[{"index":0,"text":""},{"index":1,"text":"sea"}]}\n\n', True),
+        (b"data: [DONE]\n\n", True),
+        (b'data: {"error":{"message":"no"}}\n\n', True),
+        (b"data: [1]", True),
     ],
 )
-def test_a_field_that_is_wrong_or_unknown_is_named(field: str, value: Any) -> None:
-    with pytest.raises(InputError) as refused:
-        Ask.of({"model": "m", "prompt": "p", field: value}, chat=False)
-    assert refused.value.where == field
-
-
-def test_a_refusal_keeps_the_place_to_itself() -> None:
-    refusal = Refusal.of(InputError("no chat template", where="/models/secret", fix="give a prompt"))
-    assert refusal.body()["error"]["message"] == "no chat template: give a prompt"
-    assert "secret" not in json.dumps(refusal.body())
-
-
-def test_answers_have_openais_form() -> None:
-    chat = Ask.of({"model": "m", "messages": [{}], "stream_options": {"include_usage": True}}, chat=True)
-    plain = Ask.of({"model": "m", "prompt": "p"}, chat=False)
-    whole = Completion.model_validate(Reply(plain).whole(ANSWER), strict=True)
-    assert (whole.choices[0].text, whole.choices[0].finish_reason) == ("sea", "length")
-    assert whole.usage is not None
-    assert (whole.usage.prompt_tokens, whole.usage.total_tokens) == (4, 7)
-    said = ChatCompletion.model_validate(Reply(chat).whole(ANSWER), strict=True)
-    assert said.choices[0].message.content == "sea"
-    reply = Reply(chat)
-    text = reply.piece("se", first=True) + reply.piece("a", first=False) + reply.end(ANSWER)
-    *events, done, rest = text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    chunks = [ChatCompletionChunk.model_validate_json(event.removeprefix("data: ")) for event in events]
-    *pieces, end, usage = chunks
-    assert [(piece.choices[0].delta.role, piece.choices[0].delta.content) for piece in pieces] == [
-        ("assistant", "se"),
-        (None, "a"),
-    ]
-    assert end.choices[0].finish_reason == "length"
-    assert usage.choices == []
-    assert usage.usage is not None
-    assert usage.usage.completion_tokens == 3
+def test_the_role_alone_is_no_text(part: Part, expected: bool) -> None:
+    assert brings_text(part) is expected
