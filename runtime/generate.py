@@ -1,12 +1,13 @@
-"""The generation loop: rows of a batch advance together until each has met its end."""
+"""One row of a generation: chooses its tokens, turns them into text and knows when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from rk_export.runtime.decoder import Decoder
+from rk_export.runtime.engine.records import Constraint, TokenScore
 from rk_export.runtime.options import FinishReason, Generation, GenerationOptions
 from rk_export.runtime.sampling import Sampler
 from rk_export.runtime.text import StopMatcher, TextCodec, TextStream
@@ -20,7 +21,9 @@ class Row:
         options: How to choose tokens and when to end.
         codec: The tokenizer, or None where the bundle has none: the text then stays empty.
         eos_ids: Tokens that end the row, beside those that the options name.
-        index: Place in the batch.
+        index: Place among the rows that share a seed.
+        limit: Most new tokens; None takes what the options say.
+        constraint: Which tokens may come next; None allows all.
     """
 
     def __init__(
@@ -30,25 +33,27 @@ class Row:
         codec: TextCodec | None,
         eos_ids: frozenset[int],
         index: int = 0,
+        *,
+        limit: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.prompt = prompt
-        self.new_tokens = options.max_new_tokens
+        self.limit = options.max_new_tokens if limit is None else min(limit, options.max_new_tokens)
         self.tokens: list[int] = []
+        self.scores: list[TokenScore] = []
         self.finish_reason: FinishReason | None = None
         self._sampler = Sampler(options, prompt, index)
         self._stream = None if codec is None else TextStream(codec)
         self._matcher = StopMatcher(options.stop)
         self._ends = dict.fromkeys(options.stop_token_ids, FinishReason.STOP)
         self._ends |= dict.fromkeys(eos_ids, FinishReason.EOS)
-        self._codec = codec
+        self._codec, self._constraint, self._logprobs = codec, constraint, options.logprobs
         self._text = ""
         self._taken = 0  # characters already given out by new_text
 
     def advance(self, logits: np.ndarray) -> int:
-        """Choose the next token from logits [vocabulary]; a finished row repeats its last token."""
-        if self.finish_reason is not None:
-            return self.tokens[-1]
-        token = self._sampler.choose(logits)
+        """Choose the next token from logits [vocabulary], and end the row where it is the last one."""
+        token = self._choose(logits)
         self.tokens.append(token)
         special = "" if self._codec is None else self._codec.hidden_text(token)
         if token in self._ends:
@@ -59,12 +64,9 @@ class Row:
             self._show(self._stream.push(token))
         if self._matcher.stopped:
             self.finish_reason = FinishReason.STOP
+        elif len(self.tokens) >= self.limit:
+            self._close(FinishReason.LENGTH)
         return token
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the row and give out the text that was held back."""
-        if self.finish_reason is None:
-            self._close(reason)
 
     def new_text(self) -> str:
         """Return the text that came since the last call."""
@@ -81,6 +83,16 @@ class Row:
             prompt_tokens=len(self.prompt),
         )
 
+    def _choose(self, logits: np.ndarray) -> int:
+        if self._constraint is None:
+            token = self._sampler.choose(logits)
+        else:
+            token = self._sampler.choose(self._constraint.mask(logits))
+            self._constraint.accept(token)
+        if self._logprobs is not None:
+            self.scores.append(token_score(logits, token, self._logprobs))
+        return token
+
     def _close(self, reason: FinishReason, special: str = "") -> None:
         """End the row; the text of the special token that ends it may complete a stop string."""
         if self._stream is not None:
@@ -94,24 +106,15 @@ class Row:
         self._text += self._matcher.push(piece, shown=shown)
 
 
-def run_rows(decoder: Decoder, rows: Sequence[Row], budget: int) -> Iterator[None]:
-    """Advance all rows together, yielding after each token, until all have ended.
-
-    Args:
-        decoder: Fresh, with room for the longest prompt and the budget.
-        rows: The batch.
-        budget: Most new tokens.
-    """
-    logits = decoder.prefill(*left_padded([row.prompt for row in rows]))
-    for spent in range(1, budget + 1):
-        tokens = np.array([row.advance(scores) for row, scores in zip(rows, logits, strict=True)])
-        if spent == budget:
-            for row in rows:
-                row.finish(FinishReason.LENGTH)
-        yield
-        if all(row.finish_reason is not None for row in rows):
-            return
-        logits = decoder.step(tokens)
+def token_score(logits: np.ndarray, token: int, count: int) -> TokenScore:
+    """Return the log-probability of a token and of the likeliest ones, from logits [vocabulary]."""
+    highest = float(logits.max())
+    total = highest + math.log(float(np.exp(logits - highest).sum(dtype=np.float64)))
+    count = min(count, len(logits))
+    likeliest = np.argpartition(logits, -count)[-count:] if count else np.empty(0, np.int64)
+    ranked = sorted(likeliest.tolist(), key=lambda index: (-logits[index], index))
+    top = tuple((index, float(logits[index]) - total) for index in ranked)
+    return TokenScore(token, float(logits[token]) - total, top)
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

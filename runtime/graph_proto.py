@@ -18,7 +18,7 @@ from rk_export.inside import file_inside
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # table, indices
 _AGAIN = "export it again, or get the bundle again from a place that you trust"
 _DIGITS = 19  # of a size that fits into 64 bits
-_ATTENTION_BIAS = 10  # index of the input of GroupQueryAttention
+_SEQLENS_K = 5  # index of the input of GroupQueryAttention
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class GraphFacts:
 
     Args:
         shared_cache: Past and present may be one buffer (every layer is a ``GroupQueryAttention``).
-        left_padding: Rows may be padded on the left: the mask reaches the attention scores. A
-            ``GroupQueryAttention`` without ``attention_bias`` takes padding for text.
+        row_lengths: Rows of a batch may be of unequal length: every ``GroupQueryAttention`` is told each row's own,
+            from a sum over the mask.
         embedding_rows: Tokens that the embedding knows; None where no table is read by ``input_ids`` directly.
     """
 
     shared_cache: bool
-    left_padding: bool
+    row_lengths: bool
     embedding_rows: int | None
 
 
@@ -45,10 +45,28 @@ def read_facts(model: Path) -> GraphFacts:
     """
     graph = load_proto(model).graph
     grouped = [node for node in _nodes(graph) if node.op_type == "GroupQueryAttention"]
-    biased = [len(node.input) > _ATTENTION_BIAS and bool(node.input[_ATTENTION_BIAS]) for node in grouped]
+    lengths = {node.input[_SEQLENS_K] for node in grouped if len(node.input) > _SEQLENS_K}
     return GraphFacts(
-        shared_cache=bool(grouped), left_padding=all(biased), embedding_rows=_embedding_rows(graph)
+        shared_cache=bool(grouped),
+        row_lengths=bool(lengths) and all(_sums_mask(graph, name) for name in lengths),
+        embedding_rows=_embedding_rows(graph),
     )
+
+
+def _sums_mask(graph: Any, name: str) -> bool:
+    """Whether a value is computed from a sum over the attention mask."""
+    makers = {output: node for node in graph.node for output in node.output}
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is None or node.output[0] in seen:
+            continue
+        seen.add(node.output[0])
+        if node.op_type == "ReduceSum":
+            return True
+        waiting.extend(node.input)
+    return False
 
 
 def _embedding_rows(graph: Any) -> int | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.cache import Cache, GrowingCache, SharedCache
 from rk_export.runtime.chat import ChatTemplate, Message
 from rk_export.runtime.decoder import Decoder, position_ids
-from rk_export.runtime.generate import Row, run_rows
+from rk_export.runtime.engine.open_batch import measured_row_multiple, open_batch
+from rk_export.runtime.engine.records import Constraint, EngineOptions
+from rk_export.runtime.engine.running import Running
+from rk_export.runtime.engine.slots import SlotBuffers, SlotRunner
+from rk_export.runtime.generate import Row
 from rk_export.runtime.graph_proto import GraphFacts, read_facts
 from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 from rk_export.runtime.options import Generation, GenerationOptions
@@ -34,6 +38,8 @@ Past = tuple[np.ndarray, ...]
 logger = logging.getLogger(__name__)
 
 _GREEDY = GenerationOptions()
+_TOGETHER = 16  # rows that `generate` runs together, at most
+_CHUNK = 512  # tokens of a prompt that one run computes; nobody waits meanwhile
 
 
 class Session:
@@ -163,20 +169,19 @@ class Session:
             options: How to choose tokens and when to end.
 
         Returns:
-            One generation per prompt, in order. Prompts of unequal length are padded on the left; where the
-            graph does not allow for padding, prompts of equal length run together instead. A padded row is the
-            single row up to rounding: at accuracy level 4 its tokens may differ from those of a call of its own.
-            Across the switch of LongRoPE, too, each row is computed as it is alone. Rows that the context leaves fewer
-            tokens than were asked for run with those of their own length, so that each gets all that fit.
+            One generation per prompt, in order. Each is the generation that its prompt gets alone, see
+            `rk_export.runtime.engine`; a graph that cannot run rows of unequal length together runs them one by one.
 
         Raises:
             InputError: A prompt is empty, has a token without a row in the embedding, or leaves no room for a new
                 token.
         """
-        rows = [self._row(prompt, options, index) for index, prompt in enumerate(_as_batch(prompts))]
-        for batch in self._batches(rows):
-            for _ in self._run(batch, options):
-                pass
+        rows = [
+            self.row(prompt, options, index=index, where=f"prompt {index}")
+            for index, prompt in enumerate(_as_batch(prompts))
+        ]
+        for _ in self._run(rows):
+            pass
         return [row.result() for row in rows]
 
     def stream(
@@ -190,8 +195,8 @@ class Session:
         Raises:
             InputError: The prompt is empty or leaves no room for a new token.
         """
-        row = self._row(prompt, options, 0)
-        for _ in self._run([row], options):
+        row = self.row(prompt, options)
+        for _ in self._run([row]):
             if piece := row.new_text():
                 yield piece
         return row.result()
@@ -217,6 +222,80 @@ class Session:
         # The template writes the special tokens itself.
         text = self.chat_template.render(messages, **template_args)
         return self.text_codec.encode(text, special_tokens=False)
+
+    def row(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        *,
+        index: int = 0,
+        length: int | None = None,
+        constraint: Constraint | None = None,
+        where: str = "prompt",
+    ) -> Row:
+        """Return a row that is ready to run.
+
+        Args:
+            prompt: A text or token ids.
+            options: How to choose tokens and when to end.
+            index: Number among the rows that share a seed.
+            length: Most positions of prompt and new tokens; None takes the session's limit.
+            constraint: Which tokens may come next.
+            where: What the prompt is called in messages.
+
+        Raises:
+            InputError: The prompt is empty, has a token without a row in the embedding, or leaves no room for a new
+                token.
+        """
+        tokens = self.text_codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        TokenGate(self.rows, text_of=self._token_text).check(tokens, where=where)
+        length = length or self.max_length
+        if len(tokens) >= length:
+            raise InputError(
+                f"{len(tokens)} tokens leave no room in a context of {length}",
+                where=where,
+                fix=self._more_room(length),
+            )
+        self._check_stop_tokens(options)
+        needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
+        return Row(
+            tokens,
+            options,
+            self.text_codec if needs_text else None,
+            self.config.eos_ids,
+            index,
+            limit=length - len(tokens),
+            constraint=constraint,
+        )
+
+    def slot_runner(self, buffers: SlotBuffers) -> SlotRunner:
+        """Return what runs this bundle's graph over slots."""
+        return SlotRunner(self._session, self.layout, buffers)
+
+    @cached_property
+    def takes_slots(self) -> bool:
+        """Whether rows of unequal length can run together, each with a slot of a common cache."""
+        return self._shares_cache and self._facts.row_lengths
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row is computed to the same bit whatever rows run beside it, on this processor."""
+        return self._measured_multiple is not None
+
+    @cached_property
+    def row_multiple(self) -> int:
+        """Rows of a step are filled up to a multiple of this, so that none depends on the others; found by trying."""
+        if self._measured_multiple is None:
+            logger.warning(
+                "%s: this processor rounds a row otherwise beside other rows: an answer may depend on the requests "
+                "that run beside it",
+                self.config.folder,
+            )
+        return self._measured_multiple or 1
+
+    @cached_property
+    def _measured_multiple(self) -> int | None:
+        return measured_row_multiple(self)
 
     @cached_property
     def rows(self) -> int | None:
@@ -267,20 +346,6 @@ class Session:
             feeds["position_ids"] = position_ids(feeds["attention_mask"])[:, -length:]
         return feeds
 
-    def _row(self, prompt: Prompt, options: GenerationOptions, index: int) -> Row:
-        tokens = self.text_codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        TokenGate(self.rows, text_of=self._token_text).check(tokens, where=f"prompt {index}")
-        if len(tokens) >= self.max_length:
-            raise InputError(
-                f"{len(tokens)} tokens leave no room in a context of {self.max_length}",
-                where=f"prompt {index}",
-                fix=self._more_room,
-            )
-        self._check_stop_tokens(options)
-        needs_text = bool(options.stop) or (self.config.folder / TOKENIZER_FILE).is_file()
-        codec = self.text_codec if needs_text else None
-        return Row(tokens, options, codec, self.config.eos_ids, index)
-
     def _token_text(self, token: int) -> str | None:
         has_tokenizer = (self.config.folder / TOKENIZER_FILE).is_file()
         return self.text_codec.token_text(token) if has_tokenizer else None
@@ -295,39 +360,31 @@ class Session:
                 fix=f"give ids below {size}",
             )
 
-    @property
-    def _more_room(self) -> str:
+    def _more_room(self, length: int) -> str:
         """What a user can do about a prompt that is too long."""
-        shorter = f"shorten the prompt to {self.max_length - 1} tokens or less"
+        shorter = f"shorten the prompt to {length - 1} tokens or less"
         context = self.config.context_length
-        if context is None or self.max_length < context:
+        if context is None or length < context:
             return f"{shorter}, or open the session with a larger max_length"
         return f"{shorter}, or export the model again with a larger --context-length, where it allows one"
 
-    def _batches(self, rows: list[Row]) -> list[list[Row]]:
-        by_length = sorted(rows, key=lambda row: len(row.prompt))
-        groups = [list(group) for _, group in groupby(by_length, key=lambda row: len(row.prompt))]
-        if len(groups) < 2 or not self._facts.left_padding:
-            return groups
-        # In a batch the context ends for all rows with the longest: rows that it cuts short run with those of their
-        # own length.
-        whole = [row for row in rows if len(row.prompt) + row.new_tokens <= self.max_length]
-        switch = self.config.rotary_switch
-        together = [whole]
-        if switch is not None:
-            # LongRoPE rotates a row as the longest of its batch. Rows that stay on one side of the switch run
-            # together, rows that cross it with those of their own length.
-            short = [row for row in whole if len(row.prompt) + row.new_tokens <= switch]
-            together = [short, [row for row in whole if len(row.prompt) > switch]]
-        placed = {id(row) for batch in together for row in batch}
-        apart = [group for group in groups if id(group[0]) not in placed]
-        return [batch for batch in (*together, *apart) if batch]
-
-    def _run(self, rows: list[Row], options: GenerationOptions) -> Iterator[None]:
-        longest = max(len(row.prompt) for row in rows)
-        budget = min(options.max_new_tokens, self.max_length - longest)
-        decoder = self.decoder(batch=len(rows), capacity=longest + budget)
-        yield from run_rows(decoder, rows, budget)
+    def _run(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Run rows to their end, yielding after each step."""
+        if not rows:
+            return
+        needed = max(len(row.prompt) + row.limit for row in rows)
+        slots = min(len(rows), _TOGETHER)
+        batch, _ = open_batch(
+            self, EngineOptions(slots=slots, chunk=_CHUNK, capacity=needed, kept_prefixes=0)
+        )
+        waiting = deque(map(Running, rows))
+        while waiting or batch.running:
+            while waiting and batch.has_room:
+                batch.add(waiting.popleft())
+            for running in batch.step():
+                if running.failure is not None:
+                    raise running.failure
+            yield
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

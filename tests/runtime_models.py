@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -60,7 +60,9 @@ class TinyDecoder:
 
     Args:
         grouped: ``GroupQueryAttention`` with rotary positions, or else attention in plain operators, without.
-        biased: The mask reaches ``GroupQueryAttention`` as ``attention_bias``: left padding is allowed.
+        lengths: What ``GroupQueryAttention`` is told of a row's length: ``row``, its own, from any mask, as we export
+            it; ``sum``, its own, from the ones of its mask, as GenAI's builder does; ``total``, the longest of
+            all.
         logits_start: The graph has the overridable initializer of that name.
         quantized_head: The output matrix is a ``MatMulNBits``.
         external: Weights lie in ``model.onnx.data``.
@@ -68,7 +70,7 @@ class TinyDecoder:
     """
 
     grouped: bool = True
-    biased: bool = True
+    lengths: Literal["row", "sum", "total"] = "row"
     logits_start: bool = True
     quantized_head: bool = False
     external: bool = False
@@ -102,7 +104,7 @@ class TinyDecoder:
     def model(self) -> Any:
         """Return the ``onnx.ModelProto``."""
         graph = _Graph(np.random.default_rng(self.seed))
-        attend = _grouped_attention(graph, self.biased) if self.grouped else _plain_attention(graph)
+        attend = _grouped_attention(graph, self.lengths) if self.grouped else _plain_attention(graph)
         x = graph.op("Gather", [graph.weight(VOCAB, HIDDEN, scale=1.0), "input_ids"])
         for layer in range(LAYERS):
             o = graph.op("MatMul", [attend(layer, x), graph.weight(HIDDEN, HIDDEN)])
@@ -172,17 +174,20 @@ def write_encoder(folder: Path) -> Path:
     return folder
 
 
-def _grouped_attention(graph: _Graph, biased: bool) -> Any:
+def _grouped_attention(graph: _Graph, kind: str) -> Any:
     one = graph.constant([1])
     total = graph.op("Shape", ["attention_mask"], start=1, end=2)
     total_scalar = graph.op("Cast", [graph.op("Squeeze", [total])], to=TensorProto.INT32)
-    if biased:
-        batch = graph.op("Shape", ["input_ids"], start=0, end=1)
-        last = graph.op("Cast", [graph.op("Sub", [total, one])], to=TensorProto.INT32)
-        lengths, bias = graph.op("Expand", [last, batch]), _mask_bias(graph, batch, total)
+    batch = graph.op("Shape", ["input_ids"], start=0, end=1)
+    if kind == "total":
+        last = graph.op("Expand", [graph.op("Sub", [total, one]), batch])
     else:
-        kept = graph.op("ReduceSum", ["attention_mask", one], keepdims=0)
-        lengths, bias = graph.op("Cast", [graph.op("Sub", [kept, one])], to=TensorProto.INT32), ""
+        last = graph.op("Sub", [graph.op("ReduceSum", ["attention_mask", one], keepdims=0), one])
+    if kind == "row":
+        first = graph.op("ArgMax", ["attention_mask"], axis=1, keepdims=0)
+        last = graph.op("Add", [first, last])
+    lengths = graph.op("Cast", [last], to=TensorProto.INT32)
+    bias = "" if kind == "sum" else _mask_bias(graph, batch, total)
     angles = np.outer(np.arange(CONTEXT), 100.0 ** -(np.arange(HEAD // 2) / (HEAD // 2)))
     cos, sin = graph.constant(np.cos(angles), np.float32), graph.constant(np.sin(angles), np.float32)
 

@@ -12,6 +12,7 @@
 | f | single rows | left-padded batch | a fault of the padding |
 | g | greedy tokens of PyTorch | greedy tokens of ONNX Runtime | a visible difference |
 | h | single rows, as shipped | left-padded batch, as shipped | other rounding of int8 inputs |
+| i | single requests, as shipped | many at once, as shipped | an answer that depends on its neighbours |
 
 Rounding to int8 tells apart inputs that differ by 1e-7, so two exact computations of a W8A8 model may differ by a
 good part of what its rounding costs (a tiny random GPT-2: a tenth). Tiers c, e, f and g therefore read those inputs in
@@ -41,6 +42,7 @@ from rk_export.parity.session_tiers import (
     session_tiers,
     shipped_padding_tier,
 )
+from rk_export.parity.slots_tier import slots_tier
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedLinear, float_inputs, level4_inputs
 from rk_export.progress import Bar, stage
 from rk_export.report.records import Outcome, ParityTier
@@ -125,14 +127,14 @@ def runtime_tiers(
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> tuple[tuple[ParityTier, ...], Golden | None]:
-    """Compare a bundle with the PyTorch model it was exported from: tiers c to h.
+    """Compare a bundle with the PyTorch model it was exported from: tiers c to i.
 
     Returns:
         The tiers, and the greedy tokens of tier g (None for an encoder).
     """
     if rewritten.architecture.is_encoder:
         return _encoder_tiers(bundle, rewritten, probe, provider, threads), None
-    with stage("parity, tiers", len("cdefgh")) as bar:
+    with stage("parity, tiers", len("cdefghi")) as bar:
         return _decoder_tiers(bundle, rewritten, probe, provider, threads, bar)
 
 
@@ -153,7 +155,7 @@ def _encoder_tiers(
 def _decoder_tiers(
     bundle: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None, bar: Bar
 ) -> tuple[tuple[ParityTier, ...], Golden]:
-    """Return tiers c to h of a decoder, and the greedy tokens of tier g."""
+    """Return tiers c to i of a decoder, and the greedy tokens of tier g."""
     reference = float_reference(rewritten, probe)
     exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
     logits = _kept_logits(exact, probe)
@@ -178,8 +180,9 @@ def _decoder_tiers(
     golden = Golden(probe, tokens, bound, max(level_bound, LEVEL_FACTOR * (level.relative_error or 0.0)))
     tiers.append(greedy_tier(rewritten, golden, error))
     bar.advance()
-    tiers.append(shipped_padding_tier(shipped, probe))
-    bar.advance()
+    for measure in (shipped_padding_tier, slots_tier):
+        tiers.append(measure(shipped, probe))
+        bar.advance()
     return tuple(tiers), golden
 
 
@@ -295,9 +298,9 @@ def _moved(
 def bundle_tiers(
     bundle: Path, golden: Golden, float_dtype: str, *, provider: Provider = "auto", threads: int | None = None
 ) -> tuple[ParityTier, ...]:
-    """Verify a decoder bundle on its own: tiers d, e, f and h, and g against the tokens that travel with it."""
+    """Verify a decoder bundle on its own: tiers d, e, f, h and i, and g against the tokens that travel with it."""
     probe = golden.probe
-    with stage("parity, tiers", len("defgh")) as bar:
+    with stage("parity, tiers", len("defghi")) as bar:
         exact = Session.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
         logits = _kept_logits(exact, probe)
         tiers = []
@@ -311,4 +314,6 @@ def bundle_tiers(
         rounded = shipped.prefill_logits(probe.batch)
         level = compare("d", LEVEL_TIER, logits, rounded, bound=golden.level_bound)
         bar.advance()
-        return (level, *tiers, shipped_padding_tier(shipped, probe))
+        tiers.append(shipped_padding_tier(shipped, probe))
+        bar.advance()
+        return (level, *tiers, slots_tier(shipped, probe))

@@ -128,6 +128,7 @@ DEFINITIONS = (
     ),
     Definition("tier g", "The tokens that both sides write when they always take the likeliest one."),
     Definition("tier h", "As tier f, with the inputs as they are shipped."),
+    Definition("tier i", "Answers of many requests at once against each alone, equal to the bit."),
     Definition(
         "fused patterns found",
         "How many of the planned operators are in the graph. A missing one would make the bundle slower or larger.",

@@ -83,7 +83,7 @@ def empty_tables(model: nn.Module, architecture: Architecture, spec: QuantSpec |
 
 def _empty_head(head: Any, spec: QuantSpec) -> nn.Module:
     """Return an output projection without values; the dense one stays as it is, for others may hold it."""
-    dense = head.head if isinstance(head, RotatedHead) else head
+    dense: Any = head.head if isinstance(head, RotatedHead) else head
     rows, columns = dense.out_features, dense.in_features
     empty = QuantizedLinear.empty(rows, columns, spec, bias=dense.bias is not None)
     if not isinstance(head, RotatedHead):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rk_export.runtime.engine.engine import Engine
-
     from rk_export.runtime.engine.records import (
         Answer,
         Constraint,

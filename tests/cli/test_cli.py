@@ -258,7 +258,7 @@ def test_verify(cli: Cli, llama: Path, bundle: Path) -> None:
     assert alone.count("pass") >= len("defg")
     assert "fail" not in alone.lower()
     tiers = json.loads(ok(cli("verify", bundle, "--against", llama, "--threads", 1, "--json")).out)
-    assert "".join(tier["tier"] for tier in tiers) == "0pabcdefgh"
+    assert "".join(tier["tier"] for tier in tiers) == "0pabcdefghi"
 
 
 @pytest.mark.whole

@@ -44,7 +44,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_keeps_parity(llama: Path, tmp_path: Path, form: str) -> None:
     report = compress(llama, tmp_path / "out", tiny_options(**FORMS[form]), run=Run(threads=1))
-    assert "".join(tier.tier for tier in report.parity) == "0pabcdefgh"
+    assert "".join(tier.tier for tier in report.parity) == "0pabcdefghi"
     assert all(tier.passed for tier in report.parity if tier.bound is not None)
     assert all(fusion.found == fusion.planned for fusion in report.fusions)
     again = verify(tmp_path / "out", provider="cpu", run=Run(threads=1))

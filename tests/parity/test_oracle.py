@@ -72,7 +72,7 @@ def test_verification_against_a_model_reads_it_anew(
     llama: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiers = rk_export.verify(bundle, llama, provider="cpu", run=Run(threads=1))
-    assert "".join(tier.tier for tier in tiers) == "0pabcdefgh"
+    assert "".join(tier.tier for tier in tiers) == "0pabcdefghi"
     assert all(tier.passed for tier in tiers if tier.bound is not None)
     doubled("model.norm.weight", monkeypatch)
     with pytest.raises(ParityError, match="tier 0"):
@@ -238,7 +238,7 @@ def test_a_checkpoint_says_what_it_cannot_show(llama: Path, tmp_path: Path) -> N
     saved = tmp_path / "saved"
     rk_export.compress(llama, tmp_path / "first", tiny_options(), checkpoint=saved, run=Run(threads=1))
     report = rk_export.export(saved, tmp_path / "second", run=Run(threads=1))
-    assert "".join(tier.tier for tier in report.parity) == "0pabcdefgh"
+    assert "".join(tier.tier for tier in report.parity) == "0pabcdefghi"
     missing = [tier for tier in report.parity if tier.max_error is None]
     assert "".join(tier.tier for tier in missing) == "0pab"
     assert {tier.note for tier in missing} == {"not measured: a compressed checkpoint holds no dense model"}

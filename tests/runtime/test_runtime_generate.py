@@ -22,10 +22,19 @@ def opened(folder: Path, form: TinyDecoder | None = None, eos: int | list[int] =
     return Session.from_pretrained((form or TinyDecoder()).write(folder, eos=eos), provider="cpu", threads=1)
 
 
-@pytest.mark.parametrize("form", [TinyDecoder(), TinyDecoder(grouped=False)], ids=["grouped", "plain"])
-def test_left_padded_batch_equals_single_rows(tmp_path: Path, form: TinyDecoder) -> None:
+@pytest.mark.parametrize(
+    ("form", "together"),
+    [
+        (TinyDecoder(), True),
+        (TinyDecoder(lengths="sum"), True),
+        (TinyDecoder(lengths="total"), False),
+        (TinyDecoder(grouped=False), False),
+    ],
+    ids=["own lengths", "sums of the mask", "one length", "growing cache"],
+)
+def test_rows_of_a_batch_equal_single_rows(tmp_path: Path, form: TinyDecoder, together: bool) -> None:
     session = opened(tmp_path, form)
-    assert len(session._batches([session._row(p, SAMPLED, 0) for p in PROMPTS])) == 1
+    assert session.takes_slots is together
     options = GenerationOptions(max_new_tokens=20, repetition_penalty=1.3)
     singles = [session.generate(prompt, options=options)[0] for prompt in PROMPTS]
     assert session.generate(PROMPTS, options=options) == singles
@@ -39,15 +48,6 @@ def test_a_long_prompt_does_not_cut_short_what_runs_beside_it(tmp_path: Path) ->
     together = session.generate(prompts, options=options)
     assert [len(row.token_ids) for row in together] == [8, 3, 8, 1]
     assert together == [session.generate([prompt], options=options)[0] for prompt in prompts]
-
-
-def test_batch_runs_by_length_where_the_graph_allows_no_padding(tmp_path: Path) -> None:
-    session = opened(tmp_path, TinyDecoder(biased=False))
-    prompts = [*PROMPTS, "5678"]
-    assert len(session._batches([session._row(p, SAMPLED, 0) for p in prompts])) == 3
-    options = GenerationOptions(max_new_tokens=8)
-    singles = [session.generate(prompt, options=options)[0] for prompt in prompts]
-    assert session.generate(prompts, options=options) == singles
 
 
 def test_prompts_may_be_token_ids(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_an_ending_row_gives_out_what_was_held_back(tmp_path: Path, reason: Fini
     """Half a character waits for its other half, and the beginning of a stop string for its end."""
     codec = opened(tmp_path).text_codec
     for written, expected in ((b"a\xf0\x9f", codec.decode([*b"a\xf0\x9f"])), (b"see EN", "see EN")):
-        row = Row([1], GenerationOptions(stop=("END",)), codec, frozenset([EOS]))
+        options = GenerationOptions(stop=("END",), max_new_tokens=len(written) + (reason is FinishReason.EOS))
+        row = Row([1], options, codec, frozenset([EOS]))
         for token in [*written, EOS] if reason is FinishReason.EOS else written:
             row.advance(np.eye(VOCAB, dtype=np.float32)[token])
-        row.finish(FinishReason.LENGTH)
         assert row.result().text == expected
         assert row.finish_reason is reason
 
