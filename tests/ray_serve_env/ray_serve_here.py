@@ -21,7 +21,8 @@ from ray.serve.config import AutoscalingConfig
 from ray_serve.app import Model, build
 
 ROOT = Path(__file__).parents[2]
-CONTEXT = 4096  # of the tiny models here: an answer takes long enough to leave it
+CONTEXT, LAYERS = 4096, 8  # of the tiny models here: an answer takes long enough to leave it
+WAITING = 12  # requests for the second of the two
 TWO, GROWING = "org/two", "growing"  # models with two replicas, and with one that becomes two
 
 
@@ -59,7 +60,7 @@ def wait_until(holds: Callable[[], bool], *, seconds: float = 90) -> float:
 
 def written(folder: Path) -> dict[str, Path]:
     """Write two models with other weights, and return their folders."""
-    runtime_models.CONTEXT = CONTEXT
+    runtime_models.CONTEXT, runtime_models.LAYERS = CONTEXT, LAYERS
     return {
         name: endless(runtime_models.TinyDecoder(seed=seed).write(folder / str(seed), eos=[]))
         for seed, name in enumerate((TWO, GROWING))
@@ -91,7 +92,10 @@ def started(bundles: dict[str, Path]) -> Iterator[Application]:
             metrics_interval_s=1,
             look_back_period_s=2,
         )
-        models = {TWO: Model(str(bundles[TWO]), two), GROWING: Model(str(bundles[GROWING]), growing)}
+        models = {
+            TWO: Model(str(bundles[TWO]), two),
+            GROWING: Model(str(bundles[GROWING]), growing, waiting=WAITING),
+        }
         serve.run(build(models))
         address = ray.get_runtime_context().gcs_address
         yield Application(f"http://127.0.0.1:{port}", address, bundles)

