@@ -101,7 +101,7 @@ RAY_ALONE := RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0
 
 # Ray is large, and few need it: a local cluster of two nodes in an environment of its own.
 test-ray: $(RAY_READY)
-	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest tests/ray_env --confcutdir=tests/ray_env
+	OMP_NUM_THREADS=1 $(RAY_ALONE) $(RAY_VENV)/bin/python -m pytest tests/ray_env --confcutdir=tests/ray_env
 
 $(RAY_READY): pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
