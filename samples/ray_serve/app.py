@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -94,7 +94,6 @@ LOST = (
 )
 
 
-@serve.deployment(graceful_shutdown_timeout_s=DRAIN, health_check_period_s=5)
 class Replica:
     """A process with one open bundle, its engine and its server."""
 
@@ -130,10 +129,6 @@ class Replica:
             self._models.close(finish=False)
 
 
-# An ingress that dies takes the requests with it that it forwards. It runs no model, so it has little to die of.
-@serve.deployment(
-    max_ongoing_requests=1000, graceful_shutdown_timeout_s=DRAIN, ray_actor_options={"num_cpus": 0}
-)
 class Ingress:
     """Takes HTTP requests, sends each to a replica of its model, and repeats those whose replica dies."""
 
@@ -171,7 +166,8 @@ class Ingress:
         headers[ATTEMPTS] = str(tries.made)
         if streamed:
             return StreamingResponse(_sent(parts), head.status, headers)
-        return Response(b"".join([bytes(part) async for part in parts]), head.status, headers)
+        content = b"".join([part async for part in parts if isinstance(part, bytes)])
+        return Response(content, head.status, headers)
 
 
 async def _attempt(replicas: DeploymentHandle, call: Call) -> AsyncGenerator[Part, None]:
@@ -195,7 +191,8 @@ async def _sent(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[bytes, None
     async with aclosing(parts):
         try:
             async for part in parts:
-                yield bytes(part)
+                if isinstance(part, bytes):
+                    yield part
         except Exception as error:
             yield b"data: " + json_bytes(explained(error).body()) + b"\n\n"
 
@@ -215,17 +212,25 @@ def explained(error: Exception) -> ApiError:
 
 def build(models: Mapping[str, Model]) -> Application:
     """Return the application for ``serve.run``."""
-    replicas = {
-        name: Replica.options(
-            name=f"model-{re.sub(r'[^A-Za-z0-9.-]', '-', name)}",
-            autoscaling_config=model.replicas,
-            max_ongoing_requests=model.slots,
-            max_queued_requests=model.waiting,
-            ray_actor_options={"num_cpus": model.threads},
-        ).bind(name, model)
-        for name, model in models.items()
-    }
-    return Ingress.bind(replicas)
+    # An ingress that dies takes the requests with it that it forwards. It runs no model, so it has little to die of.
+    ingress = serve.deployment(
+        max_ongoing_requests=1000, graceful_shutdown_timeout_s=DRAIN, ray_actor_options={"num_cpus": 0}
+    )
+    replicas = {name: _deployment(name, model).bind(name, model) for name, model in models.items()}
+    return ingress(Ingress).bind(replicas)
+
+
+def _deployment(name: str, model: Model) -> Deployment:
+    deployment = serve.deployment(
+        name=f"model-{re.sub(r'[^A-Za-z0-9.-]', '-', name)}",
+        autoscaling_config=model.replicas,
+        max_ongoing_requests=model.slots,  # more would wait in a queue that dies with the replica
+        max_queued_requests=model.waiting,
+        graceful_shutdown_timeout_s=DRAIN,
+        health_check_period_s=5,
+        ray_actor_options={"num_cpus": model.threads},
+    )
+    return deployment(Replica)
 
 
 def application(bundles: dict[str, str]) -> Application:
