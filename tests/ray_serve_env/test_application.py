@@ -183,7 +183,7 @@ def test_more_than_may_wait_are_refused_and_the_others_answered(
     application: Application, right: dict[str, dict[str, str]]
 ) -> None:
     crowd = Crowd(application.url, GROWING, LONG)
-    with crowd.asking(PROMPTS * 5):
+    with crowd.asking(PROMPTS * 10):
         pass
     refused = [one for one in crowd.told if one.error is not None]
     assert 0 < len(refused) <= len(crowd.told) - WAITING
