@@ -18,12 +18,16 @@ VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
 RAY_SERVE_VENV := .venv-ray-serve
+TRITON_VENV := .venv-triton
+KUBERNETES_VENV := .venv-kubernetes
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
 RAY_SERVE_READY := $(RAY_SERVE_VENV)/ready
+TRITON_READY := $(TRITON_VENV)/ready
+KUBERNETES_READY := $(KUBERNETES_VENV)/ready
 SOURCES := rk_export passes runtime samples tests optimum_commands
 
 # ONNX Runtime and GenAI would record the device under the user's cache.
@@ -33,11 +37,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-ray-serve results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite docs test-optimum test-ray test-ray-serve test-triton test-kubernetes test-container results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "other targets: setup lint types format suite test-optimum test-ray test-ray-serve results inputs fuzz clean"
+	@echo "other targets: setup lint types format suite test-optimum test-ray test-ray-serve test-triton test-kubernetes test-container results inputs fuzz clean"
 
 setup: $(READY)
 
@@ -86,10 +90,11 @@ format: $(READY)
 	$(BIN)/python -m ruff check --fix .
 
 # Optimum's ONNX Runtime classes need older transformers than rk-export, hence an environment of their own.
+# The main one writes tiny bundles and the tokens of our runtime.
 test-optimum: $(READY) $(OPTIMUM_READY)
-	test -f out/optimum/model.onnx || $(BIN)/rk-export compress "$$($(BIN)/python samples/assets smollm2)" \
-		-o out/optimum --recipe int4 --set quantize.symmetric=false
-	RK_BUNDLE=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
+	rm -rf out/optimum
+	OMP_NUM_THREADS=1 $(BIN)/python tests/optimum_bundles.py out/optimum
+	RK_BUNDLES=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
 $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
@@ -120,6 +125,36 @@ $(RAY_SERVE_READY): tests/ray_serve_env/requirements.txt
 	$(RAY_SERVE_VENV)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
+# The real tritonserver, on the CPU and on 127.0.0.1 only. Its package needs numpy below 2.
+test-triton: $(TRITON_READY)
+	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python -m pytest tests/triton_env --confcutdir=tests/triton_env -o pythonpath=tests
+
+# The package brings a server that is linked against libpython, for Linux on x86_64.
+$(TRITON_READY): tests/triton_env/requirements.txt tests/triton_env/libpython.py pyproject.toml
+	@rm -f $@
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python tests/triton_env/libpython.py
+	$(TRITON_VENV)/bin/python -m pip install -r $<
+	$(TRITON_VENV)/bin/python -m pip install --no-deps -e .
+	@touch $@
+
+# Manifests against the schemas of Kubernetes and KServe, and the Containerfile against a linter.
+.PHONY: test-kubernetes test-container
+test-kubernetes: $(KUBERNETES_READY)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(KUBERNETES_VENV)/bin/python -m pytest tests/kubernetes_env \
+		--confcutdir=tests/kubernetes_env
+
+# kserve without its own requirements: its types are read, its server is not started.
+$(KUBERNETES_READY): tests/kubernetes_env/requirements.txt samples/container/requirements.txt
+	$(PYTHON) -m venv $(KUBERNETES_VENV)
+	$(KUBERNETES_VENV)/bin/python -m pip install -r $<
+	$(KUBERNETES_VENV)/bin/python -m pip install --no-deps kserve==0.21.0
+	@touch $@
+
+# The steps of samples/container/Containerfile, carried out without a container engine; fetches 100 MB of packages.
+test-container: $(READY)
+	RK_TEST_CONTAINER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/container_env
+
 # Minutes a row; rows that are in docs/results/groupings.json already are not measured again.
 results: $(READY)
 	$(BIN)/python samples/measure/factorize_groupings.py
@@ -133,4 +168,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/measure_fuzz.py --cases 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(RAY_VENV) $(RAY_SERVE_VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* out build dist .pytest_cache .mypy_cache .ruff_cache

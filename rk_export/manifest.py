@@ -93,6 +93,18 @@ def replace_in_manifest(folder: str | os.PathLike[str], names: Sequence[str]) ->
     _write_json(root, {**manifest, "files": dict(sorted({**kept, **added}.items()))})
 
 
+def write_part(bundle: str | os.PathLike[str], folder: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Write the manifest of a folder that holds some files of a bundle under the same names.
+
+    Args:
+        bundle: A bundle with a manifest, from which the checksums are taken.
+        folder: Where the files lie a second time.
+        names: The files, by path.
+    """
+    manifest = read_manifest(Path(bundle))
+    _write_json(Path(folder), {**manifest, "files": {name: manifest["files"][name] for name in names}})
+
+
 def files_of(root: Path) -> list[str]:
     """Return what a manifest lists: every file of a bundle but the manifest and its signature, by path."""
     own = (root / MANIFEST, root / SIGNATURE)

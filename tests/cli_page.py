@@ -61,8 +61,8 @@ error. Dense models and checkpoints may be named too. Only bundles are timed.
 The command works on a bundle, and on a folder of spectra that `analyze` wrote.
 """,
     "bundle": """
-Every checksum is compared first. The manifest lists the new files, so `verify` checks them too. `kserve` brings
-`triton` along.
+Every checksum is compared first. The manifest lists the new files, so `verify` checks them too.
+`kserve-triton` brings `triton` along.
 """,
     "explain": """
 Matrices that were left alone are listed with the reason.

@@ -67,6 +67,7 @@ class TinyDecoder:
         quantized_head: The output matrix is a ``MatMulNBits``.
         external: Weights lie in ``model.onnx.data``.
         seed: Seed of the weights.
+        context: Positions that the model has.
     """
 
     grouped: bool = True
@@ -75,6 +76,7 @@ class TinyDecoder:
     quantized_head: bool = False
     external: bool = False
     seed: int = 0
+    context: int = CONTEXT
 
     def write(
         self, folder: Path, *, eos: int | list[int] = EOS, shared: bool | None = None, tokenizer: bool = True
@@ -88,7 +90,7 @@ class TinyDecoder:
             location="model.onnx.data",
             size_threshold=1024,
         )
-        config = {"max_position_embeddings": CONTEXT, "vocab_size": VOCAB, "head_dim": HEAD}
+        config = {"max_position_embeddings": self.context, "vocab_size": VOCAB, "head_dim": HEAD}
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", {"eos_token_id": eos})
         _write_json(
@@ -104,7 +106,7 @@ class TinyDecoder:
     def model(self) -> Any:
         """Return the ``onnx.ModelProto``."""
         graph = _Graph(np.random.default_rng(self.seed))
-        attend = _grouped_attention(graph, self.lengths) if self.grouped else _plain_attention(graph)
+        attend = _grouped_attention(graph, self) if self.grouped else _plain_attention(graph)
         x = graph.op("Gather", [graph.weight(VOCAB, HIDDEN, scale=1.0), "input_ids"])
         for layer in range(LAYERS):
             o = graph.op("MatMul", [attend(layer, x), graph.weight(HIDDEN, HIDDEN)])
@@ -174,11 +176,12 @@ def write_encoder(folder: Path) -> Path:
     return folder
 
 
-def _grouped_attention(graph: _Graph, kind: str) -> Any:
+def _grouped_attention(graph: _Graph, decoder: TinyDecoder) -> Any:
     one = graph.constant([1])
     total = graph.op("Shape", ["attention_mask"], start=1, end=2)
     total_scalar = graph.op("Cast", [graph.op("Squeeze", [total])], to=TensorProto.INT32)
     batch = graph.op("Shape", ["input_ids"], start=0, end=1)
+    kind = decoder.lengths
     if kind == "total":
         last = graph.op("Expand", [graph.op("Sub", [total, one]), batch])
     else:
@@ -188,7 +191,7 @@ def _grouped_attention(graph: _Graph, kind: str) -> Any:
         last = graph.op("Add", [first, last])
     lengths = graph.op("Cast", [last], to=TensorProto.INT32)
     bias = "" if kind == "sum" else _mask_bias(graph, batch, total)
-    angles = np.outer(np.arange(CONTEXT), 100.0 ** -(np.arange(HEAD // 2) / (HEAD // 2)))
+    angles = np.outer(np.arange(decoder.context), 100.0 ** -(np.arange(HEAD // 2) / (HEAD // 2)))
     cos, sin = graph.constant(np.cos(angles), np.float32), graph.constant(np.sin(angles), np.float32)
 
     def attend(layer: int, x: str) -> str:

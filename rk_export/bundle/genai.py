@@ -31,6 +31,16 @@ _GENAI_TYPES = frozenset(
     ]
 )
 
+# What GenAI's own builder (0.18) writes for CUDA, and no more. The values are strings: GenAI refuses numbers.
+# - enable_cuda_graph is off. With a captured graph GenAI feeds a mask of always `search.max_length` columns, and our
+#   graph reads the length of the text from that width: LongRoPE would take its long factors at once, and each step
+#   would make a bias of the full width.
+# - enable_skip_layer_norm_strict_mode is left out. ONNX Runtime 1.31, which GenAI 0.18 needs, ignores it: the fused sum
+#   and norm of our graph always adds up in fp32 there (microsoft/onnxruntime #28682, #29388).
+# - The session option "ep.cuda.fpa_intb_gemm" is left out. "1" gives products in 4 or 8 bits another kernel than
+#   rk-export's runtime and the parity tiers use. Only symmetric blocks of 32 without bias have one in ONNX Runtime's
+#   packages. docs/how-to/deploy.md says how to turn it on.
+_CUDA_OPTIONS = {"enable_cuda_graph": "0"}
 
 # GenAI allocates keys and values for `search.max_length` positions before the first token, whatever the text needs.
 MOST_BUFFER_BYTES = 512 * 2**20
@@ -152,7 +162,7 @@ def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str
     return {
         "session_options": {
             "log_id": "onnxruntime-genai",
-            "provider_options": [] if ep == "cpu" else [{ep: {}}],
+            "provider_options": [] if ep == "cpu" else [{ep: dict(_CUDA_OPTIONS)}],
         },
         "filename": filename,
         "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,

@@ -20,7 +20,11 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         metavar="URI",
-        help="kserve: where the cluster finds the folder triton/, e.g. pvc://CLAIM/PATH",
+        help="kserve, kserve-triton, kubernetes: where the cluster finds the bundle (default: pvc://models/NAME)",
+    )
+    parser.add_argument(
+        "--image",
+        help="kserve, kubernetes: container image that runs rk-export serve (default: rk-export:VERSION)",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace deployment files that are there already"
@@ -40,7 +44,9 @@ def run_bundle(args: argparse.Namespace) -> int:
     from rk_export.commands.deployment_files import deployment_files
 
     names = [name for name in args.targets.split(",") if name]
-    places = deployment_files(args.bundle, names, name=args.name, storage=args.storage, force=args.force)
+    places = deployment_files(
+        args.bundle, names, name=args.name, storage=args.storage, image=args.image, force=args.force
+    )
     if args.json:
         print_json({place.name: str(place) for place in places})
         return 0

@@ -67,7 +67,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("report out/bundle", "the summary"),
         ("report out/bundle --open", "the page in your browser"),
     ),
-    "bundle": (("bundle out/bundle --for triton,kserve --name my-model", "files for servers"),),
+    "bundle": (
+        ("bundle out/bundle --for triton,kserve --name my-model", "files for servers"),
+        ("bundle out/bundle --for kubernetes --storage pvc://models/my-model", "a kustomize base"),
+    ),
     "explain": (("explain out/bundle", "every matrix, with the reason"),),
     "cache": (
         ("cache", "kinds, models, sizes, and when each was used last"),

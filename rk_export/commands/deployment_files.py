@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rk_export.atomic import beside, synchronize, synchronize_tree
 from rk_export.bundle.targets import TARGETS
@@ -22,6 +23,7 @@ def deployment_files(
     *,
     name: str | None = None,
     storage: str | None = None,
+    image: str | None = None,
     force: bool = False,
 ) -> tuple[Path, ...]:
     """Add the files that deployment targets need to a finished bundle; its manifest lists them too.
@@ -30,7 +32,8 @@ def deployment_files(
         bundle: A bundle folder; every checksum is compared before anything is written.
         targets: Names of targets, e.g. ``triton``; a target that refers to another one brings it along.
         name: Name of the served model; None takes the folder's.
-        storage: Where a cluster will find the model repository, for ``kserve``.
+        storage: Where a cluster will find the bundle, for ``kserve`` and the like.
+        image: Container image that runs ``rk-export serve``, for ``kserve`` and ``kubernetes``.
         force: Replace files that an earlier call wrote.
 
     Returns:
@@ -42,14 +45,12 @@ def deployment_files(
     """
     folder = Path(bundle).expanduser().resolve()
     wanted = _with_needed(targets)
-    if storage is not None and all(target.name != "kserve" for target in wanted):
-        raise InputError(
-            "goes with the target kserve", where="--storage", fix="add kserve to --for, or drop it"
-        )
+    for option, value in {"storage": storage, "image": image}.items():
+        if value is not None:
+            _check_taken(option, wanted)
     manifest = check_manifest(folder)
-    deployment = Deployment(
-        folder, _checked(name or folder.name), "cuda" if manifest.get("ep") == "cuda" else "cpu", storage
-    )
+    ep: Literal["cpu", "cuda"] = "cuda" if manifest.get("ep") == "cuda" else "cpu"
+    deployment = Deployment(folder, _checked(name or folder.name), ep, storage, image)
     # What is there under the same name already serves a target that only refers to it.
     wanted = [
         one for one in wanted if one.name in targets or not (folder / one.name / deployment.name).exists()
@@ -72,6 +73,17 @@ def deployment_files(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return tuple(places)
+
+
+def _check_taken(option: str, targets: Sequence[Target]) -> None:
+    if any(option in target.takes for target in targets):
+        return
+    takers = ", ".join(target.name for target in TARGETS if option in target.takes)
+    raise InputError(
+        f"goes with {takers}",
+        where=f"--{option}",
+        fix="add one of these targets to --for, or drop the option",
+    )
 
 
 def _with_needed(names: Sequence[str]) -> list[Target]:

@@ -8,6 +8,7 @@ registers the model; run as a program, it registers it and passes the command li
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+LM_EVALS_DEFAULT = "cuda:0"  # what its command line passes on when the user named no device
+
 _GENERATED_TOGETHER = 8
 
 
@@ -41,8 +44,8 @@ class BundleLM(LM):
         threads: Threads of ONNX Runtime.
         max_length: Most tokens of prompt and answer; None takes the model's context.
         max_gen_toks: Most new tokens where a task does not say.
-        device: lm-eval's ``--device``, ``cpu`` or ``cuda``. lm-eval gives ``cuda:0`` where the user gave nothing, so
-            ``cuda`` means CUDA where it works and the CPU, with a notice, elsewhere; ``provider`` insists.
+        device: lm-eval's ``--device``: ``cpu``, ``cuda`` or ``cuda:0``. lm-eval gives ``cuda:0`` where the user gave
+            nothing, so that means CUDA where it works and the CPU, with a notice, elsewhere; ``cuda`` insists.
         batch_size: Not used: rows run together as their lengths allow.
         max_batch_size: Not used.
 
@@ -147,14 +150,29 @@ class BundleLM(LM):
 
 def _provider(provider: Provider, device: str | None) -> Provider:
     """Return the execution provider for lm-eval's device; a provider that the user named comes first."""
-    if provider != "auto" or device in (None, "cuda", "cuda:0"):
+    if provider != "auto" or device in (None, LM_EVALS_DEFAULT):
         return provider
-    if device == "cpu":
-        return "cpu"
+    if device in ("cpu", "cuda"):
+        return "cpu" if device == "cpu" else "cuda"
     fix = "give cpu or cuda"
     if device.startswith("cuda:"):
         fix = f"choose the card by the environment, CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}, and give cuda"
     raise InputError(f"a bundle cannot run on {device!r}", where="--device", fix=fix)
+
+
+def insist_on_device(arguments: Sequence[str]) -> list[str]:
+    """Return lm-eval's command line with a named ``cuda:0`` as ``cuda``: it is no longer taken for the default.
+
+    Args:
+        arguments: The command line, without the program's name.
+    """
+    return [
+        argument.replace(LM_EVALS_DEFAULT, "cuda")
+        if argument == f"--device={LM_EVALS_DEFAULT}"
+        or (before == "--device" and argument == LM_EVALS_DEFAULT)
+        else argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
 
 
 def _start_token(session: Session) -> int:
@@ -186,4 +204,5 @@ def _options(kwargs: dict[str, Any], max_new_tokens: int) -> GenerationOptions:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
+    sys.argv[1:] = insist_on_device(sys.argv[1:])
     cli_evaluate()

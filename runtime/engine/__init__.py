@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rk_export.runtime.engine.engine import Engine
     from rk_export.runtime.engine.records import (
         Answer,
+        CancelledRequestError,
         Constraint,
         Counters,
         EngineClosedError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _RECORDS = (
     "Answer",
+    "CancelledRequestError",
     "Constraint",
     "Counters",
     "EngineClosedError",
@@ -33,6 +35,7 @@ _RECORDS = (
 
 __all__ = [
     "Answer",
+    "CancelledRequestError",
     "Constraint",
     "Counters",
     "Engine",

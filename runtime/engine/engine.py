@@ -15,6 +15,7 @@ from rk_export.errors import RkExportError
 from rk_export.runtime.engine.open_batch import open_batch
 from rk_export.runtime.engine.records import (
     Answer,
+    CancelledRequestError,
     Counters,
     EngineClosedError,
     EngineOptions,
@@ -45,7 +46,7 @@ class Ticket:
     def cancel(self) -> None:
         """Take the request back and free its slot; one that has ended stays as it is.
 
-        The listener may hear of tokens that were under way, and then of an `EngineClosedError`.
+        The listener may still hear of a token that was under way, and at last of a `CancelledRequestError`.
         """
         self._cancel(self)
 
@@ -59,14 +60,17 @@ class Engine:
     Args:
         session: The open bundle; nobody else should run it meanwhile, for the processor's sake.
         options: How many requests run together, and in which memory.
+        draft: A smaller model of the same vocabulary that guesses ahead. Requests then run one at a time.
 
     Raises:
-        InputError: The capacity is beyond the model's context.
+        InputError: The capacity is beyond the model's context, or the draft cannot guess for this model.
     """
 
-    def __init__(self, session: Session, options: EngineOptions = _DEFAULTS) -> None:
+    def __init__(
+        self, session: Session, options: EngineOptions = _DEFAULTS, draft: Session | None = None
+    ) -> None:
         self.session, self.options = session, options
-        self._batch, self.capacity = open_batch(session, options)
+        self._batch, self.capacity = open_batch(session, options, draft)
         self._waiting: deque[Ticket] = deque()
         self._running: dict[Running, Ticket] = {}
         self._left: list[Ticket] = []  # cancelled while they ran
@@ -244,16 +248,15 @@ class Engine:
 
     def _cancel(self, ticket: Ticket) -> None:
         with self._state:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                self._finished["cancelled"] += 1
-            elif ticket.running in self._running:
-                self._left.append(ticket)
+            self._left.append(ticket)
+            self._state.notify_all()
 
     def _serve(self) -> None:
         try:
             while self._admitted():
-                for running in self._batch.step():
+                advanced = self._batch.step()
+                self._counters = replace(self._counters, steps=self._counters.steps + bool(advanced))
+                for running in advanced:
                     self._tell(running)
         except BaseException as error:
             logger.exception("the engine ended")
@@ -265,27 +268,36 @@ class Engine:
         """Wait for something to do, and take requests in; return whether there is more to come."""
         with self._state:
             self._state.wait_for(
-                lambda: self._waiting or self._running or self._work or self._closing or self._at_once
+                lambda: self._waiting or self._running or self._work or self._left or self._closing
             )
             if self._at_once or (self._closing and not (self._waiting or self._running or self._work)):
                 return False
-            self._let_go()
+            gone = self._let_go()
             while self._waiting and self._batch.has_room:
                 ticket = self._waiting.popleft()
                 self._running[ticket.running] = ticket
                 self._batch.add(ticket.running)
                 self._count(cached_tokens=ticket.running.cached)
             work = [self._work.popleft() for _ in range(len(self._work))]
+        for ticket in gone:
+            ticket.listener(CancelledRequestError("the request was taken back", where="engine"))
         for item in work:
             item()
         return True
 
-    def _let_go(self) -> None:
+    def _let_go(self) -> list[Ticket]:
+        """Forget the cancelled requests that have not ended, and return them."""
+        gone = []
         for ticket in self._left:
             if self._running.pop(ticket.running, None) is not None:
                 self._batch.drop(ticket.running)
-                self._finished["cancelled"] += 1
+                gone.append(ticket)
+            elif ticket in self._waiting:
+                self._waiting.remove(ticket)
+                gone.append(ticket)
+        self._finished["cancelled"] += len(gone)
         self._left.clear()
+        return gone
 
     def _tell(self, running: Running) -> None:
         """Tell what is new of a row."""

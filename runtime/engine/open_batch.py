@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from rk_export.errors import InputError
+from rk_export.runtime.engine.ahead import Drafter, DraftModel, PromptLookup, check_same_tokens
 from rk_export.runtime.engine.batch import Batch, OneByOne
 from rk_export.runtime.engine.rounding import row_multiple
 from rk_export.runtime.engine.slot_batch import SlotBatch
@@ -13,14 +14,13 @@ from rk_export.runtime.engine.slots import SlotBuffers, SlotRunner
 from rk_export.runtime.engine.two_rotations import TwoRotations
 
 if TYPE_CHECKING:
-    from rk_export.runtime.engine.ahead import Drafter
     from rk_export.runtime.engine.records import EngineOptions
     from rk_export.runtime.session import Session
 
 logger = logging.getLogger(__name__)
 
 
-def open_batch(session: Session, options: EngineOptions, drafter: Drafter | None = None) -> tuple[Batch, int]:
+def open_batch(session: Session, options: EngineOptions, draft: Session | None = None) -> tuple[Batch, int]:
     """Return a batch without rows, and the positions that each of its rows may take.
 
     A graph whose attention keeps no cache in place, or takes all rows for equally long, runs one row at a time.
@@ -28,10 +28,11 @@ def open_batch(session: Session, options: EngineOptions, drafter: Drafter | None
     Args:
         session: The open bundle.
         options: How many rows, and in which memory.
-        drafter: Guesses ahead, for one row at a time.
+        draft: A smaller model of the same vocabulary that guesses ahead, for one row at a time.
 
     Raises:
-        InputError: The capacity is beyond the context, or the memory does not hold the slots.
+        InputError: The capacity is beyond the context, the memory does not hold the slots, or nothing can be guessed
+            for this graph or with this draft.
     """
     capacity = options.capacity or session.max_length
     if capacity > session.max_length:
@@ -40,6 +41,7 @@ def open_batch(session: Session, options: EngineOptions, drafter: Drafter | None
             where="capacity",
             fix=f"give at most {session.max_length}",
         )
+    drafter = _drafter(session, options, draft, capacity)
     if not session.takes_slots:
         if options.slots > 1:
             logger.warning(
@@ -70,6 +72,31 @@ def _slot_batch(
     if switch is None or capacity <= switch:
         return batch()
     return TwoRotations(batch(up_to=switch), batch(above=switch), switch)
+
+
+def _drafter(
+    session: Session, options: EngineOptions, draft: Session | None, capacity: int
+) -> Drafter | None:
+    if draft is None and not options.lookup:
+        return None
+    if not session.takes_slots:
+        raise InputError(
+            "nothing can be guessed: its graph keeps no cache in place",
+            where=str(session.config.folder),
+            fix="run it without guesses, or give a bundle that rk-export wrote",
+        )
+    if draft is None:
+        return PromptLookup()
+    where = str(draft.config.folder)
+    if options.lookup:
+        raise InputError("lookup guesses already", where=where, fix="choose one of lookup and draft")
+    if not draft.takes_slots:
+        raise InputError(
+            "its graph keeps no cache in place", where=where, fix="give a bundle that rk-export wrote"
+        )
+    check_same_tokens(session.text_codec.token_ids(), draft.text_codec.token_ids(), where=where)
+    positions = min(capacity, draft.max_length, draft.config.rotary_switch or capacity)
+    return DraftModel(_runner(draft, 1, positions), positions)
 
 
 def measured_row_multiple(session: Session) -> int | None:

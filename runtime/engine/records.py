@@ -21,6 +21,10 @@ class EngineClosedError(RkExportError):
     """The engine takes no requests any more, or ended before it could finish this one."""
 
 
+class CancelledRequestError(RkExportError):
+    """The caller took the request back."""
+
+
 class Constraint(Protocol):
     """Which tokens may come next in one answer, for example those that keep a JSON schema."""
 
@@ -114,6 +118,7 @@ class EngineOptions:
             prompt earlier, and holds the others up for longer.
         capacity: Most positions of prompt and answer together; None takes the session's limit.
         kept_prefixes: Finished requests whose keys and values are kept for prompts that begin alike; 0 keeps none.
+        lookup: Guess that a text goes on as it did where its last tokens stood before. Requests then run one at a time.
 
     Raises:
         InputError: A number is out of its range.
@@ -124,6 +129,7 @@ class EngineOptions:
     chunk: int = 64
     capacity: int | None = None
     kept_prefixes: int = 8
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         least = {"slots": 1, "queue": 0, "chunk": 1, "capacity": 2, "kept_prefixes": 0}

@@ -17,17 +17,29 @@ MULTIPLES = (1, 2, 4)  # of rows that are tried, smallest first
 # Prompts are computed in multiples of that many tokens but for their end, so that a token meets the same path
 # however a prompt is cut; all multiples of rows divide it.
 GRAIN = 8
+# Most tokens of a run that checks guesses: attention cuts a run into blocks of at least 16 tokens.
+LONGEST_CHECK = 15
 _SEED = 7
+_ENOUGH_LOGITS = 1 << 16  # of a row: few of them agree by chance
 
 logger = logging.getLogger(__name__)
+
+
+def last_run(tokens: int) -> int:
+    """Return how many tokens at the end of a prompt are computed in one run, where that matters; else 0.
+
+    Attention cuts a run into blocks of twice its head width, and a single token in the last block is added up in
+    another order. So a prompt that may leave one ends with a run of its own.
+    """
+    return GRAIN + 1 if tokens % GRAIN == 1 else 0
 
 
 def row_multiple(runner: SlotRunner, positions: int, vocabulary: int) -> int | None:
     """Return the smallest number such that all multiples of it, up to all slots, give the same logits to a row.
 
     Args:
-        runner: With at least four slots, which are overwritten.
-        positions: Tokens in every slot when the step is tried.
+        runner: With eight slots, which are overwritten.
+        positions: Tokens in every slot when steps are tried.
         vocabulary: Token ids are below it.
 
     Returns:
@@ -35,16 +47,27 @@ def row_multiple(runner: SlotRunner, positions: int, vocabulary: int) -> int | N
     """
     slots = runner.buffers.slots
     rng = np.random.default_rng(_SEED)
-    prompts = rng.integers(vocabulary, size=(slots, positions))
-    tokens = rng.integers(vocabulary, size=slots)
-    lengths = np.full(slots, positions)
-    for slot, prompt in enumerate(prompts):
+    for slot, prompt in enumerate(rng.integers(vocabulary, size=(slots, positions))):
         runner.extend(slot, prompt, 0)
-    # A step writes behind the positions that count, so that it can be tried again.
-    logits = {rows: np.array(runner.step(0, tokens[:rows], lengths[:rows])) for rows in range(1, slots + 1)}
+    trials = rng.integers(vocabulary, size=(max(1, min(8, _ENOUGH_LOGITS // vocabulary)), slots))
     for multiple in MULTIPLES:
-        tried = range(multiple, slots + 1, multiple)
-        most = logits[tried[-1]]
-        if all(np.array_equal(logits[rows], most[:rows]) for rows in tried):
+        if all(_agree(runner, tokens, positions, multiple) for tokens in trials):
             return multiple
     return None
+
+
+def _agree(runner: SlotRunner, tokens: np.ndarray, positions: int, multiple: int) -> bool:
+    """Whether steps of multiples of so many rows give the logits of a step of all rows."""
+    slots = len(tokens)
+
+    def logits(first: int, rows: int) -> np.ndarray:
+        # A step writes behind the positions that count, so that it can be tried again.
+        return np.array(runner.step(first, tokens[first : first + rows], np.full(rows, positions)))
+
+    everything = logits(0, slots)
+    apart = [(first, multiple) for first in range(0, slots, multiple)]
+    several = [(0, rows) for rows in range(2 * multiple, slots, multiple)]
+    return all(
+        np.array_equal(logits(first, rows), everything[first : first + rows])
+        for first, rows in apart + several
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from rk_export.runtime.engine.ahead import Drafter
 from rk_export.runtime.engine.prefixes import KeptPrefixes
-from rk_export.runtime.engine.rounding import GRAIN
+from rk_export.runtime.engine.rounding import GRAIN, last_run
 from rk_export.runtime.engine.running import Running
 from rk_export.runtime.engine.slots import SlotRunner
 
@@ -119,9 +119,10 @@ class SlotBatch:
         end, total = running.filled + self._chunk, len(running.tokens)
         if running.filled <= self._above:
             end = max(end, (self._above // GRAIN + 1) * GRAIN)
-        if end == total - 1 and end - GRAIN > running.filled:
-            return end - GRAIN  # a last token alone would be computed as an answer is
-        return end if end < total - 1 else total
+        last = total - last_run(total)
+        if end > last > max(running.filled, self._above):
+            return last
+        return total if running.filled >= last else min(end, total)
 
     def _decode(self) -> list[Running]:
         rows = list(self._rows)

@@ -13,7 +13,7 @@ from deployable import write_graph
 
 from rk_export.bundle.targets import TARGETS
 from rk_export.bundle.targets.base import Deployment
-from rk_export.bundle.targets.kserve import write_manifest
+from rk_export.bundle.targets.kserve_triton import write_manifest
 from rk_export.bundle.targets.triton import write_repository
 from rk_export.errors import InputError
 
@@ -98,7 +98,7 @@ def test_triton_refuses_what_it_cannot_describe(folder: Path, place: Path) -> No
     assert not list(place.iterdir())
 
 
-def test_kserve_names_the_runtime_an_image_and_the_repository(folder: Path, place: Path) -> None:
+def test_kserve_triton_names_the_runtime_an_image_and_the_repository(folder: Path, place: Path) -> None:
     found = manifest(Deployment(folder, "Tiny_Llama.v2"), place)
     assert (found["apiVersion"], found["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     assert found["metadata"] == {"name": "tiny-llama-v2"}
@@ -106,35 +106,17 @@ def test_kserve_names_the_runtime_an_image_and_the_repository(folder: Path, plac
     assert model["modelFormat"] == {"name": "triton", "version": "2"}
     assert (model["runtime"], model["protocolVersion"]) == ("kserve-tritonserver", "v2")
     assert model["runtimeVersion"] == "26.08-py3"
-    assert model["storageUri"] == "pvc://tiny-llama-v2/triton"
+    assert model["storageUri"] == "pvc://models/tiny-llama-v2/triton"
     assert model["resources"]["limits"] == {"memory": "2Gi"}
     assert "/v2/models/Tiny_Llama.v2/infer" in (place / "inferenceservice.yaml").read_text()
 
 
-def test_kserve_takes_a_place_and_asks_for_a_gpu_where_the_bundle_is_for_one(
+def test_kserve_triton_takes_the_bundles_place_and_asks_for_a_gpu_where_it_is_for_one(
     folder: Path, place: Path
 ) -> None:
     with (folder / "model.onnx.data").open("wb") as file:
         file.truncate(3 * 2**29)  # takes no space on the disk
-    model = manifest(Deployment(folder, "m", "cuda", "s3://models/m/triton"), place)["spec"]["predictor"][
-        "model"
-    ]
+    found = manifest(Deployment(folder, "m", "cuda", "s3://models/m/"), place)
+    model = found["spec"]["predictor"]["model"]
     assert model["storageUri"] == "s3://models/m/triton"
     assert model["resources"]["limits"] == {"memory": "5Gi", "nvidia.com/gpu": "1"}
-
-
-@pytest.mark.parametrize(
-    ("name", "storage", "option"),
-    [
-        ("7b", None, "--name"),
-        ("_", None, "--name"),
-        ("m" * 64, None, "--name"),
-        ("m", "models/m", "--storage"),
-    ],
-)
-def test_kserve_refuses_names_and_places_that_a_cluster_would_refuse(
-    folder: Path, place: Path, name: str, storage: str | None, option: str
-) -> None:
-    with pytest.raises(InputError) as refusal:
-        write_manifest(Deployment(folder, name, storage=storage), place)
-    assert str(refusal.value).startswith(option)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -351,11 +352,10 @@ def test_broken_files_are_refused_by_name(cli: Cli, tmp_path: Path, file: str, t
 
 def row(session: Session, tokens: list[int], options: GenerationOptions) -> Row:
     """Return a row that was made to choose the given tokens until it ended."""
-    one = session._row([1], options, 0)
+    one = session.row([1], replace(options, max_new_tokens=len(tokens)))
     for token in tokens:
         if one.finish_reason is None:
             one.advance(np.eye(VOCAB, dtype=np.float32)[token])
-    one.finish(FinishReason.LENGTH)
     return one
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import webbrowser
 from pathlib import Path
 
@@ -29,18 +30,21 @@ def test_every_target_is_listed_with_what_it_writes(cli: Cli) -> None:
     ended = cli("bundle", "--list")
     assert ended.code == 0
     for target in TARGETS:
-        assert f"{target.name}  {target.what}" in ended.out
+        assert re.search(rf"^{re.escape(target.name)} +{re.escape(target.what)}", ended.out, re.M)
     assert json.loads(cli("bundle", "--list", "--json").out) == {one.name: one.what for one in TARGETS}
 
 
 def test_targets_are_written_and_named(cli: Cli, tmp_path: Path) -> None:
     folder = write_deployable(tmp_path / "tiny")
-    ended = cli("bundle", folder, "--for", "triton,kserve", "--name", "m", "--storage", "s3://bucket/m")
+    options = ("--name", "m", "--storage", "s3://bucket/m", "--image", "registry.example/m:1")
+    ended = cli("bundle", folder, "--for", "triton,kserve", *options)
     assert (ended.code, ended.out.splitlines()) == (
         0,
         [f"triton  {folder / 'triton'}", f"kserve  {folder / 'kserve'}"],
     )
-    assert "s3://bucket/m" in (folder / "kserve" / "inferenceservice.yaml").read_text()
+    manifest = (folder / "kserve" / "inferenceservice.yaml").read_text()
+    assert "uri: s3://bucket/m\n" in manifest
+    assert "image: registry.example/m:1\n" in manifest
     assert cli("bundle", folder, "--for", "triton").code == 2
     again = cli("bundle", folder, "--for", "triton", "--force", "--json")
     assert json.loads(again.out) == {"triton": str(folder / "triton")}

@@ -9,6 +9,7 @@ import pytest
 from deployable import write_deployable
 
 from rk_export import InputError, Run, deployment_files, verify
+from rk_export.bundle.targets import TARGETS
 from rk_export.manifest import check_manifest
 
 
@@ -38,8 +39,9 @@ def test_the_manifest_lists_what_was_added(folder: Path) -> None:
 
 
 def test_a_target_brings_along_what_it_refers_to(folder: Path) -> None:
-    assert [place.name for place in deployment_files(folder, ["kserve"], name="m")] == ["triton", "kserve"]
-    assert "kserve/inferenceservice.yaml" in listed(folder)
+    places = deployment_files(folder, ["kserve-triton"], name="m")
+    assert [place.name for place in places] == ["triton", "kserve-triton"]
+    assert "kserve-triton/inferenceservice.yaml" in listed(folder)
     assert (folder / "triton" / "m" / "config.pbtxt").is_file()
 
 
@@ -48,7 +50,7 @@ def test_what_is_there_already_serves_a_target_that_refers_to_it(folder: Path) -
     config = folder / "triton" / "tiny" / "config.pbtxt"
     config.touch()
     made = config.stat().st_ino
-    assert [place.name for place in deployment_files(folder, ["kserve"])] == ["kserve"]
+    assert [place.name for place in deployment_files(folder, ["kserve-triton"])] == ["kserve-triton"]
     assert config.stat().st_ino == made
 
 
@@ -69,11 +71,21 @@ def test_files_are_replaced_with_force_only(folder: Path) -> None:
         (
             ["triton", "seldon"],
             {},
-            "--for: 'seldon' is no deployment target\nFix: give some of triton, kserve",
+            "--for: 'seldon' is no deployment target\nFix: give some of triton, triton-python, kserve, kserve-triton",
         ),
         (["triton"], {"name": "../../elsewhere"}, "--name: '../../elsewhere' cannot name a served model"),
-        (["triton"], {"storage": "pvc://m/t"}, "--storage: goes with the target kserve"),
-        (["triton", "kserve"], {"name": "7b"}, "--name: '7b' makes no name of a KServe service"),
+        (
+            ["triton"],
+            {"storage": "pvc://m/t"},
+            "--storage: goes with kserve, kserve-triton, kubernetes\nFix: add",
+        ),
+        (["kserve-triton"], {"image": "a/b"}, "--image: goes with kserve, kubernetes\nFix: add"),
+        (["triton", "kserve"], {"name": "7b"}, "--name: '7b' makes no name of a service"),
+        (
+            ["triton", "kubernetes"],
+            {"storage": "s3://m/t"},
+            "--storage: 's3://m/t' is no persistent volume claim",
+        ),
     ],
 )
 def test_refusals_leave_everything_as_it_was(
@@ -101,14 +113,16 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 def test_a_graphics_card_is_asked_for_where_the_bundle_is_for_one(tmp_path: Path) -> None:
     folder = write_deployable(tmp_path / "tiny", ep="cuda")
-    deployment_files(folder, ["kserve"])
+    names = ["kserve", "kserve-triton", "kubernetes"]
+    deployment_files(folder, names)
     assert "KIND_GPU" in (folder / "triton" / "tiny" / "config.pbtxt").read_text()
-    assert "nvidia.com/gpu" in (folder / "kserve" / "inferenceservice.yaml").read_text()
+    for name, file in zip(names, ["inferenceservice", "inferenceservice", "deployment"], strict=True):
+        assert "nvidia.com/gpu" in (folder / name / f"{file}.yaml").read_text()
 
 
 @pytest.mark.whole
 def test_a_real_bundle_verifies_after_it(own_bundle: Path) -> None:
-    deployment_files(own_bundle, ["triton", "kserve"], name="tiny")
+    deployment_files(own_bundle, [target.name for target in TARGETS], name="tiny")
     assert all(tier.passed is not False for tier in verify(own_bundle, run=Run(threads=1)))
     stored = json.loads((own_bundle / "rk_manifest.json").read_text(encoding="utf-8"))["files"]
     assert stored["model.onnx"] == stored["triton/tiny/1/model.onnx/model.onnx"]

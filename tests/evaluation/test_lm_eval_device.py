@@ -21,8 +21,8 @@ OURS = "rk_export.evaluation.lm_eval_model"
 
 
 @pytest.fixture
-def bundle_lm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Return the model class as it is with the few names that it takes from lm-eval."""
+def ours(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return our module as it is with the few names that it takes from lm-eval."""
     named: dict[str, dict[str, Any]] = {
         "lm_eval": {},
         "lm_eval.api": {},
@@ -35,8 +35,14 @@ def bundle_lm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, OURS, raising=False)
-    model: Callable[..., Any] = importlib.import_module(OURS).BundleLM
+    module = importlib.import_module(OURS)
     monkeypatch.delitem(sys.modules, OURS)
+    return module
+
+
+@pytest.fixture
+def bundle_lm(ours: Any) -> Callable[..., Any]:
+    model: Callable[..., Any] = ours.BundleLM
     return model
 
 
@@ -45,20 +51,41 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "cuda_obstacle", lambda: "no CUDA driver found")
 
 
-@pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
+@pytest.mark.parametrize("device", [None, "cuda:0"])
 @pytest.mark.usefixtures("no_cuda")
 def test_without_cuda_it_runs_on_the_cpu_and_says_so(
     bundle_lm: Callable[..., Any], bundle: Path, device: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert bundle_lm(str(bundle), device=device, threads=1).session.device == "cpu"
-    assert "running on the CPU execution provider: no CUDA driver found" in caplog.text
+    (notice,) = (record.getMessage() for record in caplog.records)
+    assert notice == "running on the CPU execution provider: no CUDA driver found"
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_a_provider_that_the_user_names_is_insisted_on(bundle_lm: Callable[..., Any], bundle: Path) -> None:
+@pytest.mark.parametrize("named", [{"provider": "cuda", "device": "cpu"}, {"device": "cuda"}])
+def test_what_the_user_names_is_insisted_on(
+    bundle_lm: Callable[..., Any], bundle: Path, named: dict[str, str]
+) -> None:
     with pytest.raises(ProviderError, match="no CUDA driver found"):
-        bundle_lm(str(bundle), provider="cuda", device="cpu")
+        bundle_lm(str(bundle), **named)
+
+
+@pytest.mark.parametrize(
+    ("given", "passed_on"),
+    [
+        (["--tasks", "own", "--device", "cuda:0"], ["--tasks", "own", "--device", "cuda"]),
+        (["--device=cuda:0", "--limit", "2"], ["--device=cuda", "--limit", "2"]),
+        (["--device", "cuda:1"], ["--device", "cuda:1"]),
+        (["--device", "cpu"], ["--device", "cpu"]),
+        (["--output_path", "cuda:0"], ["--output_path", "cuda:0"]),
+        ([], []),
+    ],
+)
+def test_a_command_line_that_names_the_default_device_insists_on_it(
+    ours: Any, given: list[str], passed_on: list[str]
+) -> None:
+    assert ours.insist_on_device(given) == passed_on
 
 
 def test_the_cpu_is_taken_without_a_notice(

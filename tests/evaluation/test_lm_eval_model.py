@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from rk_export.evaluation.log_likelihood import PairEncoder
 from rk_export.evaluation.multiple_choice import score_task
 from rk_export.evaluation.tasks import Task, make_item
 from rk_export.runtime import GenerationOptions
+
+pytestmark = pytest.mark.whole
 
 ITEMS = [
     {"context": "The train leaves at", "choices": ["9:15", "the gulls", "salt"], "gold": 0},
@@ -82,6 +87,26 @@ def test_lm_eval_reaches_our_scores(
     )
     theirs = results["results"]["own"]
     assert (theirs["acc,none"], theirs["acc_norm,none"]) == pytest.approx((ours.acc, ours.acc_norm))
+
+
+@pytest.mark.parametrize("named", [[], ["--device", "cuda:0"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_the_command_line_runs_without_cuda_unless_it_names_it(
+    bundle: Path, task_folder: Path, named: list[str]
+) -> None:
+    """The documented command: lm-eval passes ``cuda:0`` on, whether or not the user names it."""
+    command = [sys.executable, "-m", "rk_export.evaluation.lm_eval_model", "--model", "rk-onnx"]
+    command += ["--model_args", f"bundle={bundle},threads=1", "--tasks", "own", "--limit", "2"]
+    command += ["--include_path", str(task_folder), *named]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(task_folder / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    if named:
+        assert done.returncode != 0
+        assert "the CUDA execution provider cannot be used" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert "acc_norm" in done.stdout
+    assert done.stderr.count("running on the CPU execution provider") == 1
 
 
 def test_the_name_is_registered() -> None:

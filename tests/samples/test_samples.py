@@ -54,7 +54,7 @@ def modules_of_ours(path: Path) -> set[str]:
 
 def test_samples_use_the_public_names() -> None:
     """The short ones nothing else; experiments no more modules of the inside than is written down here."""
-    assert len(SHORT) == 6
+    assert len(SHORT) == 8
     for path in SAMPLES.rglob("*.py"):
         inside = modules_of_ours(path) - PUBLIC
         assert len(inside) <= INSIDE.get(path.relative_to(SAMPLES).as_posix(), 0), sorted(inside)
@@ -136,6 +136,19 @@ def test_deploy_genai_gives_the_runtimes_tokens(
     assert tuple(sample.greedy(model, prompt, 8)) == expected.token_ids
     sample.main([str(bundle), "-p", PROMPT, "--chat", "--max-new-tokens", "8"])
     assert capsys.readouterr().out.strip()
+
+
+def test_deploy_genai_engine_gives_the_runtimes_tokens(
+    bundle: Path, expected: Generation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    sample = importlib.import_module("deploy_genai_engine")
+    model, texts = og.Model(str(bundle)), [PROMPT, "Add the salt, fold the dough, and", "The train"]
+    prompts = [og.Tokenizer(model).encode(text) for text in texts]
+    assert tuple(sample.answers(model, prompts, 8)[0]) == expected.token_ids
+    sample.main([str(bundle), "--max-new-tokens", "8", *(word for text in texts for word in ("-p", text))])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[1 : len(text) + 1] for line, text in zip(lines, texts, strict=True)] == texts
 
 
 def test_parity_in_your_tests(bundle: Path, llama: Path) -> None:

@@ -288,7 +288,9 @@ def test_genai_config_states_names_sizes_and_defaults() -> None:
 
 def test_genai_config_of_cuda_unknown_families_and_missing_eos() -> None:
     cuda = genai_config(config(), ep="cuda", context_length=8)
-    assert cuda["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    session_options = cuda["model"]["decoder"]["session_options"]
+    assert session_options["provider_options"] == [{"cuda": {"enable_cuda_graph": "0"}}]
+    assert "ep.cuda.fpa_intb_gemm" not in session_options
     assert cuda["model"]["decoder"]["head_size"] == 16
     gpt2 = AutoConfig.for_model("gpt2", n_layer=2, n_head=4, n_embd=64)
     values = genai_config(gpt2, ep="cpu", context_length=8)

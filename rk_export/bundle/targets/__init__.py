@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from rk_export.bundle.targets import kserve, triton
+from rk_export.bundle.targets import kserve, kserve_triton, kubernetes, triton, triton_python
 from rk_export.bundle.targets.base import Target
 
-TARGETS: tuple[Target, ...] = (triton.TARGET, kserve.TARGET)
+TARGETS: tuple[Target, ...] = (
+    triton.TARGET,
+    triton_python.TARGET,
+    kserve.TARGET,
+    kserve_triton.TARGET,
+    kubernetes.TARGET,
+)

@@ -16,13 +16,15 @@ class Deployment:
         bundle: The bundle folder.
         name: Name of the served model.
         ep: Execution provider of the server.
-        storage: Where the cluster finds the model repository; None leaves the target's own default.
+        storage: Where the cluster finds what is served; None leaves the target's own default.
+        image: Container image of the server; None leaves the target's own default.
     """
 
     bundle: Path
     name: str
     ep: Literal["cpu", "cuda"] = "cpu"
     storage: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Target:
         what: What is written, in one sentence.
         write: Writes the files into an empty folder; it raises InputError where the bundle cannot be served there.
         needs: Targets whose files these files refer to; they are written too.
+        takes: Options of a deployment, beside the name, that make a difference here: ``storage``, ``image``.
     """
 
     name: str
     what: str
     write: Callable[[Deployment, Path], None]
     needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()

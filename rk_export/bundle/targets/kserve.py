@@ -1,99 +1,70 @@
-"""A KServe InferenceService that serves the bundle's Triton repository with KServe's Triton runtime."""
+"""A KServe InferenceService around `rk-export serve`, which speaks the Open Inference Protocol itself."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
 from rk_export.bundle.targets.base import Deployment, Target
-from rk_export.errors import InputError
+from rk_export.bundle.targets.cluster_names import service_name, storage_uri
+from rk_export.bundle.targets.manifests import write_object
+from rk_export.bundle.targets.pod_sizes import PodSize, pod_size, size_comment
+from rk_export.bundle.targets.pods import METRIC_COMMENT, autoscaler, container, key_comment, pod
 
-# An image whose ONNX Runtime (1.28) was seen to run a bundle. The default of KServe 0.20 is 23.05 with ONNX
-# Runtime 1.15, which knows neither the opset of the graph nor its IR version.
-TRITON_IMAGE = "26.08-py3"
-_DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-_MANIFEST = """\
-# Serves the model {name} of this bundle on KServe, with the Triton runtime that KServe brings along.
-# 1. Copy the folder triton/ of the bundle to the place that storageUri names.
-# 2. kubectl apply -f {file}
-# Requests go to /v2/models/{name}/infer.
-# storageUri may be anything that KServe's storage initializer reads: pvc://CLAIM/PATH, s3://BUCKET/PATH, gs:// ...
-# The memory is an estimate: twice the model's files, and 2 GiB for the server.
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {service}
-spec:
-  predictor:
-    model:
-      modelFormat:
-        name: triton
-        version: "2"
-      runtime: kserve-tritonserver
-      runtimeVersion: {image}
-      protocolVersion: v2
-      storageUri: {storage}
-      resources:
-        requests:
-          memory: {memory}Gi
-        limits:
-          memory: {memory}Gi
-"""
-_GPU = """\
-          nvidia.com/gpu: "1"
-"""
+_SUFFIX = "-predictor"  # KServe appends it to the names of its own objects
+_BUNDLE = "/mnt/models"
+_COMMENT = (
+    "Serves the model {name} of this bundle on KServe 0.16 or newer, with rk-export's own server.",
+    "1. Build the image from samples/container, push it, and put its name below (or give --image).",
+    "2. Copy the bundle to the place that uri names (or give --storage): pvc://CLAIM/PATH, s3://BUCKET/PATH, gs:// ...",
+    "   KServe mounts a claim, and downloads from other places before the server starts. User 65532 must be able to",
+    "   read the files. If the place asks for credentials, add the serviceAccountName that has them.",
+    "3. kubectl apply -f {folder}/",
+    "Requests go to /v2/models/{name}/infer and to OpenAI's routes under /v1.",
+)
 
 
-def write_manifest(deployment: Deployment, folder: Path) -> None:
-    """Write ``inferenceservice.yaml``.
+def write_service(deployment: Deployment, folder: Path) -> None:
+    """Write ``inferenceservice.yaml`` and ``autoscaler.yaml``.
 
     Args:
-        deployment: The bundle, and where the cluster finds its ``triton`` folder.
+        deployment: The bundle, its image, and where the cluster finds it.
         folder: An empty folder.
 
     Raises:
-        InputError: No name of a Kubernetes object can be made of the model's name, or the place is no URI.
+        InputError: The bundle has no graph, no name of a service can be made of the model's name, the place is no
+            URI, or the image no image.
     """
-    service = _service_name(deployment.name)
-    storage = deployment.storage or f"pvc://{service}/triton"
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s\"'#]+", storage):
-        raise InputError(
-            f"{storage!r} is no place that KServe can read",
-            where="--storage",
-            fix="give a URI such as pvc://CLAIM/PATH or s3://BUCKET/PATH",
-        )
-    text = _MANIFEST.format(
-        name=deployment.name,
-        file=f"{folder.name}/inferenceservice.yaml",
-        service=service,
-        image=TRITON_IMAGE,
-        storage=storage,
-        memory=_memory_gib(deployment.bundle),
-    )
-    gpu = _GPU if deployment.ep == "cuda" else ""
-    (folder / "inferenceservice.yaml").write_text(text + gpu, encoding="utf-8")
+    service, size = service_name(deployment.name, suffix=_SUFFIX), pod_size(deployment)
+    comment = [line.format(name=deployment.name, folder=folder.name) for line in _COMMENT]
+    comment += [*key_comment(service), *size_comment(size)]
+    write_object(folder / "inferenceservice.yaml", comment, _inference_service(deployment, service, size))
+    scaler = autoscaler(service, f"{service}{_SUFFIX}", size.slots)
+    write_object(folder / "autoscaler.yaml", METRIC_COMMENT, scaler)
 
 
-def _service_name(name: str) -> str:
-    """Return the model's name as a DNS label, which names of Kubernetes services are."""
-    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if not _DNS_LABEL.fullmatch(label):
-        raise InputError(
-            f"{name!r} makes no name of a KServe service: it must begin with a letter and have 63 characters at most",
-            where="--name",
-            fix="give another name",
-        )
-    return label
-
-
-def _memory_gib(bundle: Path) -> int:
-    files = sum(path.stat().st_size for path in bundle.glob("model.onnx*"))
-    return 2 + -(-2 * files // 2**30)
+def _inference_service(deployment: Deployment, service: str, size: PodSize) -> dict[str, Any]:
+    server = {"name": "kserve-container", **container(deployment, service, size, _BUNDLE)}
+    server["env"] = [{"name": "PROTOCOL", "value": "v2"}, *server["env"]]
+    place = {"uri": storage_uri(deployment, service), "mountPath": _BUNDLE}
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": service,
+            "annotations": {
+                # An ordinary Deployment, which autoscaler.yaml scales: KServe's own autoscalers know no queue.
+                "serving.kserve.io/deploymentMode": "Standard",
+                "serving.kserve.io/autoscalerClass": "external",
+            },
+        },
+        "spec": {"predictor": {"storageUris": [place], **pod(server)}},
+    }
 
 
 TARGET = Target(
     "kserve",
-    "an InferenceService manifest for KServe, served by its Triton runtime",
-    write_manifest,
-    needs=("triton",),
+    "an InferenceService for KServe, served by rk-export's own server, and its autoscaler",
+    write_service,
+    takes=("storage", "image"),
 )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 from pathlib import Path
 
 import onnx
 
 from rk_export.bundle.targets.base import Deployment, Target
+from rk_export.bundle.targets.links import link_or_copy
 from rk_export.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 _TYPES = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
@@ -60,18 +56,9 @@ def write_repository(deployment: Deployment, folder: Path) -> None:
     text = _config(graph, deployment.name, deployment.ep)
     place = folder / deployment.name
     model = place / "1" / "model.onnx"
-    model.mkdir(parents=True)
     for file in sorted(files):
-        _link(bundle / file, model / file)
+        link_or_copy(bundle / file, model / file)
     (place / "config.pbtxt").write_text(text, encoding="utf-8")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)  # files of the Hub's cache are links themselves
-    except OSError as error:
-        logger.info("%s: copied, hard links do not work here (%s)", target.name, error.strerror)
-        shutil.copyfile(source, target)
 
 
 def _config(graph: onnx.GraphProto, name: str, ep: str) -> str:
