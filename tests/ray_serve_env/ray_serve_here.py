@@ -60,9 +60,11 @@ def wait_until(holds: Callable[[], bool], *, seconds: float = 90) -> float:
 
 def written(folder: Path) -> dict[str, Path]:
     """Write two models with other weights, and return their folders."""
-    runtime_models.CONTEXT, runtime_models.LAYERS = CONTEXT, LAYERS
+    runtime_models.LAYERS = LAYERS
     return {
-        name: endless(runtime_models.TinyDecoder(seed=seed).write(folder / str(seed), eos=[]))
+        name: endless(
+            runtime_models.TinyDecoder(seed=seed, context=CONTEXT).write(folder / str(seed), eos=[])
+        )
         for seed, name in enumerate((TWO, GROWING))
     }
 
