@@ -3,11 +3,11 @@
     pip install 'ray[serve]' 'rk-export[serve]'
     cd samples && serve run ray_serve.app:application small=/models/small large=/models/large
 
-Every name in the command becomes a model of ``/v1/completions``, ``/v1/chat/completions`` and ``/v1/embeddings``. Its
-folder must lie under the same path on every node.
+Every name in the command becomes a model of ``/v1/completions`` and ``/v1/chat/completions``. Its folder must lie under
+the same path on every node.
 
 A replica is a whole ``rk-export serve`` of one bundle, without the socket. The ingress reads nothing of a request but
-the name of its model, so clients get what that server gives, to the byte.
+the name of its model and whether the answer is streamed, so clients get what that server gives.
 
 One deployment a bundle, rather than ``serve.multiplexed``: each model scales by its own load, and its replicas hold
 it from their start. A multiplexed replica opens and drops bundles while requests run, so that one model's load slows
