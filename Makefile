@@ -17,6 +17,7 @@ WORKERS ?= 2
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
 RAY_VENV := .venv-ray
+RAY_SERVE_VENV := .venv-ray-serve
 TRITON_VENV := .venv-triton
 TRITON_CLIENT_VENV := .venv-triton-client
 KUBERNETES_VENV := .venv-kubernetes
@@ -25,6 +26,7 @@ READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
+RAY_SERVE_READY := $(RAY_SERVE_VENV)/ready
 TRITON_READY := $(TRITON_VENV)/ready
 TRITON_CLIENT_READY := $(TRITON_CLIENT_VENV)/ready
 KUBERNETES_READY := $(KUBERNETES_VENV)/ready
@@ -38,7 +40,8 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Other runtimes, each in an environment of its own; `test` runs none of them.
-ELSEWHERE := test-optimum test-ray test-triton test-triton-client test-kubernetes test-container
+ELSEWHERE := test-optimum test-ray test-ray-serve test-triton test-triton-client test-kubernetes test-container \
+	test-node test-browser
 
 .PHONY: help setup demo test lint types format unit suite docs $(ELSEWHERE) results inputs fuzz clean
 
@@ -104,9 +107,12 @@ $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(OPTIMUM_VENV)/bin/python -m pip install -r $<
 	@touch $@
 
+# Ray as a cluster of this machine alone: its processes listen on the loopback, and report to nobody.
+RAY_ALONE := RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_USAGE_STATS_ENABLED=0
+
 # Ray is large, and few need it: a local cluster of two nodes in an environment of its own.
 test-ray: $(RAY_READY)
-	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest tests/ray_env --confcutdir=tests/ray_env
+	OMP_NUM_THREADS=1 $(RAY_ALONE) $(RAY_VENV)/bin/python -m pytest tests/ray_env --confcutdir=tests/ray_env
 
 $(RAY_READY): pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
@@ -122,6 +128,17 @@ test-triton-client: $(READY) $(TRITON_CLIENT_READY)
 $(TRITON_CLIENT_READY): tests/triton_client_env/requirements.txt
 	$(PYTHON) -m venv $(TRITON_CLIENT_VENV)
 	$(TRITON_CLIENT_VENV)/bin/python -m pip install -r $<
+	@touch $@
+
+# The sample for Ray Serve, without PyTorch: two replicas of tiny models, of which one is killed.
+test-ray-serve: $(RAY_SERVE_READY)
+	OMP_NUM_THREADS=1 $(RAY_ALONE) PYTHONPATH=$(CURDIR)/samples:$(CURDIR)/tests \
+		$(RAY_SERVE_VENV)/bin/python -m pytest tests/ray_serve_env --confcutdir=tests/ray_serve_env
+
+$(RAY_SERVE_READY): tests/ray_serve_env/requirements.txt
+	$(PYTHON) -m venv $(RAY_SERVE_VENV)
+	$(RAY_SERVE_VENV)/bin/python -m pip install -r $<
+	$(RAY_SERVE_VENV)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
 # The real tritonserver, on the CPU and on 127.0.0.1 only. Its package needs numpy below 2.

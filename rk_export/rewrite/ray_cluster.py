@@ -21,6 +21,7 @@ from rk_export.progress import Bar, stage
 from rk_export.rewrite.layer_work import LayerWork, collect_logs, log_of, say, unpacked
 
 _RETRIES = 3  # of a layer whose worker died
+_KNOCK_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def _connected(address: str) -> Iterator[Any]:
     is_ours = not ray.is_initialized()
     if is_ours:
         try:
+            _knock(address)
             ray.init(address=address, logging_level=WARNING, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except (ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"no Ray cluster is reached there: {reason}",
@@ -111,6 +113,17 @@ def _connected(address: str) -> Iterator[Any]:
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Find out at once whether somebody listens at HOST:PORT: Ray itself tries for a quarter of an hour.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _collect(ray: Any, pending: dict[Any, int], bar: Bar) -> None:

@@ -6,9 +6,11 @@ Runs in an environment of its own (``make test-ray``): Ray is large.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -40,10 +42,28 @@ def address() -> Iterator[str]:
     """A cluster of two nodes on this machine, one process each."""
     # Its processes import what this one does.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
+    # Ray writes a token there; short, for the paths of its sockets may have 107 characters.
+    home = tempfile.mkdtemp(prefix="rk")
+    os.environ["HOME"] = home
+    cluster = started(home)
     yield cluster.address
     cluster.shutdown()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def started(folder: str) -> Cluster:
+    """Start the nodes. Ray gives one 30 seconds, too few for the first one on a busy machine."""
+    for attempt in range(3):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=1, include_dashboard=False, temp_dir=folder)
+            cluster.add_node(num_cpus=1)
+            return cluster
+        except Exception:  # Ray raises it bare
+            cluster.shutdown()
+            if attempt == 2:
+                raise
+    raise AssertionError
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +149,6 @@ def test_an_address_where_nothing_listens_is_named(model: Path, tmp_path: Path) 
         "try:\n    _connected('127.0.0.1:1').__enter__()\n"
         "except InputError as error:\n    print(error.where); sys.exit(7)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert ended.returncode == 7, ended.stderr[-2000:]
     assert "--ray 127.0.0.1:1" in ended.stdout

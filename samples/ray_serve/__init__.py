@@ -1,0 +1,1 @@
+"""Bundles behind Ray Serve: see `app.py`."""
