@@ -42,7 +42,9 @@ class ServedSettings:
             raise InputError(
                 "there is no such parameter", where=unknown[0], fix=f"give some of {', '.join(_NAMES)}"
             )
-        numbers = {name: _number(name, values[name]) for name in (*_SESSION, *_ENGINE) if name in values}
+        numbers: dict[str, Any] = {
+            name: _number(name, values[name]) for name in (*_SESSION, *_ENGINE) if name in values
+        }
         provider: Any = values.get("provider", "auto")
         return cls(
             SessionSettings(provider, numbers.get("threads")),
