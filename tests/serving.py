@@ -25,7 +25,8 @@ from rk_export.runtime.engine import EngineOptions
 from rk_export.runtime.providers import SessionSettings
 from rk_export.runtime.server.app import create_app
 from rk_export.runtime.server.context import Context
-from rk_export.runtime.server.models import Decoder, Models
+from rk_export.runtime.server.models import Models
+from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.serve import Server, listen
 from rk_export.runtime.server.settings import ServerSettings
 

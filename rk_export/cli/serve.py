@@ -113,7 +113,8 @@ def run_serve(args: argparse.Namespace) -> int:
     check_extra()
     settings = settings_of(args)
     from rk_export.runtime.server.app import create_app
-    from rk_export.runtime.server.models import Models, named_folders
+    from rk_export.runtime.server.models import Models
+    from rk_export.runtime.server.names import named_folders
     from rk_export.runtime.server.serve import listen, run
 
     models = Models(named_folders(args.bundles, args.name), settings)

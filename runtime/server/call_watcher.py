@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rk_export.runtime.engine.records import Answer, Piece
-from rk_export.runtime.server.models import Decoder
+from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.tools import Call, CallForm, parse_call, whole_text
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rk_export.runtime.server.errors import ApiError, bad_request
 from rk_export.runtime.server.json_schema import ANY_OBJECT
-from rk_export.runtime.server.models import Decoder
 from rk_export.runtime.server.openai_types import ChatMessage, ChatRequest, NamedTool, Tool
+from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.tools import (
     CallForm,
     call_schema,

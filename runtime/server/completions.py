@@ -27,8 +27,8 @@ from rk_export.runtime.server.generation import (
     usage,
 )
 from rk_export.runtime.server.logprobs import completion_logprobs
-from rk_export.runtime.server.models import Decoder
 from rk_export.runtime.server.openai_types import CompletionRequest
+from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.reading import read
 from rk_export.runtime.server.settings import ServerSettings
 from rk_export.runtime.server.sse import EventStream

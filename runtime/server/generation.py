@@ -24,7 +24,7 @@ from rk_export.runtime.options import FinishReason
 from rk_export.runtime.server.errors import bad_request, timed_out
 from rk_export.runtime.server.logs import event
 from rk_export.runtime.server.metrics import Metrics
-from rk_export.runtime.server.models import Decoder
+from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.settings import ServerSettings
 
 T = TypeVar("T")

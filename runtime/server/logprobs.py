@@ -8,7 +8,7 @@ from typing import Any
 
 from rk_export.errors import InputError
 from rk_export.runtime.engine.records import TokenScore
-from rk_export.runtime.server.models import Decoder
+from rk_export.runtime.server.opened import Decoder
 
 _LEAST = -9999.0  # JSON has no infinity
 

@@ -16,7 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rk_export.runtime.engine.records import Counters
-from rk_export.runtime.server.models import Decoder, Models
+from rk_export.runtime.server.models import Models
+from rk_export.runtime.server.opened import Decoder
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "rk_export_"

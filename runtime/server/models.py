@@ -4,66 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rk_export.errors import InputError, RkExportError
 from rk_export.memory import give_back
 from rk_export.runtime.bundle_config import BundleConfig
-from rk_export.runtime.bundle_files import TOKENIZER_FILE, read_json
-from rk_export.runtime.chat_files import TemplateFiles
-from rk_export.runtime.encoder import EncoderSession
-from rk_export.runtime.engine.engine import Engine
-from rk_export.runtime.engine.records import EngineOptions
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.graph_proto import load_proto
 from rk_export.runtime.server.encoders import EncoderWorker
 from rk_export.runtime.server.errors import ApiError, unavailable
-from rk_export.runtime.server.json_schema import GrammarTokens
 from rk_export.runtime.server.logs import event, logger
-from rk_export.runtime.server.settings import DEFAULT_CONTEXT, ServerSettings
-from rk_export.runtime.session import Session
-
-_CLOSE_SECONDS = 10.0
-_NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # it stands in paths
-_FLOAT = 4  # bytes of a key's or value's element, at most
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """An open decoder bundle: it continues texts.
-
-    Args:
-        session: The bundle.
-        engine: What runs its requests.
-        limit: Most positions of prompt and answer together.
-        slots: Requests that run together.
-    """
-
-    session: Session
-    engine: Engine
-    limit: int
-    slots: int
-
-    @cached_property
-    def grammar(self) -> GrammarTokens:
-        """The tokenizer for grammars and for the bytes of tokens."""
-        config = self.session.config
-        return GrammarTokens(config.folder, self.session.rows, sorted(config.eos_ids))
-
-    @cached_property
-    def template(self) -> str:
-        """The text of all chat templates; empty where there is none."""
-        return "\n".join(TemplateFiles.read(self.session.config.folder).sources.values())
-
-    def close(self, *, finish: bool) -> None:
-        """End the engine's thread."""
-        self.engine.close(finish=finish, timeout=_CLOSE_SECONDS)
+from rk_export.runtime.server.opened import Decoder, memory_of, open_bundle
+from rk_export.runtime.server.settings import ServerSettings
 
 
 @dataclass
@@ -228,47 +185,13 @@ class Models:
 
     def _open(self, model: Served) -> None:
         begin = time.monotonic()
-        model.opened = _opened(model, self._settings)
+        model.opened = open_bundle(model.folder, self._settings, encoder=model.encoder)
         event("model opened", model=model.name, seconds=round(time.monotonic() - begin, 3))
 
     def _shut(self, model: Served, *, finish: bool) -> None:
         opened, model.opened = model.opened, None
         if opened is not None:
             opened.close(finish=finish)
-
-
-def named_folders(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
-    """Return the bundles by name: that of the folder, or the one given for it.
-
-    Args:
-        folders: The bundles.
-        names: ``NAME`` for the only bundle, or ``NAME=FOLDER`` with the folder as it was given.
-
-    Raises:
-        InputError: A name belongs to no bundle, or two bundles have the same.
-    """
-    given: dict[Path, str] = {}
-    for text in names:
-        name, equals, path = text.partition("=")
-        place = Path(path) if equals else folders[0]
-        if not name or place not in folders or (not equals and len(folders) > 1):
-            raise InputError(f"{text!r} names no bundle of the line", where="name", fix="write NAME=FOLDER")
-        given[place] = name
-    found: dict[str, Path] = {}
-    for folder in folders:
-        name = given.get(folder, folder.resolve().name)
-        if not _NAME.fullmatch(name):
-            raise InputError(
-                f"{name!r} is no name of a model",
-                where=str(folder),
-                fix="give --name NAME=FOLDER of letters, digits, dots, colons, dashes and underscores",
-            )
-        if name in found:
-            raise InputError(
-                f"two bundles are named {name!r}", where=str(folder), fix="give --name OTHER=FOLDER"
-            )
-        found[name] = folder
-    return found
 
 
 def _look_at(name: str, folder: Path, settings: ServerSettings) -> Served:
@@ -279,50 +202,8 @@ def _look_at(name: str, folder: Path, settings: ServerSettings) -> Served:
         raise InputError(
             f"no {TOKENIZER_FILE} here", where=str(folder), fix="put the model's tokenizer beside the graph"
         )
-    size = _file_bytes(folder) + (0 if encoder else _cache_bytes(config, settings))
+    size = memory_of(config, settings, encoder=encoder)
     return Served(name, folder, encoder, size, int(config.model_path.stat().st_mtime))
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
-
-
-def _cache_bytes(config: BundleConfig, settings: ServerSettings) -> int:
-    """Return the bytes of keys and values of all slots and kept prefixes; 0 where the configuration does not tell."""
-    stated = read_json(config.folder / "config.json")
-    nested = stated.get("text_config")
-    layers = (nested if isinstance(nested, dict) else stated).get("num_hidden_layers")
-    if not isinstance(layers, int) or config.kv_heads is None or config.head_size is None:
-        return 0
-    options = settings.engine
-    rows = (options.slots + options.kept_prefixes) * _capacity(config.context_length, options)
-    return 2 * layers * config.kv_heads * config.head_size * _FLOAT * rows
-
-
-def _capacity(context: int | None, options: EngineOptions) -> int:
-    return options.capacity or min(context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-
-
-def _opened(model: Served, settings: ServerSettings) -> Decoder | EncoderWorker:
-    how = settings.session
-    if model.encoder:
-        encoder = EncoderSession.from_pretrained(model.folder, provider=how.provider, threads=how.threads)
-        return EncoderWorker(encoder, settings.engine.queue)
-    known = BundleConfig.read(model.folder).context_length
-    limit = _capacity(known, settings.engine)
-    session = Session.from_pretrained(
-        model.folder, provider=how.provider, threads=how.threads, max_length=limit
-    )
-    options = replace(settings.engine, capacity=limit)
-    # Read here, so that a broken file is told now and not by a request.
-    session.text_codec, session.config.ends, session.rows  # noqa: B018
-    draft = None if settings.draft is None else _draft(settings.draft, settings)
-    return Decoder(session, Engine(session, options, draft), limit, options.slots)
-
-
-def _draft(folder: Path, settings: ServerSettings) -> Session:
-    how = settings.session
-    return Session.from_pretrained(folder, provider=how.provider, threads=how.threads)
 
 
 def _collect() -> None:

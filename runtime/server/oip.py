@@ -18,9 +18,10 @@ from rk_export.runtime.server.context import Context, context_of
 from rk_export.runtime.server.encoders import EncoderWorker
 from rk_export.runtime.server.errors import ApiError, JsonResponse, bad_request, timed_out
 from rk_export.runtime.server.generation import Watch, check_count, room_for, submitted, unless_gone
-from rk_export.runtime.server.models import Decoder, Served
+from rk_export.runtime.server.models import Served
 from rk_export.runtime.server.oip_tensors import HEADER, Inference, read_inference, write_inference
 from rk_export.runtime.server.openai_types import Sampling
+from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.reading import misfit
 
 EXTENSIONS = ["binary_tensor_data"]

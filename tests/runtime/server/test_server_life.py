@@ -24,7 +24,8 @@ from serving import Running, checked, error_of, serving, streamed, write_decoder
 from rk_export.errors import InputError
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.engine import EngineOptions
-from rk_export.runtime.server.models import Models, named_folders
+from rk_export.runtime.server.models import Models
+from rk_export.runtime.server.names import named_folders
 from rk_export.runtime.server.serve import listen
 from rk_export.runtime.server.settings import ServerSettings
 
