@@ -51,6 +51,7 @@ class EncoderSession:
         provider: Provider = "auto",
         threads: int | None = None,
         accuracy_level: int | None = None,
+        spinning: bool = True,
         check: bool = False,
     ) -> EncoderSession:
         """Open a bundle folder; the arguments are those of ``Session.from_pretrained``.
@@ -62,7 +63,7 @@ class EncoderSession:
         if check:
             check_manifest(path)
         config = BundleConfig.read(path)
-        settings = SessionSettings(provider, threads, accuracy_level)
+        settings = SessionSettings(provider, threads, accuracy_level, spinning)
         return cls(open_session(config.model_path, settings), config)
 
     def forward(

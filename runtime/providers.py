@@ -45,6 +45,7 @@ class SessionSettings:
         accuracy_level: Overrides the attribute of every ``MatMulNBits``: 0 computes in the type of the
             activations, 4 quantizes them to int8. At 0 products made for int8 inputs read floats too. None keeps
             what the graph says.
+        spinning: Threads that wait for work keep their core busy; else they sleep, which is slower on free cores.
 
     Raises:
         InputError: A setting is out of its range.
@@ -53,6 +54,7 @@ class SessionSettings:
     provider: Provider = "auto"
     threads: int | None = None
     accuracy_level: int | None = None
+    spinning: bool = True
 
     def __post_init__(self) -> None:
         if self.provider not in ("auto", "cpu", "cuda"):
@@ -116,6 +118,8 @@ def _create(model: Path, settings: SessionSettings, providers: list[str]) -> Any
     options.log_severity_level = _ERRORS_ONLY
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
+    if not settings.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source: str | bytes = str(model)
     if settings.accuracy_level is not None or any(path.is_symlink() for path in model.parent.rglob("*")):
         source, folder = graph_bytes(model, settings.accuracy_level)

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _GREEDY = GenerationOptions()
 _TOGETHER = 16  # rows that `generate` runs together, at most
-_CHUNK = 512  # tokens of a prompt that one run computes; nobody waits meanwhile
 
 
 class Session:
@@ -69,6 +68,7 @@ class Session:
         provider: Provider = "auto",
         threads: int | None = None,
         accuracy_level: int | None = None,
+        spinning: bool = True,
         max_length: int | None = None,
         check: bool = False,
     ) -> Session:
@@ -79,6 +79,7 @@ class Session:
             provider: ``auto`` takes CUDA where it works and the CPU, with a notice, elsewhere.
             threads: Threads within one operator; None lets ONNX Runtime decide.
             accuracy_level: 0 or 4 overrides the attribute of every ``MatMulNBits``.
+            spinning: Threads that wait for work keep their core busy; else they sleep, which is slower on free cores.
             max_length: Most positions of prompt and new tokens together.
             check: First compare size and SHA-256 of every file with the bundle's manifest.
 
@@ -89,7 +90,7 @@ class Session:
         if check:
             check_manifest(path)
         config = BundleConfig.read(path)
-        settings = SessionSettings(provider, threads, accuracy_level)
+        settings = SessionSettings(provider, threads, accuracy_level, spinning)
         session = cls(open_session(config.model_path, settings), config, max_length=max_length)
         if session.device == "cpu" or not session._needs_cpu:
             return session
@@ -374,9 +375,7 @@ class Session:
             return
         needed = max(len(row.prompt) + row.limit for row in rows)
         slots = min(len(rows), _TOGETHER)
-        batch, _ = open_batch(
-            self, EngineOptions(slots=slots, chunk=_CHUNK, capacity=needed, kept_prefixes=0)
-        )
+        batch, _ = open_batch(self, EngineOptions(slots=slots, capacity=needed, kept_prefixes=0))
         waiting = deque(map(Running, rows))
         while waiting or batch.running:
             while waiting and batch.has_room:

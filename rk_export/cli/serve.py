@@ -45,15 +45,19 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         type=int,
-        default=64,
         metavar="TOKENS",
-        help="of a prompt between two steps of the running answers: fewer hold them up less (default 64)",
+        help="of a prompt between two steps of the running answers: fewer hold them up less (default by their speed)",
     )
     parser.add_argument(
         "--context",
         type=int,
         metavar="TOKENS",
         help="of prompt and answer together; sets the memory (default the model's, at most 4096)",
+    )
+    parser.add_argument(
+        "--no-spinning",
+        action="store_true",
+        help="threads of ONNX Runtime sleep while they wait: slower, but leaves shared cores to others",
     )
     parser.add_argument(
         "--lookup",
@@ -160,7 +164,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     return ServerSettings(
         host=args.host,
         port=args.port,
-        session=SessionSettings(args.provider, args.threads),
+        session=SessionSettings(args.provider, args.threads, spinning=not args.no_spinning),
         engine=EngineOptions(
             slots=args.slots,
             queue=args.queue,

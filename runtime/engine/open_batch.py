@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rk_export.errors import InputError
 from rk_export.runtime.engine.ahead import Drafter, DraftModel, PromptLookup, check_same_tokens
 from rk_export.runtime.engine.batch import Batch, OneByOne
+from rk_export.runtime.engine.pace import Pace
 from rk_export.runtime.engine.rounding import row_multiple
 from rk_export.runtime.engine.slot_batch import SlotBatch
 from rk_export.runtime.engine.slots import SlotBuffers, SlotRunner
@@ -61,7 +62,7 @@ def _slot_batch(
         return SlotBatch(
             _runner(session, slots + multiple - 1 + options.kept_prefixes, min(capacity, up_to or capacity)),
             slots=slots,
-            chunk=options.chunk,
+            pace=Pace(options.chunk),
             multiple=multiple,
             above=above,
             up_to=up_to,

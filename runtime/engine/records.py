@@ -114,8 +114,8 @@ class EngineOptions:
     Args:
         slots: Requests that are decoded together.
         queue: Requests that may wait beside them.
-        chunk: Tokens of a prompt that are computed between two steps of the running answers: a longer one ends the
-            prompt earlier, and holds the others up for longer.
+        chunk: Tokens of a prompt that are computed between two steps of the running answers: more of them end the
+            prompt earlier, and hold the others up for longer. None takes what two or three steps take.
         capacity: Most positions of prompt and answer together; None takes the session's limit.
         kept_prefixes: Finished requests whose keys and values are kept for prompts that begin alike; 0 keeps none.
         lookup: Guess that a text goes on as it did where its last tokens stood before. Requests then run one at a time.
@@ -126,7 +126,7 @@ class EngineOptions:
 
     slots: int = 8
     queue: int = 64
-    chunk: int = 64
+    chunk: int | None = None
     capacity: int | None = None
     kept_prefixes: int = 8
     lookup: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from rk_export.runtime.engine.ahead import Drafter
+from rk_export.runtime.engine.pace import Pace
 from rk_export.runtime.engine.prefixes import KeptPrefixes
 from rk_export.runtime.engine.rounding import GRAIN, last_run
 from rk_export.runtime.engine.running import Running
@@ -25,7 +26,7 @@ class SlotBatch:
         runner: Runs the graph over the slots.
         slots: Rows that run together, in the first slots; `multiple` - 1 more fill up steps, and those behind keep what
             finished rows computed.
-        chunk: Tokens of a prompt that are computed between two steps, about: whole multiples of `GRAIN` are.
+        pace: Says how much of a prompt is computed between two steps.
         multiple: Steps run multiples of so many rows, see `row_multiple`; empty slots fill them up.
         above: The graph must be shown more positions than that in every run.
         up_to: Most positions that a row may take here; None sets no limit.
@@ -37,7 +38,7 @@ class SlotBatch:
         runner: SlotRunner,
         *,
         slots: int,
-        chunk: int,
+        pace: Pace,
         multiple: int = 1,
         above: int = 0,
         up_to: int | None = None,
@@ -45,8 +46,7 @@ class SlotBatch:
     ) -> None:
         self._runner, self._buffers = runner, runner.buffers
         self._slots, self._multiple, self._above, self._up_to = slots, multiple, above, up_to
-        self._chunk = max(chunk // GRAIN, 1) * GRAIN
-        self._drafter = drafter
+        self._pace, self._drafter = pace, drafter
         self._kept = KeptPrefixes(range(slots + multiple - 1, runner.buffers.slots))
         self._rows: list[Running] = []  # the place is the slot
         self._filling: Running | None = None
@@ -102,7 +102,8 @@ class SlotBatch:
             return []
         end = self._chunk_end(running)
         tokens = np.array(running.tokens[running.filled : end], np.int64)
-        logits = self._runner.extend(running.slot, tokens, running.filled)
+        with self._pace.timed_chunk(len(tokens)):
+            logits = self._runner.extend(running.slot, tokens, running.filled)
         running.filled = end
         if end < len(running.tokens):
             return []
@@ -116,7 +117,7 @@ class SlotBatch:
         return [running]
 
     def _chunk_end(self, running: Running) -> int:
-        end, total = running.filled + self._chunk, len(running.tokens)
+        end, total = running.filled + self._pace.tokens(waiting=bool(self._rows)), len(running.tokens)
         if running.filled <= self._above:
             end = max(end, (self._above // GRAIN + 1) * GRAIN)
         last = total - last_run(total)
@@ -130,7 +131,8 @@ class SlotBatch:
             for running in rows:
                 self._guess(running, self._drafter)
         elif rows:
-            self._step(rows)
+            with self._pace.timed_step():
+                self._step(rows)
         return rows
 
     def _step(self, rows: list[Running]) -> None:

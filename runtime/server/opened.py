@@ -87,18 +87,22 @@ def open_bundle(folder: Path, settings: ServerSettings, *, encoder: bool) -> Dec
     """
     how = settings.session
     if encoder:
-        opened = EncoderSession.from_pretrained(folder, provider=how.provider, threads=how.threads)
+        opened = EncoderSession.from_pretrained(
+            folder, provider=how.provider, threads=how.threads, spinning=how.spinning
+        )
         return EncoderWorker(opened, settings.engine.queue)
     known = BundleConfig.read(folder).context_length
     limit = _capacity(known, settings.engine)
-    session = Session.from_pretrained(folder, provider=how.provider, threads=how.threads, max_length=limit)
+    session = _session(folder, settings, max_length=limit)
     options = replace(settings.engine, capacity=limit)
     # Read here, so that a broken file is told now and not by a request.
     session.text_codec, session.config.ends, session.rows  # noqa: B018
-    draft = None if settings.draft is None else _draft(settings.draft, settings)
+    draft = None if settings.draft is None else _session(settings.draft, settings)
     return Decoder(session, Engine(session, options, draft), limit, options.slots)
 
 
-def _draft(folder: Path, settings: ServerSettings) -> Session:
+def _session(folder: Path, settings: ServerSettings, max_length: int | None = None) -> Session:
     how = settings.session
-    return Session.from_pretrained(folder, provider=how.provider, threads=how.threads)
+    return Session.from_pretrained(
+        folder, provider=how.provider, threads=how.threads, spinning=how.spinning, max_length=max_length
+    )

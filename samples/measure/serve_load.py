@@ -36,9 +36,11 @@ _TIMEOUT = 600.0
 def measure(args: argparse.Namespace, clients: int, variant: str) -> Row:
     """Return the row of one number of clients: a fresh server, and the clients in another process."""
     slots = 1 if variant == ONE else args.slots
-    options = ("--slots", slots, "--queue", 4 * clients, "--chunk", args.chunk, "--kept-prefixes", 0)
-    threads = () if args.threads is None else ("--threads", args.threads)
-    with served.server(args.bundle, *options, *threads) as server:
+    options: list[object] = ["--slots", slots, "--queue", 4 * clients, "--kept-prefixes", 0]
+    options += [] if args.threads is None else ["--threads", args.threads]
+    options += [] if args.chunk is None else ["--chunk", args.chunk]
+    options += ["--no-spinning"] if args.no_spinning else []
+    with served.server(args.bundle, *options) as server:
         words = ["--client", server.url, "--clients", clients, "--requests", args.requests]
         limits = ["--seconds", args.seconds, "--prompt-tokens", *args.prompt_tokens]
         row = harness.in_own_process(__file__, str(args.bundle), *map(str, [*words, *limits]))
@@ -165,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=120.0, help="none begins later (default %(default)s)"
     )
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--chunk", type=int, help="tokens of a prompt between two steps")
+    parser.add_argument("--no-spinning", action="store_true", help="threads that wait sleep")
     parser.add_argument("--threads", type=int, help="of ONNX Runtime")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[SHORTEST, LONGEST])
     parser.add_argument("--one-at-a-time", action="store_true", help="serve with one slot")

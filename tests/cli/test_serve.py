@@ -74,6 +74,7 @@ OPTIONS: list[tuple[tuple[object, ...], str, Any]] = [
     (("--memory-limit", "1.5GB"), "memory_limit", 1_500_000_000),
     (("--provider", "cpu"), "session", SessionSettings("cpu")),
     (("--threads", 2), "session", SessionSettings(threads=2)),
+    (("--no-spinning",), "session", SessionSettings(spinning=False)),
 ]
 
 

@@ -77,7 +77,6 @@ def _config(deployment: Deployment) -> str:
         "provider": deployment.ep,
         "slots": defaults.slots,
         "queue": defaults.queue,
-        "chunk": defaults.chunk,
     }
     parameters = [
         f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'

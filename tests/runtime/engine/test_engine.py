@@ -100,7 +100,10 @@ def test_every_answer_is_that_of_the_single_request(
     assert len({answer.token_ids for answer in answers}) > 5, "the answers differ from each other"
 
 
-def test_requests_that_come_later_join_what_is_running(session: Session, engine: Engine) -> None:
+def test_requests_that_come_later_join_what_is_running(
+    session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_up(session, monkeypatch, 0.005)
     first = Heard()
     engine.submit(Request(prompts(5)[0], LONG), first)
     assert first.began.wait(60)
