@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,9 +18,9 @@ from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.cache import Cache, GrowingCache, SharedCache
 from rk_export.runtime.chat import ChatTemplate, Message
 from rk_export.runtime.decoder import Decoder, position_ids
+from rk_export.runtime.engine.batch import run_rows
 from rk_export.runtime.engine.open_batch import measured_row_multiple, open_batch
 from rk_export.runtime.engine.records import Constraint, EngineOptions
-from rk_export.runtime.engine.running import Running
 from rk_export.runtime.engine.slots import SlotBuffers, SlotRunner
 from rk_export.runtime.generate import Row
 from rk_export.runtime.graph_proto import GraphFacts, read_facts
@@ -376,14 +375,7 @@ class Session:
         needed = max(len(row.prompt) + row.limit for row in rows)
         slots = min(len(rows), _TOGETHER)
         batch, _ = open_batch(self, EngineOptions(slots=slots, capacity=needed, kept_prefixes=0))
-        waiting = deque(map(Running, rows))
-        while waiting or batch.running:
-            while waiting and batch.has_room:
-                batch.add(waiting.popleft())
-            for running in batch.step():
-                if running.failure is not None:
-                    raise running.failure
-            yield
+        yield from run_rows(batch, rows)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from rk_export.parity.comparison import compare, not_measured
 from rk_export.parity.probe import Probe
 from rk_export.report.records import ParityTier
 from rk_export.runtime import GenerationOptions, Session
+from rk_export.runtime.engine.batch import run_rows
 from rk_export.runtime.engine.open_batch import open_batch
 from rk_export.runtime.engine.records import EngineOptions
-from rk_export.runtime.engine.running import Running
 from rk_export.runtime.generate import Row
 
 _NAME = "single requests vs many at once, as shipped"
@@ -59,11 +57,6 @@ def _answered(session: Session, prompts: list[tuple[int, ...]], chunk: int) -> l
     capacity = max(map(len, prompts)) + _NEW_TOKENS
     options = EngineOptions(slots=len(rows), chunk=chunk, capacity=capacity, kept_prefixes=0)
     batch, _ = open_batch(session, options)
-    waiting = deque(map(Running, rows))
-    while waiting or batch.running:
-        while waiting and batch.has_room:
-            batch.add(waiting.popleft())
-        for running in batch.step():
-            if running.failure is not None:
-                raise running.failure
+    for _ in run_rows(batch, rows):
+        pass
     return [np.stack(row.logits) for row in rows]

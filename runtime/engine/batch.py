@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 
 from rk_export.runtime.decoder import Decoder
 from rk_export.runtime.engine.running import Running
+from rk_export.runtime.generate import Row
 
 
 class Batch(Protocol):
@@ -29,6 +32,22 @@ class Batch(Protocol):
 
     def step(self) -> list[Running]:
         """Compute a chunk of a prompt and a token of every running row; return the rows that got tokens or failed."""
+
+
+def run_rows(batch: Batch, rows: Iterable[Row]) -> Iterator[None]:
+    """Run rows to their end, yielding after each step.
+
+    Raises:
+        RkExportError: No token can be chosen for one of them.
+    """
+    waiting = deque(map(Running, rows))
+    while waiting or batch.running:
+        while waiting and batch.has_room:
+            batch.add(waiting.popleft())
+        for running in batch.step():
+            if running.failure is not None:
+                raise running.failure
+        yield
 
 
 class OneByOne:
