@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from rk_export.runtime.engine.slots import SlotRunner
 
 BOS, EOS, VOCAB = 256, 257, 258
 HEADS, KV_HEADS, HEAD, LAYERS, CONTEXT = 4, 2, 16, 2, 96
@@ -138,6 +142,17 @@ class TinyDecoder:
         body = helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(body, opset_imports=opsets, ir_version=10)
+
+
+def held_up(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
+    """Make every step of the engine take a while, so that requests pile up."""
+    step = SlotRunner.step
+
+    def slow(self: SlotRunner, *given: Any) -> np.ndarray:
+        time.sleep(seconds)
+        return step(self, *given)
+
+    monkeypatch.setattr(SlotRunner, "step", slow)
 
 
 def byte_tokenizer() -> Tokenizer:

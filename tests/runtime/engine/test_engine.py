@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runtime_models import CONTEXT, VOCAB, TinyDecoder
+from runtime_models import CONTEXT, VOCAB, TinyDecoder, held_up
 
 from rk_export.errors import InputError, RkExportError
 from rk_export.runtime import FinishReason, GenerationOptions, Session
@@ -103,7 +103,7 @@ def test_every_answer_is_that_of_the_single_request(
 def test_requests_that_come_later_join_what_is_running(
     session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_up(session, monkeypatch, 0.005)
+    held_up(monkeypatch, 0.005)
     first = Heard()
     engine.submit(Request(prompts(5)[0], LONG), first)
     assert first.began.wait(60)
@@ -214,22 +214,9 @@ def test_a_cancelled_request_frees_its_slot(session: Session) -> None:
     assert not waiting.pieces
 
 
-def held_up(session: Session, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
-    """Make every step take a while, so that requests pile up."""
-    from rk_export.runtime.engine.slots import SlotRunner
-
-    step = SlotRunner.step
-
-    def slow(self: SlotRunner, *given: object) -> np.ndarray:
-        time.sleep(seconds)
-        return step(self, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SlotRunner, "step", slow)
-
-
 def test_a_full_queue_refuses(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.row_multiple  # found before steps are slow
-    held_up(session, monkeypatch)
+    held_up(monkeypatch)
     with Engine(session, EngineOptions(slots=1, queue=1)) as engine:
         heard = [Heard() for _ in range(2)]
         for one in heard:
@@ -246,7 +233,7 @@ def test_closing_finishes_or_ends_what_was_taken(
     session: Session, monkeypatch: pytest.MonkeyPatch, finish: bool
 ) -> None:
     assert session.row_multiple
-    held_up(session, monkeypatch)
+    held_up(monkeypatch)
     engine = Engine(session, EngineOptions(slots=1))
     heard = [Heard() for _ in range(3)]
     for one in heard:
@@ -262,7 +249,7 @@ def test_closing_finishes_or_ends_what_was_taken(
 
 def test_closing_waits_no_longer_than_it_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.row_multiple
-    held_up(session, monkeypatch, 0.05)
+    held_up(monkeypatch, 0.05)
     engine, heard = Engine(session, EngineOptions(slots=1)), Heard()
     engine.submit(Request(prompts(5)[0], LONG), heard)
     begin = time.monotonic()
@@ -304,7 +291,7 @@ def test_asyncio_streams_answers_and_takes_requests_back(
         assert [answer.token_ids for answer in together] == [
             alone(session, Request(prompt, SAMPLED))[0] for prompt in prompts(4, 50, 9)
         ]
-        held_up(session, monkeypatch)
+        held_up(monkeypatch)
         task = asyncio.create_task(engine.answer(Request(prompts(5)[0], LONG)))
         while not engine.counters().running:
             await asyncio.sleep(0.001)

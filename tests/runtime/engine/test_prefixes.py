@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runtime_models import CONTEXT, TinyDecoder
+from runtime_models import CONTEXT, TinyDecoder, held_up
 
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.engine import Engine, EngineOptions, Request
@@ -56,8 +56,10 @@ def test_a_conversation_computes_only_what_is_new(session: Session) -> None:
             said = said + answer.token_ids + text(10, turn + 1)
 
 
-def test_a_prompt_copies_from_one_that_is_running(session: Session) -> None:
+def test_a_prompt_copies_from_one_that_is_running(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several answers to one prompt compute it once."""
+    assert session.row_multiple  # found before steps are slow
+    held_up(monkeypatch)
     prompt = text(50)
     sampled = GenerationOptions(max_new_tokens=6, temperature=1.0, seed=1)
     with Engine(session, EngineOptions(slots=4, kept_prefixes=0)) as engine:
