@@ -195,7 +195,9 @@ def test_a_bad_prompt_is_refused_at_once(engine: Engine, prompt: tuple[int, ...]
     assert engine.counters().requests == 0
 
 
-def test_a_cancelled_request_frees_its_slot(session: Session) -> None:
+def test_a_cancelled_request_frees_its_slot(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.row_multiple  # found before steps are slow
+    held_up(monkeypatch)
     with Engine(session, EngineOptions(slots=1, chunk=8, queue=4)) as engine:
         running, waiting, last = Heard(), Heard(), Heard()
         first = engine.submit(Request(prompts(5)[0], LONG), running)
