@@ -221,6 +221,11 @@ class Engine:
             self._state.notify_all()
         return await result
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: it ends when the engine is closed, or where a fault ended it."""
+        return self._thread.is_alive()
+
     def counters(self) -> Counters:
         """Return what was done so far."""
         with self._state:

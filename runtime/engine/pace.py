@@ -10,7 +10,7 @@ from rk_export.runtime.engine.rounding import GRAIN
 
 _UNHURRIED = 512  # tokens, where nobody waits
 _FIRST = 64  # tokens, until a step was timed
-_STEPS = 2.5  # a chunk may take as long as so many steps of the running answers
+_STEPS = 3.0  # a chunk may take as long as so many steps of the running answers
 _MEMORY = 0.8  # what one timing leaves of the average before it
 
 
@@ -18,7 +18,7 @@ class Pace:
     """Chooses the length of a prompt's chunk. It changes no answer: chunks are whole multiples of `GRAIN`.
 
     Args:
-        chunk: Tokens of every chunk, about; None lets a chunk take as long as two or three steps, by their timings, and
+        chunk: Tokens of every chunk, about; None lets a chunk take as long as three steps, by their timings, and
             hurries nobody where no answer is running.
     """
 

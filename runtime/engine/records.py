@@ -115,7 +115,7 @@ class EngineOptions:
         slots: Requests that are decoded together.
         queue: Requests that may wait beside them.
         chunk: Tokens of a prompt that are computed between two steps of the running answers: more of them end the
-            prompt earlier, and hold the others up for longer. None takes what two or three steps take.
+            prompt earlier, and hold the others up for longer. None takes as many as take the time of three steps.
         capacity: Most positions of prompt and answer together; None takes the session's limit.
         kept_prefixes: Finished requests whose keys and values are kept for prompts that begin alike; 0 keeps none.
         lookup: Guess that a text goes on as it did where its last tokens stood before. Requests then run one at a time.

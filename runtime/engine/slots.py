@@ -5,6 +5,8 @@ A slot is filled from position 0 without gaps, so every row of a batch has the r
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,7 @@ class SlotBuffers:
         self.slots, self.capacity = slots, capacity
         self._layout, self._device = layout, device
         shapes = [(slots, slot.kv_heads, capacity, slot.head_size) for slot in layout.slots]
-        # Pages of zeros that nobody wrote to take no memory on the CPU.
-        self._arrays = [np.zeros(shape, layout.cache_dtype) for shape in shapes] if device == "cpu" else []
+        self._arrays = [lazy_zeros(shape, layout.cache_dtype) for shape in shapes] if device == "cpu" else []
         self._on_device = [] if device == "cpu" else [self._allocated(shape) for shape in shapes]
         self._copier = None if device == "cpu" else _copier(layout, device)
 
@@ -72,6 +73,18 @@ class SlotBuffers:
             binding.bind_input("x", self._device, 0, kind, shape, self._address(index, source))
             binding.bind_output("y", self._device, 0, kind, shape, self._address(index, target))
             copier.run_with_iobinding(binding)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return zeros that take memory only where something was written, a small page at a time.
+
+    With large pages the first token of a slot would touch nearly all of it: a stall of half a second, and the memory of
+    the whole context.
+    """
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def _copier(layout: DecoderLayout, device: str) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ LINES: dict[str, tuple[object, ...]] = {
     "sign": ("{own}", "--key", "{key}"),
     "eval": ("{llama}", "--text", "{prose}", "--context", 64, "--tokens", 128),
     "run": ("{bundle}", "-p", "The harbour", "--max-new-tokens", 4),
+    "serve": ("{bundle}", "--port", 0),
     "bench": ("{bundle}", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--provider", "cpu"),
     "compare": ("{bundle}", "{own}"),
     "report": ("{bundle}",),
@@ -44,6 +47,17 @@ LINES: dict[str, tuple[object, ...]] = {
 def commands() -> dict[str, argparse.ArgumentParser]:
     (choice,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
     return dict(choice.choices)
+
+
+@pytest.fixture(autouse=True)
+def served_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` announces itself and ends."""
+
+    def run(app: Any, listener: socket.socket, announce: Callable[[], None]) -> None:
+        announce()
+        listener.close()
+
+    monkeypatch.setattr("rk_export.runtime.server.serve.run", run)
 
 
 @pytest.fixture

@@ -546,7 +546,7 @@ def test_prompt_longer_than_the_context(refused: Refused, bundle: Path) -> None:
 
 @pytest.mark.whole
 def test_empty_prompt(refused: Refused, bundle: Path) -> None:
-    assert refused("run", bundle, "-p", "").startswith("prompt 0: it has no tokens")
+    assert refused("run", bundle, "-p", "").startswith("prompt: it has no tokens")
 
 
 @pytest.mark.whole

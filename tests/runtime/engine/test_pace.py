@@ -35,10 +35,10 @@ def test_a_chunk_takes_as_long_as_a_few_steps(clock: list[float]) -> None:
     untimed = one.tokens(waiting=True)
     assert untimed % GRAIN == 0
     timed(clock, one, step=0.020, token=0.001)
-    assert one.tokens(waiting=True) == 48, "50 tokens take 2.5 steps"
+    assert one.tokens(waiting=True) == 56, "60 tokens take three steps"
     for _ in range(40):
         timed(clock, one, step=0.040, token=0.001)
-    assert one.tokens(waiting=True) == 96, "it follows what changes"
+    assert one.tokens(waiting=True) == 112, "it follows what changes"
     for _ in range(40):
         timed(clock, one, step=0.0001, token=0.001)
     assert one.tokens(waiting=True) == GRAIN
