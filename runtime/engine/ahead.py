@@ -86,10 +86,11 @@ class DraftModel:
     Args:
         runner: Runs the smaller model over one slot.
         capacity: Positions of the slot.
+        rows: Tokens below it have a row in both embeddings; nothing is guessed after another one.
     """
 
-    def __init__(self, runner: SlotRunner, capacity: int) -> None:
-        self._runner, self._capacity = runner, capacity
+    def __init__(self, runner: SlotRunner, capacity: int, rows: int | None) -> None:
+        self._runner, self._capacity, self._rows = runner, capacity, rows
         self._held = np.empty(0, np.int64)  # tokens whose keys and values the slot holds
         self._length = GuessLength()
 
@@ -97,12 +98,12 @@ class DraftModel:
         """Return the smaller model's likeliest tokens, one after another."""
         text = np.array(tokens, np.int64)
         wanted = self._length.next(min(room, self._capacity - len(text)))
-        if not wanted:
+        if not wanted or (self._rows is not None and int(text.max()) >= self._rows):
             return []
         logits = self._read(text)
         guesses: list[int] = []
         while True:
-            guesses.append(int(logits.argmax()))
+            guesses.append(int(logits[: self._rows].argmax()))
             if len(guesses) == wanted:
                 return guesses
             logits = self._runner.step(0, np.array(guesses[-1:]), np.array([len(self._held)]))[0]

@@ -17,6 +17,10 @@ class Batch(Protocol):
     """Rows that run together."""
 
     @property
+    def slots(self) -> int:
+        """Rows that surely run together."""
+
+    @property
     def running(self) -> int:
         """Rows that were added and have not ended."""
 
@@ -61,6 +65,11 @@ class OneByOne:
         self._decoders = decoders
         self._decoder: Decoder | None = None
         self._row: Running | None = None
+
+    @property
+    def slots(self) -> int:
+        """One."""
+        return 1
 
     @property
     def running(self) -> int:

@@ -9,7 +9,9 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from rk_export.errors import RkExportError
 from rk_export.runtime.engine.open_batch import open_batch
@@ -18,37 +20,22 @@ from rk_export.runtime.engine.records import (
     CancelledRequestError,
     Counters,
     EngineClosedError,
+    EngineFaultError,
     EngineOptions,
     Piece,
     QueueFullError,
     Request,
 )
 from rk_export.runtime.engine.running import Running
+from rk_export.runtime.engine.tickets import Event, Listener, Ticket, Work, post
 from rk_export.runtime.session import Session
 
-Event = Piece | Answer | RkExportError
-Listener = Callable[[Event], None]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = EngineOptions()
-
-
-class Ticket:
-    """A request that was taken."""
-
-    def __init__(self, running: Running, listener: Listener, cancel: Callable[[Ticket], None]) -> None:
-        self.running, self.listener = running, listener
-        self.told = 0  # tokens that the listener knows of
-        self._cancel = cancel
-
-    def cancel(self) -> None:
-        """Take the request back and free its slot; one that has ended stays as it is.
-
-        The listener may still hear of a token that was under way, and at last of a `CancelledRequestError`.
-        """
-        self._cancel(self)
+_MOST_FAULTS = 3  # steps in a row that fail: the engine then ends, and whoever watches it starts another
 
 
 class Engine:
@@ -73,8 +60,8 @@ class Engine:
         self._batch, self.capacity = open_batch(session, options, draft)
         self._waiting: deque[Ticket] = deque()
         self._running: dict[Running, Ticket] = {}
-        self._left: list[Ticket] = []  # cancelled while they ran
-        self._work: deque[Callable[[], None]] = deque()
+        self._left: list[Ticket] = []  # taken back by their callers
+        self._work: deque[Work[Any]] = deque()
         self._counters, self._finished = Counters(), Counter[str]()
         self._state = threading.Condition()
         self._closing = self._at_once = False
@@ -87,13 +74,23 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close(finish=exception[0] is None)
 
+    @property
+    def slots(self) -> int:
+        """Requests that surely run together: fewer than the options say where requests run one at a time."""
+        return self._batch.slots
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: it ends when the engine is closed, or after several faults in a row."""
+        return self._thread.is_alive()
+
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Take a request.
 
         Args:
             request: The prompt, and how to continue it.
             listener: Called on the engine's thread with every `Piece`, and at last with the `Answer` or with what went
-                wrong. It must be quick and must not raise.
+                wrong. It must be quick.
 
         Raises:
             InputError: The prompt is empty, has a token without a row in the embedding, or leaves no room.
@@ -109,18 +106,14 @@ class Engine:
         )
         ticket = Ticket(Running(row), listener, self._cancel)
         with self._state:
-            if self._closing:
-                raise EngineClosedError("the engine takes no requests any more", where="engine")
-            if len(self._waiting) >= self.options.queue + self.options.slots - len(self._running):
-                self._counters = replace(self._counters, refused=self._counters.refused + 1)
+            self._require_open()
+            free = max(0, self._batch.slots - len(self._running))
+            if len(self._waiting) - free >= self.options.queue:
+                self._count(refused=1)
                 raise QueueFullError(
                     f"{len(self._waiting)} requests wait already", where="engine", fix="try again later"
                 )
-            self._counters = replace(
-                self._counters,
-                requests=self._counters.requests + 1,
-                prompt_tokens=self._counters.prompt_tokens + len(request.prompt),
-            )
+            self._count(requests=1, prompt_tokens=len(request.prompt))
             self._waiting.append(ticket)
             self._state.notify_all()
         return ticket
@@ -131,26 +124,28 @@ class Engine:
         Raises:
             RkExportError: A request was refused or failed; the others are cancelled.
         """
-        requests = list(requests)
-        ended = [threading.Event() for _ in requests]
-        found: list[Event | None] = [None] * len(requests)
+        ended: SimpleQueue[tuple[int, Event]] = SimpleQueue()
 
         def listen(index: int, event: Event) -> None:
             if not isinstance(event, Piece):
-                found[index] = event
-                ended[index].set()
+                ended.put((index, event))
 
         tickets: list[Ticket] = []
+        answers: dict[int, Answer] = {}
         try:
             for index, request in enumerate(requests):
-                tickets.append(self.submit(request, lambda event, index=index: listen(index, event)))  # type: ignore[misc]
-            for event in ended:
-                event.wait()
+                tickets.append(self.submit(request, partial(listen, index)))
+            while len(answers) < len(tickets):
+                index, event = ended.get()
+                if isinstance(event, RkExportError):
+                    raise event
+                if isinstance(event, Answer):
+                    answers[index] = event
         except BaseException:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        return [_answered(event) for event in found]
+        return [answers[index] for index in range(len(tickets))]
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece | Answer, None]:
         """Answer a request piece by piece; the last item is the whole answer.
@@ -160,14 +155,8 @@ class Engine:
         Raises:
             RkExportError: As `submit`, or the request failed.
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-        def listen(event: Event) -> None:
-            # The loop may have been closed by somebody who did not wait for the answer.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        ticket = self.submit(request, listen)
+        events = asyncio.Queue[Event]()
+        ticket = self.submit(request, partial(post, asyncio.get_running_loop(), events.put_nowait))
         try:
             while True:
                 event = await events.get()
@@ -194,37 +183,23 @@ class Engine:
     async def run(self, work: Callable[[], T]) -> T:
         """Run something on the engine's thread, between two steps, and return what it returns.
 
+        Cancelling the task takes it back, unless it has begun.
+
         Raises:
+            QueueFullError: As much work waits as requests may.
             EngineClosedError: The engine is closed.
             Exception: What the work raises.
         """
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
-
-        def settle(set_it: Callable[[], None]) -> None:
-            if not result.done():
-                set_it()
-
-        def worked() -> None:
-            try:
-                value = work()
-            except BaseException as error:
-                problem = error
-                loop.call_soon_threadsafe(settle, lambda: result.set_exception(problem))
-            else:
-                loop.call_soon_threadsafe(settle, lambda: result.set_result(value))
-
+        asked = Work(work)
         with self._state:
-            if self._closing:
-                raise EngineClosedError("the engine takes no work any more", where="engine")
-            self._work.append(worked)
+            self._require_open()
+            if len(self._work) > self.options.queue:
+                raise QueueFullError(
+                    f"{len(self._work)} calls wait already", where="engine", fix="try again later"
+                )
+            self._work.append(asked)
             self._state.notify_all()
-        return await result
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs: it ends when the engine is closed, or where a fault ended it."""
-        return self._thread.is_alive()
+        return await asked.result
 
     def counters(self) -> Counters:
         """Return what was done so far."""
@@ -251,44 +226,69 @@ class Engine:
         if self._thread.is_alive():
             self.close(finish=False)
 
+    def _require_open(self) -> None:
+        if self._closing:
+            raise EngineClosedError("the engine takes no requests any more", where="engine")
+
     def _cancel(self, ticket: Ticket) -> None:
         with self._state:
             self._left.append(ticket)
             self._state.notify_all()
 
     def _serve(self) -> None:
+        why = "the engine ended after a fault"
         try:
-            while self._admitted():
-                advanced = self._batch.step()
-                self._counters = replace(self._counters, steps=self._counters.steps + bool(advanced))
-                for running in advanced:
-                    self._tell(running)
-        except BaseException as error:
-            logger.exception("the engine ended")
-            self._end_all(f"the engine ended: {type(error).__name__}")
-        else:
-            self._end_all("the engine was closed")
+            faults = 0
+            while faults < _MOST_FAULTS and self._has_work():
+                try:
+                    self._take_turn()
+                    faults = 0
+                except Exception as error:
+                    logger.exception("a step of the engine failed")
+                    faults += 1
+                    self._fail_running(error)
+            if faults < _MOST_FAULTS:
+                why = "the engine was closed"
+        finally:
+            self._end_all(why)
 
-    def _admitted(self) -> bool:
-        """Wait for something to do, and take requests in; return whether there is more to come."""
+    def _has_work(self) -> bool:
+        """Wait for something to do; return False where the engine is to end."""
         with self._state:
             self._state.wait_for(
                 lambda: self._waiting or self._running or self._work or self._left or self._closing
             )
-            if self._at_once or (self._closing and not (self._waiting or self._running or self._work)):
-                return False
+            return not self._at_once and bool(
+                self._waiting or self._running or self._work or self._left or not self._closing
+            )
+
+    def _take_turn(self) -> None:
+        """Let requests go and come, do a piece of the callers' work, and give every running row a token."""
+        with self._state:
             gone = self._let_go()
-            while self._waiting and self._batch.has_room:
-                ticket = self._waiting.popleft()
-                self._running[ticket.running] = ticket
-                self._batch.add(ticket.running)
-                self._count(cached_tokens=ticket.running.cached)
-            work = [self._work.popleft() for _ in range(len(self._work))]
+            work = self._work.popleft() if self._work else None
         for ticket in gone:
-            ticket.listener(CancelledRequestError("the request was taken back", where="engine"))
-        for item in work:
-            item()
-        return True
+            ticket.tell(CancelledRequestError("the request was taken back", where="engine"))
+        if work is not None:
+            work.do()
+        while (ticket_in := self._next()) is not None:
+            self._batch.add(ticket_in.running)
+            with self._state:
+                self._count(cached_tokens=ticket_in.running.cached)
+        advanced = self._batch.step()
+        with self._state:
+            self._count(steps=int(bool(advanced)))
+        for running in advanced:
+            self._tell(running)
+
+    def _next(self) -> Ticket | None:
+        """Return the next waiting request where there is room for it; it counts as running from now on."""
+        with self._state:
+            if not self._waiting or not self._batch.has_room:
+                return None
+            ticket = self._waiting.popleft()
+            self._running[ticket.running] = ticket
+            return ticket
 
     def _let_go(self) -> list[Ticket]:
         """Forget the cancelled requests that have not ended, and return them."""
@@ -306,19 +306,28 @@ class Engine:
 
     def _tell(self, running: Running) -> None:
         """Tell what is new of a row."""
+        ticket = self._running[running]
+        new = ticket.tell_tokens()
         with self._state:
-            ticket = self._running[running]
-            new = len(running.row.tokens) - ticket.told
             self._count(new_tokens=new)
             if running.ended:
                 del self._running[running]
                 self._count(drafted_tokens=running.drafted, accepted_tokens=running.accepted)
                 self._finished["failed" if running.failure else str(running.row.finish_reason)] += 1
-        if new:
-            ticket.listener(_piece(running, ticket.told))
-            ticket.told += new
         if running.ended:
-            ticket.listener(running.failure or running.answer())
+            ticket.tell(running.failure or running.answer())
+
+    def _fail_running(self, error: Exception) -> None:
+        """End the requests that a failed step may have left half done; those that wait go on."""
+        failure = error if isinstance(error, RkExportError) else None
+        with self._state:
+            tickets = list(self._running.values())
+            self._running.clear()
+            self._finished["failed"] += len(tickets)
+        for ticket in tickets:
+            self._batch.drop(ticket.running)
+            what = f"the engine failed in a step: {type(error).__name__}"
+            ticket.tell(failure or EngineFaultError(what, where="engine", fix="see the log"))
 
     def _end_all(self, why: str) -> None:
         with self._state:
@@ -329,22 +338,11 @@ class Engine:
             self._waiting.clear()
             work, self._work = list(self._work), deque()
         for ticket in tickets:
-            ticket.listener(EngineClosedError(why, where="engine"))
+            ticket.tell(EngineClosedError(why, where="engine"))
         for item in work:
-            item()
+            item.refuse(why)
 
     def _count(self, **more: int) -> None:
+        """Add to counters; the lock must be held."""
         added = {name: getattr(self._counters, name) + count for name, count in more.items()}
         self._counters = replace(self._counters, **added)
-
-
-def _piece(running: Running, told: int) -> Piece:
-    row = running.row
-    return Piece(row.new_text(), tuple(row.tokens[told:]), tuple(row.scores[told:]))
-
-
-def _answered(event: Event | None) -> Answer:
-    if isinstance(event, RkExportError):
-        raise event
-    assert isinstance(event, Answer)
-    return event

@@ -97,7 +97,8 @@ def _drafter(
         )
     check_same_tokens(session.text_codec.token_ids(), draft.text_codec.token_ids(), where=where)
     positions = min(capacity, draft.max_length, draft.config.rotary_switch or capacity)
-    return DraftModel(_runner(draft, 1, positions), positions)
+    known = [rows for rows in (session.rows, draft.rows) if rows is not None]
+    return DraftModel(_runner(draft, 1, positions), positions, min(known, default=None))
 
 
 def measured_row_multiple(session: Session) -> int | None:

@@ -21,6 +21,12 @@ class EngineClosedError(RkExportError):
     """The engine takes no requests any more, or ended before it could finish this one."""
 
 
+class EngineFaultError(RkExportError):
+    """A step failed while it computed the request."""
+
+    exit_code = 1
+
+
 class CancelledRequestError(RkExportError):
     """The caller took the request back."""
 

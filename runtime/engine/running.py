@@ -10,7 +10,7 @@ from rk_export.runtime.generate import Row
 
 
 class Running:
-    """A row from the moment it gets a slot.
+    """A row that runs or is to run.
 
     Args:
         row: The prompt and its continuation.

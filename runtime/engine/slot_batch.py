@@ -45,7 +45,7 @@ class SlotBatch:
         drafter: Drafter | None = None,
     ) -> None:
         self._runner, self._buffers = runner, runner.buffers
-        self._slots, self._multiple, self._above, self._up_to = slots, multiple, above, up_to
+        self.slots, self._multiple, self._above, self._up_to = slots, multiple, above, up_to
         self._pace, self._drafter = pace, drafter
         self._kept = KeptPrefixes(range(slots + multiple - 1, runner.buffers.slots))
         self._rows: list[Running] = []  # the place is the slot
@@ -59,7 +59,7 @@ class SlotBatch:
     @property
     def has_room(self) -> bool:
         """Whether a slot is free and no prompt is being computed."""
-        return self._filling is None and len(self._rows) < self._slots
+        return self._filling is None and len(self._rows) < self.slots
 
     def add(self, running: Running) -> None:
         """Begin with the tokens of a row; what another one computed of them is copied."""

@@ -26,6 +26,11 @@ class TwoRotations:
         self._crossing = deque[Running]()  # out of the short batch, not yet in the long one
 
     @property
+    def slots(self) -> int:
+        """Rows that run together where all of them are short, or all long."""
+        return self._short.slots
+
+    @property
     def running(self) -> int:
         """Rows that were added and have not ended."""
         return self._short.running + self._long.running + len(self._crossing)

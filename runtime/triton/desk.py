@@ -21,7 +21,8 @@ from rk_export.runtime.triton.ask import Ask
 from rk_export.runtime.triton.refusal import CANCELLED, Refusal, logger
 
 if TYPE_CHECKING:
-    from rk_export.runtime.engine.engine import Engine, Ticket
+    from rk_export.runtime.engine.engine import Engine
+    from rk_export.runtime.engine.tickets import Ticket
 
 _LOOK = 0.05  # seconds between two looks for clients that left
 

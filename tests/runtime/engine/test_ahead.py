@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from runtime_models import CONTEXT, TinyDecoder, byte_tokenizer
 
 from rk_export.errors import InputError
@@ -167,6 +169,30 @@ def test_guesses_grow_with_success_and_pause_without_it() -> None:
         assert tried < 40
     assert length.next(99) == 0
     assert sum(length.next(99) == 0 for _ in range(200)) < 40, "it tries again"
+
+
+def test_a_draft_with_fewer_rows_guesses_nothing_after_a_token_that_it_cannot_read(
+    session: Session, tmp_path: Path
+) -> None:
+    folder = TinyDecoder(seed=1).write(tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    for node in model.graph.node:
+        if node.op_type == "Gather" and "input_ids" in node.input:
+            (table,) = (one for one in model.graph.initializer if one.name == node.input[0])
+            table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:200], table.name))
+    onnx.save(model, folder / "model.onnx")
+    draft = Session.from_pretrained(folder, provider="cpu", threads=1)
+    assert draft.rows == 200
+    for prompt in (PROMPT, (*PROMPT, 250)):
+        requests = [Request(prompt, options) for options in OPTIONS]
+        with Engine(session, draft=draft) as engine:
+            answers = engine.generate(requests)
+            assert engine.alive
+        for options, found in zip(OPTIONS, answers, strict=True):
+            with Engine(session, LOOKUP) as engine:
+                engine._batch._drafter = Guesses((), 0)  # type: ignore[attr-defined]
+                assert found.token_ids == engine.generate([Request(prompt, options)])[0].token_ids
+    assert not answers[0].drafted_tokens
 
 
 def test_what_cannot_guess_is_refused(session: Session, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from rk_export.runtime.engine import (
     CancelledRequestError,
     Engine,
     EngineClosedError,
+    EngineFaultError,
     EngineOptions,
     Piece,
     QueueFullError,
     Request,
 )
-from rk_export.runtime.engine.engine import Event
+from rk_export.runtime.engine.slots import SlotRunner
+from rk_export.runtime.engine.tickets import Event
 
 LONG = GenerationOptions(max_new_tokens=CONTEXT)
 SAMPLED = GenerationOptions(max_new_tokens=12, temperature=1.3, top_p=0.9, seed=3, repetition_penalty=1.2)
@@ -260,22 +263,148 @@ def test_closing_waits_no_longer_than_it_is_told(session: Session, monkeypatch: 
     assert isinstance(heard.wait(), EngineClosedError)
 
 
-def test_a_fault_of_the_engine_ends_every_request(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, heard = Engine(session, EngineOptions(slots=1)), [Heard(), Heard()]
+def broken(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Make the next runs of prompts fail."""
+    extend, left = SlotRunner.extend, [times]
 
-    def broken(*given: object, **named: object) -> np.ndarray:
-        raise MemoryError("no memory is left")
+    def run(self: SlotRunner, *given: Any, **named: Any) -> np.ndarray:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError("no memory is left")
+        return extend(self, *given, **named)
 
-    monkeypatch.setattr("rk_export.runtime.engine.slots.SlotRunner.extend", broken)
-    for one in heard:
-        engine.submit(Request(prompts(5)[0]), one)
-    for one in heard:
-        failure = one.wait()
-        assert isinstance(failure, EngineClosedError)
+    monkeypatch.setattr(SlotRunner, "extend", run)
+
+
+def test_a_fault_ends_what_was_running_and_nothing_else(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert session.row_multiple
+    with Engine(session, EngineOptions(slots=1)) as engine:
+        broken(monkeypatch, 1)
+        heard = [Heard(), Heard()]
+        for one in heard:
+            engine.submit(Request(prompts(5)[0], SAMPLED), one)
+        failure, answer = (one.wait() for one in heard)
+        assert isinstance(failure, EngineFaultError)
         assert "MemoryError" in str(failure)
-    with pytest.raises(EngineClosedError):
-        engine.submit(Request(prompts(5)[0]), Heard())
+        assert isinstance(answer, Answer)
+        assert answer.token_ids == alone(session, Request(prompts(5)[0], SAMPLED))[0]
+        assert engine.alive
+        assert engine.counters().finished["failed"] == 1
+
+
+def test_an_engine_that_fails_again_and_again_ends(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.row_multiple
+    engine = Engine(session, EngineOptions(slots=1))
+    broken(monkeypatch, 100)
+    heard = [Heard() for _ in range(5)]
+    for one in heard:
+        try:
+            engine.submit(Request(prompts(5)[0]), one)
+        except EngineClosedError as error:
+            one(error)
+    kinds = [type(one.wait()) for one in heard]
+    assert kinds[:3] == [EngineFaultError] * 3
+    assert set(kinds[3:]) == {EngineClosedError}
     engine.close()
+    assert not engine.alive
+
+
+def test_a_listener_that_fails_hurts_nobody_else(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    def bad(event: Event) -> None:
+        raise ValueError("a fault of the listener")
+
+    with Engine(session, EngineOptions(slots=2)) as engine:
+        engine.submit(Request(prompts(9)[0], SAMPLED), bad)
+        (answer,) = engine.generate([Request(prompts(5)[0], SAMPLED)])
+        assert answer.token_ids == alone(session, Request(prompts(5)[0], SAMPLED))[0]
+    assert "a fault of the listener" in caplog.text
+
+
+def test_generate_ends_with_the_first_failure(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.row_multiple
+    held_up(monkeypatch)
+    with Engine(session, EngineOptions(slots=2)) as engine:
+        with pytest.raises(InputError, match="no token can be chosen"):
+            engine.generate([Request(prompts(5)[0], LONG), Request(prompts(6)[0], LONG, Nothing())])
+        engine.generate([Request(prompts(7)[0], GenerationOptions(max_new_tokens=1))])
+        assert engine.counters().finished["cancelled"] == 1
+
+
+def test_the_queue_counts_what_finds_no_slot(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With guesses requests run one at a time, whatever the options say of slots."""
+    held_up_prompts(monkeypatch)
+    with Engine(session, EngineOptions(slots=8, queue=2, lookup=True)) as engine:
+        assert engine.slots == 1
+        heard = [Heard() for _ in range(3)]
+        for one in heard:
+            engine.submit(Request(prompts(5)[0], GenerationOptions(max_new_tokens=8)), one)
+        with pytest.raises(QueueFullError):
+            engine.submit(Request(prompts(5)[0]), Heard())
+        assert all(isinstance(one.wait(), Answer) for one in heard)
+
+
+def held_up_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = SlotRunner.extend
+
+    def slow(self: SlotRunner, *given: Any, **named: Any) -> np.ndarray:
+        time.sleep(0.02)
+        return extend(self, *given, **named)
+
+    monkeypatch.setattr(SlotRunner, "extend", slow)
+
+
+def test_work_that_nobody_waits_for_is_not_done(session: Session) -> None:
+    done: list[int] = []
+    hold, entered = threading.Event(), threading.Event()
+
+    def blocked() -> None:
+        entered.set()
+        assert hold.wait(60)
+
+    async def go(engine: Engine) -> None:
+        first = asyncio.create_task(engine.run(blocked))
+        while not entered.is_set():
+            await asyncio.sleep(0.001)
+        others = [asyncio.create_task(engine.run(lambda: done.append(1))) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(QueueFullError):
+            await engine.run(lambda: done.append(2))
+        for task in others[:2]:
+            task.cancel()
+        await asyncio.sleep(0.01)
+        hold.set()
+        await first
+        await others[2]
+
+    with Engine(session, EngineOptions(queue=2)) as engine:
+        asyncio.run(asyncio.wait_for(go(engine), 60))
+    assert done == [1]
+
+
+def test_closing_at_once_does_no_more_work(session: Session) -> None:
+    hold, entered = threading.Event(), threading.Event()
+
+    def blocked() -> None:
+        entered.set()
+        assert hold.wait(60)
+
+    async def go(engine: Engine) -> None:
+        first = asyncio.create_task(engine.run(blocked))
+        while not entered.is_set():
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(engine.run(lambda: pytest.fail("it was done")))
+        await asyncio.sleep(0.01)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close, finish=False))
+        await asyncio.sleep(0.01)
+        hold.set()
+        await closing
+        await first
+        with pytest.raises(EngineClosedError):
+            await second
+
+    asyncio.run(asyncio.wait_for(go(Engine(session)), 60))
 
 
 def test_asyncio_streams_answers_and_takes_requests_back(
