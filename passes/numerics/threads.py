@@ -2,8 +2,8 @@
 
 Measured with 1, 2 and 4 threads of PyTorch 2.13 (MKL, oneDNN) and SciPy 1.17 (OpenBLAS) on an AMD EPYC: products of
 matrices in any type, attention, and sums along rows or columns give the same bytes. Factorizations, solvers and
-eigenproblems do not, and neither do sums over all entries: their split, and so their rounding, follows the number of
-threads.
+eigenproblems do not, and neither do sums over all entries, nor symmetric updates where OpenBLAS takes its kernels for
+Haswell: their split, and so their rounding, follows the number of threads.
 """
 
 from __future__ import annotations

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from scipy.linalg import blas
 from torch import Tensor, nn
 
 from rk_export.passes.numerics.curvature import Inputs
 from rk_export.passes.numerics.eigen import product
+from rk_export.passes.numerics.threads import one_thread
 
+_PANEL = 512  # rows of a sum that one thread adds to
 _TILE = 1024  # rows of a matrix that are mirrored at a time
 
 
@@ -36,7 +38,7 @@ class MomentSum:
         if self._diagonal:
             self._sum += flat.square().sum(0)
         else:
-            _add_gram_matrix(self._sum, flat)
+            add_gram_matrix(self._sum, flat)
         self.tokens += len(flat)
 
     def total(self) -> Tensor:
@@ -65,14 +67,24 @@ def _mirror(total: Tensor) -> None:
         total[begin + _TILE :, rows] = total[rows, begin + _TILE :].T
 
 
-def _add_gram_matrix(total: Tensor, flat: Tensor) -> None:
-    """Add xᵀx to the upper triangle of a sum, in place; on CPU by SciPy's symmetric rank-k update."""
+def add_gram_matrix(total: Tensor, flat: Tensor) -> None:
+    """Add xᵀx to the upper triangle of a sum, in place; blocks of the diagonal come whole.
+
+    On the CPU panels of a fixed width are computed side by side, each on one thread: how BLAS splits a symmetric update
+    among threads changes its last bits on some processors.
+    """
     if total.device.type != "cpu":
         total.addmm_(flat.T, flat)
         return
-    # BLAS counts columns first: its lower triangle is the upper one here, and nothing is copied.
-    transposed, rows = total.numpy().T, flat.contiguous().numpy().T
-    blas.ssyrk(1.0, rows, beta=1.0, c=transposed, lower=1, overwrite_c=1)
+    threads, sums, rows = torch.get_num_threads(), total.numpy(), flat.contiguous().numpy()
+
+    def add_panel(begin: int) -> None:
+        end = begin + _PANEL
+        sums[begin:end, begin:] += rows[:, begin:end].T @ rows[:, begin:]
+
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(add_panel, range(0, len(sums), _PANEL)):
+            pass
 
 
 class InputSum:

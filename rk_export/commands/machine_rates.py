@@ -13,9 +13,9 @@ from typing import IO
 
 import numpy as np
 import torch
-from scipy.linalg import blas
 from torch import Tensor, nn
 
+from rk_export.calibration.moments import add_gram_matrix
 from rk_export.device import CPU, matmul_dtype
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.numerics.gptq import quantize_gptq
@@ -96,11 +96,8 @@ def _products(rows: int, dtype: torch.dtype, device: torch.device) -> float:
 
 def _grams(device: torch.device) -> float:
     x = _random(_MANY, _SIZE, device=device)
-    amount = float(_MANY * _SIZE * (_SIZE + 1))
-    if device.type != "cpu":
-        return _rate(amount, lambda: x.T @ x, device)
-    sums, rows = np.zeros((_SIZE, _SIZE), np.float32).T, x.numpy().T
-    return _rate(amount, lambda: blas.ssyrk(1.0, rows, beta=1.0, c=sums, lower=1, overwrite_c=1))
+    sums = torch.zeros(_SIZE, _SIZE, device=device)
+    return _rate(float(_MANY * _SIZE * (_SIZE + 1)), lambda: add_gram_matrix(sums, x), device)
 
 
 def _moment(columns: int, device: torch.device) -> Tensor:

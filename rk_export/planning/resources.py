@@ -13,7 +13,7 @@ WorkKind = Literal[
     "float_products",  # FLOPs of such products in float32
     "thin_products",  # FLOPs of products of few rows, as when text is written, in the type of the device
     "int4_products",  # FLOPs of INT4 products of few rows in ONNX Runtime
-    "grams",  # FLOPs of symmetric rank-k updates: n (n + 1) for each token
+    "grams",  # FLOPs of second moments: n (n + 1) for each token
     "factors",  # FLOPs of Cholesky factors: n³ / 3
     "sweeps",  # entries that GPTQ rounds, each twice; its products are counted as float_products
     "passes",  # bytes that elementwise steps read or write in memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from tiny_models import tiny_model
 
 from rk_export import Recipe, compress
+from rk_export.calibration import self_text
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.options.ranks import RankRule
 from rk_export.options.run import Run
@@ -27,12 +29,24 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+def one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model write its text on one thread: few rows in bfloat16 depend on it (docs/how-to/use-workers.md)."""
+    sample = self_text.sample_text
+
+    def on_one_thread(*given: Any) -> torch.Tensor:
+        with cpu_threads(1):
+            return sample(*given)
+
+    monkeypatch.setattr(self_text, "sample_text", on_one_thread)
+
+
 @pytest.mark.whole
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_one_and_two_threads_make_the_same_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    one_text(monkeypatch)
     # Large enough for factorizations to be split: those of 96 columns are not.
     shape = {"hidden_size": 320, "intermediate_size": 640}
     tiny_model("llama", bos_token_id=1, **shape).save_pretrained(tmp_path / "model")
