@@ -1,6 +1,6 @@
 """Endurance test of `rk-export serve`: good, bad, slow, huge and aborted requests side by side.
 
-python samples/measure/serve_soak.py OUT        ten minutes; writes docs/results/serving_soak.json
+python samples/measure/serve_soak.py OUT        ten minutes; writes docs/results/serving_soak.json and .md
 
 Every whole answer at temperature 0 is compared with the answer that the runtime gives to the same prompt alone. The
 status is 1 where an answer is lost, mixed up or changed, where a status is not the expected one, or where the server's
@@ -265,6 +265,38 @@ def await_idle(url: str) -> int:
         time.sleep(0.1)
 
 
+def page(results: Results) -> str:
+    """Return the page that docs/results shows."""
+    facts = results.facts
+    parts = [
+        "# Serving: ten minutes of everything",
+        "",
+        "This page shows whether `rk-export serve` stays right and small through good, bad, slow, huge and "
+        "aborted requests.",
+        "",
+        f"Made by `python samples/measure/serve_soak.py OUT` on {facts['machine']}. The bundle is {facts['bundle']}. "
+        f"{facts['clients']} clients ask side by side. Every whole answer at temperature 0 is compared with the answer "
+        "that the runtime gives to the same prompt alone.",
+    ]
+    for key, row in results.rows.items():
+        lines = [(*name.rsplit(": ", 1), count) for name, count in row["counts"].items()]
+        memory = " to ".join(f"{row[f'rss_anon_{when}'] / 1e6:,.0f}" for when in ("begin", "end"))
+        parts += [
+            "",
+            f"## {key}",
+            "",
+            harness.table(("kind of request", "status", "requests"), lines, "-rr"),
+            "",
+            harness.reading(
+                [
+                    f"{row['requests']:,} requests came, and {row['wrong_count']} ended otherwise than they should.",
+                    f"The server's memory (RssAnon) went from {memory} MB, {row['growth']:+.1%}, after the warm-up.",
+                ]
+            ),
+        ]
+    return "\n".join([*parts, ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the test."""
     parser = harness.parser(__doc__)
@@ -283,6 +315,7 @@ def script(args: argparse.Namespace) -> int:
     results = Results(args.out, "serving_soak", facts)
     key = f"{args.minutes:g} minutes"
     results.measure([(key, partial(measure, args))])
+    results.write_page(page(results))
     row = results.rows[key]
     passed = row["wrong_count"] == 0 and row["growth"] < MOST_GROWTH
     harness.logger.info(

@@ -32,7 +32,7 @@ GUIDES = [README, *DOCS]
 INSIDE = (
     ROOT / "docs" / "explanation" / "architecture.md"
 )  # shows how the library looks inside, to those who change it
-PUBLIC = ("rk_export", "rk_export.runtime", "rk_export.testing")
+PUBLIC = ("rk_export", "rk_export.runtime", "rk_export.runtime.engine", "rk_export.testing")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(
