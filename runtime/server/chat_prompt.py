@@ -19,6 +19,7 @@ from rk_export.runtime.server.tools import (
 
 # Arguments of a template that belong to other fields.
 _OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+_MOST_ARGUMENTS, _LONGEST_ARGUMENT = 32, 64
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,25 @@ def chat_tokens(body: ChatRequest, decoder: Decoder, tools: ToolUse) -> list[int
             param="model",
             code="no_chat_template",
         )
-    arguments = dict(body.chat_template_kwargs or {})
-    if own := [name for name in _OWN if name in arguments]:
-        raise bad_request(f"{own[0]} has a field of its own", "chat_template_kwargs")
+    arguments = _arguments(body, decoder)
     if tools.offered:
         arguments["tools"] = for_template(tools.offered)
     knows = "developer" in decoder.template
     messages = [_message(message, index, knows) for index, message in enumerate(body.messages)]
     return decoder.session.chat_tokens(messages, **arguments)
+
+
+def _arguments(body: ChatRequest, decoder: Decoder) -> dict[str, Any]:
+    """Return what the client gives to the template; a name that it does not read is an error of the client."""
+    found, field = dict(body.chat_template_kwargs or {}), "chat_template_kwargs"
+    if len(found) > _MOST_ARGUMENTS or any(len(name) > _LONGEST_ARGUMENT for name in found):
+        raise bad_request(f"give at most {_MOST_ARGUMENTS} names of {_LONGEST_ARGUMENT} characters", field)
+    for name in found:
+        if name in _OWN:
+            raise bad_request(f"{name} has a field of its own", field)
+        if not decoder.session.chat_template.reads(name):
+            raise bad_request(f"the chat template of this model does not read {name!r}", field)
+    return found
 
 
 def _message(message: ChatMessage, index: int, knows_developer: bool) -> dict[str, Any]:
