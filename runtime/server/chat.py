@@ -57,7 +57,8 @@ class Work:
     def watcher(self) -> CallWatcher:
         """Return what finds the calls of one answer."""
         most = 1 if self.body.parallel_tool_calls is False else None
-        return CallWatcher(self.decoder, self.tools.form, forced=self.tools.forced, most=most)
+        tools = self.tools
+        return CallWatcher(self.decoder, tools.form, tools.names, forced=tools.forced, most=most)
 
     def choice(
         self, index: int, part: dict[str, Any], scores: tuple[TokenScore, ...], reason: str | None

@@ -9,9 +9,9 @@ from rk_export.runtime.server.errors import ApiError, bad_request
 from rk_export.runtime.server.json_schema import ANY_OBJECT
 from rk_export.runtime.server.openai_types import ChatMessage, ChatRequest, NamedTool, Tool
 from rk_export.runtime.server.opened import Decoder
+from rk_export.runtime.server.tool_schema import call_schema
 from rk_export.runtime.server.tools import (
     CallForm,
-    call_schema,
     for_template,
     form_of,
     message_for_template,
@@ -41,6 +41,11 @@ class ToolUse:
         """Whether the answer must be a call."""
         return bool(self.callable)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the functions that the prompt shows."""
+        return frozenset(tool.function.name for tool in self.offered)
+
 
 def tool_use(body: ChatRequest, decoder: Decoder) -> ToolUse:
     """Return what the fields ``tools`` and ``tool_choice`` ask for.
@@ -62,6 +67,8 @@ def tool_use(body: ChatRequest, decoder: Decoder) -> ToolUse:
         if not named:
             raise bad_request(f"no tool is named {choice.function.name!r}", "tool_choice")
         return ToolUse(tools, named)
+    if body.response_format is not None and body.response_format.type != "text":
+        return ToolUse(tools)  # JSON that was asked for is an answer
     form = form_of(decoder.template)
     if form is None:
         raise bad_request(
