@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -21,6 +21,7 @@ from rk_export.runtime.server.generation import (
     Watch,
     check_count,
     now,
+    prepared,
     room_for,
     submitted,
     unless_gone,
@@ -70,7 +71,7 @@ async def create_completion(request: HttpRequest) -> Response:
     watch = Watch.start(body.model, context.metrics, context.settings)
     with ExitStack() as stack:
         decoder = await context.models.decoder(body.model, stack)
-        work = await asyncio.to_thread(_work, body, decoder, context.settings)
+        work = await prepared(request, watch, partial(_work, body, decoder, context.settings))
         answers = stack.enter_context(submitted(decoder, work.requests, watch))
         if body.stream:
             return EventStream(_chunks(work, answers), stack.pop_all().close)
