@@ -90,6 +90,8 @@ def _work(body: ChatRequest, decoder: Decoder, settings: ServerSettings) -> Work
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     options = body.options(room_for(decoder, [prompt], wanted, settings, field="messages"), logprobs)
+    if body.logprobs:
+        decoder.byte_tokens  # noqa: B018 - read here, in a thread
     found = schema_of(body, tools)
     kept = None if found is None else decoder.grammar.constraint(*found)
     requests = tuple(Request(prompt, options, kept and kept.copy(), sample) for sample in range(body.samples))

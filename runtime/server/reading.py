@@ -93,13 +93,18 @@ def misfit(error: ValidationError, value: Any = None) -> ApiError:
     # A union reports every alternative; an unknown field explains more than what is missing.
     for place, one in found:
         if one["type"] == "extra_forbidden":
-            name = ".".join(map(str, place))
+            name = _written(place)
             return bad_request(f"{name} is not known or not supported", name, "unknown_parameter")
     # The branch that got furthest is the one that was meant.
     same_field = [one for one in found if one[0][:1] == found[0][0][:1]]
-    place = max((place for place, _ in same_field), key=_depth)
-    name = ".".join(map(str, place)) or None
-    return bad_request(f"{name or 'the body'}: {_said([one for at, one in same_field if at == place])}", name)
+    furthest = max((place for place, _ in same_field), key=_depth)
+    said = _said([one for place, one in same_field if place == furthest])
+    name = _written(furthest)
+    return bad_request(f"{name or 'the body'}: {said}", name)
+
+
+def _written(place: tuple[int | str, ...]) -> str | None:
+    return ".".join(map(str, place)) or None
 
 
 def _depth(place: tuple[int | str, ...]) -> tuple[int, list[int]]:
