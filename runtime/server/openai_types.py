@@ -16,6 +16,8 @@ _MOST_MESSAGES, _MOST_TOOLS = 4096, 128
 T = TypeVar("T")
 # Lists end at their first misfit: pydantic would otherwise make an error of each element in each branch of a union.
 Items = Annotated[list[T], Field(fail_fast=True)]
+# A larger number would be refused by the tokenizer or the graph, in words that do not name the field.
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _MOST_TOKENS = 1 << 31
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -124,7 +126,7 @@ class Sampling(Accepted):
 class CompletionRequest(Sampling):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | Items[str] | Items[int] | Items[Items[int]]
+    prompt: str | Items[str] | Items[TokenId] | Items[Items[TokenId]]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = None
@@ -276,6 +278,6 @@ class EmbeddingRequest(Accepted):
     """Body of ``POST /v1/embeddings``."""
 
     model: str
-    input: str | Items[str] | Items[int] | Items[Items[int]]
+    input: str | Items[str] | Items[TokenId] | Items[Items[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1)

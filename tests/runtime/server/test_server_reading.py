@@ -83,6 +83,8 @@ def test_lists_have_a_length_that_is_known(kind: type[BaseModel], body: dict[str
         (CompletionRequest, {"prompt": [1, "a"]}, "prompt.1", "Input should be a valid integer"),
         (CompletionRequest, {"prompt": ["a", 1]}, "prompt.1", "Input should be a valid string"),
         (CompletionRequest, {"prompt": [[1], ["a"]]}, "prompt.1.0", "Input should be a valid integer"),
+        (CompletionRequest, {"prompt": [1, -1]}, "prompt.1", "greater than or equal to 0"),
+        (CompletionRequest, {"prompt": [[1 << 70]]}, "prompt.0.0", "less than 2147483648"),
         (CompletionRequest, {"stop": [5]}, "stop.0", "Input should be a valid string"),
         (ChatRequest, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "a valid list"),
         (ChatRequest, {"messages": [{"content": "x"}]}, "messages.0.role", "Field required"),
