@@ -44,6 +44,7 @@ class ChatTemplate:
     def __init__(self, files: TemplateFiles, special_tokens: Mapping[str, str]) -> None:
         self._files, self._special_tokens = files, dict(special_tokens)
         self._warned: set[str] = set()
+        self._read: dict[str, frozenset[str]] = {}
         if DEFAULT in files.sources:
             self._compiled(DEFAULT)
 
@@ -66,6 +67,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -102,8 +104,11 @@ class ChatTemplate:
         """Whether any of the templates reads an argument, such as ``tools``."""
         return any(argument in self._arguments(name) for name in self._files.sources)
 
-    def _arguments(self, name: str) -> set[str]:
-        return meta.find_undeclared_variables(_environment().parse(self._files.sources[name]))
+    def _arguments(self, name: str) -> frozenset[str]:
+        if name not in self._read:
+            parsed = _environment().parse(self._files.sources[name])
+            self._read[name] = frozenset(meta.find_undeclared_variables(parsed))
+        return self._read[name]
 
     def _run(self, name: str, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> str:
         try:

@@ -202,7 +202,7 @@ class Session:
         return row.result()
 
     def chat(
-        self, messages: Sequence[Message], options: GenerationOptions = _GREEDY, **template_args: Any
+        self, messages: Sequence[Message], /, options: GenerationOptions = _GREEDY, **template_args: Any
     ) -> Generation:
         """Answer a conversation.
 
@@ -217,7 +217,7 @@ class Session:
         """
         return self.generate([self.chat_tokens(messages, **template_args)], options=options)[0]
 
-    def chat_tokens(self, messages: Sequence[Message], **template_args: Any) -> list[int]:
+    def chat_tokens(self, messages: Sequence[Message], /, **template_args: Any) -> list[int]:
         """Return the prompt tokens of a conversation, ready for ``generate`` or ``stream``; arguments as in `chat`."""
         # The template writes the special tokens itself.
         text = self.chat_template.render(messages, **template_args)

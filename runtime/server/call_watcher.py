@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rk_export.runtime.engine.records import Answer, Piece
 from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.tools import Call, CallForm, parse_call, whole_text
@@ -13,14 +15,21 @@ class CallWatcher:
     Args:
         decoder: The model.
         form: How it writes calls; None where it makes none.
+        names: The functions that it may call.
         forced: The whole answer is a call by its grammar.
         most: Calls that are returned; None returns all.
     """
 
     def __init__(
-        self, decoder: Decoder, form: CallForm | None, *, forced: bool = False, most: int | None = None
+        self,
+        decoder: Decoder,
+        form: CallForm | None,
+        names: Collection[str],
+        *,
+        forced: bool = False,
+        most: int | None = None,
     ) -> None:
-        self._decoder, self._form, self._most = decoder, form, most
+        self._decoder, self._form, self._names, self._most = decoder, form, names, most
         self._forced = self._holding = forced
         self._held, self._shown = "", False
 
@@ -49,10 +58,10 @@ class CallWatcher:
         if self._form is None:
             return answer.text, []
         session = self._decoder.session
-        before, calls = self._form.split(answer.text)
+        before, calls = self._form.split(answer.text, self._names)
         if not calls:
             whole = whole_text(session.text_codec, answer.token_ids, session.config.eos_ids)
-            before, calls = self._form.split(whole)
+            before, calls = self._form.split(whole, self._names)
         return (before, calls[: self._most]) if calls else (answer.text, [])
 
     def _cut(self, piece: Piece) -> int:

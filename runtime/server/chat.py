@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -23,6 +23,7 @@ from rk_export.runtime.server.generation import (
     Watch,
     check_count,
     now,
+    prepared,
     room_for,
     submitted,
     unless_gone,
@@ -57,7 +58,8 @@ class Work:
     def watcher(self) -> CallWatcher:
         """Return what finds the calls of one answer."""
         most = 1 if self.body.parallel_tool_calls is False else None
-        return CallWatcher(self.decoder, self.tools.form, forced=self.tools.forced, most=most)
+        tools = self.tools
+        return CallWatcher(self.decoder, tools.form, tools.names, forced=tools.forced, most=most)
 
     def choice(
         self, index: int, part: dict[str, Any], scores: tuple[TokenScore, ...], reason: str | None
@@ -74,7 +76,7 @@ async def create_chat_completion(request: HttpRequest) -> Response:
     watch = Watch.start(body.model, context.metrics, context.settings)
     with ExitStack() as stack:
         decoder = await context.models.decoder(body.model, stack)
-        work = await asyncio.to_thread(_work, body, decoder, context.settings)
+        work = await prepared(request, watch, partial(_work, body, decoder, context.settings))
         answers = stack.enter_context(submitted(decoder, work.requests, watch))
         if body.stream:
             return EventStream(_chunks(work, answers), stack.pop_all().close)
@@ -87,12 +89,12 @@ def _work(body: ChatRequest, decoder: Decoder, settings: ServerSettings) -> Work
     prompt = tuple(chat_tokens(body, decoder, tools))
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    options = body.options(room_for(decoder, [prompt], wanted, settings), logprobs)
+    options = body.options(room_for(decoder, [prompt], wanted, settings, field="messages"), logprobs)
+    if body.logprobs:
+        decoder.byte_tokens  # noqa: B018 - read here, in a thread
     found = schema_of(body, tools)
-    constraints = [None if found is None else decoder.grammar.constraint(*found) for _ in range(body.samples)]
-    requests = tuple(
-        Request(prompt, options, constraint, sample) for sample, constraint in enumerate(constraints)
-    )
+    kept = None if found is None else decoder.grammar.constraint(*found)
+    requests = tuple(Request(prompt, options, kept and kept.copy(), sample) for sample in range(body.samples))
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": now(), "model": body.model}
     return Work(body, decoder, requests, tools, head)

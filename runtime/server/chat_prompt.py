@@ -9,9 +9,9 @@ from rk_export.runtime.server.errors import ApiError, bad_request
 from rk_export.runtime.server.json_schema import ANY_OBJECT
 from rk_export.runtime.server.openai_types import ChatMessage, ChatRequest, NamedTool, Tool
 from rk_export.runtime.server.opened import Decoder
+from rk_export.runtime.server.tool_schema import call_schema
 from rk_export.runtime.server.tools import (
     CallForm,
-    call_schema,
     for_template,
     form_of,
     message_for_template,
@@ -19,6 +19,7 @@ from rk_export.runtime.server.tools import (
 
 # Arguments of a template that belong to other fields.
 _OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+_MOST_ARGUMENTS, _LONGEST_ARGUMENT = 32, 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class ToolUse:
     def forced(self) -> bool:
         """Whether the answer must be a call."""
         return bool(self.callable)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the functions that the prompt shows."""
+        return frozenset(tool.function.name for tool in self.offered)
 
 
 def tool_use(body: ChatRequest, decoder: Decoder) -> ToolUse:
@@ -61,6 +67,8 @@ def tool_use(body: ChatRequest, decoder: Decoder) -> ToolUse:
         if not named:
             raise bad_request(f"no tool is named {choice.function.name!r}", "tool_choice")
         return ToolUse(tools, named)
+    if body.response_format is not None and body.response_format.type != "text":
+        return ToolUse(tools)  # JSON that was asked for is an answer
     form = form_of(decoder.template)
     if form is None:
         raise bad_request(
@@ -98,14 +106,25 @@ def chat_tokens(body: ChatRequest, decoder: Decoder, tools: ToolUse) -> list[int
             param="model",
             code="no_chat_template",
         )
-    arguments = dict(body.chat_template_kwargs or {})
-    if own := [name for name in _OWN if name in arguments]:
-        raise bad_request(f"{own[0]} has a field of its own", "chat_template_kwargs")
+    arguments = _arguments(body, decoder)
     if tools.offered:
         arguments["tools"] = for_template(tools.offered)
     knows = "developer" in decoder.template
     messages = [_message(message, index, knows) for index, message in enumerate(body.messages)]
     return decoder.session.chat_tokens(messages, **arguments)
+
+
+def _arguments(body: ChatRequest, decoder: Decoder) -> dict[str, Any]:
+    """Return what the client gives to the template; a name that it does not read is an error of the client."""
+    found, field = dict(body.chat_template_kwargs or {}), "chat_template_kwargs"
+    if len(found) > _MOST_ARGUMENTS or any(len(name) > _LONGEST_ARGUMENT for name in found):
+        raise bad_request(f"give at most {_MOST_ARGUMENTS} names of {_LONGEST_ARGUMENT} characters", field)
+    for name in found:
+        if name in _OWN:
+            raise bad_request(f"{name} has a field of its own", field)
+        if not decoder.session.chat_template.reads(name):
+            raise bad_request(f"the chat template of this model does not read {name!r}", field)
+    return found
 
 
 def _message(message: ChatMessage, index: int, knows_developer: bool) -> dict[str, Any]:

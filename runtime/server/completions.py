@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -21,12 +21,13 @@ from rk_export.runtime.server.generation import (
     Watch,
     check_count,
     now,
+    prepared,
     room_for,
     submitted,
     unless_gone,
     usage,
 )
-from rk_export.runtime.server.logprobs import completion_logprobs
+from rk_export.runtime.server.logprobs import Offsets, completion_logprobs
 from rk_export.runtime.server.openai_types import CompletionRequest
 from rk_export.runtime.server.opened import Decoder
 from rk_export.runtime.server.reading import read
@@ -55,11 +56,11 @@ class Work:
     head: dict[str, Any]
 
     def choice(
-        self, index: int, text: str, scores: tuple[TokenScore, ...], offset: int, reason: str | None
+        self, index: int, text: str, scores: tuple[TokenScore, ...], offsets: Offsets, reason: str | None
     ) -> dict[str, Any]:
-        """Return one choice; ``offset`` is the number of characters before its text."""
+        """Return one choice; ``offsets`` are those of its answer."""
         asked = self.body.logprobs is not None
-        found = completion_logprobs(self.decoder, scores, offset) if asked else None
+        found = completion_logprobs(self.decoder, scores, offsets) if asked else None
         return {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
 
 
@@ -70,7 +71,7 @@ async def create_completion(request: HttpRequest) -> Response:
     watch = Watch.start(body.model, context.metrics, context.settings)
     with ExitStack() as stack:
         decoder = await context.models.decoder(body.model, stack)
-        work = await asyncio.to_thread(_work, body, decoder, context.settings)
+        work = await prepared(request, watch, partial(_work, body, decoder, context.settings))
         answers = stack.enter_context(submitted(decoder, work.requests, watch))
         if body.stream:
             return EventStream(_chunks(work, answers), stack.pop_all().close)
@@ -84,6 +85,8 @@ def _work(body: CompletionRequest, decoder: Decoder, settings: ServerSettings) -
     tokens = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     wanted = body.max_tokens
     room = room_for(decoder, tokens, wanted, settings)
+    if body.logprobs is not None:
+        decoder.byte_tokens  # noqa: B018 - read here, in a thread
     options = body.options(room if wanted is not None else min(room, _DEFAULT_TOKENS), body.logprobs)
     requests = tuple(
         Request(tuple(prompt), options, sample=sample) for prompt in tokens for sample in range(body.samples)
@@ -110,7 +113,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 def _whole(work: Work, answers: list[Answer]) -> dict[str, Any]:
     choices = [
-        work.choice(index, echo + answer.text, answer.scores, len(echo), FINISH[answer.finish_reason])
+        work.choice(
+            index, echo + answer.text, answer.scores, Offsets(len(echo)), FINISH[answer.finish_reason]
+        )
         for index, (echo, answer) in enumerate(zip(work.echoes, answers, strict=True))
     ]
     return {**work.head, "choices": choices, "usage": usage(answers, work.body.samples)}
@@ -119,18 +124,17 @@ def _whole(work: Work, answers: list[Answer]) -> dict[str, Any]:
 async def _chunks(work: Work, answers: Answers) -> AsyncIterator[dict[str, Any]]:
     """Yield pieces as they come, and the usage at last where it is wanted."""
     head = {**work.head, "usage": None} if work.body.with_usage else work.head
-    shown, found = [len(echo) for echo in work.echoes], {}
+    offsets, found = [Offsets(len(echo)) for echo in work.echoes], {}
     for index, echo in enumerate(work.echoes):
         if echo:
-            yield {**head, "choices": [work.choice(index, echo, (), 0, None)]}
+            yield {**head, "choices": [work.choice(index, echo, (), offsets[index], None)]}
     async for index, event in answers.events():
         if isinstance(event, Answer):
             found[index] = event
             reason = FINISH[event.finish_reason]
-            yield {**head, "choices": [work.choice(index, "", (), shown[index], reason)]}
+            yield {**head, "choices": [work.choice(index, "", (), offsets[index], reason)]}
         elif event.text or event.scores:
-            yield {**head, "choices": [work.choice(index, event.text, event.scores, shown[index], None)]}
-            shown[index] += len(event.text)
+            yield {**head, "choices": [work.choice(index, event.text, event.scores, offsets[index], None)]}
     if work.body.with_usage:
         ordered = [found[index] for index in sorted(found)]
         yield {**work.head, "choices": [], "usage": usage(ordered, work.body.samples)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from rk_export.runtime.engine.records import (
 )
 from rk_export.runtime.options import FinishReason
 from rk_export.runtime.server.errors import bad_request, timed_out
+from rk_export.runtime.server.json_schema import SchemaTooComplexError
 from rk_export.runtime.server.logs import event
 from rk_export.runtime.server.metrics import Metrics
 from rk_export.runtime.server.opened import Decoder
@@ -87,7 +88,7 @@ class Answers:
         """Yield every piece and every answer with its number.
 
         Raises:
-            ApiError: The time is up.
+            ApiError: The time is up, or the schema of the answer is too complex to follow.
             EngineClosedError: The engine ended first.
             EngineFaultError: The engine failed.
         """
@@ -95,6 +96,8 @@ class Answers:
             index, found = await self._next()
             if isinstance(found, (EngineClosedError, QueueFullError)):
                 raise found
+            if isinstance(found, SchemaTooComplexError):
+                raise bad_request(found.what, found.where, "invalid_schema") from found
             if isinstance(found, RkExportError):
                 raise EngineFaultError(str(found)) from found
             if isinstance(found, Answer):
@@ -158,7 +161,12 @@ def submitted(decoder: Decoder, requests: Sequence[Request], watch: Watch) -> It
 
 
 def room_for(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], wanted: int | None, settings: ServerSettings
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    wanted: int | None,
+    settings: ServerSettings,
+    *,
+    field: str = "prompt",
 ) -> int:
     """Return the new tokens that every answer may have.
 
@@ -167,20 +175,21 @@ def room_for(
         prompts: Tokens of each prompt.
         wanted: The tokens that the client names, or None for as many as fit.
         settings: They may limit an answer.
+        field: The field that holds the prompts.
 
     Raises:
         ApiError: A prompt is empty or leaves no room, or more tokens are wanted than fit or are allowed.
     """
     longest = max(map(len, prompts), default=0)
     if min(map(len, prompts), default=0) == 0:
-        raise bad_request("a prompt has no tokens", "prompt")
+        raise bad_request("a prompt has no tokens", field)
     room = decoder.limit - longest
     most = room if settings.max_tokens is None else min(room, settings.max_tokens)
     if room < 1 or (wanted is not None and wanted > room):
         asked = f" and {wanted} new ones" if wanted is not None else ""
         raise bad_request(
             f"{longest} tokens of prompt{asked} do not fit into a context of {decoder.limit}",
-            "messages" if wanted is None else "max_tokens",
+            field if wanted is None else "max_tokens",
             "context_length_exceeded",
         )
     if wanted is not None and wanted > most:
@@ -222,6 +231,22 @@ def usage(answers: Sequence[Answer], samples: int) -> dict[str, Any]:
             "rejected_prediction_tokens": drafted - accepted,
         }
     return found
+
+
+async def prepared(request: HttpRequest, watch: Watch, work: Callable[[], T]) -> T:
+    """Return what some work gives that must be done before the engine is asked; a thread does it.
+
+    A thread cannot be stopped: it may go on for a while after the time is up or the client has left.
+
+    Raises:
+        ApiError: The time is up.
+        ClientGoneError: The client left first.
+    """
+    try:
+        async with asyncio.timeout_at(watch.begin + watch.seconds):
+            return await unless_gone(request, asyncio.to_thread(work))
+    except TimeoutError as error:
+        raise timed_out(watch.seconds) from error
 
 
 async def unless_gone(request: HttpRequest, work: Awaitable[T]) -> T:

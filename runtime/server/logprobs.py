@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
-from rk_export.errors import InputError
 from rk_export.runtime.engine.records import TokenScore
 from rk_export.runtime.server.opened import Decoder
 
@@ -25,25 +25,41 @@ def chat_logprobs(decoder: Decoder, scores: Sequence[TokenScore]) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(decoder: Decoder, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
+class Offsets:
+    """Where the tokens of one answer begin in its text, in characters.
+
+    Args:
+        start: Characters of the text before the first token.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self._next, self._reader = start, getincrementaldecoder("utf-8")("replace")
+
+    def take(self, decoder: Decoder, token: int) -> int:
+        """Return where the next token begins: within a character, that is where the character begins."""
+        found = self._next
+        if not decoder.session.text_codec.hidden_text(token):  # a special token is not in the text
+            self._next += len(self._reader.decode(token_bytes(decoder, token)))
+        return found
+
+
+def completion_logprobs(decoder: Decoder, scores: Sequence[TokenScore], offsets: Offsets) -> dict[str, Any]:
     """Return the ``logprobs`` of a completion's choice.
 
     Args:
         decoder: The model.
         scores: One for each token.
-        offset: Characters of the text before the first token.
+        offsets: Of this answer; the tokens before these have been taken.
     """
-    texts = [token_text(decoder, score.token) for score in scores]
-    offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
     top = [
         {token_text(decoder, token): _finite(value) for token, value in reversed(score.top)}
         for score in scores
     ]
     return {
-        "tokens": texts,
+        "tokens": [token_text(decoder, score.token) for score in scores],
         "token_logprobs": [_finite(score.logprob) for score in scores],
         "top_logprobs": top if any(score.top for score in scores) else None,
-        "text_offset": offsets,
+        "text_offset": [offsets.take(decoder, score.token) for score in scores],
     }
 
 
@@ -62,10 +78,8 @@ def token_bytes(decoder: Decoder, token: int) -> bytes:
     special = codec.hidden_text(token)
     if special or codec.token_text(token) is None:
         return special.encode()
-    try:
-        return decoder.grammar.bytes_of(token)
-    except InputError:  # llguidance cannot read this tokenizer
-        return codec.decode([token]).encode()
+    tokens = decoder.byte_tokens
+    return codec.decode([token]).encode() if tokens is None else tokens.bytes_of(token)
 
 
 def _entry(decoder: Decoder, token: int, value: float) -> dict[str, Any]:

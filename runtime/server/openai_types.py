@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,13 @@ from rk_export.runtime.server.errors import bad_request
 from rk_export.runtime.server.reading import Strict
 
 _MOST_STOPS, _LONGEST_STOP = 16, 256
+_MOST_STOP_TOKENS = 64
+_MOST_MESSAGES, _MOST_TOOLS = 4096, 128
+T = TypeVar("T")
+# Lists end at their first misfit: pydantic would otherwise make an error of each element in each branch of a union.
+Items = Annotated[list[T], Field(fail_fast=True)]
+# A larger number would be refused by the tokenizer or the graph, in words that do not name the field.
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _MOST_TOKENS = 1 << 31
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -34,6 +41,11 @@ class Accepted(Strict):
     prompt_cache_retention: str | None = None
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def known_fields(cls) -> set[str]:
+        """Return the names of the fields, with those of `neutral`."""
+        return super().known_fields() | cls.neutral.keys()
 
     @model_validator(mode="before")
     @classmethod
@@ -62,8 +74,8 @@ class Sampling(Accepted):
     repetition_penalty: float | None = None
     seed: int | None = None
     n: int | None = Field(default=None, ge=1)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=_MOST_STOPS)] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, fail_fast=True, max_length=_MOST_STOP_TOKENS)
     max_tokens: int | None = Field(default=None, ge=1, le=_MOST_TOKENS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -114,7 +126,7 @@ class Sampling(Accepted):
 class CompletionRequest(Sampling):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[TokenId] | Items[Items[TokenId]]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = None
@@ -157,9 +169,9 @@ class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Role
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Items[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, fail_fast=True, max_length=_MOST_TOOLS)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     # Fields of OpenAI's answers that clients send back; they say nothing to a template.
@@ -223,12 +235,12 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=_MOST_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tools: list[Tool] | None = Field(default=None, fail_fast=True, max_length=_MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -266,6 +278,6 @@ class EmbeddingRequest(Accepted):
     """Body of ``POST /v1/embeddings``."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Items[str] | Items[TokenId] | Items[Items[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from rk_export.errors import InputError
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import read_json
 from rk_export.runtime.chat_files import TemplateFiles
@@ -37,11 +38,31 @@ class Decoder:
     limit: int
     slots: int
 
-    @cached_property
+    @property
     def grammar(self) -> GrammarTokens:
-        """The tokenizer for grammars and for the bytes of tokens."""
+        """The tokenizer for grammars and for the bytes of tokens.
+
+        Raises:
+            InputError: llguidance cannot read it.
+        """
+        if isinstance(found := self._grammar, InputError):
+            raise InputError(found.what, where=found.where, fix=found.fix)
+        return found
+
+    @property
+    def byte_tokens(self) -> GrammarTokens | None:
+        """The same, or None where llguidance cannot read it; the first use takes seconds with a large vocabulary."""
+        found = self._grammar
+        return None if isinstance(found, InputError) else found
+
+    @cached_property
+    def _grammar(self) -> GrammarTokens | InputError:
+        # A failure is kept too: it would come again, after the same time.
         config = self.session.config
-        return GrammarTokens(config.folder, self.session.rows, sorted(config.eos_ids))
+        try:
+            return GrammarTokens(config.folder, self.session.rows, sorted(config.eos_ids))
+        except InputError as error:
+            return error.with_traceback(None)
 
     @cached_property
     def template(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Call:
 
     Args:
         name: The function.
-        arguments: Its arguments as JSON text.
+        arguments: Its arguments as JSON text; empty where the model wrote none.
     """
 
     name: str
@@ -45,8 +45,13 @@ class CallForm:
     begin: str
     end: str = ""
 
-    def split(self, text: str) -> tuple[str, list[Call]]:
-        """Return the text before the calls, and the calls; no calls where one of them is malformed."""
+    def split(self, text: str, names: Collection[str]) -> tuple[str, list[Call]]:
+        """Return the text before the calls, and the calls; no calls where one of them is malformed.
+
+        Args:
+            text: What the model wrote.
+            names: The functions that it may call. JSON with another name is text.
+        """
         start = text.find(self.begin)
         if start < 0 or (not self.begin and not text.lstrip().startswith("{")):
             return text, []
@@ -56,12 +61,16 @@ class CallForm:
             if not rest.startswith(self.begin):
                 return (before, calls) if self.end and calls else (text, [])
             found = _decoded(rest.removeprefix(self.begin).lstrip())
-            if found is None:
+            if found is None or not all(self._is_meant(call, names) for call in found[0]):
                 return text, []
             more, rest = found
-            calls += more
+            calls += [Call(call.name, call.arguments or "{}") for call in more]
             rest = rest.lstrip().removeprefix(self.end) if self.end else rest.lstrip(" \n;")
         return before.rstrip(), calls
+
+    def _is_meant(self, call: Call, names: Collection[str]) -> bool:
+        """Whether JSON is a call: without a mark before it, it may be an answer that happens to have a name."""
+        return call.name in names and (bool(self.begin) or bool(call.arguments))
 
 
 # The first form that a template shows is the model's; the last one is that of Llama 3.
@@ -90,11 +99,6 @@ def whole_text(codec: TextCodec, tokens: Sequence[int], ends: frozenset[int]) ->
     return "".join([*parts, codec.decode(run)])
 
 
-def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Return the JSON schema of one call of one of the tools."""
-    return {"anyOf": [_schema_of(tool) for tool in tools]}
-
-
 def parse_call(text: str) -> list[Call]:
     """Return the call that an answer kept to `call_schema` is; none where it was cut short."""
     found = _decoded(text.strip())
@@ -118,16 +122,6 @@ def message_for_template(message: ChatMessage) -> dict[str, Any]:
     return plain
 
 
-def _schema_of(tool: Tool) -> dict[str, Any]:
-    arguments = tool.function.parameters or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-
-
 def _decoded(text: str) -> tuple[list[Call], str] | None:
     """Return the calls in the JSON at the begin of a text and what follows, or None where there are none."""
     try:
@@ -142,7 +136,7 @@ def _decoded(text: str) -> tuple[list[Call], str] | None:
 def _call(value: Any) -> Call | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments = value.get("arguments", value.get("parameters", ""))
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Call(value["name"], written)
 

@@ -276,6 +276,10 @@ def test_a_session_passes_arguments_on(tmp_path: Path) -> None:
     assert session.chat_tokens(USER[:1], enable_thinking="!", tools=[{}]) == [*b"How much is 2 < 3?![{}]"]
     answer = session.chat([{"role": "user", "content": "a"}], enable_thinking="b", tools=[])
     assert answer == session.generate([[*b"ab[]"]])[0]
+    # Names of Python's own take nothing away from the template.
+    named = {"self": 1, "enable_thinking": "b", "tools": []}
+    assert session.chat_tokens([{"role": "user", "content": "a"}], **named) == [*b"ab[]"]
+    assert session.chat([{"role": "user", "content": "a"}], **named) == answer
 
 
 @pytest.mark.real_model

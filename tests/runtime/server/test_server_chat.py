@@ -113,6 +113,24 @@ def test_arguments_reach_the_template(server: Running) -> None:
     assert moody["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"] + len("merry")
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"self": 1}, {"colour": 1}, {"m" * 65: 1}, {f"mood{number}": 1 for number in range(33)}]
+)
+def test_arguments_that_the_template_does_not_read_leave_no_trace(
+    server: Running, caplog: pytest.LogCaptureFixture, arguments: dict[str, Any]
+) -> None:
+    template = server.decoder("tools").session.chat_template
+    before = set(template._warned)
+    answer = server.post(
+        "/v1/chat/completions", {**BODY, "model": "tools", "chat_template_kwargs": arguments}
+    )
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "chat_template_kwargs"
+    assert len(answer.text) < 300
+    assert template._warned == before
+    assert not any(name in record.getMessage() for name in arguments for record in caplog.records)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_keeps_a_json_schema(server: Running, stream: bool) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "harbour", "schema": SCHEMA, "strict": True}}

@@ -192,9 +192,13 @@ def test_the_answer_ends_where_the_context_ends(folder: Path) -> None:
         assert error_of(refused)["code"] == "context_length_exceeded"
         long = server.post("/v1/completions", {**BODY, "prompt": "x" * 40, "max_tokens": 1})
         assert error_of(long)["code"] == "context_length_exceeded"
+        unsized = {"model": "tiny", "prompt": "x" * 40}
+        assert error_of(server.post("/v1/completions", unsized))["param"] == "prompt"
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
         answer = server.post("/v1/chat/completions", chat).json()
         assert answer["usage"]["total_tokens"] == 32
+        chat["messages"] = [{"role": "user", "content": "x" * 40}]
+        assert error_of(server.post("/v1/chat/completions", chat))["param"] == "messages"
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,22 @@ ONE = '{"name": "weather", "arguments": {"day": "today"}}'
         (LLAMA, '{"name": "weather", "parameters": {"day": "today"}}', "", [DAY]),
         (LLAMA, '{"name": "tide", "parameters": {}}; ' + ONE, "", [TIDE, DAY]),
         (LLAMA, '{"answer": 5}', '{"answer": 5}', []),
+        (LLAMA, '{"name": "Ada", "arguments": {}}', '{"name": "Ada", "arguments": {}}', []),
+        (LLAMA, '{"name": "tide"}', '{"name": "tide"}', []),
+        (LLAMA, '{"name": "tide", "arguments": {}}', "", [TIDE]),
+        (HERMES, '<tool_call>{"name": "tide"}', "", [TIDE]),  # its mark says that it is a call
+        (
+            HERMES,
+            '<tool_call>{"name": "Ada", "arguments": {}}',
+            '<tool_call>{"name": "Ada", "arguments": {}}',
+            [],
+        ),
         (LLAMA, f"Say {ONE}", f"Say {ONE}", []),
         (HERMES, '<tool_call>{"name": "tide", "arguments": "{}"}', "", [TIDE]),
     ],
 )
 def test_calls_are_read(form: CallForm, text: str, before: str, calls: list[Call]) -> None:
-    assert form.split(text) == (before, calls)
+    assert form.split(text, {"weather", "tide"}) == (before, calls)
 
 
 def test_the_form_is_the_one_that_the_template_shows() -> None:
@@ -103,6 +113,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (1, f"[TOOL_CALLS] [{ONE}]", "", ["weather"]),
         (2, '  {"name": "weather", "parameters": {}}', "", ["weather"]),
         (2, '{"x": 1}', '{"x": 1}', []),
+        (2, '{"name": "Ada", "arguments": {}}', '{"name": "Ada", "arguments": {}}', []),
+        (2, '{"name": "weather"}', '{"name": "weather"}', []),
         (2, "Hello {you}", "Hello {you}", []),
     ],
 )
@@ -125,6 +137,19 @@ def test_calls_leave_the_text_whole_and_streamed(
     assert [call["function"]["name"] for call in calls] == names
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in calls)
     assert deltas[-1]["finish_reason"] == ("tool_calls" if names else "stop")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_json_that_was_asked_for_is_no_call(server: Running, number: int) -> None:
+    text = ONE if number == 2 else f"<tool_call>{ONE}</tool_call>"
+    object.__setattr__(server.decoder(f"model{number}"), "engine", Scripted(text))
+    tool = {"type": "function", "function": {"name": "weather"}}
+    body = {"model": f"model{number}", "messages": [{"role": "user", "content": "?"}], "tools": [tool]}
+    body["response_format"] = {"type": "json_object"}
+    choice = server.post("/v1/chat/completions", body).json()["choices"][0]
+    assert choice["message"]["content"] == text
+    assert "tool_calls" not in choice["message"]
+    assert streamed(server.post("/v1/chat/completions", {**body, "stream": True}).iter_lines()).text() == text
 
 
 def test_one_call_alone_on_request(server: Running) -> None:
