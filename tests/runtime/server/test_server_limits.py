@@ -88,7 +88,10 @@ def test_keys_are_read_from_a_file_and_a_list(tmp_path: Path) -> None:
     file.write_text("# ours\nfirst-key-1\n\n  second-key-2  \n")
     assert read_keys(file, None) == KEYS
     assert read_keys(file, "third-key-3, first-key-1") == ("third-key-3", "first-key-1", "second-key-2")
-    assert read_keys(None, "") == ()
+    assert read_keys(None, None) == ()
+    for listed in ("", " , "):  # an empty secret must not open the server
+        with pytest.raises(InputError, match="VARIABLE: no key"):
+            read_keys(None, listed, variable="VARIABLE")
     file.write_text("# none\n")
     with pytest.raises(InputError, match="no key"):
         read_keys(file, None)
@@ -238,7 +241,10 @@ def test_a_slow_body_is_not_waited_for(folders: dict[str, Path]) -> None:
     with serving({"tiny": folders["tiny"]}, timeout=0.3, session=CPU) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
             begin = time.monotonic()
             answer = slow.recv(4096)
         assert b" 408 " in answer.splitlines()[0]
