@@ -62,6 +62,8 @@ class Running:
         context: What it works on.
         server: The server itself.
         key: What clients send.
+        loop: The server's event loop.
+        server_thread: The thread in which it runs.
     """
 
     url: str
@@ -69,6 +71,7 @@ class Running:
     server: Server
     key: str = "no key at all"
     loop: asyncio.AbstractEventLoop | None = None
+    server_thread: threading.Thread | None = None
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     def client(self) -> OpenAI:
@@ -124,8 +127,8 @@ def serving(models: Mapping[str, Path], **settings: Any) -> Iterator[Running]:
     settings.setdefault("session", CPU)
     settings.setdefault("engine", EngineOptions(slots=4, queue=16))
     chosen = ServerSettings(port=0, **settings)
-    app = create_app(Models(models, chosen), chosen)
     listener, announced = listen(chosen.host, chosen.port), threading.Event()
+    app = create_app(Models(models, chosen), chosen, address=listener.getsockname()[0])
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
     server = Server(config, app.state.context, announced.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -138,7 +141,7 @@ def serving(models: Mapping[str, Path], **settings: Any) -> Iterator[Running]:
     port = listener.getsockname()[1]
     key = chosen.keys[0] if chosen.keys else "no key at all"
     running = Running(f"http://127.0.0.1:{port}", app.state.context, server, key)
-    running.loop = server._loop
+    running.loop, running.server_thread = server._loop, thread
     try:
         yield running
     finally:

@@ -133,7 +133,8 @@ def run_serve(args: argparse.Namespace) -> int:
         else:
             print(f"{url} serves {', '.join(names)}; routes: {url}/openapi.json", flush=True)
 
-    run(create_app(models, settings), listener, announce)
+    app = create_app(models, settings, address=listener.getsockname()[0])
+    run(app, listener, announce)
     return 0
 
 
@@ -174,7 +175,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
             lookup=args.lookup,
         ),
         draft=args.draft,
-        keys=read_keys(args.api_key_file, os.environ.get(KEYS_VARIABLE)),
+        keys=read_keys(args.api_key_file, os.environ.get(KEYS_VARIABLE), variable=KEYS_VARIABLE),
         max_tokens=args.max_tokens,
         max_body=cache_bytes(args.max_body, "--max-body"),
         timeout=args.timeout,

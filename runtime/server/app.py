@@ -17,13 +17,15 @@ from starlette.responses import Response
 
 from rk_export.errors import RkExportError
 from rk_export.manifest import library_versions
-from rk_export.runtime.server import oip
+from rk_export.runtime.server import health, oip
+from rk_export.runtime.server.body_types import BodyTypes
 from rk_export.runtime.server.chat import create_chat_completion
 from rk_export.runtime.server.completions import create_completion
 from rk_export.runtime.server.context import Context, context_of
 from rk_export.runtime.server.embeddings import create_embeddings
 from rk_export.runtime.server.errors import ApiError, JsonResponse, failed, refused
 from rk_export.runtime.server.generation import ClientGoneError, EngineFaultError
+from rk_export.runtime.server.hosts import LocalHosts, is_local
 from rk_export.runtime.server.limits import BodyLimit, Gate, Journal, logger
 from rk_export.runtime.server.logs import request_id
 from rk_export.runtime.server.metrics import CONTENT_TYPE, Metrics
@@ -44,8 +46,15 @@ _BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-def create_app(models: Models, settings: ServerSettings) -> FastAPI:
-    """Return the application of some models; they are opened when it starts and closed when it ends."""
+def create_app(models: Models, settings: ServerSettings, *, address: str | None = None) -> FastAPI:
+    """Return the application of some models; they are opened when it starts and closed when it ends.
+
+    Args:
+        models: What is served.
+        settings: How.
+        address: Where the server listens, if it knows. At a loopback address and without keys, requests to names
+            of other machines are refused.
+    """
     context = Context(settings, models, Metrics(models))
     app = FastAPI(
         title="rk-export",
@@ -59,15 +68,18 @@ def create_app(models: Models, settings: ServerSettings) -> FastAPI:
     _add_handlers(app)
     # The last one that is added is the first that a request meets.
     app.add_middleware(BodyLimit, most=settings.max_body, seconds=settings.timeout)
+    app.add_middleware(BodyTypes)
     app.add_middleware(Gate, context=context)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # clients send headers of their own, as OpenAI's does
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    if address is not None and is_local(address) and not settings.keys:
+        app.add_middleware(LocalHosts)
     app.add_middleware(Journal, context=context)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -104,14 +116,14 @@ def _add_routes(app: FastAPI) -> None:
         "/v1/models": list_models,
         "/v1/models/{model}": show_model,
         "/v2": oip.server_metadata,
-        "/v2/health/live": oip.server_live,
-        "/v2/health/ready": oip.server_ready,
+        "/v2/health/live": health.server_live,
+        "/v2/health/ready": health.server_ready,
         "/v2/models/{model}": oip.model_metadata,
         "/v2/models/{model}/versions/{version}": oip.model_metadata,
-        "/v2/models/{model}/ready": oip.model_ready,
-        "/v2/models/{model}/versions/{version}/ready": oip.model_ready,
-        "/health/live": oip.server_live,
-        "/health/ready": oip.server_ready,
+        "/v2/models/{model}/ready": health.model_ready,
+        "/v2/models/{model}/versions/{version}/ready": health.model_ready,
+        "/health/live": health.server_live,
+        "/health/ready": health.server_ready,
         "/metrics": metrics,
     }
     for method, routes in (("POST", posts), ("GET", gets)):
@@ -155,6 +167,8 @@ def _add_handlers(app: FastAPI) -> None:
 
     def of_runtime(request: Request, error: Exception) -> Response:
         assert isinstance(error, RkExportError)
+        if context_of(request).ended_by_fault(error):  # the engine has logged the fault
+            return failed(request_id.get()).response(request.url.path)
         return refused(error).response(request.url.path)
 
     def of_http(request: Request, error: Exception) -> Response:

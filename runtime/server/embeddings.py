@@ -35,6 +35,10 @@ async def create_embeddings(request: HttpRequest) -> Response:
             raise timed_out(context.settings.timeout) from error
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         raise bad_request(f"this model gives {vectors.shape[1]} dimensions", "dimensions")
+    return await asyncio.to_thread(_answer, body, rows, vectors)  # many numbers are written as text
+
+
+def _answer(body: EmbeddingRequest, rows: list[list[int]], vectors: np.ndarray) -> Response:
     tokens = sum(map(len, rows))
     data = [_entry(index, vector, body.encoding_format) for index, vector in enumerate(vectors)]
     return JsonResponse(

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from rk_export.errors import InputError
 from rk_export.runtime.encoder import EncoderSession
 from rk_export.runtime.engine.records import EngineClosedError, QueueFullError
 
@@ -32,6 +33,7 @@ class EncoderWorker:
         self.session, self._queue = session, queue
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._closed = False
+        self._width: int | None = None
         self.waiting = 0
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -41,6 +43,8 @@ class EncoderWorker:
             InputError: A row is empty, too long or has an unknown token.
             QueueFullError: Too many requests wait.
         """
+        if not rows:
+            raise InputError("no texts were given", where="text", fix="give one or more")
         found = []
         with self._place():
             for start in range(0, len(rows), _BATCH):
@@ -48,14 +52,35 @@ class EncoderWorker:
                 found.append(await self._in_thread(partial(self.session.embed_tokens, batch)))
         return np.concatenate(found)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run a function in the encoder's thread.
+    async def hidden(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return the last hidden state of tokens, float32 [batch, length, hidden].
+
+        Args:
+            ids: [batch, length], int64.
+            mask: The same, 0 at padding.
+
+        Raises:
+            InputError: A row is too long or has an unknown token.
+            QueueFullError: Too many requests wait.
+        """
+        found = np.empty((*ids.shape, await self.width()), np.float32)
+        with self._place():
+            for start in range(0, len(ids), _BATCH):
+                part = slice(start, start + _BATCH)
+                found[part] = await self._in_thread(partial(self.session.forward, ids[part], mask[part]))
+        return found
+
+    async def width(self) -> int:
+        """Return the elements of a vector; the graph tells them by its answer to one token.
 
         Raises:
             QueueFullError: Too many requests wait.
         """
-        with self._place():
-            return await self._in_thread(work)
+        if self._width is None:
+            with self._place():
+                one = await self._in_thread(partial(self.session.forward, np.zeros((1, 1), np.int64)))
+            self._width = one.shape[-1]
+        return self._width
 
     @contextmanager
     def _place(self) -> Iterator[None]:

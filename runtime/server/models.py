@@ -47,6 +47,12 @@ class Served:
     uses: int = 0
     last_used: float = 0.0
 
+    @property
+    def faulty(self) -> bool:
+        """Whether it is open, but its engine has ended."""
+        opened = self.opened  # another thread may close it meanwhile
+        return isinstance(opened, Decoder) and not opened.engine.alive
+
     def release(self) -> None:
         """End one use."""
         self.uses -= 1
@@ -147,6 +153,17 @@ class Models:
                 404, f"no model is named {name!r}; there are: {there}", param="model", code="model_not_found"
             )
         return self.served[name]
+
+    def of_version(self, name: str, version: str | None) -> Served:
+        """Return a model; a path may name the only version that there is.
+
+        Raises:
+            ApiError: There is none of that name or version.
+        """
+        model = self.find(name)
+        if version not in (None, "1"):
+            raise ApiError(404, f"{model.name} has version 1 only", code="model_not_found")
+        return model
 
     def close(self, *, finish: bool) -> None:
         """Close every model."""

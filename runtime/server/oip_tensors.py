@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rk_export.runtime.server.reading import Strict, parse
 HEADER = "Inference-Header-Content-Length"
 _LENGTH = struct.Struct("<I")
 _KINDS: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
+_SIZE = re.compile(r"[0-9]{1,18}")
 _MOST_DIMS = 8
 
 
@@ -72,8 +74,9 @@ def read_inference(body: bytes, header: str | None) -> Inference:
     """
     size = len(body)
     if header is not None:
-        if not header.isascii() or not header.isdigit() or int(header) > size:
-            raise bad_request(f"{HEADER} is {header!r}, the body has {size} bytes", HEADER)
+        # Python reads no number of thousands of digits.
+        if not _SIZE.fullmatch(header) or int(header) > size:
+            raise bad_request(f"{HEADER} is {header[:20]!r}, the body has {size} bytes", HEADER)
         size = int(header)
     asked = parse(body[:size], InferRequest)
     rest, texts, integers = body[size:], {}, {}
@@ -90,32 +93,47 @@ def read_inference(body: bytes, header: str | None) -> Inference:
     return Inference(asked, texts, integers)
 
 
+def check_outputs(asked: InferRequest, name: str) -> None:
+    """Refuse outputs that the inputs do not give, before anything is computed.
+
+    Raises:
+        ApiError: One has another name, or the only one is wanted twice.
+    """
+    for output in asked.outputs or ():
+        if output.name != name:
+            raise bad_request(f"no output is named {output.name!r}; there is: {name}", "outputs")
+    if asked.outputs and len(asked.outputs) > 1:
+        raise bad_request(f"{name} is wanted {len(asked.outputs)} times", "outputs")
+
+
+def wants_bytes(asked: InferRequest) -> bool:
+    """Return whether the output is wanted as bytes behind the JSON."""
+    given = asked.outputs[0].parameters if asked.outputs else {}
+    return given.get("binary_data", asked.parameters.get("binary_data_output", False)) is True
+
+
 def write_inference(
-    asked: InferRequest, model: str, outputs: dict[str, np.ndarray | list[str]]
+    asked: InferRequest, model: str, name: str, value: np.ndarray | list[str]
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of a response and its headers.
 
+    Args:
+        asked: The request.
+        model: Who answers.
+        name: Of the output.
+        value: The output: float32, or texts.
+
     Raises:
-        ApiError: An output is wanted that there is not.
+        ApiError: A number is infinite, which JSON does not have.
     """
-    wanted = asked.outputs or [OutputTensor(name=name) for name in outputs]
-    entries, binary = [], []
-    for output in wanted:
-        if output.name not in outputs:
-            raise bad_request(
-                f"no output is named {output.name!r}; there are: {', '.join(outputs)}", "outputs"
-            )
-        value = outputs[output.name]
-        as_bytes = output.parameters.get("binary_data", asked.parameters.get("binary_data_output", False))
-        entry, raw = _entry(output.name, value, binary=as_bytes is True)
-        entries.append(entry)
-        binary.append(raw)
-    head = {"model_name": model, "model_version": "1", "outputs": entries}
+    binary = wants_bytes(asked)
+    entry, raw = _entry(name, value, binary=binary)
+    head = {"model_name": model, "model_version": "1", "outputs": [entry]}
     text = json_bytes(head if asked.id is None else {"id": asked.id, **head})
-    if not any("parameters" in entry for entry in entries):
+    if not binary:
         return text, {"Content-Type": "application/json"}
     headers = {HEADER: str(len(text)), "Content-Type": "application/octet-stream"}
-    return b"".join([text, *binary]), headers
+    return text + raw, headers
 
 
 def _taken(tensor: InputTensor, rest: bytes) -> tuple[bytes | None, bytes]:
@@ -196,7 +214,7 @@ def _entry(name: str, value: np.ndarray | list[str], *, binary: bool) -> tuple[d
         raw = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
     else:
         entry = {"name": name, "shape": list(value.shape), "datatype": "FP32"}
-        raw = value.astype("<f4").tobytes()
+        raw = value.astype("<f4", copy=False).tobytes() if binary else b""
     if binary:
         return {**entry, "parameters": {"binary_data_size": len(raw)}}, raw
     if not isinstance(value, list) and not np.isfinite(value).all():

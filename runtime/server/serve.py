@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from rk_export.errors import InputError, RkExportError
 from rk_export.runtime.server.context import Context
-from rk_export.runtime.server.logs import event, log_as_json
+from rk_export.runtime.server.logs import event, log_as_json, logger
 
 _BACKLOG = 2048
 _LAST_SECONDS = 2  # for connections to close when no request runs any more
@@ -108,6 +108,12 @@ class Server(uvicorn.Server):
             await asyncio.shield(opening)
         except RkExportError as error:
             self.failure, self.should_exit = error, True
+            return
+        except Exception as error:  # such as memory of a device that does not suffice
+            logger.exception("a model cannot be opened")
+            what = f"a model cannot be opened: {type(error).__name__}: {error}"
+            self.failure = RkExportError(what, where="serve", fix="see the log for the cause")
+            self.should_exit = True
             return
         self._announce()
 

@@ -67,13 +67,21 @@ class ServerSettings:
             )
 
 
-def read_keys(file: Path | None, listed: str | None) -> tuple[str, ...]:
+def read_keys(file: Path | None, listed: str | None, *, variable: str = "list of keys") -> tuple[str, ...]:
     """Return the API keys of a file, one a line, and of a list separated by commas; ``#`` begins a comment.
 
+    Args:
+        file: Where they stand; None for no file.
+        listed: The list; None where there is none.
+        variable: What holds the list, for the message.
+
     Raises:
-        InputError: The file cannot be read, or holds no key: a server that asks for none must not come of it.
+        InputError: The file cannot be read, or it or the list holds no key: a server that asks for none must not
+            come of it.
     """
     found = [key.strip() for key in (listed or "").split(",")]
+    if listed is not None and not any(found):
+        raise InputError("no key in it", where=variable, fix="put keys into it, or unset it to ask for none")
     if file is not None:
         lines = _lines(file)
         if not lines:

@@ -118,6 +118,19 @@ def test_names_and_keys(
     assert started[-1].state.context.settings.keys == ("second-key-2", "first-key-1")
 
 
+@pytest.mark.parametrize("keys", ["", ","])
+def test_an_empty_list_of_keys_opens_no_server(
+    cli: Cli, folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, keys: str
+) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, keys)
+    ended = serve(cli, folder)
+    assert ended.code == 2
+    assert f"{KEYS_VARIABLE}: no key in it" in ended.err
+    monkeypatch.delenv(KEYS_VARIABLE)  # as where a pod's optional secret is absent
+    assert serve(cli, folder).code == 0
+    assert started[0].state.context.settings.keys == ()
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

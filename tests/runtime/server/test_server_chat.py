@@ -304,10 +304,14 @@ def test_the_client_parses_into_its_own_models(server: Running) -> None:
     assert isinstance(found.choices[0].message.parsed, Harbour)
 
 
-def test_a_request_without_a_type_of_body_is_json(server: Running) -> None:
+def test_a_body_must_be_named_json(server: Running) -> None:
     data = json.dumps(BODY)
     url = f"{server.url}/v1/chat/completions"
-    assert httpx.post(url, content=data).status_code == 200
-    wrong = httpx.post(url, content=data, headers={"Content-Type": "text/plain"})
-    assert wrong.status_code == 415
-    assert error_of(wrong)["code"] == "unsupported_media_type"
+    assert (
+        httpx.post(url, content=data, headers={"Content-Type": "application/json; charset=utf-8"}).status_code
+        == 200
+    )
+    for headers in ({}, {"Content-Type": "text/plain"}):
+        wrong = httpx.post(url, content=data, headers=headers)
+        assert wrong.status_code == 415
+        assert error_of(wrong)["code"] == "unsupported_media_type"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from runtime_models import write_encoder
 from serving import Running, checked, error_of, serving, write_decoder
 
 from rk_export.runtime import EncoderSession
+from rk_export.runtime.server import embeddings
 
 TEXTS = ["harbour", "a", "ship at sea"]
 
@@ -97,3 +100,16 @@ def test_an_encoder_continues_no_text(server: Running) -> None:
 def test_its_own_dimensions_may_be_named(server: Running) -> None:
     answer = server.post("/v1/embeddings", {"model": "enc", "input": "a", "dimensions": 8})
     assert len(answer.json()["data"][0]["embedding"]) == 8
+
+
+def test_many_vectors_hold_up_no_probe(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, before = set(), embeddings._entry
+
+    def noted(*given: Any) -> dict[str, Any]:
+        threads.add(threading.current_thread())
+        return before(*given)
+
+    monkeypatch.setattr(embeddings, "_entry", noted)
+    assert server.post("/v1/embeddings", {"model": "enc", "input": TEXTS}).status_code == 200
+    assert threads
+    assert server.server_thread not in threads

@@ -50,9 +50,10 @@ def connection(server: Running, body: dict[str, Any]) -> Iterator[socket.socket]
     """Send a request and leave the answer to the block; the end of the block closes the connection."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    length = f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=30) as found:
-        found.sendall(head.encode() + b"\r\n\r\n" + data)
+        found.sendall((head + length).encode() + data)
         yield found
 
 

@@ -63,6 +63,18 @@ def test_every_key_opens(locked: Running) -> None:
     assert locked.client().completions.create(**COMPLETION).choices
 
 
+def test_a_key_may_be_any_text(folders: dict[str, Path]) -> None:
+    keys = ("schlüssel-eins", "clé-déjà")  # the last letter ends in a byte that Latin-1 takes for a space
+    with serving({"tiny": folders["tiny"]}, keys=keys) as server:
+        for key in keys:
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert server.get("/v1/models", headers=headers).status_code == 200
+        assert (
+            server.get("/v1/models", headers={"Authorization": b"Bearer schl\xfcssel-eins"}).status_code
+            == 401
+        )
+
+
 def test_probes_and_figures_need_no_key(locked: Running) -> None:
     for path in ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"):
         assert locked.get(path).status_code == 200
@@ -70,8 +82,11 @@ def test_probes_and_figures_need_no_key(locked: Running) -> None:
 
 def test_pages_of_other_origins_may_call_where_they_are_named(locked: Running, server: Running) -> None:
     asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
-    asked["Access-Control-Request-Headers"] = "authorization,content-type"
+    # Of which the last ones are OpenAI's client's own.
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang,x-stainless-os"
     allowed = httpx.options(f"{locked.url}/v1/completions", headers=asked)
+    assert allowed.status_code == 200
+    assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
     other = httpx.options(
         f"{locked.url}/v1/completions", headers={**asked, "Origin": "https://other.example"}
@@ -88,7 +103,10 @@ def test_keys_are_read_from_a_file_and_a_list(tmp_path: Path) -> None:
     file.write_text("# ours\nfirst-key-1\n\n  second-key-2  \n")
     assert read_keys(file, None) == KEYS
     assert read_keys(file, "third-key-3, first-key-1") == ("third-key-3", "first-key-1", "second-key-2")
-    assert read_keys(None, "") == ()
+    assert read_keys(None, None) == ()
+    for listed in ("", " , "):  # an empty secret must not open the server
+        with pytest.raises(InputError, match="VARIABLE: no key"):
+            read_keys(None, listed, variable="VARIABLE")
     file.write_text("# none\n")
     with pytest.raises(InputError, match="no key"):
         read_keys(file, None)
@@ -238,7 +256,10 @@ def test_a_slow_body_is_not_waited_for(folders: dict[str, Path]) -> None:
     with serving({"tiny": folders["tiny"]}, timeout=0.3, session=CPU) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
             begin = time.monotonic()
             answer = slow.recv(4096)
         assert b" 408 " in answer.splitlines()[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from runtime_models import write_encoder
 from serving import Running, serving, write_decoder
 
 from rk_export.runtime import EncoderSession, GenerationOptions, Session
+from rk_export.runtime.server import oip, oip_arrays
+from rk_export.runtime.text import TextCodec
 
 HEADER = "Inference-Header-Content-Length"
 PROMPTS = ["The harbour", "A ship"]
@@ -191,10 +194,10 @@ def test_what_cannot_be_done_is_refused(server: Running, body: dict[str, Any], w
     assert word in answer.json()["error"]
 
 
-@pytest.mark.parametrize("header", ["-1", "99999999", "five", "3"])
+@pytest.mark.parametrize("header", ["-1", "99999999", "five", "3", "1" * 5000, "²"])
 def test_a_wrong_length_of_the_header(server: Running, header: str) -> None:
     body = json.dumps({"inputs": [tensor("text", "BYTES", ["a"])]})
-    answer = httpx.post(f"{server.url}/v2/models/tiny/infer", content=body, headers={HEADER: header})
+    answer = httpx.post(f"{server.url}/v2/models/tiny/infer", content=body, headers={HEADER: header.encode()})
     assert answer.status_code == 400
 
 
@@ -206,3 +209,89 @@ def test_broken_bytes(server: Running, raw: bytes) -> None:
         f"{server.url}/v2/models/tiny/infer", content=head + raw, headers={HEADER: str(len(head))}
     )
     assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("name", ["embedding", "last_hidden_state", "logits"])
+def test_an_output_of_other_inputs_is_refused_before_anything_runs(server: Running, name: str) -> None:
+    before = server.decoder().engine.counters().requests
+    body = {"inputs": [tensor("text", "BYTES", ["a"])], "outputs": [{"name": name}]}
+    assert name in server.post("/v2/models/tiny/infer", body).json()["error"]
+    twice = server.post("/v2/models/tiny/infer", {**body, "outputs": [{"name": "text"}] * 2})
+    assert (twice.status_code, "2 times" in twice.json()["error"]) == (400, True)
+    assert server.decoder().engine.counters().requests == before
+
+
+def test_an_encoder_needs_a_text(server: Running) -> None:
+    answer = server.post("/v2/models/enc/infer", {"inputs": [tensor("text", "BYTES", [], [0])]})
+    assert answer.status_code == 400, answer.text
+    assert "no texts" in answer.json()["error"]
+
+
+def test_an_encoder_runs_few_rows_at_once(
+    server: Running, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(0).integers(1, 250, (37, 5))
+    mask = np.ones_like(ids)
+    mask[::3, 3:] = 0
+    expected = EncoderSession.from_pretrained(folders["enc"], provider="cpu", threads=1).forward(ids, mask)
+    before, sizes = EncoderSession.forward, []
+
+    def noted(session: EncoderSession, ids: np.ndarray, *rest: Any) -> np.ndarray:
+        sizes.append(len(ids))
+        return before(session, ids, *rest)
+
+    monkeypatch.setattr(EncoderSession, "forward", noted)
+    given = (tensor("input_ids", "INT64", ids.tolist()), tensor("attention_mask", "INT64", mask.tolist()))
+    (hidden,) = infer(server, *given, model="enc")["outputs"]
+    np.testing.assert_allclose(np.reshape(hidden["data"], hidden["shape"]), expected, atol=1e-6)
+    assert max(sizes) <= 16 < sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "more", "size"),
+    [
+        ("tiny", tensor("input_ids", "INT64", [[1, 2]]), {}, 258 * 4),
+        ("tiny", tensor("input_ids", "INT64", [[1, 2]]), {"all_positions": True}, 2 * 258 * 4),
+        ("enc", tensor("input_ids", "INT64", [[1, 2]]), {}, 2 * 8 * 4),
+        ("enc", tensor("text", "BYTES", ["a", "b", "c"]), {}, 3 * 8 * 4),
+    ],
+    ids=["last", "whole", "hidden", "text"],
+)
+def test_arrays_have_a_bound_which_is_lower_as_json(
+    server: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    given: dict[str, Any],
+    more: dict[str, bool],
+    size: int,
+) -> None:
+    def status(*, json_bytes: int, bytes_: int, binary: bool) -> int:
+        monkeypatch.setattr(oip_arrays, "_MOST_JSON_BYTES", json_bytes)
+        monkeypatch.setattr(oip_arrays, "_MOST_BYTES", bytes_)
+        body = {"inputs": [given], "parameters": {**more, "binary_data_output": binary}}
+        return server.post(f"/v2/models/{model}/infer", body).status_code
+
+    assert oip_arrays._MOST_BYTES == 16 * oip_arrays._MOST_JSON_BYTES == 256 << 20
+    assert status(json_bytes=size, bytes_=size, binary=False) == 200
+    assert status(json_bytes=size - 1, bytes_=size, binary=False) == 400
+    assert status(json_bytes=size - 1, bytes_=size, binary=True) == 200
+    assert status(json_bytes=size - 1, bytes_=size - 1, binary=True) == 400
+
+
+def test_a_large_request_holds_up_no_probe(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+
+    def noted(function: Any) -> Any:
+        def inner(*args: Any, **more: Any) -> Any:
+            threads.add(threading.current_thread())
+            return function(*args, **more)
+
+        return inner
+
+    monkeypatch.setattr(oip, "read_inference", noted(oip.read_inference))
+    monkeypatch.setattr(oip, "tokens_of", noted(oip.tokens_of))
+    monkeypatch.setattr(TextCodec, "encode", noted(TextCodec.encode))
+    infer(server, tensor("text", "BYTES", ["a"]), model="enc")
+    infer(server, tensor("input_ids", "INT64", [[1, 2]]), model="enc")
+    assert len(threads) >= 1
+    assert server.server_thread not in threads
