@@ -17,9 +17,8 @@ from rk_export.runtime.engine.slots import SlotRunner
 
 _FIRST_GUESS = 4
 _LONGEST_PATTERN = 3  # tokens at the end of a text that are looked for earlier in it
-_MEMORY = 0.8  # what one check leaves of the share of accepted guesses before it
-_TOO_FEW = 0.1  # below that share guesses cost more than they save
-_PAUSE = 32  # tokens without guesses, where they did not pay
+_MEMORY = 0.8  # what one timing leaves of the average before it
+_AGAIN = 24  # runs after which the other way is timed again
 _CHUNK = 512
 
 
@@ -34,27 +33,43 @@ class Drafter(Protocol):
 
 
 class GuessLength:
-    """How many tokens to guess: more after guesses that were right, none for a while after many that were not."""
+    """How many tokens to guess: more after guesses that were right, fewer after others."""
 
     def __init__(self) -> None:
-        self._length, self._share, self._pause = _FIRST_GUESS, 1.0, 0
+        self._length = _FIRST_GUESS
 
     def next(self, room: int) -> int:
         """Return how many tokens to guess now, at most ``room``."""
-        if self._pause:
-            self._pause -= 1
-            return 0
         return max(0, min(self._length, room))
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Take note of how many of the last guesses were right."""
-        if not drafted:
-            return
-        self._share = _MEMORY * self._share + (1 - _MEMORY) * accepted / drafted
-        longer = accepted == drafted
-        self._length = min(LONGEST_CHECK - 1, 2 * self._length) if longer else max(2, accepted + 1)
-        if self._share < _TOO_FEW:
-            self._pause, self._share = _PAUSE, 0.5
+        if drafted:
+            all_right = accepted == drafted
+            self._length = min(LONGEST_CHECK - 1, 2 * self._length) if all_right else max(2, accepted + 1)
+
+
+class Worth:
+    """Whether guesses pay, by the time that a token takes with them and without; what loses is tried again at times."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, float] = {}  # of a token, with guesses and without
+        self._since: dict[bool, int] = {True: 0, False: 0}  # runs since the last one of the kind
+
+    def guess(self) -> bool:
+        """Whether to guess now."""
+        for kind in (False, True):
+            if kind not in self._seconds:
+                return kind
+        better = self._seconds[True] <= self._seconds[False]
+        return better if self._since[not better] < _AGAIN else not better
+
+    def note(self, guessed: bool, seconds: float, tokens: int) -> None:
+        """Take note of a run that gave so many tokens, the time for making the guesses included."""
+        now = seconds / tokens
+        before = self._seconds.get(guessed, now)
+        self._seconds[guessed] = _MEMORY * before + (1 - _MEMORY) * now
+        self._since[guessed], self._since[not guessed] = 0, self._since[not guessed] + 1
 
 
 class PromptLookup:

@@ -6,9 +6,11 @@ last one takes its place. Whatever joins or leaves, a row is computed as it is a
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
-from rk_export.runtime.engine.ahead import Drafter
+from rk_export.runtime.engine.ahead import Drafter, Worth
 from rk_export.runtime.engine.pace import Pace
 from rk_export.runtime.engine.prefixes import KeptPrefixes
 from rk_export.runtime.engine.rounding import GRAIN, last_run
@@ -46,7 +48,7 @@ class SlotBatch:
     ) -> None:
         self._runner, self._buffers = runner, runner.buffers
         self.slots, self._multiple, self._above, self._up_to = slots, multiple, above, up_to
-        self._pace, self._drafter = pace, drafter
+        self._pace, self._drafter, self._worth = pace, drafter, Worth()
         self._kept = KeptPrefixes(range(slots + multiple - 1, runner.buffers.slots))
         self._rows: list[Running] = []  # the place is the slot
         self._filling: Running | None = None
@@ -151,7 +153,9 @@ class SlotBatch:
         saves its run where it is the token that was chosen, and is dropped where it is not. So answers are the same,
         the sampled ones too; for one guess a position this is the acceptance by rejection of arXiv:2302.01318.
         """
-        drafts = drafter.propose(running.tokens, self._room_for_guesses(running))
+        begin, before = time.perf_counter(), running.filled
+        room = self._room_for_guesses(running) if self._worth.guess() else 0
+        drafts = drafter.propose(running.tokens, room)
         again = 0 if drafts else 1  # the token before: its keys and values become what they are
         tokens = np.array([*running.tokens[running.filled - again :], *drafts], np.int64)
         logits = self._runner.extend(running.slot, tokens, running.filled - again, last=len(drafts) + 1)
@@ -165,6 +169,7 @@ class SlotBatch:
         running.drafted += len(drafts)
         running.accepted += accepted
         drafter.learn(len(drafts), accepted)
+        self._worth.note(bool(drafts), time.perf_counter() - begin, running.filled - before)
 
     def _room_for_guesses(self, running: Running) -> int:
         left = running.row.limit - len(running.row.tokens) - 1  # the run gives one token in any case

@@ -14,7 +14,7 @@ from runtime_models import CONTEXT, TinyDecoder, byte_tokenizer
 from rk_export.errors import InputError
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.engine import Answer, Engine, EngineOptions, Request
-from rk_export.runtime.engine.ahead import GuessLength, PromptLookup
+from rk_export.runtime.engine.ahead import GuessLength, PromptLookup, Worth
 from rk_export.runtime.engine.rounding import LONGEST_CHECK
 
 LOOKUP = EngineOptions(lookup=True)
@@ -153,7 +153,7 @@ def test_lookup_finds_the_latest_place() -> None:
     assert lookup.propose([1, 2, 1, 2], 0) == []
 
 
-def test_guesses_grow_with_success_and_pause_without_it() -> None:
+def test_guesses_grow_with_success_and_shrink_without_it() -> None:
     length = GuessLength()
     begun = length.next(99)
     length.learn(begun, begun)
@@ -161,14 +161,35 @@ def test_guesses_grow_with_success_and_pause_without_it() -> None:
     assert length.next(3) == 3
     for _ in range(5):
         length.learn(length.next(99), length.next(99))
-    assert length.next(99) <= LONGEST_CHECK - 1
-    tried = 0
-    while length.next(99):
-        length.learn(4, 0)
-        tried += 1
-        assert tried < 40
-    assert length.next(99) == 0
-    assert sum(length.next(99) == 0 for _ in range(200)) < 40, "it tries again"
+    assert length.next(99) == LONGEST_CHECK - 1
+    length.learn(LONGEST_CHECK - 1, 3)
+    assert length.next(99) == 4
+    length.learn(4, 0)
+    assert length.next(99) == 2
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_guesses_stay_off_where_they_lose_time(pays: bool) -> None:
+    worth, tried = Worth(), []
+    for _ in range(200):
+        guess = worth.guess()
+        tried.append(guess)
+        worth.note(guess, 1.0, 2 if guess is pays else 1)
+    assert tried[:2] == [False, True], "both are timed first"
+    share = tried.count(pays) / len(tried)
+    assert 0.9 < share < 1, "the better one, and the other at times"
+
+
+def test_guesses_come_back_when_they_pay_again() -> None:
+    worth = Worth()
+    for _ in range(100):
+        guess = worth.guess()
+        worth.note(guess, 1.0, 1 if guess else 2)
+    later = []
+    for _ in range(400):
+        later.append(worth.guess())
+        worth.note(later[-1], 1.0, 4 if later[-1] else 2)
+    assert all(later[-20:])
 
 
 def test_a_draft_with_fewer_rows_guesses_nothing_after_a_token_that_it_cannot_read(
