@@ -17,8 +17,10 @@ from rk_export.runtime.engine.slots import SlotRunner
 
 _FIRST_GUESS = 4
 _LONGEST_PATTERN = 3  # tokens at the end of a text that are looked for earlier in it
-_MEMORY = 0.8  # what one timing leaves of the average before it
-_AGAIN = 24  # runs after which the other way is timed again
+_MEMORY = 0.9  # what one timing leaves of the average before it
+_TRIAL = 8  # runs with guesses before they are judged
+_PAUSE = 64  # runs without guesses where they lost, before the next trial
+_LOSS = 1.1  # guesses may take so much longer before they are called a loss: timings are noisy
 _CHUNK = 512
 
 
@@ -54,22 +56,29 @@ class Worth:
 
     def __init__(self) -> None:
         self._seconds: dict[bool, float] = {}  # of a token, with guesses and without
-        self._since: dict[bool, int] = {True: 0, False: 0}  # runs since the last one of the kind
+        self._trial = _TRIAL  # runs with guesses before they are judged
+        self._pause = 0  # runs without guesses before the next trial
 
     def guess(self) -> bool:
         """Whether to guess now."""
-        for kind in (False, True):
-            if kind not in self._seconds:
-                return kind
-        better = self._seconds[True] <= self._seconds[False]
-        return better if self._since[not better] < _AGAIN else not better
+        if False not in self._seconds:
+            return False
+        if self._pause:
+            self._pause -= 1
+            return False
+        return True
 
     def note(self, guessed: bool, seconds: float, tokens: int) -> None:
         """Take note of a run that gave so many tokens, the time for making the guesses included."""
         now = seconds / tokens
         before = self._seconds.get(guessed, now)
         self._seconds[guessed] = _MEMORY * before + (1 - _MEMORY) * now
-        self._since[guessed], self._since[not guessed] = 0, self._since[not guessed] + 1
+        if not guessed:
+            return
+        self._trial = max(0, self._trial - 1)
+        if not self._trial and self._seconds[True] > _LOSS * self._seconds[False]:
+            self._trial, self._pause = _TRIAL, _PAUSE
+            del self._seconds[True]  # the next trial is judged by itself
 
 
 class PromptLookup:

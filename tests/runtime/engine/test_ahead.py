@@ -171,13 +171,12 @@ def test_guesses_grow_with_success_and_shrink_without_it() -> None:
 @pytest.mark.parametrize("pays", [True, False])
 def test_guesses_stay_off_where_they_lose_time(pays: bool) -> None:
     worth, tried = Worth(), []
-    for _ in range(200):
-        guess = worth.guess()
-        tried.append(guess)
-        worth.note(guess, 1.0, 2 if guess is pays else 1)
+    for _ in range(400):
+        tried.append(worth.guess())
+        worth.note(tried[-1], 1.0, 2 if tried[-1] is pays else 1)
     assert tried[:2] == [False, True], "both are timed first"
     share = tried.count(pays) / len(tried)
-    assert 0.9 < share < 1, "the better one, and the other at times"
+    assert 0.85 < share < 1, "the better one, and the other at times"
 
 
 def test_guesses_come_back_when_they_pay_again() -> None:
@@ -186,7 +185,7 @@ def test_guesses_come_back_when_they_pay_again() -> None:
         guess = worth.guess()
         worth.note(guess, 1.0, 1 if guess else 2)
     later = []
-    for _ in range(400):
+    for _ in range(200):
         later.append(worth.guess())
         worth.note(later[-1], 1.0, 4 if later[-1] else 2)
     assert all(later[-20:])
