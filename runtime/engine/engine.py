@@ -241,8 +241,8 @@ class Engine:
             faults = 0
             while faults < _MOST_FAULTS and self._has_work():
                 try:
-                    self._take_turn()
-                    faults = 0
+                    if self._take_turn():
+                        faults = 0
                 except Exception as error:
                     logger.exception("a step of the engine failed")
                     faults += 1
@@ -262,8 +262,12 @@ class Engine:
                 self._waiting or self._running or self._work or self._left or not self._closing
             )
 
-    def _take_turn(self) -> None:
-        """Let requests go and come, do a piece of the callers' work, and give every running row a token."""
+    def _take_turn(self) -> bool:
+        """Let requests go and come, do a piece of the callers' work, and give every running row a token.
+
+        Returns:
+            Whether the graph ran for a row.
+        """
         with self._state:
             gone = self._let_go()
             work = self._work.popleft() if self._work else None
@@ -275,11 +279,13 @@ class Engine:
             self._batch.add(ticket_in.running)
             with self._state:
                 self._count(cached_tokens=ticket_in.running.cached)
+        ran = self._batch.running > 0
         advanced = self._batch.step()
         with self._state:
             self._count(steps=int(bool(advanced)))
         for running in advanced:
             self._tell(running)
+        return ran
 
     def _next(self) -> Ticket | None:
         """Return the next waiting request where there is room for it; it counts as running from now on."""

@@ -84,7 +84,7 @@ async def create_chat_completion(request: HttpRequest) -> Response:
 
 
 def _work(body: ChatRequest, decoder: Decoder, settings: ServerSettings) -> Work:
-    check_count(body.samples, settings)
+    check_count(body.samples, decoder, settings)
     tools = tool_use(body, decoder)
     prompt = tuple(chat_tokens(body, decoder, tools))
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -80,7 +80,7 @@ async def create_completion(request: HttpRequest) -> Response:
 
 def _work(body: CompletionRequest, decoder: Decoder, settings: ServerSettings) -> Work:
     prompts = _prompts(body)
-    check_count(len(prompts) * body.samples, settings)
+    check_count(len(prompts) * body.samples, decoder, settings)
     codec = decoder.session.text_codec
     tokens = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     wanted = body.max_tokens

@@ -197,13 +197,13 @@ def room_for(
     return most if wanted is None else wanted
 
 
-def check_count(count: int, settings: ServerSettings) -> None:
+def check_count(count: int, decoder: Decoder, settings: ServerSettings) -> None:
     """Refuse more answers in one request than can ever wait together.
 
     Raises:
         ApiError: There are more.
     """
-    most = settings.engine.slots + settings.engine.queue
+    most = decoder.engine.slots + settings.engine.queue
     if count > most:
         raise bad_request(f"{count} answers in one request, at most {most} are given", "n")
 

@@ -86,7 +86,7 @@ class _Engines(Collector):
             if isinstance(model.opened, Decoder)
         }
         counters = {name: decoder.engine.counters() for name, decoder in open_now.items()}
-        slots = {name: decoder.slots for name, decoder in open_now.items()}
+        slots = {name: decoder.engine.slots for name, decoder in open_now.items()}
         for name, text, key in _GAUGES:
             yield _gauge(name, text, {model: getattr(one, key) for model, one in counters.items()})
         yield _gauge("slots", "Requests that can run together.", slots)

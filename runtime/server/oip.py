@@ -125,10 +125,10 @@ async def _continued(
 ) -> list[str]:
     given = {key: value for key, value in asked.asked.parameters.items() if key in _SAMPLING}
     try:
-        body = Sampling.model_validate({"model": name, **given})
+        body = Sampling.model_validate(value := {"model": name, **given})
     except ValidationError as error:
-        raise misfit(error) from error
-    check_count(len(texts), context.settings)
+        raise misfit(error, value) from error
+    check_count(len(texts), decoder, context.settings)
     codec = decoder.session.text_codec
     prompts = await asyncio.to_thread(lambda: [codec.encode(text) for text in texts])
     room = room_for(decoder, prompts, body.max_tokens, context.settings)

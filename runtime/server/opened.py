@@ -30,13 +30,11 @@ class Decoder:
         session: The bundle.
         engine: What runs its requests.
         limit: Most positions of prompt and answer together.
-        slots: Requests that run together.
     """
 
     session: Session
     engine: Engine
     limit: int
-    slots: int
 
     @property
     def grammar(self) -> GrammarTokens:
@@ -119,7 +117,7 @@ def open_bundle(folder: Path, settings: ServerSettings, *, encoder: bool) -> Dec
     # Read here, so that a broken file is told now and not by a request.
     session.text_codec, session.config.ends, session.rows  # noqa: B018
     draft = None if settings.draft is None else _session(settings.draft, settings)
-    return Decoder(session, Engine(session, options, draft), limit, options.slots)
+    return Decoder(session, Engine(session, options, draft), limit)
 
 
 def _session(folder: Path, settings: ServerSettings, max_length: int | None = None) -> Session:

@@ -13,6 +13,7 @@ from serving import Running, error_of, serving, streamed, write_decoder
 
 from rk_export.errors import RkExportError
 from rk_export.runtime.engine import EngineOptions
+from rk_export.runtime.engine.engine import _MOST_FAULTS
 from rk_export.runtime.engine.slots import SlotRunner
 from rk_export.runtime.server import models as models_module
 from rk_export.runtime.server.app import create_app
@@ -38,10 +39,11 @@ def break_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def dead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    """A server whose engine was ended by a fault; another model of it is well."""
+    """A server whose engine was ended by faults; another model of it is well."""
     with serving({"tiny": folder, "well": folder}) as server:
         break_engine(monkeypatch)
-        server.post("/v1/completions", BODY)
+        for _ in range(_MOST_FAULTS):
+            server.post("/v1/completions", BODY)
         server.until(lambda: not server.decoder().engine.alive)
         monkeypatch.undo()
         yield server
@@ -57,6 +59,16 @@ def test_an_engine_that_ended_by_a_fault_is_no_shutdown(dead: Running) -> None:
         assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
     assert dead.post("/v2/models/tiny/infer", {"inputs": [tokens]}).status_code == 500
     assert dead.post("/v1/completions", {**BODY, "model": "well"}).status_code == 200
+
+
+def test_one_fault_is_an_error_and_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"tiny": folder}) as server:
+        with monkeypatch.context() as patch:
+            break_engine(patch)
+            answer = server.post("/v1/completions", BODY)
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+        assert [server.get(path).status_code for path in PROBES] == [200] * len(PROBES)
+        assert server.post("/v1/completions", BODY).status_code == 200
 
 
 def test_answers_that_the_fault_cut_are_no_shutdown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def decoder(folder: Path) -> opened.Decoder:
     session = Session.from_pretrained(folder, provider="cpu", threads=1)
-    return opened.Decoder(session, None, 96, 1)  # type: ignore[arg-type]
+    return opened.Decoder(session, None, 96)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, len(TEXT)])
@@ -49,6 +49,8 @@ def test_offsets_count_the_characters_of_the_text(decoder: opened.Decoder, size:
 
 class Scripted:
     """An engine whose pieces bring scores before their text, as those before a stop string do."""
+
+    slots = 1
 
     def submit(self, request: Request, listener: Callable[[Any], None]) -> Scripted:
         scores = tuple(TokenScore(token, -1.0) for token in TEXT)
