@@ -19,7 +19,9 @@ from rk_export.bundle.targets import kserve, kubernetes
 from rk_export.bundle.targets.base import Deployment
 from rk_export.bundle.targets.pod_sizes import cache_bytes, pod_size
 from rk_export.cli.parser import build_parser
+from rk_export.cli.serve import KEYS_VARIABLE, settings_of
 from rk_export.errors import InputError
+from rk_export.runtime.server.metrics import Metrics
 
 GIB = 2**30
 TARGETS = {"kserve": kserve.TARGET, "kubernetes": kubernetes.TARGET}
@@ -121,19 +123,17 @@ def test_api_keys_come_from_a_secret_where_there_is_one(folder: Path, target: st
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_server_understands_its_arguments_and_shows_the_metric(folder: Path, target: str) -> None:
-    serve = pytest.importorskip("rk_export.cli.serve")
-    metrics = pytest.importorskip("rk_export.runtime.server.metrics")
     files = written(target, Deployment(folder, "My_model"))
     (container,) = pod_of(target, files)["containers"]
     args = build_parser().parse_args(container["args"])
-    settings = serve.settings_of(args)
+    settings = settings_of(args)
     size = pod_size(Deployment(folder, "My_model"))
     assert (settings.host, settings.port, args.name) == ("0.0.0.0", 8000, ["My_model"])
     assert (settings.engine.slots, settings.engine.capacity) == (size.slots, size.capacity)
     assert settings.grace < pod_of(target, files)["terminationGracePeriodSeconds"]
     assert [str(path) for path in args.bundles] in (["/mnt/models"], ["/bundle"])
-    assert container["env"][-1]["name"] == serve.KEYS_VARIABLE
-    shown = metrics.Metrics(SimpleNamespace(served={})).page().decode()
+    assert container["env"][-1]["name"] == KEYS_VARIABLE
+    shown = Metrics(SimpleNamespace(served={})).page().decode()
     scaler = files["autoscaler.yaml"]["spec"]["metrics"][0]["pods"]
     assert f"# TYPE {scaler['metric']['name']} gauge\n" in shown
 

@@ -16,6 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "results"
 PAGES = {
     "basel": "papers.basel.report",
     "cap": "papers.cap.report",
+    "engine": "measure.engine_speed",
     "export": "measure.measure_export",
     "factorization": "measure.bench_factorization",
     "groupings": "measure.factorize_groupings",
@@ -26,7 +27,10 @@ PAGES = {
     "real_models": "measure.real_models",
     "sampling": "measure.bench_sampling",
     "scale": "measure.scale",
+    "serving": "measure.serve_load",
+    "serving_soak": "measure.serve_soak",
     "sparse_export": "measure.measure_sparse_export",
+    "speculation": "measure.speculation",
 }
 
 

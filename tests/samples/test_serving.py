@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from measure import serve_load, serve_soak
+from measure import serve_load, serve_soak, speculation
 from measure.harness import Results
 from serving import write_decoder
 
@@ -60,3 +60,20 @@ def test_endurance_notices_what_is_wrong() -> None:
     soak.note("whole", 200, 200, "another answer")
     soak.note("bad", 500, 400)
     assert len(soak.wrong) == 2
+
+
+def test_guesses_are_measured(tmp_path: Path) -> None:
+    bundle = write_decoder(tmp_path / "tiny", context=2048)
+    assert (
+        speculation.main([str(bundle), "--draft", str(bundle), "--threads", "1", "--out", str(tmp_path)]) == 0
+    )
+    results = Results(tmp_path, "speculation")
+    assert list(results.rows) == list(speculation.QUESTIONS)
+    for row in results.rows.values():
+        plain, lookup, draft = (
+            row[way] for way in (speculation.PLAIN, speculation.LOOKUP, speculation.DRAFT)
+        )
+        assert (plain["ratio"], plain["drafted"], plain["equal_to_plain"]) == (1, 0, plain["answers"])
+        assert 0 < lookup["accepted"] <= lookup["drafted"]
+        assert 0 < draft["accepted"] <= draft["drafted"]
+    assert (tmp_path / "speculation.md").read_text(encoding="utf-8") == speculation.page(results)
