@@ -14,7 +14,13 @@ from rk_export.errors import InputError, ProviderError
 from rk_export.inside import check_links, checked_name, file_inside
 from rk_export.runtime.bundle_files import Section, read_json
 from rk_export.runtime.decoder import Decoder
+from rk_export.runtime.engine.batch import Batch
+from rk_export.runtime.engine.open_batch import open_batch
+from rk_export.runtime.engine.records import EngineOptions
+from rk_export.runtime.engine.running import Running
+from rk_export.runtime.generate import Row
 from rk_export.runtime.graph_proto import check_graph
+from rk_export.runtime.options import GenerationOptions
 from rk_export.runtime.providers import Provider
 from rk_export.runtime.session import Session
 
@@ -53,16 +59,16 @@ class BundleContestant:
 
     def __init__(self, path: str | Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.name = str(path)
-        self._session = Session.from_pretrained(path, provider=provider, threads=threads)
-        if self._session.rows is None:
+        self.session = Session.from_pretrained(path, provider=provider, threads=threads)
+        if self.session.rows is None:
             raise InputError("no vocab_size is known", where=str(path), fix="put config.json in the bundle")
-        self.vocab_size, self.max_length = self._session.rows, self._session.max_length
+        self.vocab_size, self.max_length = self.session.rows, self.session.max_length
         self._decoder: Decoder | None = None
         self._token = 0
 
     def reset(self, capacity: int) -> None:
         """Start a fresh decoder."""
-        self._decoder = self._session.decoder(batch=1, capacity=capacity)
+        self._decoder = self.session.decoder(batch=1, capacity=capacity)
 
     def prefill(self, input_ids: np.ndarray) -> None:
         """Run the prompt."""
@@ -78,6 +84,72 @@ class BundleContestant:
         if self._decoder is None:
             raise InputError("it was not reset", where=self.name, fix="call reset first")
         return self._decoder
+
+
+class GuessingContestant:
+    """A bundle folder run by this package with guesses; see `rk_export.runtime.engine.ahead`.
+
+    Args:
+        path: The bundle.
+        draft: A smaller bundle that guesses; None guesses from what the text said before.
+        provider: As for ``Session.from_pretrained``.
+        threads: Threads within one operator.
+
+    Raises:
+        InputError: A bundle cannot be opened, nothing can be guessed for it, or it does not tell its vocabulary size.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        draft: str | Path | None = None,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        self.name = f"{path} with lookup" if draft is None else f"{path} with draft {draft}"
+        plain = BundleContestant(path, provider=provider, threads=threads)
+        self.vocab_size, self.max_length = plain.vocab_size, plain.max_length
+        self._session = plain.session
+        small = None if draft is None else Session.from_pretrained(draft, provider=provider, threads=threads)
+        self._draft, self._capacity = small, 0
+        self._batch: Batch | None = None
+        self._running: Running | None = None
+        self.guesses = self.right_guesses = 0
+
+    def reset(self, capacity: int) -> None:
+        """Make an empty batch."""
+        options = EngineOptions(capacity=capacity, kept_prefixes=0, lookup=self._draft is None)
+        self._batch, _ = open_batch(self._session, options, self._draft)
+        self._capacity = capacity
+
+    def prefill(self, input_ids: np.ndarray) -> None:
+        """Run the prompt and choose a token."""
+        tokens = [int(token) for token in input_ids]
+        options = GenerationOptions(max_new_tokens=self._capacity - len(tokens))
+        self._running = Running(Row(tokens, options, None, frozenset()))
+        self._ready().add(self._running)
+        self._until(1)
+
+    def decode(self, count: int) -> None:
+        """Run steps until so many tokens were chosen."""
+        if self._running is None:
+            raise InputError("it was not prefilled", where=self.name, fix="call prefill first")
+        self._until(len(self._running.row.tokens) + count)
+        self.guesses += self._running.drafted
+        self.right_guesses += self._running.accepted
+
+    def _until(self, tokens: int) -> None:
+        running = self._running
+        while running is not None and len(running.row.tokens) < tokens:
+            self._ready().step()
+            if running.failure is not None:
+                raise running.failure
+
+    def _ready(self) -> Batch:
+        if self._batch is None:
+            raise InputError("it was not reset", where=self.name, fix="call reset first")
+        return self._batch
 
 
 class GenAIContestant:

@@ -63,6 +63,7 @@ rk-export:
 
 ```bash
 rk-export run . -p "Where is the Eiffel Tower?" --chat
+rk-export serve .          # OpenAI's HTTP interface, for many clients at once
 rk-export verify .
 ```
 

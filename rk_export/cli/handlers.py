@@ -212,7 +212,10 @@ def _print_perplexity(model: str, text: EvalText, as_json: bool, runtime: dict[s
 def run_bench(args: argparse.Namespace) -> int:
     """`bench`."""
     from rk_export.runtime import bench
+    from rk_export.text import tokens_of
 
+    # genai:FOLDER, draft:SMALL:FOLDER: the folder stands last.
+    prompt = None if args.text is None else tokens_of(args.text, args.bundle.rpartition(":")[2]).tolist()
     result = bench(
         [args.bundle, *args.against],
         prompt_tokens=args.prompt_tokens,
@@ -220,6 +223,7 @@ def run_bench(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         threads=2 if args.threads is None else args.threads,
         provider=args.provider,
+        prompt=prompt,
     )
     print_json(result.to_json()) if args.json else show(result.table())
     return 0

@@ -159,9 +159,16 @@ def _add_bundle_commands(add: AddCommand) -> None:
     _add_runtime_arguments(serve)
 
     bench = add("bench", run_bench, "prefill and decode speed, interleaved, medians and ratios")
-    bench.add_argument("bundle", help="bundle folder; genai:PATH runs GenAI")
+    bench.add_argument("bundle", help="bundle folder; genai:OUT runs GenAI")
     bench.add_argument(
-        "--against", nargs="+", default=[], metavar="OTHER", help="bundles; genai:PATH runs GenAI"
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="bundles; genai:OUT runs GenAI, lookup:OUT and draft:SMALL:OUT guess ahead",
+    )
+    bench.add_argument(
+        "--text", type=Path, metavar="FILE", help="whose beginning is the prompt (default random tokens)"
     )
     bench.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill (default 512)")
     bench.add_argument("--new-tokens", type=int, default=64, help="decoded after it (default 64)")

@@ -157,7 +157,7 @@ def readings(results: Results) -> list[str]:
         verdict = f"{best} gives {ratio:.2f} times the speed" if ratio > 1 else "guesses lose time"
         found.append(f"{kind}: {verdict}.")
     found.append(
-        "Guesses are off unless they are asked for. An answer with them may differ from one without, since its tokens "
+        "Guesses are off by default. An answer with them may differ from one without, since its tokens "
         "are computed in runs of at least two: see [the engine](../explanation/engine.md#guesses)."
     )
     return found

@@ -308,6 +308,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("run", "--threads"): NO_THREADS,
     ("bench", "--against"): Case(("--against", "{bundle}"), measures_other),
     ("bench", "--prompt-tokens"): Case(("--prompt-tokens", 9), measures_other),
+    ("bench", "--text"): Case(("--text", "{prose}"), measures_other),
     ("bench", "--new-tokens"): Case(("--new-tokens", 3), measures_other),
     ("bench", "--repeats"): Case(("--repeats", 2), measures_other),
     ("bench", "--provider"): NO_PROVIDER,

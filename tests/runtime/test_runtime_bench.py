@@ -89,6 +89,21 @@ def test_bundles_run(tmp_path: Path) -> None:
     assert all(row.prefill_median > 0 and row.decode_median > 0 for row in result.rows)
 
 
+def test_guesses_are_counted(tmp_path: Path) -> None:
+    folder, small = TinyDecoder().write(tmp_path / "one"), TinyDecoder().write(tmp_path / "small")
+    ways = [folder, f"lookup:{folder}", f"draft:{small}:{folder}"]
+    prompt = list(b"one two three one two three one two three")
+    result = bench(ways, prompt_tokens=40, new_tokens=40, repeats=2, threads=1, prompt=prompt)
+    plain, lookup, draft = result.rows
+    assert (plain.guesses, plain.right_guesses) == (0, 0)
+    assert 0 < lookup.right_guesses <= lookup.guesses
+    assert 0 < draft.right_guesses <= draft.guesses
+    assert [row.name.partition(" with ")[2] for row in result.rows] == ["", "lookup", f"draft {small}"]
+    assert f"{draft.right_guesses} of {draft.guesses}" in result.table().text()
+    with pytest.raises(InputError, match="41 tokens, 42 are wanted"):
+        bench([folder], prompt_tokens=42, new_tokens=4, prompt=prompt)
+
+
 def test_decoding_runs_the_graph_once_a_token(tmp_path: Path) -> None:
     contestant = BundleContestant(TinyDecoder().write(tmp_path), threads=1)
     contestant.reset(7)
