@@ -51,7 +51,7 @@ def test_a_conversation_computes_only_what_is_new(session: Session) -> None:
     with Engine(session, EngineOptions(slots=2)) as engine:
         said = text(30)
         before: tuple[int, ...] = ()
-        for _ in range(3):
+        for turn in range(3):
             (answer,) = engine.generate([Request(said, SHORT)])
             assert answer.token_ids == tokens_of(session, said)
             # Tokens of an answer came one at a time, so they are computed again as a part of the prompt.
