@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
 import deploy_genai_engine

@@ -71,6 +71,8 @@ def test_the_form_is_the_one_that_the_template_shows() -> None:
 class Scripted:
     """An engine whose answer is a text, one byte a token."""
 
+    slots = 1
+
     def __init__(self, text: str) -> None:
         self._tokens = tuple(text.encode())
 
