@@ -115,14 +115,3 @@ def token_score(logits: np.ndarray, token: int, count: int) -> TokenScore:
     ranked = sorted(likeliest.tolist(), key=lambda index: (-logits[index], index))
     top = tuple((index, float(logits[index]) - total) for index in ranked)
     return TokenScore(token, float(logits[token]) - total, top)
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and mask, int64 [batch, longest]; shorter prompts are padded (mask 0) on the left."""
-    longest = max(map(len, prompts))
-    ids = np.zeros((len(prompts), longest), np.int64)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from rk_export.parity.comparison import compare
 from rk_export.parity.probe import DECODE_FROM, Crossing, Probe
 from rk_export.report.records import ParityTier
 from rk_export.runtime import EncoderSession, Session
-from rk_export.runtime.generate import left_padded
 
 LEVEL_TIER = "ONNX Runtime, level 0 vs as shipped"
 
@@ -89,9 +88,20 @@ def _cached_logits(session: Session, tokens: np.ndarray, start: int) -> np.ndarr
     return np.concatenate(steps, axis=1)
 
 
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and mask, int64 [batch, longest]; shorter prompts are padded (mask 0) on the left."""
+    longest = max(map(len, prompts))
+    ids = np.zeros((len(prompts), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
 def _padded_logits(session: Session, prompts: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits of the last position, (prompts, 1, vocabulary), of single rows and of the padded batch."""
-    ids, mask = left_padded(prompts)
+    ids, mask = _left_padded(prompts)
     batch = session.prefill_logits(ids, mask)[:, -1:]
     rows = [session.prefill_logits(np.array([prompt], dtype=np.int64))[:, -1:] for prompt in prompts]
     return np.concatenate(rows), batch

@@ -21,20 +21,6 @@ if TYPE_CHECKING:
         TokenScore,
     )
 
-_RECORDS = (
-    "Answer",
-    "CancelledRequestError",
-    "Constraint",
-    "Counters",
-    "EngineClosedError",
-    "EngineFaultError",
-    "EngineOptions",
-    "Piece",
-    "QueueFullError",
-    "Request",
-    "TokenScore",
-)
-
 __all__ = [
     "Answer",
     "CancelledRequestError",
@@ -54,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "records" if name in _RECORDS else "engine"
+    home = "engine" if name == "Engine" else "records"
     value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value

@@ -174,8 +174,10 @@ class SlotRunner:
     def _run(self, bound: _Bound, ids: np.ndarray, mask: np.ndarray) -> None:
         bound.binding.bind_cpu_input("input_ids", ids)
         bound.binding.bind_cpu_input("attention_mask", mask)
-        positions = np.ascontiguousarray(position_ids(mask)[:, -ids.shape[1] :])
         if self._layout.position_ids:
+            positions = np.ascontiguousarray(
+                position_ids(mask)[:, -ids.shape[1] :]
+            )  # alive until the run ends
             bound.binding.bind_cpu_input("position_ids", positions)
         self._session.run_with_iobinding(bound.binding)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,26 +13,19 @@ from starlette.responses import Response
 from rk_export.runtime.engine.records import Answer, Request, TokenScore
 from rk_export.runtime.server.call_watcher import CallWatcher
 from rk_export.runtime.server.chat_prompt import ToolUse, chat_tokens, schema_of, tool_use
-from rk_export.runtime.server.context import context_of
-from rk_export.runtime.server.errors import JsonResponse
 from rk_export.runtime.server.generation import (
     FINISH,
     Answers,
-    Watch,
     check_count,
     now,
-    prepared,
     room_for,
-    submitted,
-    unless_gone,
     usage,
 )
 from rk_export.runtime.server.logprobs import chat_logprobs
 from rk_export.runtime.server.openai_types import ChatRequest
 from rk_export.runtime.server.opened import Decoder
-from rk_export.runtime.server.reading import read
+from rk_export.runtime.server.respond import Form, respond
 from rk_export.runtime.server.settings import ServerSettings
-from rk_export.runtime.server.sse import EventStream
 
 
 @dataclass(frozen=True)
@@ -67,20 +58,6 @@ class Work:
         """Return one choice; ``part`` is its message or its delta."""
         found = chat_logprobs(self.decoder, scores) if self.body.logprobs and scores else None
         return {"index": index, **part, "logprobs": found, "finish_reason": reason}
-
-
-async def create_chat_completion(request: HttpRequest) -> Response:
-    """Answer a conversation."""
-    context = context_of(request)
-    body = await read(request, ChatRequest)
-    watch = Watch.start(body.model, context.metrics, context.settings)
-    with ExitStack() as stack:
-        decoder = await context.models.decoder(body.model, stack)
-        work = await prepared(request, watch, partial(_work, body, decoder, context.settings))
-        answers = stack.enter_context(submitted(decoder, work.requests, watch))
-        if body.stream:
-            return EventStream(_chunks(work, answers), stack.pop_all().close)
-        return JsonResponse(_whole(work, await unless_gone(request, answers.all())))
 
 
 def _work(body: ChatRequest, decoder: Decoder, settings: ServerSettings) -> Work:
@@ -144,3 +121,11 @@ async def _chunks(work: Work, answers: Answers) -> AsyncIterator[dict[str, Any]]
     if work.body.with_usage:
         ordered = [found[index] for index in sorted(found)]
         yield {**work.head, "choices": [], "usage": usage(ordered, work.body.samples)}
+
+
+_FORM = Form(ChatRequest, _work, _whole, _chunks)
+
+
+async def create_chat_completion(request: HttpRequest) -> Response:
+    """Answer a conversation."""
+    return await respond(request, _FORM)

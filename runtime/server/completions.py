@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rk_export.runtime.engine.records import Answer, Request, TokenScore
-from rk_export.runtime.server.context import context_of
-from rk_export.runtime.server.errors import JsonResponse
 from rk_export.runtime.server.generation import (
     FINISH,
     Answers,
-    Watch,
     check_count,
     now,
-    prepared,
     room_for,
-    submitted,
-    unless_gone,
     usage,
 )
 from rk_export.runtime.server.logprobs import Offsets, completion_logprobs
 from rk_export.runtime.server.openai_types import CompletionRequest
 from rk_export.runtime.server.opened import Decoder
-from rk_export.runtime.server.reading import read
+from rk_export.runtime.server.respond import Form, respond
 from rk_export.runtime.server.settings import ServerSettings
-from rk_export.runtime.server.sse import EventStream
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -62,20 +53,6 @@ class Work:
         asked = self.body.logprobs is not None
         found = completion_logprobs(self.decoder, scores, offsets) if asked else None
         return {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
-
-
-async def create_completion(request: HttpRequest) -> Response:
-    """Continue prompts."""
-    context = context_of(request)
-    body = await read(request, CompletionRequest)
-    watch = Watch.start(body.model, context.metrics, context.settings)
-    with ExitStack() as stack:
-        decoder = await context.models.decoder(body.model, stack)
-        work = await prepared(request, watch, partial(_work, body, decoder, context.settings))
-        answers = stack.enter_context(submitted(decoder, work.requests, watch))
-        if body.stream:
-            return EventStream(_chunks(work, answers), stack.pop_all().close)
-        return JsonResponse(_whole(work, await unless_gone(request, answers.all())))
 
 
 def _work(body: CompletionRequest, decoder: Decoder, settings: ServerSettings) -> Work:
@@ -138,3 +115,11 @@ async def _chunks(work: Work, answers: Answers) -> AsyncIterator[dict[str, Any]]
     if work.body.with_usage:
         ordered = [found[index] for index in sorted(found)]
         yield {**work.head, "choices": [], "usage": usage(ordered, work.body.samples)}
+
+
+_FORM = Form(CompletionRequest, _work, _whole, _chunks)
+
+
+async def create_completion(request: HttpRequest) -> Response:
+    """Continue prompts."""
+    return await respond(request, _FORM)

@@ -355,18 +355,30 @@ def held_up_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotRunner, "extend", slow)
 
 
+class HeldWork:
+    """Work that keeps the engine's thread busy until it is released."""
+
+    def __init__(self) -> None:
+        self.release, self._entered = threading.Event(), threading.Event()
+
+    async def begin(self, engine: Engine) -> asyncio.Task[None]:
+        """Return once the thread is busy."""
+        task = asyncio.create_task(engine.run(self._work))
+        while not self._entered.is_set():
+            await asyncio.sleep(0.001)
+        return task
+
+    def _work(self) -> None:
+        self._entered.set()
+        assert self.release.wait(60)
+
+
 def test_work_that_nobody_waits_for_is_not_done(session: Session) -> None:
     done: list[int] = []
-    hold, entered = threading.Event(), threading.Event()
-
-    def blocked() -> None:
-        entered.set()
-        assert hold.wait(60)
+    held = HeldWork()
 
     async def go(engine: Engine) -> None:
-        first = asyncio.create_task(engine.run(blocked))
-        while not entered.is_set():
-            await asyncio.sleep(0.001)
+        first = await held.begin(engine)
         others = [asyncio.create_task(engine.run(lambda: done.append(1))) for _ in range(3)]
         await asyncio.sleep(0.01)
         with pytest.raises(QueueFullError):
@@ -374,7 +386,7 @@ def test_work_that_nobody_waits_for_is_not_done(session: Session) -> None:
         for task in others[:2]:
             task.cancel()
         await asyncio.sleep(0.01)
-        hold.set()
+        held.release.set()
         await first
         await others[2]
 
@@ -384,21 +396,15 @@ def test_work_that_nobody_waits_for_is_not_done(session: Session) -> None:
 
 
 def test_closing_at_once_does_no_more_work(session: Session) -> None:
-    hold, entered = threading.Event(), threading.Event()
-
-    def blocked() -> None:
-        entered.set()
-        assert hold.wait(60)
+    held = HeldWork()
 
     async def go(engine: Engine) -> None:
-        first = asyncio.create_task(engine.run(blocked))
-        while not entered.is_set():
-            await asyncio.sleep(0.001)
+        first = await held.begin(engine)
         second = asyncio.create_task(engine.run(lambda: pytest.fail("it was done")))
         await asyncio.sleep(0.01)
         closing = asyncio.create_task(asyncio.to_thread(engine.close, finish=False))
         await asyncio.sleep(0.01)
-        hold.set()
+        held.release.set()
         await closing
         await first
         with pytest.raises(EngineClosedError):
