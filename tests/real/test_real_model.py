@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Cli
 from fetched import smollm2, wiki_text
 
 from rk_export.report.records import Report
+from rk_export.runtime import GenerationOptions, Session
+from rk_export.runtime.engine import Engine, EngineOptions, Request
 
 pytestmark = pytest.mark.real_model
 
@@ -45,3 +48,18 @@ def test_int4(cli: Cli, smollm2_int4: Path) -> None:
 
     asked = cli("run", smollm2_int4, "-p", "What is the capital of France?", "--chat", "--threads", 2)
     assert "Paris" in asked.out
+
+
+def test_long_prompts_in_company_are_answered_as_alone(smollm2_int4: Path) -> None:
+    """Tier i has short prompts; attention cuts longer ones into blocks, at lengths that these lie around."""
+    session = Session.from_pretrained(smollm2_int4, provider="cpu", threads=2)
+    rng = np.random.default_rng(1)
+    lengths = (64, 65, 129, 257, 300, 385, 513, 520, 769)
+    options = GenerationOptions(max_new_tokens=8)
+    requests = [Request(tuple(rng.integers(3, 49_000, length).tolist()), options) for length in lengths]
+    alone = [session.generate([request.prompt], options=options)[0].token_ids for request in requests]
+    with Engine(session, EngineOptions(slots=8, chunk=32, capacity=1024)) as engine:
+        for copied in (False, True):
+            answers = engine.generate(requests)
+            assert [answer.token_ids for answer in answers] == alone
+            assert any(answer.cached_tokens for answer in answers) is copied
