@@ -68,7 +68,8 @@ class Change:
     @property
     def names(self) -> tuple[str, ...]:
         """Any of these in a message names what was changed."""
-        return (self.field, self.place.rpartition(".")[2])
+        new = {"rope_scaling": "rope_parameters", "rope_theta": "rope_parameters"}.get(self.field, self.field)
+        return (self.field, new, self.place.rpartition(".")[2])
 
 
 def changes(config: PretrainedConfig, model: PreTrainedModel) -> Iterator[Change]:

@@ -83,13 +83,15 @@ def build_module(
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
     family_of(config).check(config)
+    spec = (
+        None if architecture.is_encoder else description.decoder
+    )  # refuses options before weights are compared
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
-    if architecture.is_encoder:
+    if spec is None:
         onnx_config, task = _encoder_config(config), "feature-extraction"
         module: nn.Module = Encoder(onnx_config)
     else:
-        spec = description.decoder
         onnx_config, task = _decoder_config(spec, shapes), "text-generation"
         module = Decoder(
             spec, onnx_config, _tables(spec, architecture, skeleton, positions), _IR_DTYPE[dtype]
@@ -174,7 +176,8 @@ def _tables(
     if spec.learned_positions:
         return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
+    module = type(skeleton.get_submodule(architecture.rotary))
+    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
 
 
 def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> ArchitectureConfig:
