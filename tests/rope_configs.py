@@ -11,6 +11,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
     "rope_type": "longrope",
@@ -20,4 +21,5 @@ LONGROPE = {
     "partial_rotary_factor": 1.0,
     "original_max_position_embeddings": 17,
 }
-SHORT_YARN = {**YARN, "original_max_position_embeddings": 128}  # made for 512, the config says 128
+SHORT_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}
+YARN = {**YARN, "original_max_position_embeddings": 128}  # made for 512, the config says 128

@@ -100,3 +100,8 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     experts: ExpertSpec | None = None
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether any layer rotates queries and keys."""
+        return any(layer.rotary is not None for layer in self.layers)

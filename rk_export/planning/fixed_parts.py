@@ -113,7 +113,7 @@ def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
     config = description.config
     architecture = description.architecture
-    if architecture.is_encoder or architecture.has_learned_positions:
+    if architecture.is_encoder or not description.decoder.is_rotated:
         return None
     positions = context_of(config, recipe.target.context_length)
     module = type(description.canonical.get_submodule(architecture.rotary))

@@ -272,7 +272,7 @@ def test_a_tied_head_is_stored_once() -> None:
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rotary scaling 'dynamic'"),
+    ("llama", {"rope_parameters": {**LINEAR, "rope_type": "proportional"}}, "scaling 'proportional'"),
     ("llama", {"head_dim": 8}, "multiples of 16"),
     ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "8 values of each head"),
     ("llama", {"num_key_value_heads": 3}, "whole groups of heads"),

@@ -7,12 +7,23 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families import bert, gemma, gpt2, llama, mixtures, opt, phi3, starcoder2
+from rk_export.model.families import (
+    bert,
+    exaone,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    mixtures,
+    opt,
+    phi3,
+    starcoder2,
+)
 from rk_export.model.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for kin in (llama, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert)
+    for kin in (llama, granite, exaone, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert)
     for family in kin.FAMILIES
 }
 
@@ -62,8 +73,9 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     if family.decoder is None:
         raise TypeError(f"{family.model_type} is an encoder")
     family.check(config)
-    _check_heads(family.heads(config), is_rotated=not family.architecture.has_learned_positions)
-    return family.decoder(config)
+    spec = family.decoder(config)
+    _check_heads(family.heads(config), is_rotated=spec.is_rotated)
+    return spec
 
 
 def _check_heads(heads: HeadLayout, *, is_rotated: bool) -> None:
