@@ -21,5 +21,4 @@ LONGROPE = {
     "partial_rotary_factor": 1.0,
     "original_max_position_embeddings": 17,
 }
-SHORT_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}
-YARN = {**YARN, "original_max_position_embeddings": 128}  # made for 512, the config says 128
+SHORT_YARN = {**YARN, "original_max_position_embeddings": 128}  # made for 512, the config says 128

@@ -1,6 +1,7 @@
 """Llama and those that differ from it by a field or two."""
 
 from rope_configs import DYNAMIC, LLAMA3, YARN
+
 from tiny_families.entry import TinyFamily
 
 FAMILIES = (
