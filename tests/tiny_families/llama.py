@@ -73,5 +73,12 @@ FAMILIES = (
         fields={"head_dim": 32, "rope_parameters": DYNAMIC, "attention_bias": True, "mlp_bias": True},
         known=("InternLM3-8B",),
     ),
+    TinyFamily(
+        "ernie4_5",
+        fields={"head_dim": 32},
+        variants={"untied": {"tie_word_embeddings": False, "use_bias": True}},
+        known=("ERNIE 4.5 0.3B",),
+    ),
+    TinyFamily("helium", fields={"head_dim": 16}, known=("Helium 1 (2B)",)),
     TinyFamily("iquestcoder", fields={"head_dim": 32}, known=("IQuest-Coder-V1",)),
 )

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
-from rk_export.model.canonical import split_linear
+from rk_export.model.canonical import split_gate_up
 from rk_export.model.config_fields import layer_specs, llama_spec, rotary_table
 from rk_export.model.decoder_spec import PRE_NORM, DecoderSpec, NormNames
 from rk_export.model.families.base import Family, Refused, RefusedLayers
@@ -53,8 +53,7 @@ def _hyperclovax(config: PretrainedConfig) -> DecoderSpec:
 def _split_shared(layer: nn.Module) -> None:
     mlp = layer.get_submodule("shared_mlp")
     if isinstance(mlp.input_linear, nn.Linear):
-        half = mlp.input_linear.out_features // 2
-        mlp.input_linear = split_linear(mlp.input_linear, {"gate_proj": half, "up_proj": half})
+        mlp.input_linear = split_gate_up(mlp.input_linear)
 
 
 _HYBRID_NAMES = Architecture(

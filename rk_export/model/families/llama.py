@@ -38,6 +38,10 @@ def _olmo3(config: PretrainedConfig) -> DecoderSpec:
     return replace(_olmo2(config), layers=layer_specs(config, window=window_by_type))
 
 
+def _interleaved(config: PretrainedConfig) -> DecoderSpec:
+    return llama_spec(config, rotary_interleaved=True)
+
+
 def _smollm3(config: PretrainedConfig) -> DecoderSpec:
     def rotary(config: PretrainedConfig, index: int) -> str | None:
         return rotary_table(config, index) if config.no_rope_layers[index] else None
@@ -49,6 +53,7 @@ FAMILIES = (
     # transformers builds InternLM3 and IQuest-Coder as Llama itself.
     *(Family(Architecture(name), llama_spec) for name in ("llama", "internlm3", "iquestcoder", "seed_oss")),
     *(Family(Architecture(name), _windows_by_layer) for name in ("qwen2", "ministral", "cwm")),
+    *(Family(Architecture(name), _interleaved) for name in ("ernie4_5", "helium")),
     Family(Architecture("mistral"), _mistral),
     Family(Architecture("qwen3"), _qwen3),
     Family(Architecture("olmo2"), _olmo2),
