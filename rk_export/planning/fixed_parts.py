@@ -121,7 +121,8 @@ def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
         return None
     positions = context_of(config, recipe.target.context_length)
     module = type(description.canonical.get_submodule(architecture.rotary))
-    tables = rotary_tables(config, module, positions).values()
+    used = {layer.rotary for layer in description.decoder.layers}
+    tables = rotary_tables(config, module, positions, used).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)
     return FixedPart(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_gate_up
 from rk_export.model.config_fields import layer_specs, llama_spec, rotary_table
@@ -18,6 +19,11 @@ _PERI_NORM = NormNames("input_layernorm", "post_norm1", "post_attention_layernor
 
 def _scaled(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
     """Return the spec of a Llama with multipliers, all but that of the logits."""
+    if config.attention_multiplier == 0:
+        raise UnsupportedModelError(
+            "attention_multiplier=0: GroupQueryAttention takes a scale of 0 for its usual one",
+            where="config.json: attention_multiplier",
+        )
     read = {
         "layers": layer_specs(config, scale=config.attention_multiplier),
         "embedding_scale": float(config.embedding_multiplier),

@@ -18,4 +18,4 @@ def _olmo(config: PretrainedConfig) -> DecoderSpec:
     )
 
 
-FAMILIES = (Family(Architecture("olmo", outer={}), _olmo),)
+FAMILIES = (Family(Architecture("olmo"), _olmo),)
