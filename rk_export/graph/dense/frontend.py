@@ -171,7 +171,7 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 def _tables(
     spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
 ) -> dict[str, RotaryTable]:
-    if not any(layer.rotary for layer in spec.layers):
+    if not spec.is_rotated:
         return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
     module = type(skeleton.get_submodule(architecture.rotary))

@@ -11,8 +11,11 @@ from rk_export.model.families import (
     bert,
     bitnet,
     cohere,
+    exaone,
     gemma,
+    glm,
     gpt2,
+    granite,
     hunyuan,
     llama,
     ministral3,
@@ -23,11 +26,27 @@ from rk_export.model.families import (
     phi,
     phi3,
     starcoder2,
+    ungated,
 )
 from rk_export.model.families.base import Family
 
 _KINS = (
-    *(llama, gemma, phi, phi3, ministral3, cohere, olmo, nemotron, hunyuan, bitnet),
+    *(
+        llama,
+        granite,
+        exaone,
+        gemma,
+        glm,
+        ungated,
+        phi,
+        phi3,
+        ministral3,
+        cohere,
+        olmo,
+        nemotron,
+        hunyuan,
+        bitnet,
+    ),
     *(mixtures, starcoder2, gpt2, opt),
     bert,
 )
