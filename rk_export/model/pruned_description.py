@@ -101,8 +101,9 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
     single = replace(description, config=_single_block(pruned))
-    rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
-    if (rows["q"], rows["k"]) != (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim):
+    shapes = {matrix.role: matrix.shape for matrix in single.matrices}
+    width = pruned.num_attention_heads * heads.head_dim
+    if (shapes["q"][0], shapes["k"][0], shapes["o"][1]) != (width, kept * heads.head_dim, width):
         raise _refusal(
             "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
         )
