@@ -153,26 +153,26 @@ def _methods(families: list[TinyFamily], results: Results) -> Iterator[str]:
     yield f"| family | {' | '.join(test.partition(' ')[2] for test in tests)} |"
     yield f"| --- |{' :---: |' * len(tests)}"
     for name in names:
-        cells = (_method(results.get(name, {}).get(test), reasons) for test in tests)
+        cells = (_method(name, results.get(name, {}).get(test), reasons) for test in tests)
         yield f"| {_shown(name)} | {' | '.join(cells)} |"
     yield ""
     yield from (f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
 
 
-def _method(values: Mapping[str, Any] | None, reasons: list[str]) -> str:
+def _method(name: str, values: Mapping[str, Any] | None, reasons: list[str]) -> str:
     if values is None:
         return "–"
     told = [values["refused"]] if "refused" in values else list(values.get("left out", {}).values())
-    for reason in told:
-        if (plain := _plain(reason)) not in reasons:
-            reasons.append(plain)
-    numbers = ", ".join(dict.fromkeys(str(reasons.index(_plain(reason)) + 1) for reason in told))
-    return numbers or "✓"
+    plain = [_plain(name, reason) for reason in told]
+    reasons += [reason for reason in dict.fromkeys(plain) if reason not in reasons]
+    return ", ".join(dict.fromkeys(str(reasons.index(reason) + 1) for reason in plain)) or "✓"
 
 
-def _plain(reason: str) -> str:
+def _plain(name: str, reason: str) -> str:
     """Return a reason without what is of one model."""
-    return re.sub(r"layer \d+ of [\w:]+ has", "the model has", reason)
+    family = TABLE[name.partition(":")[0]]
+    model_type = family.model_type or family.name
+    return re.sub(r"layer \d+ of the model has", "it has", reason.replace(model_type, "the model"))
 
 
 def _refusals(results: Results) -> Iterator[str]:
