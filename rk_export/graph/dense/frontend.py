@@ -24,11 +24,11 @@ from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import activation_of
+from rk_export.model.context import own_context
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.families.registry import family_of
-from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
 Dtype = Literal["fp32", "fp16"]
@@ -92,7 +92,7 @@ def build_module(
     else:
         spec = description.decoder
         onnx_config, task = _decoder_config(spec), "text-generation"
-        tables = _tables(spec, architecture, skeleton, positions)
+        tables = description.rotary_tables(positions or own_context(config))
         module = Decoder(spec, onnx_config, _biases(shapes), tables, _IR_DTYPE[dtype])
     _check_structure(module, shapes)
     onnx_config.dtype = _IR_DTYPE[dtype]
@@ -166,15 +166,6 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
             fix="use a model of the family without that option",
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
-
-
-def _tables(
-    spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
-) -> dict[str, RotaryTable]:
-    if not any(layer.rotary for layer in spec.layers):
-        return {}
-    rows = positions or int(skeleton.config.max_position_embeddings)
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
 
 
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:

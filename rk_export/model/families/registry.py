@@ -10,18 +10,24 @@ from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families import (
     bert,
     bitnet,
+    bloom,
     cohere,
+    falcon,
     gemma,
     gpt2,
+    gpt_neox,
+    gptj,
     hunyuan,
     llama,
     ministral3,
     mixtures,
+    mpt,
     nemotron,
     olmo,
     opt,
     phi,
     phi3,
+    stablelm,
     starcoder2,
 )
 from rk_export.model.families.base import Family
@@ -29,6 +35,7 @@ from rk_export.model.families.base import Family
 _KINS = (
     *(llama, gemma, phi, phi3, ministral3, cohere, olmo, nemotron, hunyuan, bitnet),
     *(mixtures, starcoder2, gpt2, opt),
+    *(gpt_neox, stablelm, gptj, falcon, bloom, mpt),
     bert,
 )
 # Widths of heads that GroupQueryAttention takes are multiples of it.
