@@ -77,12 +77,13 @@ class ModelDescription:
         Raises:
             UnsupportedModelError: The angles do not depend on the position alone.
         """
-        if not any(layer.rotary for layer in self.decoder.layers):
+        used = {layer.rotary for layer in self.decoder.layers}
+        if not any(used):
             return {}
         if (tables := family_of(self.config).tables) is not None:
             return tables(self.config, positions)
         module = type(self.canonical.get_submodule(self.architecture.rotary))
-        return rotary_tables(self.config, module, positions)
+        return rotary_tables(self.config, module, positions, used)
 
     @property
     def outer_paths(self) -> tuple[str, ...]:

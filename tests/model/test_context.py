@@ -71,7 +71,7 @@ def test_a_shorter_context_leaves_the_rotation_as_it_is(context: int) -> None:
     stated = with_context(config, context)
     assert stated.max_position_embeddings == context
     module = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
-    before, after = (rotary_tables(one, module, context)["all"] for one in (config, stated))
+    before, after = (rotary_tables(one, module, context, {"all"})["all"] for one in (config, stated))
     assert before.scale == after.scale != 1
     for one, other in zip(before.parts, after.parts, strict=True):
         np.testing.assert_array_equal(one.frequencies, other.frequencies)

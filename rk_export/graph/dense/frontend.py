@@ -84,13 +84,13 @@ def build_module(
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
     family_of(config).check(config)
+    spec = None if architecture.is_encoder else description.decoder  # refuses options by name
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
-    if architecture.is_encoder:
+    if spec is None:
         onnx_config, task = _encoder_config(config), "feature-extraction"
         module: nn.Module = Encoder(onnx_config)
     else:
-        spec = description.decoder
         onnx_config, task = _decoder_config(spec), "text-generation"
         tables = description.rotary_tables(positions or own_context(config))
         module = Decoder(spec, onnx_config, _biases(shapes), tables, _IR_DTYPE[dtype])

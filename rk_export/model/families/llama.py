@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import (
     every_window,
@@ -33,6 +34,11 @@ def _olmo2(config: PretrainedConfig) -> DecoderSpec:
 
 
 def _granite(config: PretrainedConfig) -> DecoderSpec:
+    if config.attention_multiplier == 0:
+        raise UnsupportedModelError(
+            "attention_multiplier=0: GroupQueryAttention takes a scale of 0 for its usual one",
+            where="config.json: attention_multiplier",
+        )
     return llama_spec(
         config,
         layers=layer_specs(config, scale=config.attention_multiplier),
