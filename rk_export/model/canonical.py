@@ -136,8 +136,15 @@ def split_linear(linear: nn.Linear, parts: Mapping[str, int], groups: int = 1) -
 
 def cut_rows(joined: torch.Tensor, sizes: Sequence[int], groups: int = 1) -> list[torch.Tensor]:
     """Cut a tensor by its first dimension into parts of some sizes; see `JoinedLinear` for the groups."""
-    blocks = torch.unflatten(joined, 0, (groups, -1)).split([size // groups for size in sizes], dim=1)
+    shares = [size // groups for size in sizes]
+    blocks = torch.split(torch.unflatten(joined, 0, (groups, -1)), shares, dim=1)
     return [block.flatten(0, 1) for block in blocks]
+
+
+def split_gate_up(joined: nn.Linear) -> JoinedLinear:
+    """Cut the joined matrix of a gated MLP, weight (2 * intermediate, hidden), the rows of the gate first."""
+    half = joined.out_features // 2
+    return split_linear(joined, {"gate_proj": half, "up_proj": half})
 
 
 def linear_from_conv1d(conv: Conv1D) -> nn.Linear:

@@ -77,12 +77,12 @@ class ModelDescription:
         Raises:
             UnsupportedModelError: The angles do not depend on the position alone.
         """
-        used = {layer.rotary for layer in self.decoder.layers}
-        if not any(used):
+        if not self.decoder.is_rotated:
             return {}
         if (tables := family_of(self.config).tables) is not None:
             return tables(self.config, positions)
         module = type(self.canonical.get_submodule(self.architecture.rotary))
+        used = {layer.rotary for layer in self.decoder.layers}
         return rotary_tables(self.config, module, positions, used)
 
     @property

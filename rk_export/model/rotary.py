@@ -23,7 +23,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rk_export.errors import UnsupportedModelError
 
-EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+# "dynamic" has its first frequencies up to max_position_embeddings; no bundle of it takes more positions.
+EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 ALL_LAYERS = "all"
 
 
@@ -129,7 +130,7 @@ def _part(frequencies: torch.Tensor, rows: int) -> RotaryPart:
 def _check_exact(parameters: dict[str, Any]) -> None:
     if parameters["rope_type"] not in EXACT_ROPE_TYPES:
         raise UnsupportedModelError(
-            f"rotary scaling {parameters['rope_type']!r}: its angles depend on more than the position",
+            f"rotary scaling {parameters['rope_type']!r}: it is not known to rotate by the position alone",
             where="config.json: rope_parameters",
             fix=f"use a model with one of {', '.join(EXACT_ROPE_TYPES)}",
         )

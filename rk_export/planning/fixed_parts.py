@@ -87,10 +87,12 @@ def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     if not architecture.is_encoder:
         decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
     counts: dict[str, int] = {}
+    stored = description.canonical.state_dict().keys()
     for module_name, module in description.canonical.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, parameter in tensors:
             path = f"{module_name}.{name}"
-            if path in decided:
+            if path in decided or path not in stored:
                 continue
             # What the exported model lacks is left out, whole modules and rows of tables.
             exported = rename_tensors(architecture, {path: parameter.detach()}, tied=False)
@@ -105,6 +107,8 @@ def _kind(module: nn.Module, name: str) -> str:
         return "norms"
     if isinstance(module, nn.Embedding):
         return "embeddings of positions"
+    if "activation" in type(module).__name__.lower():
+        return "activations"
     return "biases" if name.endswith("bias") else "routers"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli, tiny_options, trained_tokenizer
-from rope_configs import LINEAR, LONGROPE, SHORT_YARN, YARN
+from rope_configs import DYNAMIC, LINEAR, LONGROPE, SHORT_YARN, YARN
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,6 +35,7 @@ ALLOWED: list[tuple[str, dict[str, Any], int | None, str]] = [
     ("llama", {"rope_parameters": LINEAR}, None, ""),
     ("llama", {"rope_parameters": SHORT_YARN}, 512, "rotary scaling is made for 512"),
     ("llama", {"rope_parameters": YARN}, 128, "rotary scaling is made for 128"),
+    ("llama", {"rope_parameters": DYNAMIC}, 128, "angles that depend on their length"),
     ("gemma3", {"rope_parameters": MIXED}, 512, "rotary scaling is made for 512"),
     ("phi3", LONG_PHI3, 128, "rotary scaling is made for 128"),
     ("gpt2", {}, 128, "learned 128 positions"),

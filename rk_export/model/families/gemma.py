@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import layer_specs, llama_spec, window_by_type
-from rk_export.model.decoder_spec import SANDWICH_NORM, DecoderSpec
+from rk_export.model.decoder_spec import SANDWICH_NORM, DecoderSpec, NormNames
 from rk_export.model.families.base import Family, Refused
 
 _CAUSAL = (Refused("use_bidirectional_attention", False, "the exported attention is causal"),)
+_VAULT_NORM = NormNames("input_layernorm", None, "pre_feedforward_layernorm", None)
+
+
+def _gemma(config: PretrainedConfig) -> DecoderSpec:
+    return llama_spec(config, embedding_scale=float(config.hidden_size**0.5))
 
 
 def _gemma2(config: PretrainedConfig) -> DecoderSpec:
@@ -22,6 +29,10 @@ def _gemma2(config: PretrainedConfig) -> DecoderSpec:
         embedding_scale=float(config.hidden_size**0.5),
         logit_softcap=_cap(config, "final_logit_softcapping"),
     )
+
+
+def _vaultgemma(config: PretrainedConfig) -> DecoderSpec:
+    return replace(_gemma2(config), norm_names=_VAULT_NORM)
 
 
 def _gemma3(config: PretrainedConfig) -> DecoderSpec:
@@ -49,6 +60,8 @@ def _cap(config: PretrainedConfig, field: str) -> float:
 
 
 FAMILIES = (
+    Family(Architecture("gemma", unit_offset=True), _gemma, _CAUSAL),
     Family(Architecture("gemma2", unit_offset=True), _gemma2, _CAUSAL),
+    Family(Architecture("vaultgemma", unit_offset=True), _vaultgemma),
     Family(Architecture("gemma3_text", unit_offset=True), _gemma3, _CAUSAL),
 )
