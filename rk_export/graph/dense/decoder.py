@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 from mobius import ArchitectureConfig
 from mobius.components import Embedding, Linear, MoELayer, SoftmaxTopKGate
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.alibi import distance_bias
 from rk_export.graph.dense.attention import Attention, Biases, KeyValue, Shared, rotates_apart
 from rk_export.graph.dense.mlp import Mlp
 from rk_export.graph.dense.norms import JOINED_WITH_SUM, norm_of
@@ -129,10 +129,10 @@ class _DecoderBody(ExportModule):
     def _shared(self, op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value) -> Shared:
         last_key = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=0), op.Constant(value_int=1))
         key_count = op.Gather(op.Shape(attention_mask), op.Constant(value_int=1))
-        growth, slopes = self._spec.query_growth, self._spec.alibi_slopes
+        growth = self._spec.query_growth
         bias = None
-        if slopes:
-            bias = _distance_bias(op, slopes, attention_mask, position_ids, key_count, self._dtype)
+        if self._spec.alibi_slopes:
+            bias = distance_bias(op, self._spec, attention_mask, position_ids, self._dtype)
         return Shared(
             last_key=op.Cast(last_key, to=ir.DataType.INT32),
             key_count=op.Cast(key_count, to=ir.DataType.INT32),
@@ -150,29 +150,6 @@ def _query_factor(op: OpBuilder, growth: QueryGrowth, positions: ir.Value, dtype
     grown = op.Add(op.Mul(op.Log(op.Add(blocks, one)), op.Constant(value_float=growth.beta)), one)
     factor: ir.Value = op.Unsqueeze(op.Cast(grown, to=dtype), [2])
     return factor
-
-
-def _distance_bias(
-    op: OpBuilder,
-    slopes: Sequence[float],
-    attention_mask: ir.Value,
-    position_ids: ir.Value,
-    key_count: ir.Value,
-    dtype: ir.DataType,
-) -> ir.Value:
-    """Return minus ``slope * distance`` of each query and key (ALiBi, arXiv 2108.12409), (batch, heads, length, keys).
-
-    The softmax takes away what is the same for all keys, so the slope times the number of the key would do. But half
-    precision rounds large numbers, and a key that is near must have a small one.
-    """
-    keys = op.Range(op.Constant(value_int=0), key_count, op.Constant(value_int=1))
-    # Positions count from the first token of a row, keys from the padding in front of it.
-    padding = op.ArgMax(op.Cast(attention_mask, to=ir.DataType.FLOAT), axis=1, keepdims=1)
-    queries = op.Unsqueeze(op.Add(position_ids, padding), [1, 3])
-    distances = op.Cast(op.Sub(keys, queries), to=ir.DataType.FLOAT)
-    by_head = op.Constant(value=ir.tensor(np.array(slopes, np.float32).reshape(1, -1, 1, 1)))
-    bias: ir.Value = op.Cast(op.Mul(by_head, distances), to=dtype)
-    return bias
 
 
 class _Layer(ExportModule):

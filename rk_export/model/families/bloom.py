@@ -25,6 +25,7 @@ def _bloom(config: PretrainedConfig) -> DecoderSpec:
         norm="layer",
         norm_epsilon=float(config.layer_norm_epsilon),
         embedding_norm=True,
+        alibi_skips_holes=True,
         alibi_slopes=halved_slopes(int(config.num_attention_heads)),
     )
 
