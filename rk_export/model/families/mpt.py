@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PretrainedConfig
 
+from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
 from rk_export.model.config_fields import layer_specs, llama_spec, plain_heads
@@ -18,7 +19,12 @@ _ALIBI_BIAS_MAX, _EXPANSION = 8, 4
 
 def _mpt(config: PretrainedConfig) -> DecoderSpec:
     heads, attention = plain_heads(config), config.attn_config
-    scale = heads.head_dim**-0.5 if attention.softmax_scale is None else float(attention.softmax_scale)
+    scale = attention.softmax_scale
+    if scale == 0:
+        raise UnsupportedModelError(
+            "softmax_scale=0: GroupQueryAttention takes a scale of 0 for its usual one",
+            where="config.json: attn_config.softmax_scale",
+        )
     return llama_spec(
         config,
         layers=layer_specs(config, scale=scale, rotary=lambda config, index: None),
