@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from rk_export.model.context import own_context
 from rk_export.model.description import ModelDescription
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
@@ -40,7 +41,7 @@ def switches_of(description: ModelDescription) -> tuple[Switch, ...]:
     if description.architecture.is_encoder:
         return ()
     config = description.config
-    context = int(config.max_position_embeddings)
+    context = own_context(config)
     windows = {layer.window for layer in description.decoder.layers if layer.window is not None}
     found = [(WINDOW, window) for window in windows]
     found += [(LONG_ROTATION, tokens) for tokens in _long_rotations(config)]
