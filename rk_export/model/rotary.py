@@ -102,6 +102,8 @@ def _table(
     frequencies = cast(torch.Tensor, getattr(module, f"{prefix}inv_freq"))
     scale = cast(float, getattr(module, f"{prefix}attention_scaling"))
     _check_width(2 * len(frequencies))
+    if parameters["rope_type"] != "default" and parameters.get("short_mscale") is not None:
+        return RotaryTable((_part(frequencies, positions),), _stated_scale(parameters))
     if parameters["rope_type"] != "longrope":
         return RotaryTable((_part(frequencies, positions),), scale)
     switch = int(parameters["original_max_position_embeddings"])
@@ -112,6 +114,22 @@ def _table(
         config, None, seq_len=switch + 1, layer_type=layer_type
     )
     return RotaryTable((short, _part(long_frequencies, positions)), scale)
+
+
+def _stated_scale(parameters: dict[str, Any]) -> float:
+    """Return the scale of a family that states it, and keeps the frequencies of short sequences for long ones.
+
+    Raises:
+        UnsupportedModelError: Long sequences have another: one table has one scale.
+    """
+    short, long = parameters["short_mscale"], parameters["long_mscale"]
+    if short != long:
+        raise UnsupportedModelError(
+            f"short_mscale {short} and long_mscale {long}: one rotary table has one scale",
+            where="config.json: rope_parameters",
+            fix="use a model whose two scales are equal",
+        )
+    return float(short)
 
 
 def _part(frequencies: torch.Tensor, rows: int) -> RotaryPart:

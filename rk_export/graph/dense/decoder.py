@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, cast
 
 import onnx_ir as ir
 from mobius import ArchitectureConfig
-from mobius.components import FCMLP, MLP, Embedding, LayerNorm, Linear, MoELayer, RMSNorm, SoftmaxTopKGate
+from mobius.components import FCMLP, MLP, Embedding, LayerNorm, Linear, RMSNorm
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.mixture import Mixture
 from rk_export.graph.dense.rotary import Rotary, scaled
 from rk_export.graph.modules.base import ExportModule, Pattern, operators
 from rk_export.model.decoder_spec import DecoderSpec
@@ -236,13 +237,7 @@ class Attention(ExportModule):
 
 def _mlp(spec: DecoderSpec, config: ArchitectureConfig, index: int) -> nn.Module:
     if spec.experts is not None and spec.layers[index].has_experts:
-        gate = SoftmaxTopKGate(
-            spec.hidden_size,
-            spec.experts.count,
-            spec.experts.per_token,
-            norm_topk_prob=spec.experts.normalized,
-        )
-        return MoELayer(config, gate=gate)
+        return Mixture(spec.experts, config)
     if spec.gated_mlp:
         return MLP(config)
     return FCMLP(spec.hidden_size, spec.intermediate_size, spec.activation, bias=config.mlp_bias)

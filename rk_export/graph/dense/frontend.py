@@ -179,7 +179,6 @@ def _tables(
 
 def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> ArchitectureConfig:
     """Return what mobius' components and task read; biases are those the torch model has."""
-    experts = spec.experts
 
     def has_bias(*linears: str) -> bool:
         return any(name.endswith(tuple(f"{linear}.bias" for linear in linears)) for name in shapes)
@@ -198,9 +197,6 @@ def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) ->
         attn_o_bias=has_bias("self_attn.o_proj"),
         mlp_bias=has_bias("mlp.up_proj"),
         tie_word_embeddings=spec.tied,
-        num_local_experts=experts and experts.count,
-        num_experts_per_tok=experts and experts.per_token,
-        moe_intermediate_size=experts and experts.intermediate_size,
     )
 
 
