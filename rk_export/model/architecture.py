@@ -157,4 +157,3 @@ class Architecture:
         """
         if self.rewrite is not None:
             self.rewrite(layer)
-
