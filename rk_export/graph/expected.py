@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import nn as onn
 
-from rk_export.graph.dense.decoder import Attention, Decoder
+from rk_export.graph.dense.attention import Attention
+from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.frontend import OnnxModule
 from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.experts import GroupedExperts
@@ -91,6 +92,7 @@ def _products(rewritten: Rewritten, module: OnnxModule) -> tuple[Product, ...]:
 
 
 def _layer_products(rewritten: Rewritten, module: OnnxModule) -> Iterator[Product]:
+    shares_norm = not rewritten.architecture.is_encoder and rewritten.description.decoder.shares_norm
     for index, projections in projections_of(rewritten):
         layer = descend(module.module, f"{module.architecture.onnx_layers}.{index}")
         grouped = grouped_experts_of(
@@ -100,7 +102,8 @@ def _layer_products(rewritten: Rewritten, module: OnnxModule) -> Iterator[Produc
             yield from grouped.products((index, "experts"))
         for item in projections:
             if grouped is None or item.role != "expert":
-                yield from descend(layer, item.onnx_path).products((index, _input_of(item)))
+                source = (index, _input_of(item, shares_norm=shares_norm))
+                yield from descend(layer, item.onnx_path).products(source)
 
 
 def grouped_experts_of(module: OnnxModule, layer: onn.Module, *, has_experts: bool) -> GroupedExperts | None:
@@ -120,9 +123,9 @@ def _outer_products(module: OnnxModule) -> Iterator[Product]:
             yield from outer.products(path)
 
 
-def _input_of(item: Projection) -> str:
+def _input_of(item: Projection, *, shares_norm: bool) -> str:
     if item.role in _READ_ATTENTION_INPUT:
-        return "attention"
+        return "mlp" if shares_norm else "attention"
     if item.role in _READ_MLP_INPUT or (item.role == "expert" and not item.path.endswith("down_proj")):
         return "mlp"
     return item.path

@@ -50,7 +50,7 @@ FAMILIES = (
     TinyFamily(
         "olmoe",
         fields={"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 48},
-        variants={"normalized": {"norm_topk_prob": True}},
+        variants={"normalized": {"norm_topk_prob": True}, "clipped": {"clip_qkv": 1.5}},
         known=("OLMoE-1B-7B",),
     ),
     TinyFamily("granitemoe", fields=_GRANITE, known=("Granite 3.0 1B-A400M", "Granite 3.0 3B-A800M")),
@@ -62,8 +62,23 @@ FAMILIES = (
     ),
     TinyFamily(
         "phimoe",
-        fields={**_EXPERTS, "attention_bias": True, "router_jitter_noise": 0.2},
+        fields={**_EXPERTS, "attention_bias": True, "router_jitter_noise": 0.2, "lm_head_bias": True},
         variants={"long": {"rope_parameters": _LONG_ROPE}},
         known=("Phi-3.5-MoE", "Phi-mini-MoE"),
+    ),
+    TinyFamily(
+        "ernie4_5_moe",
+        fields={
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "moe_num_experts": 5,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "use_bias": True,
+        },
+        variants={"none-shared": {"moe_num_shared_experts": 0, "moe_norm_min": 0.9, "moe_layer_interval": 2}},
+        known=("ERNIE 4.5 21B-A3B",),
     ),
 )

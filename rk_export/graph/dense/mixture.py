@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
-from mobius import ArchitectureConfig
-from mobius.components import MLP, Linear
+from mobius.components import Linear
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.mlp import Mlp
 from rk_export.graph.dense.routers import router
+from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.expert_spec import ExpertSpec
 
 
@@ -57,22 +58,21 @@ class Mixture(nn.Module):
     """Router, experts, and the MLP that all tokens run through where there is one.
 
     Args:
+        spec: Of the decoder.
         experts: What the mixture computes.
-        config: Widths and activation of the model.
     """
 
-    def __init__(self, experts: ExpertSpec, config: ArchitectureConfig) -> None:
+    def __init__(self, spec: DecoderSpec, experts: ExpertSpec) -> None:
         super().__init__()
-        narrow = replace(config, intermediate_size=experts.intermediate_size, mlp_bias=False)
-        self.gate = router(experts, config.hidden_size)
-        self.experts: nn.Module = EveryExpert([MLP(narrow) for _ in range(experts.count)])
+        narrow = replace(spec, intermediate_size=experts.intermediate_size)
+        self.gate = router(experts, spec.hidden_size)
+        self.experts: nn.Module = EveryExpert([Mlp(narrow, has_bias=False) for _ in range(experts.count)])
         self.shared_expert = self.shared_expert_gate = None
         if experts.shared is not None:
-            shared = experts.shared
-            wide = replace(config, intermediate_size=shared.intermediate_size, mlp_bias=shared.has_bias)
-            self.shared_expert = MLP(wide)
-            if shared.has_gate:
-                self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
+            wide = replace(spec, intermediate_size=experts.shared.intermediate_size)
+            self.shared_expert = Mlp(wide, has_bias=experts.shared.has_bias)
+            if experts.shared.has_gate:
+                self.shared_expert_gate = Linear(spec.hidden_size, 1, bias=False)
 
     def forward(self, op: OpBuilder, hidden: ir.Value) -> ir.Value:
         weights, chosen = self.gate(op, hidden)

@@ -13,13 +13,14 @@ from rk_export.model.canonical import Experts, split_experts, split_linear
 from rk_export.model.config_fields import every_window, layer_specs, llama_spec, window_by_type
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.expert_spec import (
+    CorrectedRouting,
     ExpertSpec,
     Routing,
     SharedExpert,
     SoftmaxRouting,
     SparseMixerRouting,
 )
-from rk_export.model.families.base import Family, Refused
+from rk_export.model.families.base import Family
 
 # PhiMoE's router chooses two experts whatever its config says.
 SPARSE_MIXER_EXPERTS = 2
@@ -36,6 +37,11 @@ def _in_sparse_layers(config: PretrainedConfig, index: int) -> bool:
 
 def _in_sparse_layers_with_experts(config: PretrainedConfig, index: int) -> bool:
     return config.num_experts > 0 and _in_sparse_layers(config, index)
+
+
+def _in_ernie_layers(config: PretrainedConfig, index: int) -> bool:
+    within = config.moe_layer_start_index <= index <= config.moe_layer_end_index
+    return within and (index + 1) % config.moe_layer_interval == 0
 
 
 def experts_of(
@@ -101,6 +107,7 @@ def _olmoe(config: PretrainedConfig) -> DecoderSpec:
         config,
         layers=layer_specs(config, has_experts=_in_every_layer),
         query_key_norm="all",
+        clip=float(config.clip_qkv or 0.0),
         experts=experts_of(
             config.num_experts,
             config.num_experts_per_tok,
@@ -142,6 +149,19 @@ def _phimoe(config: PretrainedConfig) -> DecoderSpec:
     )
 
 
+def _ernie4_5_moe(config: PretrainedConfig) -> DecoderSpec:
+    layers = layer_specs(config, has_experts=_in_ernie_layers)
+    shared = config.moe_num_shared_experts * config.moe_intermediate_size
+    experts = experts_of(
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        CorrectedRouting(float(config.moe_norm_min)),
+        SharedExpert(shared, has_bias=bool(config.use_bias)) if shared else None,
+    )
+    return llama_spec(config, layers=layers, rotary_interleaved=True, experts=experts)
+
+
 def shared_matrices(path: str) -> RolePaths:
     """Return the matrices of an MLP at a path that every token runs through."""
     return ("gate", f"{path}.gate_proj"), ("up", f"{path}.up_proj"), ("down", f"{path}.down_proj")
@@ -149,6 +169,10 @@ def shared_matrices(path: str) -> RolePaths:
 
 def _qwen2_shared(config: PretrainedConfig) -> RolePaths:
     return shared_matrices(_SHARED_EXPERT)
+
+
+def _ernie_shared(config: PretrainedConfig) -> RolePaths:
+    return shared_matrices("mlp.shared_experts") if config.moe_num_shared_experts else ()
 
 
 def _granite_shared(config: PretrainedConfig) -> RolePaths:
@@ -220,7 +244,6 @@ FAMILIES = (
             "olmoe", mixture=MixtureNames(_in_every_layer, count_field="num_experts"), rewrite=_IN_MLP
         ),
         _olmoe,
-        refused=(Refused("clip_qkv", False, "queries, keys and values are not clipped"),),
     ),
     Family(_granite_names("granitemoe", _no_shared), _granitemoe),
     Family(_granite_names("granitemoeshared", _granite_shared), _granitemoe),
@@ -232,6 +255,14 @@ FAMILIES = (
             rewrite=_IN_MLP,
         ),
         _phimoe,
-        refused=(Refused("lm_head_bias", False, "the output projection has no bias"),),
+    ),
+    Family(
+        Architecture(
+            "ernie4_5_moe",
+            mixture=MixtureNames(_in_ernie_layers, count_field="num_experts", shared=_ernie_shared),
+            renamed={"mlp.gate.moe_statics": "mlp.gate", "mlp.shared_experts": _SHARED_EXPERT},
+            rewrite=_IN_MLP,
+        ),
+        _ernie4_5_moe,
     ),
 )
