@@ -17,7 +17,6 @@ from rk_export.inside import file_inside
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # table, indices
 _LEVELLED = ("MatMulNBits", "QMoE")
-_EXPERT_SCALES = (3, 6)  # inputs of QMoE
 _AGAIN = "export it again, or get the bundle again from a place that you trust"
 _DIGITS = 19  # of a size that fits into 64 bits
 _SEQLENS_K = 5  # index of the input of GroupQueryAttention
@@ -87,7 +86,7 @@ def graph_bytes(model: Path, level: int | None) -> tuple[bytes, Path]:
     Args:
         model: The file.
         level: ``accuracy_level`` of every ``MatMulNBits`` and ``QMoE``; None keeps it. At 0 products with int8
-            inputs (``MatMulIntegerToFloat``, ``QMoE`` of 8 bits) become products with float inputs too.
+            inputs (``MatMulIntegerToFloat``) become products with float inputs too.
 
     Returns:
         The graph, and the folder that its external data is relative to.
@@ -100,7 +99,6 @@ def graph_bytes(model: Path, level: int | None) -> tuple[bytes, Path]:
         _set_level(proto.graph, level)
     if level == 0:
         _read_floats(proto.graph)
-        _expand_experts(proto.graph)
     folder = _follow_links(proto, model.parent)
     return bytes(proto.SerializeToString()), folder
 
@@ -207,30 +205,6 @@ def _float_product(node: Any, quantized: dict[str, Any]) -> list[Any]:
         make("MatMul", [quantized[codes].input[0], floats], [sums]),
         make("Mul", [sums, scales], list(node.output)),
     ]
-
-
-def _expand_experts(graph: Any) -> None:
-    """Let experts of 8 bits read floats: their kernel for int8 inputs takes constant scales only.
-
-    So the scales are multiplied by a 1 that is computed from the shape of the tokens.
-    """
-    nodes: list[Any] = []
-    make = onnx.helper.make_node
-    for node in graph.node:
-        bits = {attribute.name: attribute.i for attribute in node.attribute}.get("expert_weight_bits")
-        if node.op_type == "QMoE" and bits == 8:
-            for place in _EXPERT_SCALES:
-                scales, name = node.input[place], f"{node.output[0]}.{place}"
-                nodes += [
-                    make("Size", [node.input[0]], [f"{name}.size"]),
-                    make("Div", [f"{name}.size", f"{name}.size"], [f"{name}.one"]),
-                    make("CastLike", [f"{name}.one", scales], [f"{name}.factor"]),
-                    make("Mul", [scales, f"{name}.factor"], [f"{name}.scales"]),
-                ]
-                node.input[place] = f"{name}.scales"
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def load_proto(model: Path) -> Any:

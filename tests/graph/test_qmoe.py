@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -24,20 +24,21 @@ from rk_export.model.grouped_experts import matrices_of, needs_company
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.passes.graph.nodes import Mark
-from rk_export.passes.modules.quantized import QuantizedLinear, level4_inputs
+from rk_export.passes.modules.quantized import QuantizedLinear, float_inputs, level4_inputs
 from rk_export.passes.numerics.quantize import quantize_rtn
+from rk_export.planning.fixed_parts import graph_bytes
 from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Outcome
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import Rewritten, rewrite
 from rk_export.rewrite.expert_groups import experts_by_layer, with_expert_findings
 from rk_export.rewrite.sizes import model_bytes, planned_bytes
-from rk_export.runtime.graph_proto import graph_bytes
+from rk_export.runtime.providers import SessionSettings, open_session
 from rk_export.source.stored import StoredModel
 
 pytestmark = pytest.mark.whole
 
-BOUND = 1e-5  # of the largest logit
+BOUND = 3e-5  # of the largest logit; float32 alone loses 1e-5 in the widest of these models
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 WIDE = {"hidden_size": 256, "intermediate_size": 256}
 FORMATS = {
@@ -62,13 +63,9 @@ def operators(model: OnnxModel) -> list[str]:
 
 def at_level_0(model: OnnxModel) -> OnnxModel:
     """Let an exported graph read floats, as the parity tiers do."""
-    content, folder = graph_bytes(model.folder / "model.onnx", 0)
-    proto = onnx.load_from_string(content)
-    onnx.external_data_helper.load_external_data_for_model(proto, str(folder))
-    (model.folder / "exact").mkdir()
-    onnx.save(proto, model.folder / "exact" / "model.onnx")
-    exact = object.__new__(OnnxModel)
-    exact.graph, exact.fusions, exact.folder = model.graph, model.fusions, model.folder / "exact"
+    exact = copy.copy(model)
+    settings = SessionSettings("cpu", threads=1, accuracy_level=0)
+    exact.__dict__["session"] = open_session(model.folder / "model.onnx", settings)
     return exact
 
 
@@ -207,8 +204,9 @@ def test_the_reason_is_told_where_every_expert_computes(
     assert reason in finding.reason
     model, ids = OnnxModel(rewritten, tmp_path), tokens(source)
     assert "QMoE" not in operators(model)
-    expected = logits(rewritten.model, ids)
-    assert error(at_level_0(model).run(ids)[0], expected) < (0.05 if case == "w8a8" else BOUND)
+    with float_inputs(rewritten.model):
+        expected = logits(rewritten.model, ids)
+    assert error(at_level_0(model).run(ids)[0], expected) < BOUND
 
 
 def test_experts_of_several_formats_or_levels_stay_apart(source_of: SourceOf) -> None:
@@ -240,9 +238,9 @@ def test_planned_bytes_are_those_of_the_tensors(source_of: SourceOf, tmp_path: P
     rewritten = rewrite(source, plan)
     OnnxModel(rewritten, tmp_path)
     planned, held = planned_bytes(source, plan), model_bytes(rewritten.model, 4)
-    stored = (tmp_path / "model.onnx.data").stat().st_size
-    assert abs(planned - held) < 0.01 * held
-    assert abs(stored - held) < 0.05 * held, "small tensors are in the graph's own file"
+    assert abs(planned - held) < 0.005 * held
+    files = sum((tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert planned < files < planned + graph_bytes(source.description)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])

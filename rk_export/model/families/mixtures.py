@@ -36,12 +36,12 @@ def _in_sparse_layers(config: PretrainedConfig, index: int) -> bool:
 
 
 def _in_sparse_layers_with_experts(config: PretrainedConfig, index: int) -> bool:
-    return config.num_experts > 0 and _in_sparse_layers(config, index)
+    return bool(config.num_experts > 0) and _in_sparse_layers(config, index)
 
 
 def _in_ernie_layers(config: PretrainedConfig, index: int) -> bool:
     within = config.moe_layer_start_index <= index <= config.moe_layer_end_index
-    return within and (index + 1) % config.moe_layer_interval == 0
+    return bool(within and (index + 1) % config.moe_layer_interval == 0)
 
 
 def experts_of(
