@@ -85,10 +85,11 @@ class OnnxModel:
     Args:
         rewritten: The model.
         folder: Where the graph is written.
+        **options: Of `build_graph`.
     """
 
-    def __init__(self, rewritten: Rewritten, folder: Path) -> None:
-        self.graph, self.fusions = build_graph(rewritten)
+    def __init__(self, rewritten: Rewritten, folder: Path, **options: bool) -> None:
+        self.graph, self.fusions = build_graph(rewritten, **options)
         self.folder = folder
         save_graph(self.graph, folder)
 

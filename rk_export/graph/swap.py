@@ -39,12 +39,12 @@ def projections_of(rewritten: Rewritten) -> Iterator[tuple[int, tuple[Projection
         yield index, rewritten.description.projections(index)
 
 
-def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:
+def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule, *, group_experts: bool) -> set[str]:
     """Put our modules where the plain linears stand; return the torch names of the modules they came from."""
     level = rewritten.plan.recipe.target.accuracy_level
     dtype = frontend.float_type(rewritten.plan.recipe.target.float_dtype)
     swapped: set[str] = set()
-    in_one_node = grouped_layers(rewritten)
+    in_one_node = grouped_layers(rewritten) if group_experts else {}
     for index, projections in projections_of(rewritten):
         layer = rewritten.model.get_submodule(f"{rewritten.architecture.layers}.{index}")
         onnx_layer = descend(module.module, f"{rewritten.architecture.onnx_layers}.{index}")

@@ -104,14 +104,13 @@ def test_every_router_and_shared_expert(source_of: SourceOf, tmp_path: Path, fam
 
 
 def test_every_expert_gives_the_same_within_the_rounding_of_inputs(
-    source_of: SourceOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source_of: SourceOf, tmp_path: Path
 ) -> None:
     """As shipped, the node and the graph that computes all experts differ as two roundings of one input do."""
     source = source_of("mixtral", **WIDE)
     rewritten, ids = made(source, INT4), tokens(source)
     grouped = OnnxModel(rewritten, _folder(tmp_path, "grouped")).run(ids)[0]
-    monkeypatch.setattr("rk_export.graph.swap.grouped_layers", lambda rewritten: {})
-    every = OnnxModel(rewritten, _folder(tmp_path, "every"))
+    every = OnnxModel(rewritten, _folder(tmp_path, "every"), group_experts=False)
     assert "QMoE" not in operators(every)
     expected = logits(rewritten.model, ids)
     with level4_inputs(rewritten.model):
