@@ -45,6 +45,8 @@ SHAPE: dict[str, Any] = {
     "num_experts_per_tok": 8,
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 CACHED, PREFILL = 128, 128
 FORMATS = {
