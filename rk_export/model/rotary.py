@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rk_export.errors import UnsupportedModelError
+from rk_export.runtime.bundle_config import SHORT_FACTORS_ONLY
 
 # "dynamic" has its first frequencies up to max_position_embeddings; no bundle of it takes more positions.
 EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
@@ -111,7 +112,7 @@ def _table(
     prefix = "" if layer_type is None else f"{layer_type}_"
     frequencies = cast(torch.Tensor, getattr(module, f"{prefix}inv_freq"))
     scale = cast(float, getattr(module, f"{prefix}attention_scaling"))
-    if parameters["rope_type"] != "default" and parameters.get("short_mscale") is not None:
+    if config.model_type in SHORT_FACTORS_ONLY and parameters["rope_type"] != "default":
         return RotaryTable((_part(frequencies, positions),), _stated_scale(parameters))
     if parameters["rope_type"] != "longrope":
         return RotaryTable((_part(frequencies, positions),), scale)
@@ -126,7 +127,7 @@ def _table(
 
 
 def _stated_scale(parameters: dict[str, Any]) -> float:
-    """Return the scale of a family that states it, and keeps the frequencies of short sequences for long ones.
+    """Return the scale that a family states where it keeps the frequencies of short sequences for long ones.
 
     Raises:
         UnsupportedModelError: Long sequences have another: one table has one scale.

@@ -7,7 +7,7 @@ _GRANITE = {
     **_EXPERTS,
     "num_experts_per_tok": 3,
     "attention_bias": True,
-    "embedding_multiplier": 3.0,
+    "embedding_multiplier": 2.5,
     "attention_multiplier": 0.4,
     "residual_multiplier": 0.6,
     "logits_scaling": 2.5,
