@@ -36,7 +36,7 @@ def rename_tensors(
                 fix="export a model whose output projection has weights of its own, or no bias",
             )
         left_out = any(_within(name, module) for module in architecture.unused)
-        if left_out or (tied and architecture.lm_head and _within(name, architecture.lm_head)):
+        if left_out or (tied and _is_of_tied_head(architecture, name)):
             continue
         renamed[_onnx_name(architecture, name)] = _exported_value(architecture, name, tensor)
     return renamed
@@ -66,6 +66,12 @@ def _exported_value(architecture: Architecture, name: str, tensor: torch.Tensor)
     if architecture.outer.get(module) == POSITIONS:
         return tensor[architecture.skipped_positions :]
     return tensor
+
+
+def _is_of_tied_head(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is the embedding's under another name; a bias is the head's own."""
+    head = architecture.lm_head
+    return head is not None and _within(name, head) and name != f"{head}.bias"
 
 
 def _within(name: str, module: str) -> bool:
