@@ -16,7 +16,8 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
 
     It raises InputError for tokens without a row in the embedding, and for more of them than the model has positions.
     """
-    gate = TokenGate(model.config.vocab_size, model.config.max_position_embeddings)
+    config = model.config.get_text_config(decoder=True)
+    gate = TokenGate(config.vocab_size, config.max_position_embeddings)
 
     @torch.no_grad()
     def logits(ids: np.ndarray) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import InputError
 from rk_export.model.config_checks import check_layers
 from rk_export.model.parameter_names import ModelNames, Target
+from rk_export.model.wrappers import Wrapper
 from rk_export.source.adapter import Adapter
 from rk_export.source.leftovers import classes_of, is_backbone, missing, no_place
 from rk_export.source.lora import merged
@@ -21,6 +22,7 @@ from rk_export.source.quantized.tensors import DequantizedTensors, dequantized, 
 from rk_export.source.renamed_tensors import RenamedTensors, renamed, unwrapped
 from rk_export.source.tensor_files import FLOATS, SafetensorFiles, StoredTensors
 from rk_export.source.weight_files import open_tensors
+from rk_export.source.wrapped import TextPart, adapter_of_text, text_part
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ModelTensors:
         tensors: By those names; parts of a parameter, which transformers joins, by their stored names.
         notices: What a reader of config.json alone would not expect.
         quantized: The matrices that the checkpoint stores quantized; None where it stores floats.
+        part: What a wrapper's checkpoint holds of the model; None where it is no wrapper's.
     """
 
     config: PretrainedConfig
@@ -40,15 +43,19 @@ class ModelTensors:
     tensors: StoredTensors
     notices: tuple[str, ...]
     quantized: DequantizedTensors | None = None
+    part: TextPart | None = None
 
 
-def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | None = None) -> ModelTensors:
+def model_tensors(
+    folder: Path, config: PretrainedConfig, adapter: Adapter | None = None, wrapper: Wrapper | None = None
+) -> ModelTensors:
     """Open the tensors of a model folder, each under the name of its parameter.
 
     Args:
         folder: With safetensors files.
         config: Of the model; it is not changed.
         adapter: A LoRA adapter to merge into it.
+        wrapper: What the files hold, where the model is only its text part.
 
     Raises:
         InputError: If a tensor is missing, left over, of another shape or type, or the adapter does not fit.
@@ -61,7 +68,11 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
     names = ModelNames(config)
     if quantization_of(files, stated) is None:
         check_types(files, names)
-    tensors, notices = without_prefixes(files, names)
+    part = None if wrapper is None else text_part(files, wrapper, names)
+    if part is None:
+        tensors, notices = without_prefixes(files, names)
+    else:
+        tensors, notices = part.tensors, [part.notice, *part.names.wrapper.notices]
     # Here the names are the model's own, and nothing is merged into the tensors yet.
     tensors = dequantized(tensors, stated, lambda name: names.target(name) is not None)
     quantized = tensors if isinstance(tensors, DequantizedTensors) else None
@@ -69,12 +80,16 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
         notices = [*notices, quantized.notice]
     tensors, passed_over = named(tensors, names, config)
     notices += passed_over
+    if adapter is not None and part is not None:
+        adapter, passed_over = adapter_of_text(adapter, part.names)
+        notices += passed_over
     if adapter is not None:
         names, resized = _resized(names, config, adapter)
         tensors, merging = merged(tensors, names, adapter)
         notices += resized + merging
     tensors, ties = settled(tensors, names, config)
-    return ModelTensors(config, names, tensors, (*notices, *ties, *_backbone(names, config)), quantized)
+    notices += [*ties, *_backbone(names, config)]
+    return ModelTensors(config, names, tensors, tuple(notices), quantized, part)
 
 
 def _backbone(names: ModelNames, config: PretrainedConfig) -> list[str]:

@@ -20,6 +20,8 @@ from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
 from rk_export.model.families import architecture_of
+from rk_export.model.wrapper_names import WrapperNames
+from rk_export.model.wrappers import wrapper_of
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
@@ -35,6 +37,7 @@ from rk_export.source.stand_ins import stand_in
 from rk_export.source.tensor_files import SafetensorFiles, StoredTensors
 from rk_export.source.transformed import Transform, Transformed
 from rk_export.source.weight_files import ADAPTER_WEIGHTS, check_known_layout
+from rk_export.source.wrapped import check_wrapper
 from rk_export.tensor_cache import name_model
 
 logger = logging.getLogger(__name__)
@@ -77,10 +80,15 @@ class StoredModel(Loading):
         self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
         config = read_config(folder)
-        check_kind(config, is_encoder=architecture_of(config).is_encoder)
-        opened = model_tensors(folder, config, adapter)
+        wrapper = wrapper_of(config)
+        if wrapper is None:
+            check_kind(config, is_encoder=architecture_of(config).is_encoder)
+        else:
+            check_wrapper(wrapper, folder / "config.json")
+            config = wrapper.text
+        opened = model_tensors(folder, config, adapter, wrapper)
         self.description, self.notices = describe(opened.config), opened.notices
-        self._names = opened.names
+        self._names, self._part = opened.names, opened.part
         self._stored: StoredTensors = opened.tensors
         self._adapter = adapter
         if opened.quantized is not None:
@@ -113,6 +121,11 @@ class StoredModel(Loading):
         named = Path(self.name).expanduser()
         read = (self.folder, *self.origin, named if named.exists() else None)
         return tuple(path for path in read if path is not None)
+
+    @property
+    def wrapper(self) -> WrapperNames | None:
+        """Names of the model around it, which reads images or sound too; None where it stands alone."""
+        return None if self._part is None else self._part.names
 
     @property
     def has_grids(self) -> bool:
@@ -152,8 +165,9 @@ class StoredModel(Loading):
         return sum(map(math.prod, self._stored.shapes.values()))
 
     def stored_bytes(self) -> int:
-        """Return the bytes of the safetensors files."""
-        return sum(path.stat().st_size for path in self._stored.files)
+        """Return the bytes of the safetensors files, without what is left out of a wrapper."""
+        left_out = 0 if self._part is None else self._part.left_out_bytes
+        return sum(path.stat().st_size for path in self._stored.files) - left_out
 
     @property
     def is_mapped(self) -> bool:
