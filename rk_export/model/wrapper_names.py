@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.model.families import empty_model
+from rk_export.model.torch_models import empty_model
 from rk_export.model.parameter_names import ModelNames
 from rk_export.model.wrappers import Wrapper
 

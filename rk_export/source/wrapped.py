@@ -13,7 +13,7 @@ import transformers
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.model.config_checks import check_counts
-from rk_export.model.families import architecture_of
+from rk_export.model.families.registry import architecture_of
 from rk_export.model.parameter_names import ModelNames
 from rk_export.model.wrapper_names import WrapperNames
 from rk_export.model.wrappers import Wrapper
