@@ -1,4 +1,4 @@
-"""Tiny random models that read images or sound around a language model, with weights that make a dropped term visible."""
+"""Tiny random models that read images around a language model, with weights that make a dropped term visible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -71,9 +71,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_feature_layers": [-1, -1],
     },
     "paligemma": {
-        "text_config": _text(
-            "gemma2", **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0
-        ),
+        "text_config": _text("gemma2", **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
         "vision_config": {**_SIGLIP, "projection_dim": 64},
         "projection_dim": 64,
         "image_token_index": 150,
@@ -162,18 +160,6 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "scale_factor": 1,
     },
 }
-# What stands before the text model's tensors in the checkpoints of earlier versions, by what stands there today.
-_OLD = {
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
-_OLD_QWEN = {"model.language_model.": "model.", "model.visual.": "visual."}
-OLD_SPELLING: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("gemma3", "mistral3", "llava", "llava_next", "vipllava", "paligemma", "internvl"), _OLD),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _OLD_QWEN),
-}
 
 
 def tiny_wrapper(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -197,15 +183,13 @@ def tiny_wrapper(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return model
 
 
-def spelled(folder: Path, prefixes: dict[str, str]) -> None:
-    """Rename the tensors of a saved model from the beginning of their names on."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    renamed = {}
-    for name, tensor in tensors.items():
-        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        renamed[prefixes.get(old, "") + name.removeprefix(old)] = tensor
-    save_file(renamed, path, metadata={"format": "pt"})
+def save_as_named_today(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model with its tensors named as its modules are; `save_pretrained` takes the older names of some."""
+    model.save_pretrained(folder)
+    tensors = dict(model.state_dict())
+    for twin in model.all_tied_weights_keys:
+        tensors.pop(twin, None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def edit_json(path: Path, **entries: Any) -> None:

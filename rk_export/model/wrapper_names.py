@@ -1,4 +1,4 @@
-"""Which stored tensor of a wrapper is which parameter of the text model in it, by transformers' own mapping of names."""
+"""Which tensor of a wrapper is which parameter of the text model in it, by transformers' own mapping of names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.model.torch_models import empty_model
 from rk_export.model.parameter_names import ModelNames
+from rk_export.model.torch_models import empty_model
 from rk_export.model.wrappers import Wrapper
 
 
@@ -99,7 +99,7 @@ def _text_path(model: PreTrainedModel, wrapper: Wrapper, text: ModelNames) -> st
     wanted = type(text.model.base_model).__name__
     for name, module in paths:
         if inner != text.model.config.model_type or type(module).__name__ == wanted:
-            return name
+            return str(name)
     found = ", ".join(type(module).__name__ for _, module in paths) or "none of its own"
     raise UnsupportedModelError(
         f"the text model in a {type(model).__name__} ({found}) is not the {wanted} that a bundle is made of",
@@ -113,6 +113,7 @@ def _head_path(model: PreTrainedModel) -> str:
     path = next((name for name, module in model.named_modules() if module is head), None)
     if head is None or path is None:
         raise UnsupportedModelError(
-            f"a {type(model).__name__} has no output projection of its own", where="config.json: architectures"
+            f"a {type(model).__name__} has no output projection of its own",
+            where="config.json: architectures",
         )
-    return path
+    return str(path)

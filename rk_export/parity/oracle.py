@@ -82,7 +82,9 @@ def _whole_model(source: StoredModel) -> tuple[PreTrainedModel, str]:
             return model, f"{type(model).__name__}.from_pretrained"
         except InputError as error:
             reason = error.what
-    model = _filled(source, {_outer(source, name): _Unread(source.tensor, name) for name in source.stored.shapes})
+    model = _filled(
+        source, {_outer(source, name): _Unread(source.tensor, name) for name in source.stored.shapes}
+    )
     note = f"{type(model).__name__} filled by name with the tensors as rk-export read them: {reason}"
     logger.warning("%s", note)
     return model, note
