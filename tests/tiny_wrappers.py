@@ -71,7 +71,13 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_feature_layers": [-1, -1],
     },
     "paligemma": {
-        "text_config": _text("gemma2", **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
+        "text_config": _text(
+            "gemma2",
+            **_GEMMA,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=8.0,
+            use_bidirectional_attention=False,
+        ),
         "vision_config": {**_SIGLIP, "projection_dim": 64},
         "projection_dim": 64,
         "image_token_index": 150,

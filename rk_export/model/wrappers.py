@@ -71,11 +71,6 @@ def wrapper_of(config: PretrainedConfig) -> Wrapper | None:
     of_text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
     text.architectures = None if of_text is None else [of_text]
     text._attn_implementation = text._experts_implementation = None
-    if config.model_type == "paligemma":
-        notices.append(
-            "PaliGemma lets the tokens of a prompt with an image see each other in both directions. Text without one "
-            "is causal, in transformers and in the bundle."
-        )
     return Wrapper(config, text, tuple(notices))
 
 

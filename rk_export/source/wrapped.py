@@ -80,6 +80,14 @@ def check_wrapper(wrapper: Wrapper, path: Path) -> None:
             where="config.json: text_config.model_type",
             fix=error.fix,
         ) from error
+    if getattr(wrapper.text, "use_bidirectional_attention", False):
+        # transformers gives two answers to text alone then: causal with eager attention, not causal with SDPA.
+        raise UnsupportedModelError(
+            f"this {wrapper.model_type} reads a prompt in both directions (use_bidirectional_attention), and the "
+            "exported attention is causal",
+            where="config.json: text_config",
+            fix="use a model that was trained with causal attention",
+        )
     check_counts(wrapper.text, path)
 
 

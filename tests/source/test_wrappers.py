@@ -171,6 +171,14 @@ def test_unknown_text_type_is_refused_by_name(tmp_path: Path) -> None:
     assert raised.value.where == "config.json: text_config.model_type"
 
 
+def test_prompt_that_is_read_in_both_directions_is_refused(tmp_path: Path) -> None:
+    text = {**WRAPPERS["paligemma"]["text_config"]}
+    del text["use_bidirectional_attention"]  # the default of PaliGemma: true
+    tiny_wrapper("paligemma", text_config=text).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="paligemma reads a prompt in both directions"):
+        open_source(tmp_path)
+
+
 def test_other_head_is_refused(llava: Path) -> None:
     edit_json(llava / "config.json", architectures=["LlavaForSequenceClassification"])
     with pytest.raises(InputError, match="LlavaForSequenceClassification"):
