@@ -8,11 +8,9 @@ from functools import cached_property
 
 import torch
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.model.parameter_names import ModelNames
+from rk_export.model.parameter_names import ModelNames, renaming
 from rk_export.model.torch_models import empty_model
 from rk_export.model.wrappers import Wrapper
 
@@ -37,6 +35,7 @@ class WrapperNames:
         self.model: PreTrainedModel = empty_model(config, AutoModelForMultimodalLM)
         self._within = _text_path(self.model, wrapper, text)
         self._head = _head_path(self.model)
+        self._renamed = renaming(self.model)
         self._base, self._text_head = text.base, text.architecture.lm_head
 
     def of_text(self, stored: str) -> str | None:
@@ -65,12 +64,6 @@ class WrapperNames:
         """Whether a parameter of the wrapper is one of the text model's."""
         return name.startswith((f"{self._within}.", f"{self._head}."))
 
-    def _renamed(self, stored: str) -> str:
-        name, _ = rename_source_key(
-            stored, self._renamings, [], str(self.model.base_model_prefix), self._known
-        )
-        return str(name)
-
     @cached_property
     def _others(self) -> tuple[str, ...]:
         """Paths of the modules beside the text model, as far as they are stored."""
@@ -81,11 +74,6 @@ class WrapperNames:
     @cached_property
     def _known(self) -> Mapping[str, torch.Tensor]:
         return dict(self.model.state_dict())
-
-    @cached_property
-    def _renamings(self) -> list[WeightRenaming]:
-        """Converters join what is stored in parts; the text model's own names do that."""
-        return [one for one in get_model_conversion_mapping(self.model) if isinstance(one, WeightRenaming)]
 
 
 def _text_path(model: PreTrainedModel, wrapper: Wrapper, text: ModelNames) -> str:

@@ -60,8 +60,8 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     """
     with transformers_quiet(), settling():
         model, note = _whole_model(source)
-    exact = empty_model(model.config) if source.wrapper is None else source.wrapper.model
-    _take_buffers(model, exact)
+    stated = _stated_model(source)
+    _take_buffers(model, empty_model(model.config) if stated is None else stated)
     with computing_in(model, torch.float32):
         return Reference(torch_logits(model)(tokens.numpy()), note)
 
@@ -112,6 +112,13 @@ def _from_folder(source: StoredModel) -> PreTrainedModel:
     )
 
 
+def _stated_model(source: StoredModel) -> PreTrainedModel | None:
+    """Return the model that config.json states, without weights, where it is read as another one."""
+    if source.wrapper is not None:
+        return source.wrapper.model
+    return None if source.taken is None else source.taken.model
+
+
 def _auto_class(source: StoredModel) -> Any:
     if source.wrapper is not None:
         return AutoModelForMultimodalLM
@@ -124,11 +131,11 @@ def _outer(source: StoredModel, name: str) -> str:
 
 
 def _filled(source: StoredModel, tensors: dict[str, _Unread]) -> PreTrainedModel:
-    empty = source.description.canonical if source.wrapper is None else source.wrapper.model
+    empty = _stated_model(source) or source.description.canonical
     family, config = type(empty), copy.deepcopy(empty.config)
-    if source.wrapper is not None:  # the tensors may say otherwise than its config, or bring more words
-        config.tie_word_embeddings = source.config.tie_word_embeddings
-        config.text_config.vocab_size = source.config.vocab_size
+    # The tensors may say otherwise than config.json, or an adapter brings more words.
+    config.tie_word_embeddings = source.config.tie_word_embeddings
+    config.get_text_config().vocab_size = source.config.vocab_size
     return _complete(
         source,
         lambda: family.from_pretrained(

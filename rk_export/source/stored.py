@@ -19,25 +19,22 @@ from rk_export.errors import InputError
 from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
-from rk_export.model.families.registry import architecture_of
 from rk_export.model.wrapper_names import WrapperNames
-from rk_export.model.wrappers import wrapper_of
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.source.find_model import find_base, find_folder
 from rk_export.source.fingerprints import files_fingerprint
-from rk_export.source.leftovers import check_kind
 from rk_export.source.model_tensors import model_tensors
 from rk_export.source.protocol import Loading
 from rk_export.source.quantized.tensors import OLD_CONFIGS, DequantizedTensors
+from rk_export.source.read_as import read_as
 from rk_export.source.remote_code import refuse_remote_code
 from rk_export.source.stand_ins import stand_in
 from rk_export.source.tensor_files import SafetensorFiles, StoredTensors
 from rk_export.source.transformed import Transform, Transformed
 from rk_export.source.weight_files import ADAPTER_WEIGHTS, check_known_layout
-from rk_export.source.wrapped import check_wrapper
 from rk_export.tensor_cache import name_model
 
 logger = logging.getLogger(__name__)
@@ -66,6 +63,7 @@ class StoredModel(Loading):
         notices: What a reader of config.json alone would not expect.
         pruning: None: nothing is left out.
         changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
+        taken: What is known of a model of an unknown type that is a known family; None where the type is known.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -80,15 +78,10 @@ class StoredModel(Loading):
         self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
         config = read_config(folder)
-        wrapper = wrapper_of(config)
-        if wrapper is None:
-            check_kind(config, is_encoder=architecture_of(config).is_encoder)
-        else:
-            check_wrapper(wrapper, folder / "config.json")
-            config = wrapper.text
-        opened = model_tensors(folder, config, adapter, wrapper)
+        read = read_as(config, folder / "config.json")
+        opened = model_tensors(folder, read, adapter)
         self.description, self.notices = describe(opened.config), opened.notices
-        self._names, self._part = opened.names, opened.part
+        self._names, self._part, self.taken = opened.names, opened.part, read.taken
         self._stored: StoredTensors = opened.tensors
         self._adapter = adapter
         if opened.quantized is not None:

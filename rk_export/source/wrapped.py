@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import transformers
+from transformers import PretrainedConfig
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.model.config_checks import check_counts
@@ -131,7 +132,6 @@ def adapter_of_text(adapter: Adapter, names: WrapperNames) -> tuple[Adapter, lis
     Raises:
         InputError: If it changes nothing of the text model.
     """
-    made_on = getattr(getattr(transformers, adapter.base_class or "", None), "config_class", None)
     pairs = {module: _module(names, module) for module in adapter.pairs}
     whole = {name: names.of_text(name) for name in adapter.whole}
     left_out = sum(name is None for name in (*pairs.values(), *whole.values()))
@@ -152,10 +152,19 @@ def adapter_of_text(adapter: Adapter, names: WrapperNames) -> tuple[Adapter, lis
         pairs=_with_new_names(adapter.pairs, pairs),
         whole=_with_new_names(adapter.whole, whole),
         copied=frozenset(new for old in adapter.copied if (new := whole[old])),
-        base_class=None if made_on is type(names.wrapper.config) else adapter.base_class,
     )
+    text = adapter_of_family(text, names.wrapper.config)
     notice = f"The adapter also changes {left_out} modules that do not read text; these are left out."
     return text, [notice] if left_out else []
+
+
+def adapter_of_family(adapter: Adapter, stated: PretrainedConfig) -> Adapter:
+    """Return an adapter without the class that it was made on, where that is the class of a config.
+
+    The model is then read as one of another family, and the class would not fit it.
+    """
+    made_on = getattr(getattr(transformers, adapter.base_class or "", None), "config_class", None)
+    return replace(adapter, base_class=None) if made_on is type(stated) else adapter
 
 
 def _module(names: WrapperNames, module: str) -> str | None:
