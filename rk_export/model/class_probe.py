@@ -33,7 +33,8 @@ def situations(model: PreTrainedModel) -> tuple[Tensor, ...]:
     mask[:, :_PADDED] = 0
     results = [_logits(model, ids), _logits(model, ids, attention_mask=mask)[:, _PADDED:]]
     context = int(getattr(model.config, "max_position_embeddings", None) or _LENGTH)
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in parameters):
         start = max(min(context, _FARTHEST) - _LENGTH, 0)
         results.append(_logits(model, ids, position_ids=torch.arange(start, start + _LENGTH)[None]))
     return tuple(results)

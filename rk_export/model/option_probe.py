@@ -28,7 +28,7 @@ def options(
         is_foreign = not hasattr(read, name)
         if not (is_foreign and value in (0, 1)) and _parts_ways(tiny, as_family, name, value):
             active.append(f"{name}={value!r}")
-        elif is_foreign and name in stated and value not in (None, False):
+        elif is_foreign and name in stated and value not in (None, 0, 1):
             idle.append(f"{name}={value!r}")
     return tuple(idle), tuple(active)
 
@@ -42,7 +42,19 @@ def _parts_ways(
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    other = value + 0.5 if isinstance(value, float) else 3 if value != 3 else 5
+    return any(_part_at(tiny, as_family, name, other) for other in _others(value))
+
+
+def _others(value: int | float) -> tuple[int | float, ...]:
+    """Return other values of a number: such as make a threshold act, and such as are near."""
+    if isinstance(value, float):
+        return 0.5 if value != 0.5 else 0.25, value + 0.5
+    return (3 if value != 3 else 5,)
+
+
+def _part_at(
+    tiny: Tiny, as_family: Callable[[PretrainedConfig], PretrainedConfig], name: str, other: object
+) -> bool:
     try:
         config = changed(tiny.config, **{name: other})
         expected = situations(random_model(config, tiny.weights))

@@ -13,7 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rk_export.errors import UnsupportedModelError
@@ -24,6 +30,15 @@ from rk_export.model.tensor_differences import differences, listed, once, patter
 from rk_export.model.tiny_version import random_model
 from rk_export.model.torch_models import empty_model
 
+_SMALL_SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 160,
+    "pad_token_id": 0,
+}
 _FAR, _REFUSED = 9, 1000  # differences that make a family no relative, and of one that cannot be compared
 
 
@@ -89,7 +104,7 @@ def taken_as(config: PretrainedConfig) -> TakenAs:
     Raises:
         UnsupportedModelError: It is none; the message says what differs from the nearest.
     """
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         architecture_of(config)  # raises
     tiny = _tiny(config)
     nearest: list[_Compared] = []
@@ -115,16 +130,18 @@ def _tiny(config: PretrainedConfig) -> Tiny:
 
 def _strange(names: Iterable[str]) -> str:
     """Say which tensors of a model are in no family; empty where all are in some."""
-    own = [name for name in once(names) if pattern(name) not in _patterns_of_families()]
+    known = _patterns_of(tuple(_decoders()))
+    own = [name for name in once(names) if pattern(name) not in known]
     return f"no family has tensors like {listed(own)}" if own else ""
 
 
 @cache
-def _patterns_of_families() -> frozenset[str]:
-    found: set[str] = set()
-    for model_type in _decoders():
-        found |= {pattern(name) for name in shapes_of(CONFIG_MAPPING[model_type](num_hidden_layers=2))}
-    return frozenset(found)
+def _patterns_of(families: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(
+        pattern(name)
+        for model_type in families
+        for name in shapes_of(CONFIG_MAPPING[model_type](**_SMALL_SIZES))
+    )
 
 
 def _compared(tiny: Tiny, model_type: str) -> _Compared:
