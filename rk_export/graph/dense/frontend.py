@@ -84,13 +84,13 @@ def build_module(
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
     family_of(config).check(config)
+    spec = None if architecture.is_encoder else description.decoder  # refuses options by name
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
-    if architecture.is_encoder:
+    if spec is None:
         onnx_config, task = _encoder_config(config), "feature-extraction"
         module: nn.Module = Encoder(onnx_config)
     else:
-        spec = description.decoder
         onnx_config, task = _decoder_config(spec), "text-generation"
         tables = _tables(spec, architecture, skeleton, positions)
         module = Decoder(spec, onnx_config, _biases(shapes), tables, _IR_DTYPE[dtype])
@@ -171,10 +171,11 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 def _tables(
     spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
 ) -> dict[str, RotaryTable]:
-    if not any(layer.rotary for layer in spec.layers):
+    if not spec.is_rotated:
         return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
+    module = type(skeleton.get_submodule(architecture.rotary))
+    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
 
 
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
