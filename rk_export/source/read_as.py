@@ -11,6 +11,7 @@ from rk_export.model.families.registry import FAMILIES, architecture_of
 from rk_export.model.unknown_families import TakenAs, taken_as
 from rk_export.model.wrappers import Wrapper, wrapper_of
 from rk_export.source.leftovers import check_kind
+from rk_export.source.quiet import transformers_quiet
 from rk_export.source.wrapped import check_wrapper
 
 
@@ -46,6 +47,7 @@ def read_as(config: PretrainedConfig, path: Path) -> ReadAs:
     if config.model_type in FAMILIES:
         check_kind(config, is_encoder=architecture_of(config).is_encoder)
         return ReadAs(config)
-    taken = taken_as(config)
+    with transformers_quiet():  # it warns of what the values of one class would mean to another
+        taken = taken_as(config)
     check_kind(config)
     return ReadAs(taken.config, taken=taken)
