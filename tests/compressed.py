@@ -24,6 +24,7 @@ from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten, rewrite
+from rk_export.runtime.graph_proto import graph_bytes
 from rk_export.source.stored import StoredModel
 
 INT4 = QuantSpec(4, 16)
@@ -146,3 +147,16 @@ class OnnxModel(OnnxFile):
     def fusion(self, pattern: str) -> Fusion:
         """Return one line of the fusion report."""
         return next(fusion for fusion in self.fusions if fusion.pattern == pattern)
+
+
+def level_0(model: OnnxFile, ids: Tensor) -> Tensor:
+    """Return the logits with float inputs, as the runtime computes them at accuracy level 0."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(model.folder)
+    )
+    graph, _ = graph_bytes(model.folder / "model.onnx", 0)
+    assert b"MatMulIntegerToFloat" not in graph
+    model.session = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    return model.run(ids)[0]

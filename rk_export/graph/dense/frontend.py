@@ -92,8 +92,9 @@ def build_module(
         module: nn.Module = Encoder(onnx_config)
     else:
         onnx_config, task = _decoder_config(spec), "text-generation"
-        tables = _tables(spec, architecture, skeleton, positions)
-        module = Decoder(spec, onnx_config, _biases(shapes), tables, _IR_DTYPE[dtype])
+        biases, tables = _biases(shapes), _tables(spec, architecture, skeleton, positions)
+        _check_head(spec, biases)
+        module = Decoder(spec, onnx_config, biases, tables, _IR_DTYPE[dtype])
     _check_structure(module, shapes)
     onnx_config.dtype = _IR_DTYPE[dtype]
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -210,6 +211,16 @@ def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
         mlp=has_bias("mlp.up_proj"),
         head=has_bias("lm_head"),
     )
+
+
+def _check_head(spec: DecoderSpec, biases: Biases) -> None:
+    """Refuse an output projection that shares its matrix and has a bias of its own: no known model has one."""
+    if spec.tied and biases.head:
+        raise UnsupportedModelError(
+            "tie_word_embeddings=True: an output projection with a bias is exported with a matrix of its own only",
+            where="config.json: tie_word_embeddings",
+            fix="store the output projection, and state false",
+        )
 
 
 def _encoder_config(config: PretrainedConfig) -> ArchitectureConfig:

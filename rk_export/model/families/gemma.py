@@ -25,9 +25,9 @@ def _gemma2(config: PretrainedConfig) -> DecoderSpec:
         config,
         layers=layer_specs(config, scale=config.query_pre_attn_scalar**-0.5, window=window_by_type),
         norm_names=SANDWICH_NORM,
-        attention_softcap=_cap(config, "attn_logit_softcapping"),
+        attention_softcap=_softcap(config, "attn_logit_softcapping"),
         embedding_scale=float(config.hidden_size**0.5),
-        logit_softcap=_cap(config, "final_logit_softcapping"),
+        logit_softcap=_softcap(config, "final_logit_softcapping"),
     )
 
 
@@ -43,20 +43,20 @@ def _gemma3(config: PretrainedConfig) -> DecoderSpec:
         norm_names=SANDWICH_NORM,
         query_key_norm="head",
         embedding_scale=float(config.hidden_size**0.5),
-        logit_softcap=_cap(config, "final_logit_softcapping"),
+        logit_softcap=_softcap(config, "final_logit_softcapping"),
     )
 
 
-def _cap(config: PretrainedConfig, field: str) -> float:
+def _softcap(config: PretrainedConfig, field: str) -> float:
     """Return a soft cap, 0 for none. PyTorch takes a cap of 0 for one, and divides by it."""
-    cap = getattr(config, field)
-    if cap == 0:
+    stated = getattr(config, field)
+    if stated == 0:
         raise UnsupportedModelError(
-            f"{field}=0: a soft cap of 0 leaves nothing",
+            f"{field}=0: a softcap of 0 leaves nothing",
             where=f"config.json: {field}",
-            fix="state null where there is no cap",
+            fix="state null for none",
         )
-    return float(cap or 0.0)
+    return float(stated or 0.0)
 
 
 FAMILIES = (
