@@ -142,9 +142,10 @@ def page(data: dict[str, Any]) -> str:
 _HEAD = """# What becomes of every decoder type
 
 transformers {version} has {count} types of models that continue text. This page lists each with the values that its
-config has by default, and what rk-export says of it:
+config has by default, and what rk-export says of it. How a type is tried: [unknown model
+types](../reference/inputs.md#unknown-model-types).
 
-- *known*: {known}. They are [families](../reference/inputs.md#families) of rk-export.
+- *known*: {known}. They are [families](../../README.md#supported-families) of rk-export.
 - *text part*: {parts}. They read images or sound, and the text model in them is a known family.
 - *taken*: {taken}. They are a known family in all but the name. A tiny random model of each was exported, and the error
   is that of the bundle against transformers' own class of that type. The largest is {worst:.1e} of the largest logit.

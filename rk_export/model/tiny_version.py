@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from rk_export.model.torch_models import stored_buffers
+
 MOST_LAYERS = 8
 VOCABULARY = 160
 _HEADS, _HEAD_WIDTH = 4, 32
@@ -99,6 +101,9 @@ def random_model(
             noise = _NOISE * torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1.0 + noise if is_gain else noise)
+        for _, buffer in stored_buffers(model):
+            if buffer.is_floating_point():
+                buffer.add_(_NOISE * torch.randn(buffer.shape, generator=generator))
         embedding.weight.mul_(_EMBEDDING_SCALE / _NOISE)
     return model
 
