@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from rk_export.model.description import ModelDescription
+from rk_export.model.rotary import rotary_parameters
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
 # What a generation of the runtime crosses as PyTorch does.
@@ -50,10 +51,8 @@ def switches_of(description: ModelDescription) -> tuple[Switch, ...]:
 
 def _long_rotations(config: PretrainedConfig) -> set[int]:
     """Return where LongRoPE (arXiv 2402.13753) changes its frequencies, for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    tables = [parameters] if "rope_type" in parameters else list(parameters.values())
     return {
         int(table["original_max_position_embeddings"])
-        for table in tables
+        for table in rotary_parameters(config).values()
         if table.get("rope_type") == "longrope"
     }
