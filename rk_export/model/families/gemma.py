@@ -54,9 +54,9 @@ def _softcap(config: PretrainedConfig, field: str) -> float:
     stated = getattr(config, field)
     if stated == 0:
         raise UnsupportedModelError(
-            f"{field}=0: a soft cap of 0 leaves nothing",
+            f"{field}=0: a softcap of 0 leaves nothing",
             where=f"config.json: {field}",
-            fix="state null where there is no cap",
+            fix="state null for none",
         )
     return float(stated or 0.0)
 
