@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
 from rk_export.model.families.registry import FAMILIES, architecture_of
+from rk_export.model.rotary import rotary_parameters
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
@@ -84,7 +83,7 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
     if wanted is None:
         return config
     stated = copy.deepcopy(config)
-    for parameters in _scalings(stated):
+    for parameters in rotary_parameters(stated).values():
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
             # transformers derives it from the length that is about to change, and attention's scale from it.
             parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
@@ -98,7 +97,7 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     own = own_context(config)
     if description.architecture.is_encoder or description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
-    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in _scalings(config)):
+    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in rotary_parameters(config).values()):
         return own, "its rotary scaling rotates longer texts by angles that depend on their length"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"
@@ -108,18 +107,9 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
 def _allowed_by_scaling(config: PretrainedConfig) -> int | None:
     """Return the length that rotary scalings were made for, or None where none names one."""
     own, lengths = own_context(config), []
-    for parameters in _scalings(config):
+    for parameters in rotary_parameters(config).values():
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH:
             original = parameters["original_max_position_embeddings"]
             factor = parameters.get("factor") or own / original
             lengths.append(max(own, int(factor * original)))
     return min(lengths, default=None)
-
-
-def _scalings(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters of each kind of layer."""
-    given = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in given:
-        yield given
-        return
-    yield from (parameters for parameters in given.values() if isinstance(parameters, dict))

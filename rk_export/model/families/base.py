@@ -103,5 +103,11 @@ class Family:
         Raises:
             UnsupportedModelError: Names the option and the value that is supported.
         """
+        if self.decoder is not None and not getattr(config, "is_causal", True):
+            raise UnsupportedModelError(
+                "is_causal=False: transformers then lets every token see all others, the exported attention is causal",
+                where="config.json: is_causal",
+                fix="use a model without it",
+            )
         for option in self.refused:
             option.check(config)
