@@ -61,7 +61,9 @@ def test_each_flag_is_seen(name: str, tmp_path: Path) -> None:
 def test_flags_are_found() -> None:
     places = {flag.place for flag in flags(describe(tiny_config("gemma2")).decoder)}
     assert {"attention_softcap", "logit_softcap", "embedding_scale", "norm_names", "layers.window"} <= places
-    assert "experts.normalized" in {flag.place for flag in flags(describe(tiny_config("qwen3_moe")).decoder)}
+    assert "experts.routing.normalized" in {
+        flag.place for flag in flags(describe(tiny_config("qwen3_moe")).decoder)
+    }
     assert not flags(describe(tiny_config("llama")).decoder)
 
 

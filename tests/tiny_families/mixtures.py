@@ -76,13 +76,13 @@ FAMILIES = (
             "moe_intermediate_size": 32,
             "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1,
+            "moe_norm_min": 0.9,
             "use_bias": True,
             "tie_word_embeddings": False,
         },
         variants={
             "none-shared": {
                 "moe_num_shared_experts": 0,
-                "moe_norm_min": 0.9,
                 "moe_layer_interval": 2,
                 "use_bias": False,
                 "tie_word_embeddings": True,
