@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from rk_export.model.families.registry import FAMILIES
+
 # Text types without a class of their own for text: with equal positions in all three rows their rotation is the plain
 # one, and the rest is this family.
 _PLAIN_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -63,7 +65,7 @@ def wrapper_of(config: PretrainedConfig) -> Wrapper | None:
         return None
     inner = config.text_config
     text = _plain(inner)
-    notices = list(_without_head_options(text, config.model_type))
+    notices = list(_without_head_options(text, config.model_type)) if text.model_type in FAMILIES else []
     text.tie_word_embeddings = bool(
         getattr(config, "tie_word_embeddings", getattr(inner, "tie_word_embeddings", False))
     )
