@@ -3,7 +3,8 @@
 A compressed graph computes what the compressed model computes in PyTorch. A preparation leaves the logits of the
 untouched model. What a family does not take is refused before any work, or left out with a reason.
 
-A normal run takes one method and one preparation a family, in turn; `make families` takes all.
+A normal run takes a quarter of the families, each under one method and one preparation in turn; `make families` takes
+all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from compressed import OnnxModel, level_0, logits
 from conftest import SENTENCES, VOCABULARY, trained_tokenizer
 from exactness import BOUND, distance, rounding, untouched, words
 from family_methods import PREPARED, RECIPES, carried_out, prepared
-from family_runs import families, in_turn, record
+from family_runs import families, in_turn, record, sampled
 from tiny_models import family_of, tiny_model
 
 from rk_export.errors import RkExportError
@@ -25,7 +26,7 @@ from rk_export.source.stored import StoredModel, open_source
 
 pytestmark = pytest.mark.whole
 
-DECODERS = tuple(name for name in families() if not family_of(name).is_encoder)
+DECODERS = sampled([name for name in families() if not family_of(name).is_encoder], 4)
 # Every decoder has matrices to factorize and to quantize; a mixture's experts are read too seldom for some.
 NEVER_REFUSED = ("rank", "identity", "INT4", "rank and INT4", "W8A8", "prune blocks", "CAP", "SSLC")
 NOT_FOR_MIXTURES = ("CAP", "SSLC", "Basel")
