@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
-from rk_export.model.families.registry import architecture_of
+from rk_export.model.families.registry import FAMILIES, architecture_of
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
@@ -27,7 +27,10 @@ _CHANGES_BEYOND = "dynamic"
 
 def own_context(config: PretrainedConfig) -> int:
     """Return the context that a model states, in tokens."""
-    return int(getattr(config, architecture_of(config).context_field, None) or _UNSTATED)
+    # The text of a model that reads images has a type of its own, which is no family's.
+    family = FAMILIES.get(config.model_type)
+    field = "max_position_embeddings" if family is None else family.architecture.context_field
+    return int(getattr(config, field, None) or _UNSTATED)
 
 
 def context_of(config: PretrainedConfig, wanted: int | None) -> int:

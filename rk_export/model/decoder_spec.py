@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rk_export.model.architecture import HeadLayout
+from rk_export.model.expert_spec import ExpertSpec
 
 # ``rms``; or with the mean removed: ``layer`` with gain and shift, ``layer_no_bias`` with a gain, ``layer_plain``.
 NormKind = Literal["rms", "layer", "layer_no_bias", "layer_plain"]
@@ -51,16 +52,6 @@ class LayerSpec:
     window: int | None
     rotary: str | None
     has_experts: bool
-
-
-@dataclass(frozen=True)
-class ExpertSpec:
-    """Mixture of experts: count, how many a token uses, their width, and whether weights sum to 1."""
-
-    count: int
-    per_token: int
-    intermediate_size: int
-    normalized: bool
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,11 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
     single = replace(description, config=_single_block(pruned))
-    rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
-    wanted = (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim)
+    shapes = {matrix.role: matrix.shape for matrix in single.matrices}
+    width = pruned.num_attention_heads * heads.head_dim
+    fits = (shapes["q"][0], shapes["k"][0], shapes["o"][1]) == (width, kept * heads.head_dim, width)
     by_head = description.decoder.query_key_norm == "head"
-    if (rows["q"], rows["k"]) != wanted or (by_head and _gains(single) != _gains(description)):
+    if not fits or (by_head and _gains(single) != _gains(description)):
         raise _tied_heads()
 
 

@@ -146,9 +146,10 @@ class Attention(ExportModule):
 
     def _query_and_key(self, op: OpBuilder, hidden: ir.Value, shared: Shared) -> tuple[ir.Value, ir.Value]:
         """Return queries and keys as the operator reads them, each (batch, length, heads * width)."""
-        query, key = (self._clipped(op, linear(op, hidden)) for linear in (self.q_proj, self.k_proj))
+        query, key = self.q_proj(op, hidden), self.k_proj(op, hidden)
         if not self._norms_rotated:
             query, key = _normed(op, self.q_norm, query), _normed(op, self.k_norm, key)
+        query, key = self._clipped(op, query), self._clipped(op, key)
         if self._rotates_apart:
             query = self._rotated(op, query, shared, self._heads.heads)
             key = self._rotated(op, key, shared, self._heads.kv_heads)

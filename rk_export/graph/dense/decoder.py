@@ -8,11 +8,12 @@ from typing import cast
 
 import onnx_ir as ir
 from mobius import ArchitectureConfig
-from mobius.components import Embedding, Linear, MoELayer, SoftmaxTopKGate
+from mobius.components import Embedding, Linear
 from onnxscript import OpBuilder, nn
 
 from rk_export.graph.dense.alibi import distance_bias
 from rk_export.graph.dense.attention import Attention, Biases, KeyValue, Shared, rotates_apart
+from rk_export.graph.dense.mixture import Mixture
 from rk_export.graph.dense.mlp import Mlp
 from rk_export.graph.dense.norms import JOINED_WITH_SUM, norm_of
 from rk_export.graph.dense.rotary import Rotary, scaled
@@ -201,11 +202,5 @@ class _Layer(ExportModule):
 
 def _mlp(spec: DecoderSpec, config: ArchitectureConfig, biases: Biases, index: int) -> nn.Module:
     if spec.experts is not None and spec.layers[index].has_experts:
-        gate = SoftmaxTopKGate(
-            spec.hidden_size,
-            spec.experts.count,
-            spec.experts.per_token,
-            norm_topk_prob=spec.experts.normalized,
-        )
-        return MoELayer(config, gate=gate)
+        return Mixture(spec, spec.experts)
     return Mlp(spec, has_bias=biases.mlp)

@@ -170,8 +170,7 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 
 
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
-    """Return what mobius' task and its mixture of experts read."""
-    experts = spec.experts
+    """Return what mobius' task reads."""
     return ArchitectureConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -183,9 +182,6 @@ def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
         hidden_act=spec.activation,
         rms_norm_eps=spec.norm_epsilon,
         tie_word_embeddings=spec.tied,
-        num_local_experts=experts and experts.count,
-        num_experts_per_tok=experts and experts.per_token,
-        moe_intermediate_size=experts and experts.intermediate_size,
     )
 
 
