@@ -13,6 +13,8 @@ from rk_export.model.architecture import HeadLayout
 from rk_export.model.decoder_spec import NormNames
 
 EncoderNorm = Literal["rms", "layer", "layer_no_bias"]
+# A norm behind attention and one behind the MLP, on the residual sums.
+ON_SUM = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 Pooling = Literal["first", "mean", "mean of answers"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from mobius.components import Embedding
-from onnxscript import OpBuilder, nn
+from onnxscript import OpBuilder
 
 from rk_export.graph.modules.base import ExportModule
 from rk_export.model.encoder_spec import EncoderSpec
