@@ -268,6 +268,7 @@ def _write_report(
     info = {
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.target.ep,
+        "context_length": context_of(rewritten.model.config, options.target.context_length),
         "shared_kv_cache": not rewritten.architecture.is_encoder,
         "parity": to_json(report.parity),
         "golden": to_json(golden),

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.model.context import own_context
 from rk_export.progress import Bar, stage
 from rk_export.runtime.special_tokens import listed_tokens
 from rk_export.source.protocol import Source
@@ -68,7 +69,7 @@ def self_text(
         InputError: If the model is an encoder, names no start token, or gives logits that are not finite.
     """
     start = start_token(source)
-    length = min(LENGTH, int(source.config.max_position_embeddings))
+    length = min(LENGTH, own_context(source.config))
     sequences = -(-tokens // length)
     dtype = matmul_dtype(device)
     too_large = other is not None and needs_other_writer(source, device)

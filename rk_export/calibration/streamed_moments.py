@@ -19,9 +19,11 @@ from rk_export.calibration.dense_statistics import READS_PER_INPUT
 from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
 from rk_export.calibration.self_text import LENGTH, Writer, self_text
 from rk_export.calibration.streams import Streams
+from rk_export.calibration.uniform_text import uniform_text
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.architecture import Architecture
+from rk_export.model.context import own_context
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature, Inputs
@@ -42,7 +44,8 @@ def calibration_tokens(
 
     Args:
         source: The dense model.
-        options: `self` samples from the model, `corpus` reads a text file with the model's tokenizer.
+        options: `self` samples from the model, from its vocabulary where it is an encoder; `corpus` reads a text file with
+            the model's tokenizer.
         device: Where the model runs while sampling.
         other: Writes instead of a model that is too large, as in `self_text`.
 
@@ -54,6 +57,8 @@ def calibration_tokens(
             cannot write one.
         ValueError: If the metric uses no text.
     """
+    if options.metric == "self" and source.architecture.is_encoder:
+        return uniform_text(source, options.tokens, options.seed)
     if options.metric == "self":
         return self_text(source, options.tokens, options.seed, device, other=other)
     if options.corpus is None:
@@ -66,7 +71,7 @@ def calibration_tokens(
             where=str(path),
             fix="give a longer text, or set calibration.tokens to fewer",
         )
-    length = min(LENGTH, int(source.config.max_position_embeddings))
+    length = min(LENGTH, own_context(source.config))
     return ids[: options.tokens // length * length].view(-1, length)
 
 

@@ -22,6 +22,12 @@ def check_options(source: Source, recipe: Recipe) -> None:
             cannot lose what is to go, or a task's text cannot be used.
     """
     check_context(source.description, recipe.target.context_length)
+    if source.architecture.is_encoder and recipe.calibration.metric == "gain":
+        raise InputError(
+            "the gains of an encoder's norms tell nothing: its norms stand on residual sums, or its inputs are not white",
+            where="calibration.text",
+            fix="name a text, or set it to self or none",
+        )
     check_groups(source, with_default_groups(source, recipe).groups or ())
     _check_formats(source, recipe)
     _check_budget(source, recipe)
@@ -64,12 +70,6 @@ def _check_budget(source: Source, recipe: Recipe) -> None:
     budget = recipe.limit
     if budget is None:
         return
-    if source.architecture.is_encoder:
-        raise InputError(
-            "an encoder has no loss that a budget could be planned by",
-            where=budget.flag,
-            fix="take a recipe without one: --recipe int4, or --recipe joint-rank",
-        )
     if not recipe.calibration.uses_text:
         raise InputError(
             f"a budget needs statistics, which the metric {recipe.calibration.metric} does not gather",

@@ -19,6 +19,7 @@ from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.memory import available_memory
 from rk_export.methods.base import Work, methods_of
+from rk_export.model.context import own_context
 from rk_export.options.ranks import Budget
 from rk_export.plan import Plan
 from rk_export.planning.job import Job, Writer
@@ -207,7 +208,7 @@ def job_of(task: Task) -> Job:
     source, recipe, device = task.source, task.recipe, task.device
     weighs = weighs_errors(recipe)
     has_text = reads_text(source, recipe)
-    length = min(LENGTH, int(source.config.max_position_embeddings))
+    length = min(LENGTH, own_context(source.config))
     sequences = 0
     if has_text:
         is_written = recipe.calibration.metric == "self"
@@ -232,7 +233,7 @@ def job_of(task: Task) -> Job:
         back=min(tokens, back_tokens(tokens, directions=directions) // length * length or length)
         if wanted
         else 0,
-        prepares=has_text and recipe.prepared_for is not None,
+        prepares=has_text and recipe.prepared_for is not None and not source.architecture.is_encoder,
         int4_bytes=plain_int4_bytes(source, recipe),
         output_bytes=_output_bytes(task),
         limit=CACHE_LIMIT,
@@ -243,7 +244,8 @@ def job_of(task: Task) -> Job:
 
 
 def _writer(task: Task, has_text: bool) -> Writer:
-    if not has_text or task.recipe.calibration.metric != "self":
+    drawn = task.source.architecture.is_encoder
+    if drawn or not has_text or task.recipe.calibration.metric != "self":
         return "nobody"
     return "int4" if needs_other_writer(task.source, task.device) else "dense"
 

@@ -64,7 +64,7 @@ def verify(
     task = open_task(against, None, plan, base=base, run=run, needs_texts=False)
     before = task.preflight()
     text = task.recipe.missing_text
-    if text is not None and not task.source.architecture.is_encoder:
+    if text is not None:
         why = f"the calibration text {text.name} is not at hand, name it with --calibration-text"
         alone = _alone(folder, golden, plan, provider, threads)
         return (*_without_statistics(task, before, why), *alone)

@@ -14,6 +14,7 @@ import torch
 from onnxscript import nn as onn
 
 from rk_export.graph.dense.decoder import Attention, Decoder
+from rk_export.graph.dense.encoder import Encoder, EncoderAttention
 from rk_export.graph.dense.frontend import OnnxModule
 from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.factors import SHARED_DOWN
@@ -69,6 +70,8 @@ def graph_passes(rewritten: Rewritten, module: OnnxModule) -> list[ir.passes.InP
     products = _products(rewritten, module)
     groups = packs(products)
     passes: list[ir.passes.InPlacePass] = [PackedProjections(len(groups))]
+    if isinstance(module.module, Encoder):
+        passes.append(PackedAttention(_attention_packs(module.module, groups)))
     if isinstance(module.module, Decoder):
         layers = sum(isinstance(child, Attention) for child in module.module.modules())
         passes += [
@@ -112,9 +115,10 @@ def _input_of(item: Projection) -> str:
     return item.path
 
 
-def _attention_packs(decoder: Decoder, groups: Sequence[Sequence[Product]]) -> int:
+def _attention_packs(root: Decoder | Encoder, groups: Sequence[Sequence[Product]]) -> int:
     """Return how many packs attention takes as they are: q, k and v, with nothing between them and the operator."""
-    if not all(child.takes_products for child in decoder.modules() if isinstance(child, Attention)):
+    kinds = Attention | EncoderAttention
+    if not all(child.takes_products for child in root.modules() if isinstance(child, kinds)):
         return 0
     return sum(
         roles_of(group) == ATTENTION_ROLES and all(product.is_whole for product in group) for group in groups

@@ -67,6 +67,7 @@ class Architecture:
         renamed: Torch path -> exported path, within a layer, of every module where the two differ.
         outer: Torch path -> exported path of the modules outside the layers, embedding and head included.
         unused: Torch paths of modules that the exported model does not have.
+        pretraining: Beginnings of the names that a pretraining head has in checkpoints; an encoder goes without.
         rotary: Torch path of the module that computes rotary frequencies.
         skipped_positions: Rows of the learned table of positions before that of position 0.
         width_field: Field of the config that holds the width of a dense MLP.
@@ -88,6 +89,7 @@ class Architecture:
     renamed: Mapping[str, str] = field(default_factory=dict)
     outer: Mapping[str, str] = field(default_factory=lambda: {"model.norm": "model.norm"})
     unused: tuple[str, ...] = ()
+    pretraining: tuple[str, ...] = ("cls.", "lm_head.")
     rotary: str = "model.rotary_emb"
     skipped_positions: int = 0
     width_field: str = "intermediate_size"

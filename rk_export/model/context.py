@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
+from rk_export.model.families.registry import family_of
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
@@ -21,8 +22,9 @@ _MADE_FOR_A_LENGTH = ("yarn", "longrope")
 
 
 def own_context(config: PretrainedConfig) -> int:
-    """Return the context that a model states."""
-    return int(config.max_position_embeddings)
+    """Return the context that a model states; tables that count from the padding token have rows that are not used."""
+    read = family_of(config).skipped_rows
+    return int(config.max_position_embeddings) - (0 if read is None else read(config))
 
 
 def context_of(config: PretrainedConfig, wanted: int | None) -> int:
@@ -80,7 +82,8 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
             # transformers derives it from the length that is about to change, and attention's scale from it.
             parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
-    stated.max_position_embeddings = wanted
+    unused = int(config.max_position_embeddings) - own_context(config)
+    stated.max_position_embeddings = wanted + unused
     return stated
 
 
@@ -88,7 +91,7 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     """Return the longest context that a model can take, and why."""
     config = description.config
     own = own_context(config)
-    if description.architecture.is_encoder or description.architecture.has_learned_positions:
+    if description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"

@@ -57,6 +57,17 @@ class ModelDescription:
         )
 
     @cached_property
+    def table_shape(self) -> tuple[int, int]:
+        """Rows and columns of the token embedding."""
+        weight = cast(nn.Embedding, self.canonical.get_submodule(self.architecture.embedding)).weight
+        return (weight.shape[0], weight.shape[1])
+
+    @property
+    def table_count(self) -> int:
+        """How many tables of vocabulary size are stored: two where the output projection has weights of its own."""
+        return 1 if self.is_tied or self.architecture.lm_head is None else 2
+
+    @cached_property
     def heads(self) -> HeadLayout:
         """The attention heads, the same in every layer."""
         return heads_of(self.config)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.model.computed_in import computing_in
 from rk_export.model.torch_logits import torch_logits
-from rk_export.model.torch_models import empty_model
+from rk_export.model.torch_models import auto_class, empty_model
 from rk_export.scratch import laid_down, settling
 from rk_export.source.quiet import transformers_quiet
 from rk_export.source.stored import StoredModel
@@ -96,7 +96,7 @@ def _from_folder(source: StoredModel) -> PreTrainedModel:
     types = set(files.types.values()) & FLOATS
     if len(types) > 1:
         return _filled(source, {name: _Unread(files.read, name) for name in files.shapes})
-    auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
+    auto = auto_class(source.config)
     return _complete(
         source,
         lambda: auto.from_pretrained(

@@ -85,8 +85,7 @@ def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     """Return kind -> parameters of what is no decided matrix."""
     architecture = description.architecture
     decided = {f"{matrix.torch_path}.weight" for matrix in description.matrices}
-    if not architecture.is_encoder:
-        decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
+    decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head) if path}
     counts: dict[str, int] = {}
     for module_name, module in description.canonical.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -106,14 +105,21 @@ def _kind(module: nn.Module, name: str) -> str:
         return "norms"
     if isinstance(module, nn.Embedding):
         return "embeddings of positions"
+    if isinstance(module, nn.Linear) and name == "weight":
+        return "matrices around the layers"
     return "biases" if name.endswith("bias") else "routers"
+
+
+def _rotates(description: ModelDescription) -> bool:
+    layers = (description.encoder if description.architecture.is_encoder else description.decoder).layers
+    return any(layer.rotary is not None for layer in layers)
 
 
 def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
     config = description.config
     architecture = description.architecture
-    if architecture.is_encoder or architecture.has_learned_positions:
+    if not _rotates(description):
         return None
     positions = context_of(config, recipe.target.context_length)
     module = type(description.canonical.get_submodule(architecture.rotary))

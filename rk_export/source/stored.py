@@ -19,11 +19,13 @@ from rk_export.errors import InputError
 from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
-from rk_export.model.families.registry import architecture_of
+from rk_export.model.families.registry import FAMILIES
+from rk_export.model.outputs import mark_states
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
+from rk_export.source.embedder import is_embedder
 from rk_export.source.find_model import find_base, find_folder
 from rk_export.source.fingerprints import files_fingerprint
 from rk_export.source.leftovers import check_kind
@@ -77,7 +79,7 @@ class StoredModel(Loading):
         self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
         config = read_config(folder)
-        check_kind(config, is_encoder=architecture_of(config).is_encoder)
+        check_kind(config)
         opened = model_tensors(folder, config, adapter)
         self.description, self.notices = describe(opened.config), opened.notices
         self._names = opened.names
@@ -310,6 +312,9 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"cannot be read: {_first_reason(error)}", where=str(path), fix="check the file"
         ) from error
     check_counts(config, path)
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.decoder is not None and is_embedder(folder):
+        mark_states(config)
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
     config._attn_implementation = config._experts_implementation = None
     return config

@@ -1,8 +1,8 @@
 """The dense graph of a model: config to a tree of onnxscript modules, the tree to an ``ir.Model``.
 
 ``build_module`` returns a tree that the exporter may edit, ``trace`` turns it into a graph. All decoder families
-run through the one decoder of ``decoder.py``, all encoders through ``encoder.py``. ``cpu`` graphs are fp32, ``cuda`` and
-``portable`` graphs are fp16 and use the same operators.
+run through the one decoder of ``decoder.py``, all encoders through ``encoder.py``. ``cpu`` graphs are fp32, ``cuda``
+and ``portable`` graphs are fp16 and use the same operators.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build_module(
     Raises:
         UnsupportedModelError: As ``check_supported``.
     """
-    config, architecture = description.config, description.architecture
+    architecture = description.architecture
     _check_dtype(ep, dtype)
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)

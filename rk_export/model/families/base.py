@@ -75,6 +75,7 @@ class Family:
         encoder: Reads what an encoder computes, its classifier aside; None for a decoder.
         base: Torch path of the encoder in the classes that have a classifier.
         sequence: Reads the classifier of texts, and `tokens` that of tokens; None where the class is not exported.
+        skipped_rows: Reads how many rows of the learned positions no token takes; None = each row has its token.
         variant: Gives the names for a config that lacks some modules; None = all configs have the same.
         both_ways: Field of a decoder's config that lets tokens see those behind them: the model is an encoder then.
     """
@@ -87,6 +88,7 @@ class Family:
     base: str = ""
     sequence: Callable[[PretrainedConfig], ClassifierNames] | None = None
     tokens: Callable[[PretrainedConfig], ClassifierNames] | None = None
+    skipped_rows: Callable[[PretrainedConfig], int] | None = None
     variant: Callable[[PretrainedConfig], Architecture] | None = None
     both_ways: str = ""
 

@@ -49,7 +49,10 @@ def _names(model_type: str, *, unused: tuple[str, ...] = ("pooler",)) -> Archite
     )
 
 
-_ELECTRA = _names("electra", unused=())
+_ELECTRA = replace(
+    _names("electra", unused=()),
+    pretraining=("generator_predictions.", "generator_lm_head.", "discriminator_predictions."),
+)
 _DISTILBERT = Architecture(
     "distilbert",
     layers="transformer.layer",
@@ -74,6 +77,7 @@ _DISTILBERT = Architecture(
         "output_layer_norm": "post_feedforward_layernorm",
     },
     outer={"embeddings.position_embeddings": POSITIONS, "embeddings.LayerNorm": EMBEDDING_NORM},
+    pretraining=("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
     width_field="hidden_dim",
 )
 _MPNET = Architecture(
@@ -154,6 +158,11 @@ def _roberta(config: PretrainedConfig) -> EncoderSpec:
     return bert_spec(
         config, positions=LearnedPositions(int(config.max_position_embeddings), int(config.pad_token_id))
     )
+
+
+def _padding_rows(config: PretrainedConfig) -> int:
+    """Positions begin behind the padding token's."""
+    return int(config.pad_token_id or 0) + 1
 
 
 def _electra_names(config: PretrainedConfig) -> Architecture:
@@ -247,7 +256,13 @@ def _bert_like(names: Architecture, **more: Any) -> Family:
 FAMILIES = (
     _bert_like(_names("bert"), encoder=bert_spec, base="bert", sequence=pooler_classifier("bert")),
     *(
-        _bert_like(_names(name), encoder=_roberta, base="roberta", sequence=dense_classifier("tanh"))
+        _bert_like(
+            _names(name),
+            encoder=_roberta,
+            skipped_rows=_padding_rows,
+            base="roberta",
+            sequence=dense_classifier("tanh"),
+        )
         for name in ("roberta", "xlm-roberta", "camembert")
     ),
     _bert_like(
@@ -264,5 +279,12 @@ FAMILIES = (
         sequence=_distilbert_classifier,
         tokens=plain_classifier,
     ),
-    Family(_MPNET, encoder=_mpnet, base="mpnet", sequence=dense_classifier("tanh"), tokens=plain_classifier),
+    Family(
+        _MPNET,
+        encoder=_mpnet,
+        skipped_rows=lambda config: _MPNET_PADDING + 1,
+        base="mpnet",
+        sequence=dense_classifier("tanh"),
+        tokens=plain_classifier,
+    ),
 )

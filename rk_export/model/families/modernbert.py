@@ -47,6 +47,7 @@ _NAMES = Architecture(
         "mlp_norm": "post_attention_layernorm",
     },
     outer={"embeddings.norm": EMBEDDING_NORM, "final_norm": "model.norm"},
+    pretraining=("head.", "decoder."),
     rotary="rotary_emb",
     rewrite=_split,
 )
