@@ -44,8 +44,8 @@ def calibration_tokens(
 
     Args:
         source: The dense model.
-        options: `self` samples from the model, from its vocabulary where it is an encoder; `corpus` reads a text file with
-            the model's tokenizer.
+        options: `self` samples from the model, or from the vocabulary of an encoder; `corpus` reads a text file with the
+            model's tokenizer.
         device: Where the model runs while sampling.
         other: Writes instead of a model that is too large, as in `self_text`.
 

@@ -62,7 +62,7 @@ def _looked_up(source: Source, tokens: Tensor, felt: Tensor) -> TableCurvature:
     """Return the curvature of an encoder's embedding, which is no output projection."""
     rows, columns = source.description.table_shape
     frequencies = torch.bincount(tokens.flatten().cpu(), minlength=rows).double() / tokens.numel()
-    head = Curvature(Inputs(torch.ones(columns)), {"lm_head": torch.zeros(rows)})
+    head = Curvature(Inputs(torch.eye(columns)), {"lm_head": torch.zeros(rows)})
     return TableCurvature(head, Curvature(Inputs(frequencies), {"embedding": felt}))
 
 

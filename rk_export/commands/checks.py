@@ -24,7 +24,7 @@ def check_options(source: Source, recipe: Recipe) -> None:
     check_context(source.description, recipe.target.context_length)
     if source.architecture.is_encoder and recipe.calibration.metric == "gain":
         raise InputError(
-            "the gains of an encoder's norms tell nothing: its norms stand on residual sums, or its inputs are not white",
+            "what an encoder's matrices read is not told by gains: its norms stand on residual sums",
             where="calibration.text",
             fix="name a text, or set it to self or none",
         )

@@ -145,7 +145,11 @@ class ModelDescription:
 
     @cached_property
     def _empty(self) -> PreTrainedModel:
-        return empty_model(self.config)
+        model = empty_model(self.config)
+        for path in self.architecture.unused:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, None)
+        return model
 
     @property
     def _canonical_layers(self) -> list[nn.Module]:

@@ -185,9 +185,6 @@ class StoredModel(Loading):
             owner, _, leaf = name.rpartition(".")
             if tied and owner == self.architecture.lm_head and leaf == "weight":
                 continue
-            if self.architecture.is_encoder and owner.startswith(self.architecture.unused):
-                _assign(model, name, torch.zeros(parameter.shape))  # exported nowhere, and often not stored
-                continue
             _assign(model, name, self.tensor(name))
         if tied and self.architecture.lm_head:
             head = model.get_submodule(self.architecture.lm_head)
