@@ -44,7 +44,7 @@ def calibration_tokens(
 
     Args:
         source: The dense model.
-        options: `self` samples from the model, or from the vocabulary of an encoder; `corpus` reads a text file with the
+        options: `self` samples from the model, or from an encoder's vocabulary; `corpus` reads a text file with the
             model's tokenizer.
         device: Where the model runs while sampling.
         other: Writes instead of a model that is too large, as in `self_text`.

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rk_export.model.architecture import HeadLayout
-from rk_export.model.decoder_spec import NormNames
+from rk_export.model.decoder_spec import NormKind, NormNames
 
-EncoderNorm = Literal["rms", "layer", "layer_no_bias"]
 # A norm behind attention and one behind the MLP, on the residual sums.
 ON_SUM = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 Pooling = Literal["first", "mean", "mean of answers"]
@@ -79,11 +78,11 @@ class EncoderSpec:
             hidden states is projected to theirs.
         activation: Name of the MLP's activation.
         gated_mlp: ``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``.
-        norm: ``rms``, ``layer`` (mean removed, with bias) or ``layer_no_bias``.
+        norm: Kind of all norms.
         norm_names: Which norms a layer has.
         norm_on_sum: The norms behind attention and MLP normalize the residual sum, and not what is added to it.
         norm_epsilon: Added to the variance.
-        query_key_norm: Queries and keys are normalized: ``head`` by head, ``all`` heads together, or None.
+        query_key_norm: Norm of queries and keys, as in `DecoderSpec`.
         causal: A query sees the keys up to its own position only.
         positions: Learned positions; None = none.
         token_types: Rows of the table of token types; 0 = none.
@@ -102,11 +101,11 @@ class EncoderSpec:
     intermediate_size: int
     activation: str
     gated_mlp: bool
-    norm: EncoderNorm
+    norm: NormKind
     norm_names: NormNames
     norm_on_sum: bool
     norm_epsilon: float
-    query_key_norm: Literal["head", "all"] | None = None
+    query_key_norm: Literal["head", "each head", "all"] | None = None
     causal: bool = False
     positions: LearnedPositions | None = None
     token_types: int = 0

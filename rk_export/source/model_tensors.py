@@ -16,6 +16,7 @@ from rk_export.model.config_checks import check_layers
 from rk_export.model.outputs import classes_of
 from rk_export.model.parameter_names import ModelNames, Target
 from rk_export.source.adapter import Adapter
+from rk_export.source.cut_tensors import cut
 from rk_export.source.leftovers import is_backbone, missing, no_place
 from rk_export.source.lora import merged
 from rk_export.source.quantized.tensors import DequantizedTensors, dequantized, quantization_of
@@ -68,7 +69,7 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
     quantized = tensors if isinstance(tensors, DequantizedTensors) else None
     if quantized is not None:
         notices = [*notices, quantized.notice]
-    tensors, passed_over = named(tensors, names, config)
+    tensors, passed_over = named(cut(tensors, names), names, config)
     notices += passed_over
     if adapter is not None:
         names, resized = _resized(names, config, adapter)

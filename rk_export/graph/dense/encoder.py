@@ -11,21 +11,19 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, cast
 
 import onnx_ir as ir
-from mobius.components import Embedding, LayerNorm, LayerNormNoBias, Linear, RMSNorm, get_activation
+from mobius.components import Embedding, Linear, get_activation
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.attention import ATTENTION
+from rk_export.graph.dense.decoder import SKIP_NORM
 from rk_export.graph.dense.encoder_bias import ScoreBias
 from rk_export.graph.dense.encoder_head import Classifier
+from rk_export.graph.dense.norms import JOINED_WITH_SUM, norm_of, query_key_norm
 from rk_export.graph.dense.rotary import Rotary, scaled
-from rk_export.graph.modules.base import ExportModule, Pattern, operators
+from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.model.encoder_spec import EncoderSpec, LearnedPositions
 from rk_export.model.rotary import RotaryTable
 from rk_export.passes.graph.nodes import MICROSOFT
-
-ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
-SKIP_NORM = operators(
-    "residual sum with norm", MICROSOFT, "SkipSimplifiedLayerNormalization", "SkipLayerNormalization"
-)
 
 
 class _Shared(NamedTuple):
@@ -108,10 +106,10 @@ class _EncoderBody(ExportModule):
         self.rotary = {name: Rotary(table, f"rotary_{name}", dtype) for name, table in tables.items()}
         for rotary in self.rotary.values():
             setattr(self, cast(str, rotary.name), rotary)
-        self._embedding_scale = spec.embedding_scale
+        self._embedding_scale, self._joins = spec.embedding_scale, spec.norm in JOINED_WITH_SUM
 
     def emits(self) -> Counter[Pattern]:
-        return Counter({SKIP_NORM: int(self.norm is not None)})
+        return Counter({SKIP_NORM: int(self.norm is not None and self._joins)})
 
     def forward(
         self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, token_type_ids: ir.Value | None
@@ -180,7 +178,7 @@ class _Layer(ExportModule):
             self._names = self._names._replace(before_attention=None)
         for name in filter(None, self._names):
             setattr(self, name, norm_of(spec, spec.hidden_size))
-        self._is_first = index == 0
+        self._is_first, self._joins = index == 0, spec.norm in JOINED_WITH_SUM
 
     def forward(self, op: OpBuilder, hidden: ir.Value, shared: _Shared) -> ir.Value:
         names = self._names
@@ -195,7 +193,7 @@ class _Layer(ExportModule):
         reading = [names.after_attention, names.after_mlp] if self._norm_on_sum else [names.before_mlp]
         if not self._is_first and not self._norm_on_sum:
             reading.append(names.before_attention)
-        return Counter({SKIP_NORM: sum(name is not None for name in reading)})
+        return Counter({SKIP_NORM: self._joins * sum(name is not None for name in reading)})
 
     def _added(self, op: OpBuilder, hidden: ir.Value, states: ir.Value, norm: str | None) -> ir.Value:
         if self._norm_on_sum:
@@ -226,11 +224,9 @@ class EncoderAttention(ExportModule):
         self.v_proj = _linear(biases, f"{path}.v_proj", spec.hidden_size, kv_rows)
         self.o_proj = _linear(biases, f"{path}.o_proj", rows, spec.hidden_size)
         self.q_norm = self.k_norm = None
-        by_head = spec.query_key_norm == "head"
         if spec.query_key_norm is not None:
-            self.q_norm = norm_of(spec, heads.head_dim if by_head else rows)
-            self.k_norm = norm_of(spec, heads.head_dim if by_head else kv_rows)
-        self._norm_width = heads.head_dim if by_head else None
+            self.q_norm = query_key_norm(spec, heads.heads)
+            self.k_norm = query_key_norm(spec, heads.kv_heads)
         self._rotary, self._reach = layer.rotary, layer.reach
         self._attributes: dict[str, Any] = {
             "num_heads": heads.heads,
@@ -251,8 +247,8 @@ class EncoderAttention(ExportModule):
     def forward(self, op: OpBuilder, hidden: ir.Value, shared: _Shared) -> ir.Value:
         rotary = (None, None) if self._rotary is None else shared.tables[self._rotary]
         attended = op.GroupQueryAttention(
-            self._normed(op, self.q_norm, self.q_proj(op, hidden)),
-            self._normed(op, self.k_norm, self.k_proj(op, hidden)),
+            _normed(op, self.q_norm, self.q_proj(op, hidden)),
+            _normed(op, self.k_norm, self.k_proj(op, hidden)),
             self.v_proj(op, hidden),
             None,  # no keys
             None,  # and no values before these
@@ -266,14 +262,6 @@ class EncoderAttention(ExportModule):
             **self._attributes,
         )
         return self.o_proj(op, attended)
-
-    def _normed(self, op: OpBuilder, norm: nn.Module | None, states: ir.Value) -> ir.Value:
-        if norm is None:
-            return states
-        if self._norm_width is not None:
-            states = op.Reshape(states, [0, 0, -1, self._norm_width])
-        normed: ir.Value = norm(op, states)
-        return normed if self._norm_width is None else op.Reshape(normed, [0, 0, -1])
 
 
 class _Mlp(nn.Module):
@@ -296,10 +284,8 @@ class _Mlp(nn.Module):
         return self.down_proj(op, inner)
 
 
-def norm_of(spec: EncoderSpec, width: int) -> nn.Module:
-    """Return a norm of the family's kind."""
-    kinds = {"rms": RMSNorm, "layer": LayerNorm, "layer_no_bias": LayerNormNoBias}
-    return kinds[spec.norm](width, eps=spec.norm_epsilon)
+def _normed(op: OpBuilder, norm: nn.Module | None, states: ir.Value) -> ir.Value:
+    return states if norm is None else norm(op, states)
 
 
 def _linear(biases: Collection[str], path: str, columns: int, rows: int) -> nn.Module:

@@ -18,6 +18,7 @@ from onnxscript import nn
 from transformers import PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
+from rk_export.graph.dense.attention import Biases
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.encoder_task import EncoderTask
@@ -95,9 +96,10 @@ def build_module(
         module: nn.Module = Encoder(encoder, biases, tables, dtypes)
     else:
         spec = description.decoder
-        onnx_config, task = _decoder_config(spec, shapes), "text-generation"
-        tables = {} if spec.learned_positions else _tables(architecture, skeleton, positions)
-        module = Decoder(spec, onnx_config, tables, dtypes)
+        onnx_config, task = _decoder_config(spec), "text-generation"
+        rotates = any(layer.rotary for layer in spec.layers)
+        tables = _tables(architecture, skeleton, positions) if rotates else {}
+        module = Decoder(spec, onnx_config, _biases(shapes), tables, dtypes)
     _check_structure(module, shapes)
     onnx_config.dtype = dtypes
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -180,13 +182,9 @@ def _tables(
     return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
 
 
-def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> ArchitectureConfig:
-    """Return what mobius' components and task read; biases are those the torch model has."""
+def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
+    """Return what mobius' task and its mixture of experts read."""
     experts = spec.experts
-
-    def has_bias(*linears: str) -> bool:
-        return any(name.endswith(tuple(f"{linear}.bias" for linear in linears)) for name in shapes)
-
     return ArchitectureConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -197,13 +195,24 @@ def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) ->
         head_dim=spec.heads.head_dim,
         hidden_act=spec.activation,
         rms_norm_eps=spec.norm_epsilon,
-        attn_qkv_bias=has_bias("self_attn.q_proj"),
-        attn_o_bias=has_bias("self_attn.o_proj"),
-        mlp_bias=has_bias("mlp.up_proj"),
         tie_word_embeddings=spec.tied,
         num_local_experts=experts and experts.count,
         num_experts_per_tok=experts and experts.per_token,
         moe_intermediate_size=experts and experts.intermediate_size,
+    )
+
+
+def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
+    """Return which matrices have biases, as the torch model has them."""
+
+    def has_bias(linear: str) -> bool:
+        return any(name.endswith(f"{linear}.bias") for name in shapes)
+
+    return Biases(
+        query_key_value=has_bias("self_attn.q_proj"),
+        output=has_bias("self_attn.o_proj"),
+        mlp=has_bias("mlp.up_proj"),
+        head=has_bias("lm_head"),
     )
 
 

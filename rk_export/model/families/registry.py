@@ -13,12 +13,19 @@ from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.families import (
     bert,
+    bitnet,
+    cohere,
     gemma,
     gpt2,
+    hunyuan,
     llama,
+    ministral3,
     mixtures,
     modernbert,
+    nemotron,
+    olmo,
     opt,
+    phi,
     phi3,
     rotary_encoders,
     starcoder2,
@@ -26,11 +33,14 @@ from rk_export.model.families import (
 from rk_export.model.families.base import Family
 from rk_export.model.outputs import head_of
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for kin in (llama, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert, rotary_encoders, modernbert)
-    for family in kin.FAMILIES
-}
+_KINS = (
+    *(llama, gemma, phi, phi3, ministral3, cohere, olmo, nemotron, hunyuan, bitnet),
+    *(mixtures, starcoder2, gpt2, opt),
+    *(bert, modernbert, rotary_encoders),
+)
+# Widths of heads that GroupQueryAttention takes are multiples of it.
+HEAD_MULTIPLE = 8
+FAMILIES: dict[str, Family] = {family.model_type: family for kin in _KINS for family in kin.FAMILIES}
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -78,7 +88,7 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     if family.decoder is None:
         raise TypeError(f"{family.model_type} is an encoder")
     family.check(config)
-    _check_heads(family.heads(config), is_rotated=not family.architecture.has_learned_positions)
+    _check_heads(family.heads(config))
     return family.decoder(config)
 
 
@@ -100,16 +110,15 @@ def encoder_spec(config: PretrainedConfig) -> EncoderSpec:
         spec = as_encoder(family.decoder(config), causal=not family.sees_both_ways(config))
     else:
         raise TypeError(f"{family.model_type} computes nothing")
-    _check_heads(spec.heads, is_rotated=any(layer.rotary for layer in spec.layers))
+    _check_heads(spec.heads)
     return spec
 
 
-def _check_heads(heads: HeadLayout, *, is_rotated: bool) -> None:
+def _check_heads(heads: HeadLayout) -> None:
     """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
-    multiple = 16 if is_rotated else 8
-    if heads.heads % heads.kv_heads or heads.head_dim % multiple:
+    if heads.heads % heads.kv_heads or heads.head_dim % HEAD_MULTIPLE:
         raise UnsupportedModelError(
             f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "
-            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {multiple}",
+            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {HEAD_MULTIPLE}",
             where="config.json: num_attention_heads, num_key_value_heads, head_dim",
         )
