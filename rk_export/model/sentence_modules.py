@@ -162,8 +162,10 @@ def _pooling(folder: Path, place: str, config: PretrainedConfig) -> tuple[tuple[
     modes = values.values.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, flag in MODES.items() if values.flag(flag)] or ["mean"]
-    modes = (modes,) if isinstance(modes, str) else tuple(modes)
-    if unknown := [mode for mode in modes if mode not in MODES]:
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or not modes:
+        raise _refusal("it names no mode of pooling", values.where)
+    if unknown := [mode for mode in modes if mode not in tuple(MODES)]:
         raise _refusal(f"the pooling mode {unknown[0]!r} is not known", values.where)
     if values.flag("include_prompt") is False:
         raise _refusal(
@@ -173,7 +175,7 @@ def _pooling(folder: Path, place: str, config: PretrainedConfig) -> tuple[tuple[
     stated = values.count("embedding_dimension") or values.count("word_embedding_dimension") or hidden
     if stated != hidden:
         raise _refusal(f"it pools {stated} elements, the hidden states have {hidden}", values.where)
-    return modes, len(modes) * hidden
+    return tuple(modes), len(modes) * hidden
 
 
 def _step(kind: str, folder: Path, place: str, width: int) -> Dense | Norm | Normalize | None:
