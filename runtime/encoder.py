@@ -16,6 +16,7 @@ from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
+from rk_export.runtime.sentence_files import SentenceFiles
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
 
@@ -146,7 +147,16 @@ class EncoderSession:
             InputError: No texts were given, or one is empty, has a token without a row in the embedding, or more
                 tokens than the model has positions.
         """
-        return self.embed_tokens([self.text_codec.encode(text) for text in texts])
+        return self.embed_tokens([self.tokens(text) for text in texts])
+
+    def tokens(self, text: str, prompt_name: str | None = None) -> list[int]:
+        """Return the tokens of a text behind a prompt: the one that is named, else the model's default prompt.
+
+        Raises:
+            InputError: There is no prompt of that name, or the text is not UTF-8.
+        """
+        whole = self.files.prompt(None, prompt_name) + text
+        return self.text_codec.encode(whole.lower() if self.files.lower_case else whole)
 
     def embed_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Return what `embed` returns for texts that are tokens already, special tokens included.
@@ -193,6 +203,11 @@ class EncoderSession:
     def _gate(self) -> TokenGate:
         rows = read_facts(self.config.model_path).embedding_rows
         return TokenGate(self.config.vocab_size if rows is None else rows, self.config.context_length)
+
+    @cached_property
+    def files(self) -> SentenceFiles:
+        """What the bundle says about texts as vectors."""
+        return SentenceFiles.read(self.config.folder)
 
     @cached_property
     def text_codec(self) -> TextCodec:

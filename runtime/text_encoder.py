@@ -14,7 +14,6 @@ from rk_export.runtime.bundle_files import Section
 from rk_export.runtime.encoder import EncoderSession, unit
 from rk_export.runtime.encoder_texts import Batch, EncoderTexts, Pair, Tokens, batches
 from rk_export.runtime.providers import Provider
-from rk_export.runtime.sentence_files import SentenceFiles
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Encoder:
             check=check,
         )
         self._folder = self.session.config.folder
-        self.files = SentenceFiles.read(self._folder)
+        self.files = self.session.files
         limits = (self.files.longest, self.session.config.context_length)
         self.longest = min((limit for limit in limits if limit is not None), default=None)
         self._texts = EncoderTexts(self._folder, self.longest, self.files.lower_case)
