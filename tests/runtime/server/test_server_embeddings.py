@@ -70,7 +70,7 @@ def test_the_models_own_vectors_behind_their_prompts(server: Running, prompted: 
     body = {"model": "prompted", "input": TEXTS, "prompt_name": "title"}
     answer = server.post("/v1/embeddings", body)
     assert answer.status_code == 400
-    assert "known are: query, passage" in answer.text
+    assert "nown are: query, passage" in answer.text
 
 
 def test_a_classifier_is_refused_at_the_start(tmp_path: Path) -> None:
