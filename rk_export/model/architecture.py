@@ -58,11 +58,10 @@ class Architecture:
         model_type: ``config.model_type``.
         layers: Torch path of the list of layers.
         embedding: Torch path of the token embedding.
-        lm_head: Torch path of the output projection; None for encoders.
+        lm_head: Torch path of the output projection; None for an encoder, which gives hidden states or answers.
         onnx_layers: Path of the list of layers in the exported module.
         onnx_embedding: Path of the token embedding in the exported module.
         onnx_lm_head: Path of the output projection in the exported module; None for encoders.
-        is_encoder: True for a bidirectional encoder, exported as feature extraction.
         attention: Rewritable attention matrices: role and torch path in canonical form.
         mlp: Rewritable matrices of a dense MLP; experts are listed by ``projections``.
         renamed: Torch path -> exported path, within a layer, of every module where the two differ.
@@ -72,6 +71,7 @@ class Architecture:
         skipped_positions: Rows of the learned table of positions before that of position 0.
         width_field: Field of the config that holds the width of a dense MLP.
         unit_offset: Its norms store their gain minus one.
+        tuple_layers: Its layers return a tuple with the hidden states in front.
         experts_in: Whether the MLP of a layer, by its number, is a mixture of experts; None = in no layer.
         rewrite: Brings one layer into canonical form, in place.
     """
@@ -83,7 +83,6 @@ class Architecture:
     onnx_layers: str = "model.layers"
     onnx_embedding: str = "model.embed_tokens"
     onnx_lm_head: str | None = "lm_head"
-    is_encoder: bool = False
     attention: RolePaths = ATTENTION
     mlp: RolePaths = GATED_MLP
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -93,8 +92,14 @@ class Architecture:
     skipped_positions: int = 0
     width_field: str = "intermediate_size"
     unit_offset: bool = False
+    tuple_layers: bool = False
     experts_in: Callable[[PretrainedConfig, int], bool] | None = None
     rewrite: Callable[[nn.Module], None] | None = None
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model reads a text as a whole and gives hidden states or answers, and no next token."""
+        return self.lm_head is None
 
     @property
     def has_learned_positions(self) -> bool:

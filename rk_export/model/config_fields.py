@@ -31,7 +31,17 @@ def activation_of(config: PretrainedConfig) -> str:
     Raises:
         UnsupportedModelError: The activation is not known to be exact in the exported graph.
     """
-    field = next(name for name in _ACTIVATION_FIELDS if getattr(config, name, None) is not None)
+    return exact_activation(
+        config, next(name for name in _ACTIVATION_FIELDS if getattr(config, name, None) is not None)
+    )
+
+
+def exact_activation(config: PretrainedConfig, field: str) -> str:
+    """Return the name of the activation in a field of the config.
+
+    Raises:
+        UnsupportedModelError: The activation is not known to be exact in the exported graph.
+    """
     activation = str(getattr(config, field))
     if activation not in EXACT_ACTIVATIONS:
         raise UnsupportedModelError(

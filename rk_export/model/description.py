@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rk_export.matrix_id import MatrixId
 from rk_export.model.architecture import Architecture, HeadLayout, Projection
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families.registry import architecture_of, decoder_spec, heads_of
+from rk_export.model.encoder_spec import EncoderSpec
+from rk_export.model.families.registry import architecture_of, decoder_spec, encoder_spec, heads_of
 from rk_export.model.matrices import Matrix
 from rk_export.model.torch_models import empty_model
 from rk_export.passes.base import Layer
@@ -50,8 +51,10 @@ class ModelDescription:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output projection is the token embedding."""
-        return bool(getattr(self.config, "tie_word_embeddings", False))
+        """Whether the output projection is the token embedding; an encoder has none."""
+        return self.architecture.lm_head is not None and bool(
+            getattr(self.config, "tie_word_embeddings", False)
+        )
 
     @cached_property
     def heads(self) -> HeadLayout:
@@ -66,6 +69,15 @@ class ModelDescription:
             UnsupportedModelError: The config turns on an option that the exported graph does not have.
         """
         return decoder_spec(self.config)
+
+    @cached_property
+    def encoder(self) -> EncoderSpec:
+        """What the encoder computes.
+
+        Raises:
+            UnsupportedModelError: The config turns on an option that the exported graph does not have.
+        """
+        return encoder_spec(self.config)
 
     @property
     def outer_paths(self) -> tuple[str, ...]:

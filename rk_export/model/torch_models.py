@@ -8,17 +8,26 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from rk_export.errors import InputError
-from rk_export.model.families.registry import architecture_of
+from rk_export.model.families.registry import architecture_of, family_of
+from rk_export.model.outputs import head_of
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the torch model without memory for weights: parameters on the meta device, buffers real.
 
-    Decoders are built by ``AutoModelForCausalLM``, encoders by ``AutoModel``; layers keep Hugging Face's form.
+    The class is that of `auto_class`; layers keep Hugging Face's form.
 
     Raises:
         InputError: As `transformers_model`.
@@ -35,7 +44,7 @@ def transformers_model(config: PretrainedConfig) -> PreTrainedModel:
         InputError: A field has a value that the class cannot be built with.
         UnsupportedModelError: The family is unknown.
     """
-    auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
+    auto = auto_class(config)
     try:
         with no_init_weights():
             model: PreTrainedModel = auto.from_config(
@@ -48,6 +57,22 @@ def transformers_model(config: PretrainedConfig) -> PreTrainedModel:
             fix="correct the value, or update transformers if it is one of a later version",
         ) from error
     return model
+
+
+def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
+    """Return transformers' class that builds and loads what a config is exported as.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    if not architecture_of(config).is_encoder:
+        return AutoModelForCausalLM
+    family = family_of(config)
+    if family.classifier(config) is None:
+        return AutoModel
+    return (
+        AutoModelForTokenClassification if head_of(config) == "tokens" else AutoModelForSequenceClassification
+    )
 
 
 def _reason(config: PretrainedConfig, error: Exception) -> str:

@@ -1,7 +1,7 @@
 """The dense graph of a model: config to a tree of onnxscript modules, the tree to an ``ir.Model``.
 
 ``build_module`` returns a tree that the exporter may edit, ``trace`` turns it into a graph. All decoder families
-run through the one decoder of ``decoder.py``, BERT through ``encoder.py``. ``cpu`` graphs are fp32, ``cuda`` and
+run through the one decoder of ``decoder.py``, all encoders through ``encoder.py``. ``cpu`` graphs are fp32, ``cuda`` and
 ``portable`` graphs are fp16 and use the same operators.
 """
 
@@ -13,20 +13,20 @@ from typing import Literal, cast
 
 import onnx_ir as ir
 import torch
-from mobius import ArchitectureConfig, build_from_module
+from mobius import ArchitectureConfig, ModelTask, build_from_module
 from onnxscript import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
+from rk_export.graph.dense.encoder_task import EncoderTask
 from rk_export.graph.dense.rotary import Late
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import activation_of
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
+from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.families.registry import family_of
 from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
@@ -52,7 +52,7 @@ class OnnxModule:
 
     module: nn.Module
     config: ArchitectureConfig
-    task: str
+    task: str | ModelTask
     ep: str
     architecture: Architecture
 
@@ -82,20 +82,24 @@ def build_module(
     """
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
-    family_of(config).check(config)
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
+    dtypes = _IR_DTYPE[dtype]
+    task: str | ModelTask
     if architecture.is_encoder:
-        onnx_config, task = _encoder_config(config), "feature-extraction"
-        module: nn.Module = Encoder(onnx_config)
+        encoder = description.encoder
+        onnx_config, task = _encoder_config(encoder), EncoderTask()
+        rotates = any(layer.rotary for layer in encoder.layers)
+        tables = _tables(architecture, skeleton, positions) if rotates else {}
+        biases = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
+        module: nn.Module = Encoder(encoder, biases, tables, dtypes)
     else:
         spec = description.decoder
         onnx_config, task = _decoder_config(spec, shapes), "text-generation"
-        module = Decoder(
-            spec, onnx_config, _tables(spec, architecture, skeleton, positions), _IR_DTYPE[dtype]
-        )
+        tables = {} if spec.learned_positions else _tables(architecture, skeleton, positions)
+        module = Decoder(spec, onnx_config, tables, dtypes)
     _check_structure(module, shapes)
-    onnx_config.dtype = _IR_DTYPE[dtype]
+    onnx_config.dtype = dtypes
     return OnnxModule(module, onnx_config, task, ep, architecture)
 
 
@@ -107,7 +111,8 @@ def trace(onnx_module: OnnxModule) -> ir.Model:
     Returns:
         Decoder: inputs ``input_ids``, ``attention_mask``, ``past_key_values.{i}.key|value`` and, with learned
         positions, ``position_ids``; outputs ``logits``, ``present.{i}.key|value``. Encoder: inputs
-        ``input_ids``, ``attention_mask``, ``token_type_ids``; output ``last_hidden_state``.
+        ``input_ids``, ``attention_mask`` and, with several types of tokens, ``token_type_ids``; output
+        ``last_hidden_state``, or ``logits`` of a classifier.
     """
     package = build_from_module(
         onnx_module.module,
@@ -169,10 +174,8 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 
 
 def _tables(
-    spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
+    architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
 ) -> dict[str, RotaryTable]:
-    if spec.learned_positions:
-        return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
     return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
 
@@ -204,20 +207,18 @@ def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def _encoder_config(config: PretrainedConfig) -> ArchitectureConfig:
+def _encoder_config(spec: EncoderSpec) -> ArchitectureConfig:
+    """Return what mobius checks; the encoder's modules read its spec."""
     return ArchitectureConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.type_vocab_size,
-        hidden_act=activation_of(config),
-        rms_norm_eps=config.layer_norm_eps,
-        pad_token_id=config.pad_token_id,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=len(spec.layers),
+        num_attention_heads=spec.heads.heads,
+        num_key_value_heads=spec.heads.kv_heads,
+        head_dim=spec.heads.head_dim,
+        hidden_act=spec.activation,
+        rms_norm_eps=spec.norm_epsilon,
     )
 
 

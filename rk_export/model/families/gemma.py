@@ -37,5 +37,5 @@ def _gemma3(config: PretrainedConfig) -> DecoderSpec:
 
 FAMILIES = (
     Family(Architecture("gemma2", unit_offset=True), _gemma2, _CAUSAL),
-    Family(Architecture("gemma3_text", unit_offset=True), _gemma3, _CAUSAL),
+    Family(Architecture("gemma3_text", unit_offset=True), _gemma3, both_ways="use_bidirectional_attention"),
 )

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
+from rk_export.model.decoder_as_encoder import as_encoder
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families import bert, gemma, gpt2, llama, mixtures, opt, phi3, starcoder2
+from rk_export.model.encoder_spec import EncoderSpec
+from rk_export.model.families import (
+    bert,
+    gemma,
+    gpt2,
+    llama,
+    mixtures,
+    modernbert,
+    opt,
+    phi3,
+    rotary_encoders,
+    starcoder2,
+)
 from rk_export.model.families.base import Family
+from rk_export.model.outputs import head_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for kin in (llama, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert)
+    for kin in (llama, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert, rotary_encoders, modernbert)
     for family in kin.FAMILIES
 }
 
@@ -34,12 +50,12 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return the names of a config's family.
+    """Return the names of a config's family, in the class that the model is built as.
 
     Raises:
         UnsupportedModelError: The family is unknown.
     """
-    return family_of(config).architecture
+    return family_of(config).names(config)
 
 
 def heads_of(config: PretrainedConfig) -> HeadLayout:
@@ -64,6 +80,28 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     family.check(config)
     _check_heads(family.heads(config), is_rotated=not family.architecture.has_learned_positions)
     return family.decoder(config)
+
+
+def encoder_spec(config: PretrainedConfig) -> EncoderSpec:
+    """Read the spec of an encoder, or of a decoder that gives its hidden states.
+
+    Raises:
+        UnsupportedModelError: The family is unknown, or the config turns on an option that the exported graph does not
+            have.
+    """
+    family = family_of(config)
+    family.check(config)
+    if family.encoder is not None:
+        spec = family.encoder(config)
+        if (found := family.classifier(config)) is not None:
+            by_token = head_of(config) == "tokens"
+            spec = replace(spec, classifier=found.spec(int(config.num_labels), by_token=by_token))
+    elif family.decoder is not None:
+        spec = as_encoder(family.decoder(config), causal=not family.sees_both_ways(config))
+    else:
+        raise TypeError(f"{family.model_type} computes nothing")
+    _check_heads(spec.heads, is_rotated=any(layer.rotary for layer in spec.layers))
+    return spec
 
 
 def _check_heads(heads: HeadLayout, *, is_rotated: bool) -> None:
