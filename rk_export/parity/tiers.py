@@ -40,6 +40,7 @@ from rk_export.parity.probe import Probe
 from rk_export.parity.sentence_tier import sentence_tier
 from rk_export.parity.session_tiers import (
     LEVEL_TIER,
+    encoder_output,
     encoder_padding_tier,
     session_tiers,
     shipped_padding_tier,
@@ -131,7 +132,7 @@ def runtime_tiers(
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> tuple[tuple[ParityTier, ...], Golden | None]:
-    """Compare a bundle with the PyTorch model it was exported from: tiers c to i, or c, f and s of an encoder.
+    """Compare a bundle with the PyTorch model it was exported from: tiers c to i, or c, d, f and s of an encoder.
 
     Returns:
         The tiers, and the greedy tokens of tier g (None for an encoder).
@@ -150,17 +151,24 @@ def _encoder_tiers(
     provider: Provider,
     threads: int | None,
 ) -> tuple[ParityTier, ...]:
-    """Return tiers c and f of an encoder, and s where its graph makes vectors of texts."""
+    """Return tiers c, d and f of an encoder, and s where its graph makes vectors of texts."""
     reference = float_reference(rewritten, probe)
     encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
-    states = encoder.forward(probe.batch)
+    states = encoder_output(encoder, probe.batch)
     computed = compare("c", _RUNTIME, reference, states, bound=None)
-    padded = encoder_padding_tier(encoder, probe, bound=None)
+    padding = rewritten.description.config.pad_token_id or 0
+    padded = encoder_padding_tier(encoder, probe, bound=None, padding=padding)
     vectors = [] if head is None else [sentence_tier(encoder, rewritten, head, probe)]
     worst = max(tier.relative_error or 0 for tier in (computed, padded, *vectors))
     bound, note = runtime_bound(rewritten, probe, worst)
-    tiers = (replace(computed, note=note), padded, *vectors)
-    return tuple(held_to(tier, bound) for tier in tiers)
+    exact = [held_to(tier, bound) for tier in (replace(computed, note=note), padded, *vectors)]
+    del encoder
+    shipped = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads)
+    rounded = encoder_output(shipped, probe.batch)
+    level = compare("d", LEVEL_TIER, states, rounded, bound=None)
+    level_bound, level_note = shipped_bound(rewritten, probe, reference, bound, (states, rounded))
+    exact.insert(1, replace(held_to(level, level_bound), note=level_note))
+    return tuple(exact)
 
 
 def _decoder_tiers(
