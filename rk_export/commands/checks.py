@@ -87,6 +87,12 @@ def _check_budget(source: Source, recipe: Recipe) -> None:
 
 
 def _check_speed_up(source: Source, recipe: Recipe) -> None:
+    if source.architecture.is_encoder:
+        raise InputError(
+            "the time of a whole model is measured on a decoder, and this is an encoder",
+            where="--speed-up",
+            fix="use a budget of --size, --bits or --keep, or --recipe w8a8",
+        )
     if recipe.target.ep != "cpu":
         raise InputError(
             f"products are timed on the CPU provider, the graph is made for {recipe.target.ep}",
