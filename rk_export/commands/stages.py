@@ -27,6 +27,7 @@ from rk_export.options.target import Target
 from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
 from rk_export.planning import planner
+from rk_export.planning.encoder_tables import with_encoder_table
 from rk_export.planning.plain_size import plain_int4_bytes, why_plain
 from rk_export.recipes import load
 from rk_export.source.protocol import Source
@@ -171,9 +172,15 @@ def _settled(source: Source, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         budget = None if why else Budget("size", float(plain_int4_bytes(source, recipe)))
     elif recipe.has_open_formats and (budget is None or budget.kind == "keep"):
         why = "bits: auto is 4 bits, and 8 for the embedding, where no budget counts bits"
-    if why:
-        logger.info("plain INT4: %s", why)
-    return replace(recipe, budget=budget), (f"plain INT4: {why}",) if why else ()
+        if source.architecture.is_encoder:
+            why = "bits: auto is 4 bits where no budget counts bits"
+    recipe, notices = replace(recipe, budget=budget), (f"plain INT4: {why}",) if why else ()
+    if source.architecture.is_encoder:
+        recipe, more = with_encoder_table(recipe)
+        notices = (*notices, *more)
+    for notice in notices:
+        logger.info("%s", notice)
+    return recipe, notices
 
 
 def check_outputs(

@@ -66,13 +66,14 @@ def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
         UnsupportedModelError: The family is unknown.
     """
     if not architecture_of(config).is_encoder:
-        return AutoModelForCausalLM
-    family = family_of(config)
-    if family.classifier(config) is None:
-        return AutoModel
-    return (
-        AutoModelForTokenClassification if head_of(config) == "tokens" else AutoModelForSequenceClassification
-    )
+        found: type[_BaseAutoModelClass] = AutoModelForCausalLM
+    elif family_of(config).classifier(config) is None:
+        found = AutoModel
+    elif head_of(config) == "tokens":
+        found = AutoModelForTokenClassification
+    else:
+        found = AutoModelForSequenceClassification
+    return found
 
 
 def _reason(config: PretrainedConfig, error: Exception) -> str:

@@ -145,7 +145,7 @@ class _EncoderBody(ExportModule):
         return hidden if self.embed_projection is None else self.embed_projection(op, hidden)
 
 
-class _Positions(Embedding):  # type: ignore[misc]
+class _Positions(Embedding):
     """Learned positions, counted from the mask or from the tokens."""
 
     def __init__(self, positions: LearnedPositions, width: int) -> None:
@@ -261,7 +261,8 @@ class EncoderAttention(ExportModule):
             _outputs=1,
             **self._attributes,
         )
-        return self.o_proj(op, attended)
+        output: ir.Value = self.o_proj(op, attended)
+        return output
 
 
 class _Mlp(nn.Module):
@@ -281,7 +282,8 @@ class _Mlp(nn.Module):
             inner = self._activation(op, up)
         else:
             inner = op.Mul(self._activation(op, self.gate_proj(op, hidden)), up)
-        return self.down_proj(op, inner)
+        output: ir.Value = self.down_proj(op, inner)
+        return output
 
 
 def _normed(op: OpBuilder, norm: nn.Module | None, states: ir.Value) -> ir.Value:

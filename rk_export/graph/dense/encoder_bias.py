@@ -64,10 +64,8 @@ class ScoreBias(ExportModule):
         hidden = op.Constant(value=ir.tensor(np.array(lowest, self._dtype.numpy())))
         nothing = op.Constant(value=ir.tensor(np.array(0, self._dtype.numpy())))
         bias: ir.Value = op.Where(seen, nothing, hidden)
-        if self.table is not None:
-            bias = op.Add(bias, self._relative(op, behind))
-            return bias
-        return op.Expand(bias, square)
+        bias = op.Expand(bias, square) if self.table is None else op.Add(bias, self._relative(op, behind))
+        return bias
 
     def _relative(self, op: OpBuilder, behind: ir.Value) -> ir.Value:
         """Return the learned biases (1, heads, length, length)."""

@@ -13,7 +13,7 @@ from rk_export.graph.dense.encoder import Encoder
 _IR_VERSION = 11
 
 
-class EncoderTask(ModelTask):  # type: ignore[misc]
+class EncoderTask(ModelTask):
     """Token ids, mask and, where there are several types of tokens, their types; hidden states or logits."""
 
     model_roles: ClassVar[dict[str, str]] = {"model": "encoder"}

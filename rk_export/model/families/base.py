@@ -30,24 +30,6 @@ class Refused:
     unless: object
     reason: str
 
-    def sees_both_ways(self, config: PretrainedConfig) -> bool:
-        """Whether tokens see those behind them too."""
-        return self.encoder is not None or bool(self.both_ways and getattr(config, self.both_ways, False))
-
-    def classifier(self, config: PretrainedConfig) -> ClassifierNames | None:
-        """Return the classifier that a model was saved with, None where it has none that is exported."""
-        read = {"sequence": self.sequence, "tokens": self.tokens, None: None}[head_of(config)]
-        return None if read is None else read(config)
-
-    def names(self, config: PretrainedConfig) -> Architecture:
-        """Return the names of the class that a model is built as: with its classifier, or without a head."""
-        if self.encoder is None:
-            is_embedder = gives_states(config) or self.sees_both_ways(config)
-            return without_head(self.architecture) if is_embedder else self.architecture
-        own = self.architecture if self.variant is None else self.variant(config)
-        found = self.classifier(config)
-        return own if found is None else with_classifier(own, self.base, found)
-
     def check(self, config: PretrainedConfig) -> None:
         """Refuse another value.
 
