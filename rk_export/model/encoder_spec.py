@@ -114,3 +114,8 @@ class EncoderSpec:
     relative_buckets: int = 0
     final_norm: bool = False
     classifier: ClassifierSpec | None = None
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether any layer rotates queries and keys."""
+        return any(layer.rotary is not None for layer in self.layers)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from rk_export.model.context import context_of
+from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
+from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.preparable import has_rotated_head
 from rk_export.model.rotary import rotary_tables
@@ -87,10 +89,12 @@ def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     decided = {f"{matrix.torch_path}.weight" for matrix in description.matrices}
     decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head) if path}
     counts: dict[str, int] = {}
+    stored = description.canonical.state_dict().keys()
     for module_name, module in description.canonical.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, parameter in tensors:
             path = f"{module_name}.{name}"
-            if path in decided:
+            if path in decided or path not in stored:
                 continue
             # What the exported model lacks is left out, whole modules and rows of tables.
             exported = rename_tensors(architecture, {path: parameter.detach()}, tied=False)
@@ -107,23 +111,25 @@ def _kind(module: nn.Module, name: str) -> str:
         return "embeddings of positions"
     if isinstance(module, nn.Linear) and name == "weight":
         return "matrices around the layers"
+    if "activation" in type(module).__name__.lower():
+        return "activations"
     return "biases" if name.endswith("bias") else "routers"
 
 
-def _rotates(description: ModelDescription) -> bool:
-    layers = (description.encoder if description.architecture.is_encoder else description.decoder).layers
-    return any(layer.rotary is not None for layer in layers)
+def _spec(description: ModelDescription) -> DecoderSpec | EncoderSpec:
+    return description.encoder if description.architecture.is_encoder else description.decoder
 
 
 def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
     config = description.config
     architecture = description.architecture
-    if not _rotates(description):
+    if not _spec(description).is_rotated:
         return None
     positions = context_of(config, recipe.target.context_length)
     module = type(description.canonical.get_submodule(architecture.rotary))
-    tables = rotary_tables(config, module, positions).values()
+    used = {layer.rotary for layer in _spec(description).layers}
+    tables = rotary_tables(config, module, positions, used).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)
     return FixedPart(

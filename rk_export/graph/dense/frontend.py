@@ -83,23 +83,22 @@ def build_module(
     """
     architecture = description.architecture
     _check_dtype(ep, dtype)
+    # Specs refuse options by name, before the torch model is built.
+    spec = description.encoder if architecture.is_encoder else description.decoder
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
     dtypes = _IR_DTYPE[dtype]
     task: str | ModelTask
-    if architecture.is_encoder:
-        encoder = description.encoder
-        onnx_config, task = _encoder_config(encoder), EncoderTask()
-        rotates = any(layer.rotary for layer in encoder.layers)
-        tables = _tables(architecture, skeleton, positions) if rotates else {}
-        biases = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
-        module: nn.Module = Encoder(encoder, biases, tables, dtypes)
+    tables = _tables(spec, architecture, skeleton, positions)
+    if isinstance(spec, EncoderSpec):
+        onnx_config, task = _encoder_config(spec), EncoderTask()
+        biased = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
+        module: nn.Module = Encoder(spec, biased, tables, dtypes)
     else:
-        spec = description.decoder
         onnx_config, task = _decoder_config(spec), "text-generation"
-        rotates = any(layer.rotary for layer in spec.layers)
-        tables = _tables(architecture, skeleton, positions) if rotates else {}
-        module = Decoder(spec, onnx_config, _biases(shapes), tables, dtypes)
+        biases = _biases(shapes)
+        _check_head(spec, biases)
+        module = Decoder(spec, onnx_config, biases, tables, dtypes)
     _check_structure(module, shapes)
     onnx_config.dtype = dtypes
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -176,10 +175,16 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 
 
 def _tables(
-    architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
+    spec: DecoderSpec | EncoderSpec,
+    architecture: Architecture,
+    skeleton: PreTrainedModel,
+    positions: int | None,
 ) -> dict[str, RotaryTable]:
+    if not spec.is_rotated:
+        return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
+    module = type(skeleton.get_submodule(architecture.rotary))
+    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
 
 
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
@@ -214,6 +219,16 @@ def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
         mlp=has_bias("mlp.up_proj"),
         head=has_bias("lm_head"),
     )
+
+
+def _check_head(spec: DecoderSpec, biases: Biases) -> None:
+    """Refuse an output projection that shares its matrix and has a bias of its own: no known model has one."""
+    if spec.tied and biases.head:
+        raise UnsupportedModelError(
+            "tie_word_embeddings=True: an output projection with a bias is exported with a matrix of its own only",
+            where="config.json: tie_word_embeddings",
+            fix="store the output projection, and state false",
+        )
 
 
 def _encoder_config(spec: EncoderSpec) -> ArchitectureConfig:
