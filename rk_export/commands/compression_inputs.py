@@ -270,7 +270,7 @@ def _writer_findings(source: Source, device: torch.device) -> Iterator[Finding]:
     reason = ""
     if source.architecture.is_encoder:
         reason = UNIFORM
-        logger.warning("%s: %s; name one with --calibration-text", source.title, reason)
+        logger.warning("%s: %s; set calibration.text to a file of your own", source.title, reason)
     elif needs_other_writer(source, device):
         needed = size(dense_writer_bytes(source, device))
         reason = (

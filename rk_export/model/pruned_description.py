@@ -45,7 +45,7 @@ def check_decoder(description: ModelDescription) -> None:
         InputError: Says so.
     """
     if description.architecture.is_encoder:
-        raise _refusal("only decoders lose whole structures", "prune", "leave it out")
+        raise _refusal("an encoder loses no blocks, neurons or heads", "prune", "leave it out")
 
 
 def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
