@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
@@ -45,19 +45,26 @@ def _of_the_decoder(spec: DecoderSpec) -> list[Flag]:
 
 def _of_a_part(name: str, value: Any, plain: Any) -> list[Flag]:
     """Return the flags in a value that has fields of its own, such as what a mixture does besides choosing."""
-    if (type(value) is not type(plain) and plain is not None) or not hasattr(value, "__dataclass_fields__"):
+    if type(value) is not type(plain) and plain is not None:
         return []
-    found = []
+    return [Flag(f"{name}.{place}", _set_back({name: changed})) for place, changed in _changes(value, plain)]
+
+
+def _changes(value: Any, plain: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a value with one of its fields, or of those of its parts, set back; and the field's place in it."""
+    if not hasattr(value, "__dataclass_fields__"):
+        return
     for field in fields(value):
         current = getattr(value, field.name)
         other = _default(field) if plain is None else getattr(plain, field.name)
+        for place, changed in _changes(current, None):
+            yield f"{field.name}.{place}", replace(value, **{field.name: changed})
+        if hasattr(current, "__dataclass_fields__") and other is MISSING:
+            continue
         if other is MISSING:  # nothing is the plain one, so another must show
             other = not current if isinstance(current, bool) else current - 1
         if current != other:
-            found.append(
-                Flag(f"{name}.{field.name}", _set_back({name: replace(value, **{field.name: other})}))
-            )
-    return found
+            yield field.name, replace(value, **{field.name: other})
 
 
 def _of_the_layers(spec: DecoderSpec) -> list[Flag]:

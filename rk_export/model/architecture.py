@@ -50,6 +50,37 @@ class Projection:
     onnx_path: str
 
 
+def _nothing_shared(config: PretrainedConfig) -> RolePaths:
+    return ()
+
+
+@dataclass(frozen=True)
+class MixtureNames:
+    """Where a family keeps its mixtures of experts; torch paths relative to a layer in canonical form.
+
+    Args:
+        within: Whether the MLP of a layer, by its number, is a mixture.
+        experts: The list of experts.
+        count_field: Field of the config that counts them.
+        readers: What reads the mixture's input beside the matrices that may be rewritten: the router and the like.
+        shared: Matrices of the MLP that every token runs through beside its experts; none where there is no such MLP.
+    """
+
+    within: Callable[[PretrainedConfig, int], bool]
+    experts: str = "mlp.experts"
+    count_field: str = "num_local_experts"
+    readers: tuple[str, ...] = ("mlp.gate",)
+    shared: Callable[[PretrainedConfig], RolePaths] = _nothing_shared
+
+    def matrices(self, config: PretrainedConfig) -> RolePaths:
+        """Return the rewritable matrices of a mixture, experts first: gate, up and down of each."""
+        names, count = ("gate_proj", "up_proj", "down_proj"), int(getattr(config, self.count_field))
+        experts: RolePaths = tuple(
+            ("expert", f"{self.experts}.{number}.{name}") for number in range(count) for name in names
+        )
+        return experts + self.shared(config)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Names of one model family.
@@ -70,10 +101,11 @@ class Architecture:
         pretraining: Beginnings of the names that a pretraining head has in checkpoints; an encoder goes without.
         rotary: Torch path of the module that computes rotary frequencies.
         skipped_positions: Rows of the learned table of positions before that of position 0.
-        width_field: Field of the config that holds the width of a dense MLP.
+        width_field: Field of the config that holds the width of a dense MLP; empty where the hidden size sets it.
+        context_field: Field of the config that holds the longest sequence; `own_context` reads it.
         unit_offset: Its norms store their gain minus one.
         tuple_layers: Its layers return a tuple with the hidden states in front.
-        experts_in: Whether the MLP of a layer, by its number, is a mixture of experts; None = in no layer.
+        mixture: Names of its mixtures of experts; None = no layer has one.
         rewrite: Brings one layer into canonical form, in place.
     """
 
@@ -93,9 +125,10 @@ class Architecture:
     rotary: str = "model.rotary_emb"
     skipped_positions: int = 0
     width_field: str = "intermediate_size"
+    context_field: str = "max_position_embeddings"
     unit_offset: bool = False
     tuple_layers: bool = False
-    experts_in: Callable[[PretrainedConfig, int], bool] | None = None
+    mixture: MixtureNames | None = None
     rewrite: Callable[[nn.Module], None] | None = None
 
     @property
@@ -110,11 +143,12 @@ class Architecture:
 
     def has_experts(self, config: PretrainedConfig, layer_index: int) -> bool:
         """Return whether the MLP of layer ``layer_index`` is a mixture of experts."""
-        return self.experts_in is not None and self.experts_in(config, layer_index)
+        return self.mixture is not None and self.mixture.within(config, layer_index)
 
     def projections(self, config: PretrainedConfig, layer_index: int) -> tuple[Projection, ...]:
         """Return the rewritable matrices of layer ``layer_index``, in the order of the forward pass."""
-        mlp = _expert_paths(config) if self.has_experts(config, layer_index) else self.mlp
+        mixture = self.mixture if self.has_experts(config, layer_index) else None
+        mlp = self.mlp if mixture is None else mixture.matrices(config)
         return tuple(Projection(role, path, self.onnx_path(path)) for role, path in self.attention + mlp)
 
     def onnx_path(self, path: str) -> str:
@@ -132,10 +166,3 @@ class Architecture:
         """
         if self.rewrite is not None:
             self.rewrite(layer)
-
-
-def _expert_paths(config: PretrainedConfig) -> RolePaths:
-    names = ("gate_proj", "up_proj", "down_proj")
-    return tuple(
-        ("expert", f"mlp.experts.{i}.{name}") for i in range(config.num_local_experts) for name in names
-    )

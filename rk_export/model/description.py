@@ -15,8 +15,9 @@ from rk_export.matrix_id import MatrixId
 from rk_export.model.architecture import Architecture, HeadLayout, Projection
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.encoder_spec import EncoderSpec
-from rk_export.model.families.registry import architecture_of, decoder_spec, encoder_spec, heads_of
+from rk_export.model.families.registry import architecture_of, decoder_spec, encoder_spec, family_of, heads_of
 from rk_export.model.matrices import Matrix
+from rk_export.model.rotary import RotaryTable, rotary_tables
 from rk_export.model.torch_models import empty_model
 from rk_export.passes.base import Layer
 
@@ -89,6 +90,32 @@ class ModelDescription:
             UnsupportedModelError: The config turns on an option that the exported graph does not have.
         """
         return encoder_spec(self.config)
+
+    @property
+    def spec(self) -> DecoderSpec | EncoderSpec:
+        """What the model computes.
+
+        Raises:
+            UnsupportedModelError: As `decoder` and `encoder`.
+        """
+        return self.encoder if self.architecture.is_encoder else self.decoder
+
+    def rotary_tables(self, positions: int) -> dict[str, RotaryTable]:
+        """Return the rotary tables that the layers read, by name; none where nothing is rotated.
+
+        Args:
+            positions: Rows of a table, the longest sequence.
+
+        Raises:
+            UnsupportedModelError: The angles do not depend on the position alone.
+        """
+        if not self.spec.is_rotated:
+            return {}
+        if (tables := family_of(self.config).tables) is not None:
+            return tables(self.config, positions)
+        module = type(self.canonical.get_submodule(self.architecture.rotary))
+        used = {layer.rotary for layer in self.spec.layers}
+        return rotary_tables(self.config, module, positions, used)
 
     @property
     def outer_paths(self) -> tuple[str, ...]:

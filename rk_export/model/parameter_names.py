@@ -159,3 +159,15 @@ def _cuts_rows(converter: WeightConverter) -> bool:
         and len(operations) == 1
         and (isinstance(operations[0], Chunk) and operations[0].dim == 0)
     )
+
+
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return what transformers makes of a stored tensor's name before it joins tensors that are stored in parts."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    known, base = dict(model.state_dict()), str(model.base_model_prefix)
+
+    def renamed(stored: str) -> str:
+        name, _ = rename_source_key(stored, renamings, [], base, known)
+        return str(name)
+
+    return renamed

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rk_export.errors import UnsupportedModelError
+from rk_export.runtime.bundle_config import SHORT_FACTORS_ONLY
 
 # "dynamic" has its first frequencies up to max_position_embeddings; no bundle of it takes more positions.
 EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
@@ -69,6 +70,18 @@ class RotaryTable:
         return sum(2 * part.rows * len(part.frequencies) * float_bytes for part in self.parts)
 
 
+def rotary_parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """Return the rotary parameters by layer type, or under None where all layers have the same; empty for none.
+
+    What stands beside those by layer type is read by nothing.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) & given.keys())
+    if kinds:
+        return {kind: given[kind] for kind in kinds}
+    return {None: given} if given else {}
+
+
 def rotary_tables(
     config: PretrainedConfig, module_class: type[nn.Module], positions: int, used: Collection[str | None]
 ) -> dict[str, RotaryTable]:
@@ -88,9 +101,7 @@ def rotary_tables(
     """
     if not any(used):
         return {}
-    by_type: dict[str | None, dict[str, Any]] = {None: config.rope_parameters}  # None: one for all layers
-    if "rope_type" not in config.rope_parameters:
-        by_type = {name: config.rope_parameters[name] for name in sorted(set(config.layer_types))}
+    by_type = rotary_parameters(config)
     for parameters in by_type.values():
         _check_exact(parameters)
     module = module_class(config=config)
@@ -111,6 +122,8 @@ def _table(
     prefix = "" if layer_type is None else f"{layer_type}_"
     frequencies = cast(torch.Tensor, getattr(module, f"{prefix}inv_freq"))
     scale = cast(float, getattr(module, f"{prefix}attention_scaling"))
+    if config.model_type in SHORT_FACTORS_ONLY and parameters["rope_type"] != "default":
+        return RotaryTable((_part(frequencies, positions),), _stated_scale(parameters))
     if parameters["rope_type"] != "longrope":
         return RotaryTable((_part(frequencies, positions),), scale)
     switch = int(parameters["original_max_position_embeddings"])
@@ -121,6 +134,22 @@ def _table(
         config, None, seq_len=switch + 1, layer_type=layer_type
     )
     return RotaryTable((short, _part(long_frequencies, positions)), scale)
+
+
+def _stated_scale(parameters: dict[str, Any]) -> float:
+    """Return the scale that a family states where it keeps the frequencies of short sequences for long ones.
+
+    Raises:
+        UnsupportedModelError: Long sequences have another: one table has one scale.
+    """
+    short, long = parameters["short_mscale"], parameters["long_mscale"]
+    if short != long:
+        raise UnsupportedModelError(
+            f"short_mscale {short} and long_mscale {long}: one rotary table has one scale",
+            where="config.json: rope_parameters",
+            fix="use a model whose two scales are equal",
+        )
+    return float(short)
 
 
 def _part(frequencies: torch.Tensor, rows: int) -> RotaryPart:

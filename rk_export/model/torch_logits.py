@@ -17,7 +17,8 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
 
     It raises InputError for tokens without a row in the embedding, and for more of them than the model has positions.
     """
-    gate = TokenGate(model.config.vocab_size, own_context(model.config))
+    config = model.config.get_text_config(decoder=True)
+    gate = TokenGate(config.vocab_size, own_context(config))
 
     @torch.no_grad()
     def logits(ids: np.ndarray) -> Tensor:

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from rk_export.model.context import context_of
-from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
-from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.preparable import has_rotated_head
-from rk_export.model.rotary import rotary_tables
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.recipe import Recipe
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
@@ -116,20 +113,12 @@ def _kind(module: nn.Module, name: str) -> str:
     return "biases" if name.endswith("bias") else "routers"
 
 
-def _spec(description: ModelDescription) -> DecoderSpec | EncoderSpec:
-    return description.encoder if description.architecture.is_encoder else description.decoder
-
-
 def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
-    config = description.config
-    architecture = description.architecture
-    if not _spec(description).is_rotated:
+    positions = context_of(description.config, recipe.target.context_length)
+    tables = description.rotary_tables(positions).values()
+    if not tables:
         return None
-    positions = context_of(config, recipe.target.context_length)
-    module = type(description.canonical.get_submodule(architecture.rotary))
-    used = {layer.rotary for layer in _spec(description).layers}
-    tables = rotary_tables(config, module, positions, used).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)
     return FixedPart(

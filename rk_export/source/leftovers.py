@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.model.families.registry import family_of
+from rk_export.model.families.registry import FAMILIES
 from rk_export.model.outputs import classes_of
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.")
@@ -24,6 +24,7 @@ _QUANTIZED = re.compile(
     r"quant_map|quant_state\.\w+|SCB|weight_format)$"
 )
 _DECODER_HEADS = ("ForCausalLM", "LMHeadModel")
+_WRAPPER_HEADS = ("ForConditionalGeneration", "ForCausalLM", "ForVision2Seq", "ForVisionText2Text")
 _ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction")
 
 
@@ -33,20 +34,21 @@ def layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def check_kind(config: PretrainedConfig) -> None:
+def check_kind(config: PretrainedConfig, *, is_wrapper: bool = False) -> None:
     """Refuse a model whose output is not the next token's logits, an encoder's hidden states, or its classifier's.
 
     Args:
         config: Its `architectures` name the class that the model was saved as.
+        is_wrapper: Whether it is a model around the text model that is exported.
 
     Raises:
         InputError: If it has a head of another kind.
     """
-    classes, family = classes_of(config), family_of(config)
-    if family.classifier(config) is not None:
+    classes, family = classes_of(config), FAMILIES.get(config.model_type)
+    if family is not None and family.classifier(config) is not None:
         return
-    is_encoder = family.encoder is not None
-    heads = _ENCODER_HEADS if is_encoder else _DECODER_HEADS
+    is_encoder = family is not None and family.encoder is not None
+    heads = _ENCODER_HEADS if is_encoder else _WRAPPER_HEADS if is_wrapper else _DECODER_HEADS
     if not classes or any(any(head in name for head in heads) or is_backbone(name) for name in classes):
         return
     wanted = "hidden states, or classes of texts or tokens," if is_encoder else "logits of the next token"

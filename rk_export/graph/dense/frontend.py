@@ -24,11 +24,11 @@ from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.encoder_task import EncoderTask
 from rk_export.graph.dense.rotary import Late
 from rk_export.model.architecture import Architecture
+from rk_export.model.context import own_context
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
 Dtype = Literal["fp32", "fp16"]
@@ -84,12 +84,12 @@ def build_module(
     architecture = description.architecture
     _check_dtype(ep, dtype)
     # Specs refuse options by name, before the torch model is built.
-    spec = description.encoder if architecture.is_encoder else description.decoder
+    spec = description.spec
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
     dtypes = _IR_DTYPE[dtype]
     task: str | ModelTask
-    tables = _tables(spec, architecture, skeleton, positions)
+    tables = description.rotary_tables(positions or own_context(description.config))
     if isinstance(spec, EncoderSpec):
         onnx_config, task = _encoder_config(spec), EncoderTask()
         biased = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
@@ -174,22 +174,8 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
 
 
-def _tables(
-    spec: DecoderSpec | EncoderSpec,
-    architecture: Architecture,
-    skeleton: PreTrainedModel,
-    positions: int | None,
-) -> dict[str, RotaryTable]:
-    if not spec.is_rotated:
-        return {}
-    rows = positions or int(skeleton.config.max_position_embeddings)
-    module = type(skeleton.get_submodule(architecture.rotary))
-    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
-
-
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
-    """Return what mobius' task and its mixture of experts read."""
-    experts = spec.experts
+    """Return what mobius' task reads."""
     return ArchitectureConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -201,9 +187,6 @@ def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
         hidden_act=spec.activation,
         rms_norm_eps=spec.norm_epsilon,
         tie_word_embeddings=spec.tied,
-        num_local_experts=experts and experts.count,
-        num_experts_per_tok=experts and experts.per_token,
-        moe_intermediate_size=experts and experts.intermediate_size,
     )
 
 

@@ -14,6 +14,7 @@ from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.encoder_names import ClassifierNames, with_classifier, without_head
 from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.outputs import gives_states, head_of
+from rk_export.model.rotary import RotaryTable
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Refused:
     """A field of the config that is read for one value only.
 
     Args:
-        field: Its name.
+        field: Its name; with a dot, a field of a part of the config.
         unless: The value that is supported; a field that is absent, None or empty counts as False.
         reason: Why no other is.
     """
@@ -36,7 +37,9 @@ class Refused:
         Raises:
             UnsupportedModelError: Names the field and the value that is supported.
         """
-        value = getattr(config, self.field, None)
+        value: object = config
+        for name in self.field.split("."):
+            value = getattr(value, name, None)
         if (value or False) != self.unless:
             raise UnsupportedModelError(
                 f"{self.field}={value!r}: {self.reason}",
@@ -88,6 +91,8 @@ class Family:
         skipped_rows: Reads how many rows of the learned positions no token takes; None = each row has its token.
         variant: Gives the names for a config that lacks some modules; None = all configs have the same.
         both_ways: Field of a decoder's config that lets tokens see those behind them: the model is an encoder then.
+        tables: Makes the rotary tables by name, from the config and their rows; None where the family has a module
+            of transformers' common kind for them.
     """
 
     architecture: Architecture
@@ -101,6 +106,7 @@ class Family:
     skipped_rows: Callable[[PretrainedConfig], int] | None = None
     variant: Callable[[PretrainedConfig], Architecture] | None = None
     both_ways: str = ""
+    tables: Callable[[PretrainedConfig, int], dict[str, RotaryTable]] | None = None
 
     @property
     def model_type(self) -> str:
@@ -131,5 +137,11 @@ class Family:
         Raises:
             UnsupportedModelError: Names the option and the value that is supported.
         """
+        if self.decoder is not None and not getattr(config, "is_causal", True):
+            raise UnsupportedModelError(
+                "is_causal=False: transformers then lets every token see all others, the exported attention is causal",
+                where="config.json: is_causal",
+                fix="use a model without it",
+            )
         for option in self.refused:
             option.check(config)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import POSITIONS, Architecture
-from rk_export.model.config_fields import activation_of, exact_activation, plain_heads
+from rk_export.model.config_fields import activation_of, plain_heads
 from rk_export.model.encoder_names import EMBEDDING_NORM, PROJECTION, RELATIVE, TYPES, ClassifierNames
 from rk_export.model.encoder_spec import ON_SUM, EncoderLayerSpec, EncoderSpec, LearnedPositions
 from rk_export.model.families.base import Family, Refused
@@ -179,7 +179,7 @@ def _distilbert(config: PretrainedConfig) -> EncoderSpec:
     return bert_spec(
         config,
         intermediate_size=int(config.hidden_dim),
-        activation=exact_activation(config, "activation"),
+        activation=activation_of(config, ("activation",)),
         norm_epsilon=_DISTILBERT_EPSILON,
         token_types=0,
     )

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import activation_of, exact_activation, plain_heads, rotary_table
+from rk_export.model.config_fields import activation_of, plain_heads, rotary_table
 from rk_export.model.decoder_spec import PRE_NORM
 from rk_export.model.encoder_names import EMBEDDING_NORM, ClassifierNames
 from rk_export.model.encoder_spec import EncoderLayerSpec, EncoderSpec
@@ -86,7 +86,7 @@ def _classifier(config: PretrainedConfig) -> ClassifierNames:
     return ClassifierNames(
         dense="head.dense",
         norm="head.norm",
-        activation=exact_activation(config, "classifier_activation"),
+        activation=activation_of(config, ("classifier_activation",)),
         pooling="mean" if config.classifier_pooling == "mean" else "first",
     )
 
