@@ -101,8 +101,10 @@ class Architecture:
         unused: Torch paths of modules that the exported model does not have.
         rotary: Torch path of the module that computes rotary frequencies.
         skipped_positions: Rows of the learned table of positions before that of position 0.
-        width_field: Field of the config that holds the width of a dense MLP.
+        width_field: Field of the config that holds the width of a dense MLP; empty where the hidden size sets it.
+        context_field: Field of the config that holds the longest sequence; `own_context` reads it.
         unit_offset: Its norms store their gain minus one.
+        tuple_layers: Its layers return a tuple with the hidden states in front.
         mixture: Names of its mixtures of experts; None = no layer has one.
         rewrite: Brings one layer into canonical form, in place.
     """
@@ -123,7 +125,9 @@ class Architecture:
     rotary: str = "model.rotary_emb"
     skipped_positions: int = 0
     width_field: str = "intermediate_size"
+    context_field: str = "max_position_embeddings"
     unit_offset: bool = False
+    tuple_layers: bool = False
     mixture: MixtureNames | None = None
     rewrite: Callable[[nn.Module], None] | None = None
 

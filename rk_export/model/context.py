@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
+from rk_export.model.families.registry import FAMILIES, architecture_of
+from rk_export.model.rotary import rotary_parameters
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
 OPTION = "target.context_length"
 # Positions become float32 in the rotary tables, which holds no larger whole number exactly.
 MOST_POSITIONS = 2**24
+# Of a model whose config states none, as that of BLOOM, which was trained on as many.
+_UNSTATED = 2048
 # Scalings that name the length that they were made for: factor times the original length.
 _MADE_FOR_A_LENGTH = ("yarn", "longrope")
 # Dynamic NTK: the frequencies of a text beyond max_position_embeddings depend on how long it is.
@@ -23,8 +25,11 @@ _CHANGES_BEYOND = "dynamic"
 
 
 def own_context(config: PretrainedConfig) -> int:
-    """Return the context that a model states."""
-    return int(config.max_position_embeddings)
+    """Return the context that a model states, in tokens."""
+    # The text of a model that reads images has a type of its own, which is no family's.
+    family = FAMILIES.get(config.model_type)
+    field = "max_position_embeddings" if family is None else family.architecture.context_field
+    return int(getattr(config, field, None) or _UNSTATED)
 
 
 def context_of(config: PretrainedConfig, wanted: int | None) -> int:
@@ -40,7 +45,7 @@ def check_context(description: ModelDescription, wanted: int | None) -> None:
     """
     longest, reason = _longest(description)
     context = context_of(description.config, wanted)
-    where = "config.json: max_position_embeddings" if wanted is None else OPTION
+    where = f"config.json: {description.architecture.context_field}" if wanted is None else OPTION
     if context < PROMPT_LENGTH:
         raise InputError(
             f"a context of {context} tokens is too short: parity is measured on prompts of {PROMPT_LENGTH}",
@@ -78,11 +83,11 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
     if wanted is None:
         return config
     stated = copy.deepcopy(config)
-    for parameters in _scalings(stated):
+    for parameters in rotary_parameters(stated).values():
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
             # transformers derives it from the length that is about to change, and attention's scale from it.
             parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
-    stated.max_position_embeddings = wanted
+    setattr(stated, architecture_of(config).context_field, wanted)
     return stated
 
 
@@ -92,7 +97,7 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     own = own_context(config)
     if description.architecture.is_encoder or description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
-    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in _scalings(config)):
+    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in rotary_parameters(config).values()):
         return own, "its rotary scaling rotates longer texts by angles that depend on their length"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"
@@ -102,18 +107,9 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
 def _allowed_by_scaling(config: PretrainedConfig) -> int | None:
     """Return the length that rotary scalings were made for, or None where none names one."""
     own, lengths = own_context(config), []
-    for parameters in _scalings(config):
+    for parameters in rotary_parameters(config).values():
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH:
             original = parameters["original_max_position_embeddings"]
             factor = parameters.get("factor") or own / original
             lengths.append(max(own, int(factor * original)))
     return min(lengths, default=None)
-
-
-def _scalings(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters of each kind of layer."""
-    given = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in given:
-        yield given
-        return
-    yield from (parameters for parameters in given.values() if isinstance(parameters, dict))

@@ -85,6 +85,7 @@ class DecoderSpec:
         clip: Bound of queries, keys and values; 0 = none.
         query_growth: Factor on the queries by their position.
         alibi_slopes: Slope of each head: the score falls by it with each token of distance; empty = none.
+        alibi_skips_holes: Distances count the tokens that the mask of a prompt shows, instead of its columns.
         attention_softcap: ``cap * tanh(score / cap)``; 0 = none.
         learned_positions: Rows of a learned table of positions; 0 = none.
         embedding_scale: Factor on the token embedding.
@@ -115,6 +116,7 @@ class DecoderSpec:
     clip: float = 0.0
     query_growth: QueryGrowth | None = None
     alibi_slopes: tuple[float, ...] = ()
+    alibi_skips_holes: bool = False
     attention_softcap: float = 0.0
     learned_positions: int = 0
     embedding_scale: float = 1.0

@@ -72,6 +72,12 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             "prune.ffn_keep",
             "drop it",
         )
+    if not architecture.width_field:
+        raise _refusal(
+            "the family ties the number of neurons to the width of the hidden states",
+            "prune.ffn_keep",
+            "drop it",
+        )
     present = description.decoder.intermediate_size
     if width >= present:
         raise _refusal(
@@ -104,17 +110,18 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
             "prune.kv_heads_keep",
             "drop it",
         )
+    if isinstance(getattr(type(pruned), "head_dim", None), property):
+        raise _tied_heads()
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
     single = replace(description, config=_single_block(pruned))
-    rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
-    wanted = (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim)
+    shapes = {matrix.role: matrix.shape for matrix in single.matrices}
+    width = pruned.num_attention_heads * heads.head_dim
+    fits = (shapes["q"][0], shapes["k"][0], shapes["o"][1]) == (width, kept * heads.head_dim, width)
     by_head = description.decoder.query_key_norm == "head"
-    if (rows["q"], rows["k"]) != wanted or (by_head and _gains(single) != _gains(description)):
-        raise _refusal(
-            "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
-        )
+    if not fits or (by_head and _gains(single) != _gains(description)):
+        raise _tied_heads()
 
 
 def _gains(description: ModelDescription) -> list[tuple[int, ...]]:
@@ -143,6 +150,12 @@ def _check_kinds(left: ModelDescription, description: ModelDescription, pruning:
             "prune.blocks",
             "drop it",
         )
+
+
+def _tied_heads() -> InputError:
+    return _refusal(
+        "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
+    )
 
 
 def _refusal(what: str, where: str, fix: str) -> InputError:

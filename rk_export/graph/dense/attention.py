@@ -22,7 +22,7 @@ from rk_export.passes.graph.nodes import MICROSOFT
 
 ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
 KeyValue = tuple[ir.Value, ir.Value]
-# The operator rotates only multiples of this many coordinates of a head.
+# The operator rotates only multiples of this many coordinates, in heads that are as many wide or a multiple.
 ROTATED_MULTIPLE = 16
 
 
@@ -44,7 +44,7 @@ class Shared(NamedTuple):
         tables: Name of a rotary table -> cosines, sines, each (positions, rotated width / 2).
         positions: (batch, length) int64, the position of each token in its row; None where no layer reads it.
         query_factor: (batch, length, 1), factor on the queries; None for 1.
-        distance_bias: (1, heads, length, keys), added to the scores; None for nothing.
+        distance_bias: (batch, heads, length, keys), added to the scores; None for nothing.
     """
 
     last_key: ir.Value
@@ -58,9 +58,10 @@ class Shared(NamedTuple):
 def rotates_apart(spec: DecoderSpec, table: RotaryTable) -> bool:
     """Whether queries and keys are rotated by an operator of its own in front of attention.
 
-    A norm stands behind the rotation, or GroupQueryAttention does not take the rotated width.
+    A norm stands behind the rotation, or GroupQueryAttention does not take the width.
     """
-    return spec.norm_after_rotation or table.width % ROTATED_MULTIPLE != 0
+    widths = (table.width, spec.heads.head_dim)
+    return spec.norm_after_rotation or any(width % ROTATED_MULTIPLE for width in widths)
 
 
 class Attention(ExportModule):

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 from mobius import ArchitectureConfig
 from mobius.components import Embedding, Linear
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.alibi import distance_bias
 from rk_export.graph.dense.attention import Attention, Biases, KeyValue, Shared, rotates_apart
 from rk_export.graph.dense.mixture import Mixture
 from rk_export.graph.dense.mlp import Mlp
@@ -101,7 +101,8 @@ class _DecoderBody(ExportModule):
     @property
     def reads_positions(self) -> bool:
         """Whether anything here depends on the position of a token in its row, rotation inside attention aside."""
-        return bool(self._spec.learned_positions or self._spec.query_growth or self._rotates_apart)
+        spec = self._spec
+        return bool(spec.learned_positions or spec.query_growth or spec.alibi_slopes or self._rotates_apart)
 
     def emits(self) -> Counter[Pattern]:
         return Counter({SKIP_NORM: int(self._spec.norm in JOINED_WITH_SUM)})
@@ -119,26 +120,27 @@ class _DecoderBody(ExportModule):
             hidden = op.Add(hidden, self.embed_positions(op, position_ids))
         if self.embed_norm is not None:
             hidden = self.embed_norm(op, hidden)
-        shared = self._shared(op, input_ids, attention_mask, position_ids)
+        shared = self._shared(op, attention_mask, position_ids)
         present = []
         for layer, past in zip(self.layers, past_key_values, strict=True):
             hidden, layer_present = layer(op, hidden, shared, past)
             present.append(layer_present)
         return self.norm(op, hidden), present
 
-    def _shared(
-        self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, position_ids: ir.Value
-    ) -> Shared:
+    def _shared(self, op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value) -> Shared:
         last_key = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=0), op.Constant(value_int=1))
         key_count = op.Gather(op.Shape(attention_mask), op.Constant(value_int=1))
-        growth, slopes = self._spec.query_growth, self._spec.alibi_slopes
+        growth = self._spec.query_growth
+        bias = None
+        if self._spec.alibi_slopes:
+            bias = distance_bias(op, self._spec, attention_mask, position_ids, self._dtype)
         return Shared(
             last_key=op.Cast(last_key, to=ir.DataType.INT32),
             key_count=op.Cast(key_count, to=ir.DataType.INT32),
             tables={name: rotary(op, key_count) for name, rotary in self.rotary.items()},
             positions=position_ids if self._rotates_apart else None,
             query_factor=None if growth is None else _query_factor(op, growth, position_ids, self._dtype),
-            distance_bias=_distance_bias(op, slopes, input_ids, key_count, self._dtype) if slopes else None,
+            distance_bias=bias,
         )
 
 
@@ -149,24 +151,6 @@ def _query_factor(op: OpBuilder, growth: QueryGrowth, positions: ir.Value, dtype
     grown = op.Add(op.Mul(op.Log(op.Add(blocks, one)), op.Constant(value_float=growth.beta)), one)
     factor: ir.Value = op.Unsqueeze(op.Cast(grown, to=dtype), [2])
     return factor
-
-
-def _distance_bias(
-    op: OpBuilder, slopes: Sequence[float], input_ids: ir.Value, key_count: ir.Value, dtype: ir.DataType
-) -> ir.Value:
-    """Return ``slope * key`` for each head (ALiBi, arXiv 2108.12409), (1, heads, length, keys).
-
-    The softmax takes away what is the same for all keys, so the position of the query is not needed.
-    """
-    keys = op.Cast(
-        op.Range(op.Constant(value_int=0), key_count, op.Constant(value_int=1)), to=ir.DataType.FLOAT
-    )
-    by_head = op.Constant(value=ir.tensor(np.array(slopes, np.float32).reshape(1, -1, 1, 1)))
-    length = op.Gather(op.Shape(input_ids), op.Constant(value_ints=[1]), axis=0)
-    one, heads = op.Constant(value_ints=[1]), op.Constant(value_ints=[len(slopes)])
-    shape = op.Concat(one, heads, length, op.Reshape(key_count, [1]), axis=0)
-    bias: ir.Value = op.Expand(op.Cast(op.Mul(by_head, keys), to=dtype), shape)
-    return bias
 
 
 class _Layer(ExportModule):

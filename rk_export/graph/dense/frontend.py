@@ -24,11 +24,11 @@ from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import activation_of
+from rk_export.model.context import own_context
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.families.registry import family_of
-from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
 Dtype = Literal["fp32", "fp16"]
@@ -92,7 +92,7 @@ def build_module(
         module: nn.Module = Encoder(onnx_config)
     else:
         onnx_config, task = _decoder_config(spec), "text-generation"
-        biases, tables = _biases(shapes), _tables(spec, architecture, skeleton, positions)
+        biases, tables = _biases(shapes), description.rotary_tables(positions or own_context(config))
         _check_head(spec, biases)
         module = Decoder(spec, onnx_config, biases, tables, _IR_DTYPE[dtype])
     _check_structure(module, shapes)
@@ -167,16 +167,6 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
             fix="use a model of the family without that option",
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
-
-
-def _tables(
-    spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
-) -> dict[str, RotaryTable]:
-    if not spec.is_rotated:
-        return {}
-    rows = positions or int(skeleton.config.max_position_embeddings)
-    module = type(skeleton.get_submodule(architecture.rotary))
-    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
 
 
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
