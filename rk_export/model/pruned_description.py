@@ -14,7 +14,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.plan import Pruning
 
 # Fields with a value for every block.
-PER_BLOCK = ("layer_types", "no_rope_layers")
+PER_BLOCK = ("layer_types", "no_rope_layers", "attention_layers")
 
 
 def pruned_description(description: ModelDescription, pruning: Pruning) -> ModelDescription:
@@ -55,6 +55,10 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == count:
             setattr(pruned, name, [values[block] for block in blocks])
+    if hasattr(
+        config, "attention_types"
+    ):  # GPT-Neo derives the kinds of its blocks from this when it is loaded
+        pruned.attention_types = [[[kind], 1] for kind in pruned.attention_layers]
 
 
 def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
