@@ -15,6 +15,7 @@ from onnxscript import nn as onn
 
 from rk_export.graph.dense.attention import Attention
 from rk_export.graph.dense.decoder import Decoder
+from rk_export.graph.dense.encoder import Encoder, EncoderAttention
 from rk_export.graph.dense.frontend import OnnxModule
 from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.experts import GroupedExperts
@@ -71,6 +72,8 @@ def graph_passes(rewritten: Rewritten, module: OnnxModule) -> list[ir.passes.InP
     products = _products(rewritten, module)
     groups = packs(products)
     passes: list[ir.passes.InPlacePass] = [PackedProjections(len(groups))]
+    if isinstance(module.module, Encoder):
+        passes.append(PackedAttention(_attention_packs(module.module, groups)))
     if isinstance(module.module, Decoder):
         layers = sum(isinstance(child, Attention) for child in module.module.modules())
         passes += [
@@ -131,9 +134,10 @@ def _input_of(item: Projection, *, shares_norm: bool) -> str:
     return item.path
 
 
-def _attention_packs(decoder: Decoder, groups: Sequence[Sequence[Product]]) -> int:
+def _attention_packs(root: Decoder | Encoder, groups: Sequence[Sequence[Product]]) -> int:
     """Return how many packs attention takes as they are: q, k and v, with nothing between them and the operator."""
-    attentions = [child for child in decoder.modules() if isinstance(child, Attention)]
+    kinds = Attention | EncoderAttention
+    attentions = [child for child in root.modules() if isinstance(child, kinds)]
     taking = tuple(f"layers.{index}." for index, child in enumerate(attentions) if child.takes_products)
     return sum(
         roles_of(group) == ATTENTION_ROLES

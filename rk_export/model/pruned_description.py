@@ -45,7 +45,7 @@ def check_decoder(description: ModelDescription) -> None:
         InputError: Says so.
     """
     if description.architecture.is_encoder:
-        raise _refusal("only decoders lose whole structures", "prune", "leave it out")
+        raise _refusal("an encoder loses no blocks, neurons or heads", "prune", "leave it out")
 
 
 def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
@@ -88,6 +88,11 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             f"{width} neurons are not fewer than {present}", "prune.ffn_keep", "give a smaller share"
         )
     setattr(pruned, architecture.width_field, width)
+    single = replace(description, config=_single_block(pruned))
+    if any(matrix.shape[1] != width for matrix in single.matrices if matrix.role == "down"):
+        raise _refusal(
+            "the family ties the number of neurons to the hidden size", "prune.ffn_keep", "drop it"
+        )
 
 
 def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -> None:

@@ -21,6 +21,7 @@ from rk_export.planning.planner import check_sites
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.empty_layers import empty_layer, empty_tables
 from rk_export.runtime.bundle_files import read_json
+from rk_export.source.sentence_head import copy_sentence_files
 from rk_export.source.stored import read_config
 from rk_export.source.tokenizer_files import copy_tokenizer
 from rk_export.source.weight_files import open_tensors
@@ -49,6 +50,7 @@ def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path,
         config = rewritten.model.config.to_dict()
         config[SECTION] = {"version": CHECKPOINT_VERSION, "plan": rewritten.plan.to_json()}
         copy_tokenizer(tokenizer_from, partial)
+        copy_sentence_files(tokenizer_from, partial)
         if (tokenizer_from / GENERATION_FILE).is_file():  # it may name other ends than the config
             copy_inside(tokenizer_from, GENERATION_FILE, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

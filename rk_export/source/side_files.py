@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from rk_export.errors import InputError
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.special_tokens import SpecialTokens
+from rk_export.source.sentence_head import copy_sentence_files
 from rk_export.source.tokenizer_files import copy_tokenizer
 
 
@@ -47,6 +48,7 @@ def write_own_files(
     """Write the files of `write_side_files` with the ends as the model itself names them in each."""
     write_model_config(folder, config)
     copy_tokenizer(source, folder)
+    copy_sentence_files(source, folder)
     generation = _generation_config(generation_from or source, config)
     generation.save_pretrained(folder)
     return generation

@@ -13,6 +13,7 @@ from rk_export.model.canonical import Experts, split_experts, split_linear
 from rk_export.model.config_fields import every_window, layer_specs, llama_spec, window_by_type
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.expert_spec import (
+    SPARSE_MIXER_EXPERTS,
     CorrectedRouting,
     ExpertSpec,
     Routing,
@@ -22,8 +23,6 @@ from rk_export.model.expert_spec import (
 )
 from rk_export.model.families.base import Family
 
-# PhiMoE's router chooses two experts whatever its config says.
-SPARSE_MIXER_EXPERTS = 2
 _SHARED_EXPERT = "mlp.shared_expert"
 
 
@@ -138,7 +137,7 @@ def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
 def _phimoe(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(
         config,
-        layers=layer_specs(config, has_experts=_in_every_layer),
+        layers=layer_specs(config, window=every_window, has_experts=_in_every_layer),
         norm="layer",
         experts=experts_of(
             config.num_local_experts,

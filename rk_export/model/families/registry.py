@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
+from rk_export.model.decoder_as_encoder import as_encoder
 from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.families import (
     bert,
     bitnet,
@@ -26,17 +30,20 @@ from rk_export.model.families import (
     llama,
     ministral3,
     mixtures,
+    modernbert,
     mpt,
     nemotron,
     olmo,
     opt,
     phi,
     phi3,
+    rotary_encoders,
     stablelm,
     starcoder2,
     ungated,
 )
 from rk_export.model.families.base import Family
+from rk_export.model.outputs import head_of
 
 _KINS = (
     *(
@@ -57,7 +64,7 @@ _KINS = (
     ),
     *(mixtures, starcoder2, gpt2, opt),
     *(gpt_neo, gpt_bigcode, gpt_neox, stablelm, gptj, falcon, bloom, mpt),
-    bert,
+    *(bert, modernbert, rotary_encoders),
 )
 # Widths of heads that GroupQueryAttention takes are multiples of it.
 HEAD_MULTIPLE = 8
@@ -81,12 +88,12 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return the names of a config's family.
+    """Return the names of a config's family, in the class that the model is built as.
 
     Raises:
         UnsupportedModelError: The family is unknown.
     """
-    return family_of(config).architecture
+    return family_of(config).names(config)
 
 
 def heads_of(config: PretrainedConfig) -> HeadLayout:
@@ -112,6 +119,28 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     _check_heads(family.heads(config), config)
     spec = family.decoder(config)
     _check_widths(spec, family.architecture.width_field)
+    return spec
+
+
+def encoder_spec(config: PretrainedConfig) -> EncoderSpec:
+    """Read the spec of an encoder, or of a decoder that gives its hidden states.
+
+    Raises:
+        UnsupportedModelError: The family is unknown, or the config turns on an option that the exported graph does not
+            have.
+    """
+    family = family_of(config)
+    family.check(config)
+    if family.encoder is not None:
+        spec = family.encoder(config)
+        if (found := family.classifier(config)) is not None:
+            by_token = head_of(config) == "tokens"
+            spec = replace(spec, classifier=found.spec(int(config.num_labels), by_token=by_token))
+    elif family.decoder is not None:
+        spec = as_encoder(family.decoder(config), causal=not family.sees_both_ways(config))
+    else:
+        raise TypeError(f"{family.model_type} computes nothing")
+    _check_heads(spec.heads, config)
     return spec
 
 
