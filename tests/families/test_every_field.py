@@ -142,10 +142,10 @@ def _reading(description: ModelDescription) -> Any:
     """Return what a graph is built from, in a form that can be compared."""
     module = build_module(description, ep="cpu", dtype="fp32")
     shapes = {name: tuple(parameter.shape) for name, parameter in module.module.named_parameters()}
-    decoder = None if description.architecture.is_encoder else description.decoder
+    spec = description.encoder if description.architecture.is_encoder else description.decoder
     late = {
         parameter.name: parameter.late.numpy().tobytes()
         for parameter in module.module.parameters()
         if hasattr(parameter, "late")
     }
-    return shapes, decoder, late, str(module.config)
+    return shapes, spec, late, str(module.config)
