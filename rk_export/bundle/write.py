@@ -23,7 +23,7 @@ from rk_export.json_codec import to_json
 from rk_export.manifest import library_versions, write_manifest
 from rk_export.memory import give_back
 from rk_export.model.context import context_notices, context_of, with_context
-from rk_export.model.sentence_modules import gives_states
+from rk_export.model.sentence_modules import takes_modules
 from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden
@@ -171,7 +171,7 @@ def sentence_head(rewritten: Rewritten, folder: Path) -> SentenceHead | None:
         rewritten: The model.
         folder: Where its files lie.
     """
-    if not gives_states(rewritten.description):
+    if not takes_modules(rewritten.description):
         return None
     return read_sentence_head(folder, rewritten.model.config)
 
