@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from rk_export.bundle.encoder_card import Kind
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
@@ -41,6 +42,7 @@ from rk_export.rewrite.sizes import size_summary
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
+from rk_export.runtime.sentence_files import MODULES_FILE
 from rk_export.runtime.text import TextCodec
 from rk_export.source.protocol import Source
 from rk_export.source.sentence_head import SentenceHead, read_sentence_head
@@ -283,6 +285,7 @@ def _write_report(
         summary=_summary(options),
         results=_results(report),
         ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
+        encoder=_kind(folder, rewritten) if rewritten.architecture.is_encoder else None,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
@@ -294,6 +297,14 @@ def _write_report(
         "golden": to_json(golden),
     }
     write_manifest(folder, info)
+
+
+def _kind(folder: Path, rewritten: Rewritten) -> Kind:
+    """Return what an encoder's graph gives."""
+    classifier = rewritten.description.encoder.classifier
+    if classifier is not None:
+        return "tokens" if classifier.by_token else "texts"
+    return "vectors" if (folder / MODULES_FILE).is_file() else "states"
 
 
 def _summary(recipe: Recipe) -> str:

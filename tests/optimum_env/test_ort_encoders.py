@@ -56,7 +56,7 @@ def _close(found: Any, expected: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_hidden_states_pool_to_our_vectors(family: str) -> None:
-    """bert pools the mean and roberta the first token; both scale to length 1."""
+    """Bert pools the mean and roberta the first token; both scale to length 1."""
     expected = _expected(family)
     model, tokenizer = _opened(ORTModelForFeatureExtraction, family, "floats")
     inputs = tokenizer(expected["texts"], padding=True, truncation=True, max_length=16, return_tensors="pt")
