@@ -18,6 +18,7 @@ from rk_export.errors import RkExportError
 from rk_export.graph.dense.frontend import build_module, check_supported
 from rk_export.model.context import own_context
 from rk_export.model.description import ModelDescription, describe
+from rk_export.model.families.registry import architecture_of
 from rk_export.source.stored import open_source, read_config
 
 LENGTH = 24
@@ -51,6 +52,8 @@ class Walk:
         """
         try:
             config = self._config({**self.stated, change.field: change.value})
+            if not _is_same_kind(config, self.is_encoder):
+                return FAILED, "it is a model of another kind, which another entry tests"
             model = random_model(self.name, config)
             expected = logits(model, self.ids)
         except (
@@ -94,6 +97,11 @@ def _given(name: str) -> dict[str, Any]:
     return family_of(name).config_fields(name.partition(":")[2])
 
 
+def _is_same_kind(config: Any, is_encoder: bool) -> bool:
+    """Whether a config is that of an encoder as before: some fields make one of a decoder."""
+    return architecture_of(config).is_encoder == is_encoder
+
+
 def _named(names: set[str], error: RkExportError) -> str:
     text = " ".join(str(part) for part in (error.what, error.where, error.fix) if part)
     assert any(name in text for name in names), f"refused without naming the field: {text}"
@@ -108,10 +116,10 @@ def _reading(description: ModelDescription) -> Any:
     """Return what a graph is built from, in a form that can be compared."""
     module = build_module(description, ep="cpu", dtype="fp32")
     shapes = {name: tuple(parameter.shape) for name, parameter in module.module.named_parameters()}
-    decoder = None if description.architecture.is_encoder else description.decoder
+    spec = description.spec
     late = {
         parameter.name: parameter.late.numpy().tobytes()
         for parameter in module.module.parameters()
         if hasattr(parameter, "late")
     }
-    return shapes, decoder, late, str(module.config)
+    return shapes, spec, late, str(module.config)

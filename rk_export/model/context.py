@@ -25,11 +25,16 @@ _CHANGES_BEYOND = "dynamic"
 
 
 def own_context(config: PretrainedConfig) -> int:
-    """Return the context that a model states, in tokens."""
+    """Return the context that a model states, in tokens; rows of learned positions that no token takes left out."""
     # The text of a model that reads images has a type of its own, which is no family's.
     family = FAMILIES.get(config.model_type)
     field = "max_position_embeddings" if family is None else family.architecture.context_field
-    return int(getattr(config, field, None) or _UNSTATED)
+    return int(getattr(config, field, None) or _UNSTATED) - _skipped(config)
+
+
+def _skipped(config: PretrainedConfig) -> int:
+    family = FAMILIES.get(config.model_type)
+    return 0 if family is None or family.skipped_rows is None else family.skipped_rows(config)
 
 
 def context_of(config: PretrainedConfig, wanted: int | None) -> int:
@@ -87,7 +92,7 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
             # transformers derives it from the length that is about to change, and attention's scale from it.
             parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
-    setattr(stated, architecture_of(config).context_field, wanted)
+    setattr(stated, architecture_of(config).context_field, wanted + _skipped(config))
     return stated
 
 
@@ -95,7 +100,7 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     """Return the longest context that a model can take, and why."""
     config = description.config
     own = own_context(config)
-    if description.architecture.is_encoder or description.architecture.has_learned_positions:
+    if description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
     if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in rotary_parameters(config).values()):
         return own, "its rotary scaling rotates longer texts by angles that depend on their length"

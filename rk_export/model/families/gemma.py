@@ -65,5 +65,5 @@ FAMILIES = (
     Family(Architecture("gemma", unit_offset=True), _gemma, _CAUSAL),
     Family(Architecture("gemma2", unit_offset=True), _gemma2, _CAUSAL),
     Family(Architecture("vaultgemma", unit_offset=True), _vaultgemma),
-    Family(Architecture("gemma3_text", unit_offset=True), _gemma3, _CAUSAL),
+    Family(Architecture("gemma3_text", unit_offset=True), _gemma3, both_ways="use_bidirectional_attention"),
 )
