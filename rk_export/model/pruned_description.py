@@ -14,7 +14,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.plan import Pruning
 
 # Fields with a value for every block.
-PER_BLOCK = ("layer_types", "no_rope_layers")
+PER_BLOCK = ("layer_types", "no_rope_layers", "attention_layers")
 
 
 def pruned_description(description: ModelDescription, pruning: Pruning) -> ModelDescription:
@@ -55,6 +55,10 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == count:
             setattr(pruned, name, [values[block] for block in blocks])
+    if hasattr(
+        config, "attention_types"
+    ):  # GPT-Neo derives the kinds of its blocks from this when it is loaded
+        pruned.attention_types = [[[kind], 1] for kind in pruned.attention_layers]
 
 
 def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
@@ -84,6 +88,11 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             f"{width} neurons are not fewer than {present}", "prune.ffn_keep", "give a smaller share"
         )
     setattr(pruned, architecture.width_field, width)
+    single = replace(description, config=_single_block(pruned))
+    if any(matrix.shape[1] != width for matrix in single.matrices if matrix.role == "down"):
+        raise _refusal(
+            "the family ties the number of neurons to the hidden size", "prune.ffn_keep", "drop it"
+        )
 
 
 def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -> None:

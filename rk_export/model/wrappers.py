@@ -97,11 +97,12 @@ def _take_outer_fields(text: PretrainedConfig, config: PretrainedConfig) -> None
     for name in _TOKENS:
         value = getattr(config, name, None)
         if value is not None and (name in stated or getattr(text, name, None) is None):
-            setattr(text, name, copy.deepcopy(value))
+            setattr(text, name, list(value) if isinstance(value, tuple) else value)
     for name in _OF_THE_FILES:
         if getattr(config, name, None) is not None:
             setattr(text, name, copy.deepcopy(getattr(config, name)))
-    if isinstance(text.pad_token_id, int) and text.pad_token_id >= text.vocab_size:
+    pad = getattr(text, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= text.vocab_size:
         text.pad_token_id = None  # the default of a class; the embedding has no such row
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from rk_export import Run, export
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.families.registry import FAMILIES
-from rk_export.model.unknown_families import SAME, TakenAs, taken_as
+from rk_export.model.unknown_families import SAME, TakenAs, decoders, patterns_of, taken_as
 from rk_export.parity.oracle import transformers_logits
 from rk_export.report.records import Report
 from rk_export.source.stored import open_source
@@ -123,6 +123,11 @@ def test_a_family_with_other_tensors_is_refused_with_what_differs(monkeypatch: p
     monkeypatch.delitem(FAMILIES, "gpt2")
     with pytest.raises(UnsupportedModelError, match=r"no family has tensors like transformer\.h\.0"):
         taken_as(tiny_config("gpt2"))
+
+
+def test_names_of_every_family_are_known() -> None:
+    """What no family has can only be said where all of them are looked at."""
+    assert [model_type for model_type in decoders() if not patterns_of(model_type)] == []
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ FAMILIES = (
     TinyFamily(
         "phimoe",
         fields={**_EXPERTS, "attention_bias": True, "router_jitter_noise": 0.2, "lm_head_bias": True},
-        variants={"long": {"rope_parameters": _LONG_ROPE}},
+        variants={"long": {"rope_parameters": _LONG_ROPE, "sliding_window": 6}},
         known=("Phi-3.5-MoE", "Phi-mini-MoE"),
     ),
     TinyFamily(

@@ -137,7 +137,7 @@ def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
 def _phimoe(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(
         config,
-        layers=layer_specs(config, has_experts=_in_every_layer),
+        layers=layer_specs(config, window=every_window, has_experts=_in_every_layer),
         norm="layer",
         experts=experts_of(
             config.num_local_experts,

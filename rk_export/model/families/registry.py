@@ -21,6 +21,8 @@ from rk_export.model.families import (
     gemma,
     glm,
     gpt2,
+    gpt_bigcode,
+    gpt_neo,
     gpt_neox,
     gptj,
     granite,
@@ -61,7 +63,7 @@ _KINS = (
         bitnet,
     ),
     *(mixtures, starcoder2, gpt2, opt),
-    *(gpt_neox, stablelm, gptj, falcon, bloom, mpt),
+    *(gpt_neo, gpt_bigcode, gpt_neox, stablelm, gptj, falcon, bloom, mpt),
     *(bert, modernbert, rotary_encoders),
 )
 # Widths of heads that GroupQueryAttention takes are multiples of it.
