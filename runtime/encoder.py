@@ -14,7 +14,7 @@ from rk_export.errors import InputError
 from rk_export.manifest import check_manifest
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
-from rk_export.runtime.graph_proto import read_facts
+from rk_export.runtime.graph_proto import load_proto, read_facts
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.sentence_files import SentenceFiles
 from rk_export.runtime.text import TextCodec
@@ -213,6 +213,16 @@ class EncoderSession:
     def text_codec(self) -> TextCodec:
         """The bundle's tokenizer."""
         return TextCodec(self.config.folder / TOKENIZER_FILE)
+
+
+def is_encoder_bundle(path: str | Path) -> bool:
+    """Whether a bundle's graph is that of an encoder.
+
+    Raises:
+        InputError: The folder or its graph is missing, or cannot be read.
+    """
+    graph = load_proto(BundleConfig.read(path).model_path).graph
+    return is_encoder((value.name for value in graph.input), (value.name for value in graph.output))
 
 
 def is_encoder(inputs: Iterable[str], outputs: Iterable[str]) -> bool:

@@ -18,6 +18,7 @@ from rk_export.errors import RkExportError
 from rk_export.graph.dense.frontend import build_module, check_supported
 from rk_export.model.context import own_context
 from rk_export.model.description import ModelDescription, describe
+from rk_export.model.families.registry import architecture_of
 from rk_export.source.stored import open_source, read_config
 
 LENGTH = 24
@@ -51,6 +52,8 @@ class Walk:
         """
         try:
             config = self._config({**self.stated, change.field: change.value})
+            if not _is_same_kind(config, self.is_encoder):
+                return FAILED, "it is a model of another kind, which another entry tests"
             model = random_model(self.name, config)
             expected = logits(model, self.ids)
         except (
@@ -92,6 +95,11 @@ class Walk:
 def _given(name: str) -> dict[str, Any]:
     """Return the fields of a tiny config as a file states them: what follows from others is left out."""
     return family_of(name).config_fields(name.partition(":")[2])
+
+
+def _is_same_kind(config: Any, is_encoder: bool) -> bool:
+    """Whether a config is that of an encoder as before: some fields make one of a decoder."""
+    return architecture_of(config).is_encoder == is_encoder
 
 
 def _named(names: set[str], error: RkExportError) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from rk_export.bundle.encoder_card import Kind
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
@@ -23,7 +24,7 @@ from rk_export.json_codec import to_json
 from rk_export.manifest import library_versions, write_manifest
 from rk_export.memory import give_back
 from rk_export.model.context import context_notices, context_of, with_context
-from rk_export.model.sentence_modules import gives_states
+from rk_export.model.sentence_modules import takes_modules
 from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden
@@ -42,6 +43,7 @@ from rk_export.rewrite.sizes import size_summary
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
+from rk_export.runtime.sentence_files import MODULES_FILE
 from rk_export.runtime.text import TextCodec
 from rk_export.source.protocol import Source
 from rk_export.source.sentence_head import SentenceHead, read_sentence_head
@@ -172,7 +174,7 @@ def sentence_head(rewritten: Rewritten, folder: Path) -> SentenceHead | None:
         rewritten: The model.
         folder: Where its files lie.
     """
-    if not gives_states(rewritten.description):
+    if not takes_modules(rewritten.description):
         return None
     return read_sentence_head(folder, rewritten.model.config)
 
@@ -284,6 +286,7 @@ def _write_report(
         summary=_summary(options),
         results=_results(report),
         ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
+        encoder=_kind(folder, rewritten) if rewritten.architecture.is_encoder else None,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
@@ -295,6 +298,14 @@ def _write_report(
         "golden": to_json(golden),
     }
     write_manifest(folder, info)
+
+
+def _kind(folder: Path, rewritten: Rewritten) -> Kind:
+    """Return what an encoder's graph gives."""
+    classifier = rewritten.description.encoder.classifier
+    if classifier is not None:
+        return "tokens" if classifier.by_token else "texts"
+    return "vectors" if (folder / MODULES_FILE).is_file() else "states"
 
 
 def _summary(recipe: Recipe) -> str:

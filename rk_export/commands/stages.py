@@ -19,7 +19,7 @@ from rk_export.folders import check_replaceable
 from rk_export.graph.dense.frontend import check_supported
 from rk_export.json_codec import to_json
 from rk_export.manifest import library_versions
-from rk_export.model.sentence_modules import gives_states
+from rk_export.model.sentence_modules import takes_modules
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
@@ -154,7 +154,7 @@ def open_task(
     if plan is None:
         recipe, notices = _settled(source, recipe)
     check_supported(source.description, ep=recipe.target.ep, dtype=recipe.target.float_dtype)
-    if gives_states(source.description):
+    if takes_modules(source.description):
         read_sentence_head(source.folder, source.config)  # refuses modules that the graph cannot have
     check_options(source, recipe)
     if needs_texts and recipe.missing_text is not None:

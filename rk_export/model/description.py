@@ -190,3 +190,9 @@ def describe(config: PretrainedConfig) -> ModelDescription:
         UnsupportedModelError: The family is unknown.
     """
     return ModelDescription(config, architecture_of(config))
+
+
+def reads_types(config: PretrainedConfig) -> bool:
+    """Whether the graph of a config's model takes the types of tokens."""
+    description = describe(config)
+    return description.architecture.is_encoder and description.encoder.token_types > 1

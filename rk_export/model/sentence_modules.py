@@ -87,9 +87,9 @@ class SentenceModules:
     width: int
 
 
-def gives_states(description: ModelDescription) -> bool:
-    """Whether a model's graph gives hidden states, so that modules may follow them."""
-    return description.architecture.is_encoder
+def takes_modules(description: ModelDescription) -> bool:
+    """Whether a model's graph gives hidden states that modules may follow; classifiers give logits."""
+    return description.architecture.is_encoder and description.encoder.classifier is None
 
 
 def read_sentence_modules(folder: Path, config: PretrainedConfig) -> SentenceModules | None:

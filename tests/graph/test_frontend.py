@@ -290,7 +290,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32"),
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     (
         "granitemoehybrid",
         {"layer_types": ["linear_attention", "full_attention"]},

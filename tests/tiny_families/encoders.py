@@ -104,6 +104,7 @@ FAMILIES = (
             "num_hidden_layers": 3,
             "layer_types": _WINDOWS,
             "use_bidirectional_attention": True,
+            "rms_norm_eps": 1e-3,
         },
         known=("EmbeddingGemma",),
         is_encoder=True,

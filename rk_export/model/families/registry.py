@@ -68,6 +68,8 @@ _KINS = (
 )
 # Widths of heads that GroupQueryAttention takes are multiples of it.
 HEAD_MULTIPLE = 8
+# Those of an encoder's heads that are rotated: rotation is inside the operator.
+ROTATED_MULTIPLE = 16
 FAMILIES: dict[str, Family] = {family.model_type: family for kin in _KINS for family in kin.FAMILIES}
 
 
@@ -140,19 +142,29 @@ def encoder_spec(config: PretrainedConfig) -> EncoderSpec:
         spec = as_encoder(family.decoder(config), causal=not family.sees_both_ways(config))
     else:
         raise TypeError(f"{family.model_type} computes nothing")
-    _check_heads(spec.heads, config)
+    _check_heads(spec.heads, config, ROTATED_MULTIPLE if spec.is_rotated else HEAD_MULTIPLE)
+    _check_sizes(spec, family.architecture.width_field)
     return spec
 
 
-def _check_heads(heads: HeadLayout, config: PretrainedConfig) -> None:
+def _check_heads(heads: HeadLayout, config: PretrainedConfig, multiple: int = HEAD_MULTIPLE) -> None:
     """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
-    if heads.heads % heads.kv_heads or heads.head_dim % HEAD_MULTIPLE:
-        width = "head_dim" if getattr(config, "head_dim", None) else "hidden_size"
+    if heads.heads % heads.kv_heads or heads.head_dim % multiple:
+        width = "head_dim, hidden_size" if getattr(config, "head_dim", None) else "hidden_size"
         raise UnsupportedModelError(
             f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "
-            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {HEAD_MULTIPLE}",
+            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {multiple}",
             where=f"config.json: num_attention_heads, num_key_value_heads, {width}",
         )
+
+
+def _check_sizes(spec: EncoderSpec, width_field: str) -> None:
+    """Refuse an MLP without neurons, and an embedding without columns."""
+    for field, number in {width_field: spec.intermediate_size, "embedding_size": spec.embedding_size}.items():
+        if number < 1:
+            raise UnsupportedModelError(
+                f"{field} is {number}; the exported graph needs at least 1", where=f"config.json: {field}"
+            )
 
 
 def _check_widths(spec: DecoderSpec, width_field: str) -> None:
