@@ -31,10 +31,9 @@ MODELS = sampled(families(), 6)
 NEVER_REFUSED = ("rank", "identity", "INT4", "rank and INT4", "W8A8", "prune blocks", "CAP", "SSLC")
 # They need a next token, or know the blocks of decoders alone.
 NOT_FOR_ENCODERS = ("prune blocks", "prune neurons", "prune heads", "CAP", "Basel", "SSLC")
-NOT_FOR_MIXTURES = ("CAP", "SSLC", "Basel")
-ROUNDING = (
-    8.0  # a prepared model may be so many times as far from the untouched one as its float32 from float64
-)
+NOT_FOR_MIXTURES = ("CAP", "SSLC", "Basel", "prune blocks")
+# A prepared model may be so many times as far from the untouched one as its float32 is from its float64.
+ROUNDING = 8.0
 
 
 @pytest.fixture(autouse=True)
