@@ -59,15 +59,22 @@ def row_multiple(runner: SlotRunner, positions: int, vocabulary: int) -> int | N
 def _agree(runner: SlotRunner, tokens: np.ndarray, positions: int, multiple: int) -> bool:
     """Whether steps of multiples of so many rows give the logits of a step of all rows."""
     slots = len(tokens)
+    states = runner.buffers.states
+    before = [] if states is None else [states.read(slot) for slot in range(slots)]
 
     def logits(first: int, rows: int) -> np.ndarray:
-        # A step writes behind the positions that count, so that it can be tried again.
+        # A step writes behind the positions that count, so that it can be tried again; states are put back.
+        for slot, state in enumerate(before):
+            states.write(slot, state)
         return np.array(runner.step(first, tokens[first : first + rows], np.full(rows, positions)))
 
     everything = logits(0, slots)
     apart = [(first, multiple) for first in range(0, slots, multiple)]
     several = [(0, rows) for rows in range(2 * multiple, slots, multiple)]
-    return all(
+    agree = all(
         np.array_equal(logits(first, rows), everything[first : first + rows])
         for first, rows in apart + several
     )
+    for slot, state in enumerate(before):
+        states.write(slot, state)
+    return agree
