@@ -31,9 +31,9 @@ from rk_export.source import tensor_files
 # What is counted -> the function that does it.
 CALLS = {
     "describe": "rk_export.model.description.describe",
-    "architecture_of": "rk_export.model.families.architecture_of",
-    "decoder_spec": "rk_export.model.decoder_spec.decoder_spec",
-    "models on meta": "rk_export.model.families.transformers_model",
+    "architecture_of": "rk_export.model.families.registry.architecture_of",
+    "decoder_spec": "rk_export.model.families.registry.decoder_spec",
+    "models on meta": "rk_export.model.torch_models.transformers_model",
     "graph modules": "rk_export.graph.dense.frontend.build_module",
     "files hashed": "rk_export.manifest.sha256_of",
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.model.families import heads_of
+from rk_export.model.families.registry import heads_of
 from rk_export.runtime.bundle_config import rotary_switch
 
 # Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type

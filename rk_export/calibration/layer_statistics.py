@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.gain import gain_statistics
 from rk_export.calibration.streamed_moments import CalibrationStreams
+from rk_export.model.architecture import Architecture
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.plan import SitePlan

@@ -27,7 +27,7 @@ from rk_export.calibration.text_run import TextRun
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
-from rk_export.model.families import Architecture
+from rk_export.model.architecture import Architecture
 from rk_export.source.protocol import Source
 from rk_export.tensor_cache import text_key
 

@@ -21,7 +21,7 @@ from rk_export.calibration.self_text import LENGTH, Writer, self_text
 from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
-from rk_export.model.families import Architecture
+from rk_export.model.architecture import Architecture
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature, Inputs

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rk_export.calibration.streams import Streams
 from rk_export.device import CPU, lent, matmul_dtype, matmuls_in
 from rk_export.memory import give_back
-from rk_export.model.families import Architecture
+from rk_export.model.architecture import Architecture
 from rk_export.progress import track
 from rk_export.scratch import mapped
 

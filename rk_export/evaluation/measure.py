@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import InputError
 from rk_export.evaluation.perplexity import PerplexityResult, perplexity
 from rk_export.model.context import context_of
-from rk_export.model.families import architecture_of
+from rk_export.model.families.registry import architecture_of
 from rk_export.text import LogitsFn, known_tokens, tokens_of
 
 logger = logging.getLogger(__name__)

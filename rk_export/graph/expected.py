@@ -20,7 +20,7 @@ from rk_export.graph.modules.factors import SHARED_DOWN
 from rk_export.graph.modules.int8 import INT8_MATRICES
 from rk_export.graph.modules.projections import NBITS
 from rk_export.graph.swap import descend, projections_of
-from rk_export.model.families import Projection
+from rk_export.model.architecture import Projection
 from rk_export.passes.graph.attention_mask import AttentionMask
 from rk_export.passes.graph.base import require
 from rk_export.passes.graph.half_scales import BLOCKWISE, HalfScales

@@ -20,7 +20,7 @@ from rk_export.graph.modules.tables import (
     TiedDenseHead,
     TiedQuantizedHead,
 )
-from rk_export.model.families import Projection
+from rk_export.model.architecture import Projection
 from rk_export.passes.graph.nodes import Mark
 from rk_export.passes.modules.factors import IdentityFactors, JointMember
 from rk_export.passes.modules.heads import without_slots

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
-from rk_export.model.decoder_spec import has_learned_positions
 from rk_export.model.description import ModelDescription
 
 # Tokens of a prompt that parity is measured on.
@@ -89,7 +88,7 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     """Return the longest context that a model can take, and why."""
     config = description.config
     own = own_context(config)
-    if description.architecture.is_encoder or has_learned_positions(config):
+    if description.architecture.is_encoder or description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"

@@ -12,16 +12,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.matrix_id import MatrixId
-from rk_export.model.decoder_spec import DecoderSpec, decoder_spec
-from rk_export.model.families import (
-    Architecture,
-    HeadLayout,
-    Projection,
-    architecture_of,
-    empty_model,
-    heads_of,
-)
+from rk_export.model.architecture import Architecture, HeadLayout, Projection
+from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.families.registry import architecture_of, decoder_spec, heads_of
 from rk_export.model.matrices import Matrix
+from rk_export.model.torch_models import empty_model
 from rk_export.passes.base import Layer
 
 

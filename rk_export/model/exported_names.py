@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from rk_export.errors import InputError
-from rk_export.model.decoder_spec import OPT_POSITION_OFFSET
-from rk_export.model.families import Architecture
+from rk_export.model.architecture import POSITIONS, Architecture
 
 
 def rename_tensors(
@@ -23,7 +22,7 @@ def rename_tensors(
 
     Returns:
         Initializer name -> tensor. Modules that the exported model lacks are left out. Norms that
-        store their gain minus one come out as 1 + weight, OPT's positions without the rows before position 0.
+        store their gain minus one come out as 1 + weight, learned positions without the rows before position 0.
 
     Raises:
         InputError: A name that the family does not have.
@@ -58,8 +57,8 @@ def _exported_value(architecture: Architecture, name: str, tensor: torch.Tensor)
     module = name.rpartition(".")[0]
     if architecture.unit_offset and module.endswith("norm"):
         return (1.0 + tensor.float()).to(tensor.dtype)
-    if architecture.model_type == "opt" and module.endswith("embed_positions"):
-        return tensor[OPT_POSITION_OFFSET:]
+    if architecture.outer.get(module) == POSITIONS:
+        return tensor[architecture.skipped_positions :]
     return tensor
 
 

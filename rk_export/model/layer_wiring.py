@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rk_export.model.architecture import Architecture
 from rk_export.model.decoder_spec import NormNames
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import Architecture, has_experts
 from rk_export.passes.prepare.wiring import Wiring
 
 ROUTER = "mlp.gate"
@@ -19,7 +19,7 @@ def wiring_of(description: ModelDescription, index: int) -> Wiring:
     triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
     reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
     reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
-    if has_experts(description.config, index):
+    if architecture.has_experts(description.config, index):
         reads_mlp.append(ROUTER)
     readers = (path["q"], path["k"], path["v"]), tuple(reads_mlp)
     mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rk_export.matrix_id import MatrixId
-from rk_export.model.families import Role
+from rk_export.model.architecture import Role
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from rk_export.model.families import architecture_of, transformers_model
+from rk_export.model.families.registry import architecture_of
+from rk_export.model.torch_models import transformers_model
 
 # Buffers that older checkpoints store and that are computed today; no model reads them any more.
 _OLD_BUFFERS = (

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rk_export.model.canonical import Experts, JoinedLinear
-from rk_export.model.families import empty_model
+from rk_export.model.torch_models import empty_model
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:

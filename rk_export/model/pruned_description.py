@@ -10,12 +10,10 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import has_experts
 from rk_export.plan import Pruning
 
 # Fields with a value for every block.
 PER_BLOCK = ("layer_types", "no_rope_layers")
-_WIDTH = {"gpt2": "n_inner", "opt": "ffn_dim"}
 
 
 def pruned_description(description: ModelDescription, pruning: Pruning) -> ModelDescription:
@@ -60,7 +58,8 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
 
 def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
     config = description.config
-    if any(has_experts(config, layer) for layer in range(config.num_hidden_layers)):
+    architecture = description.architecture
+    if any(architecture.has_experts(config, layer) for layer in range(config.num_hidden_layers)):
         raise _refusal(
             "every expert would need neurons of its own choice, from statistics of its own tokens",
             "prune.ffn_keep",
@@ -71,7 +70,7 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
         raise _refusal(
             f"{width} neurons are not fewer than {present}", "prune.ffn_keep", "give a smaller share"
         )
-    setattr(pruned, _WIDTH.get(config.model_type, "intermediate_size"), width)
+    setattr(pruned, architecture.width_field, width)
 
 
 def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -> None:

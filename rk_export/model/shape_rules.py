@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import has_experts
 from rk_export.passes.base import Layer
 from rk_export.passes.weights.prune_width import mlp_paths
 from rk_export.plan import LayerShape, SitePlan
@@ -44,7 +43,7 @@ def check_shape(
 def _check_width(
     description: ModelDescription, layer: Layer, shape: LayerShape, sites: Sequence[SitePlan]
 ) -> None:
-    if has_experts(description.config, layer.index):
+    if description.architecture.has_experts(description.config, layer.index):
         raise _refusal(
             shape,
             "ffn_width: every expert would need neurons of its own choice, from statistics of its own tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rk_export.errors import InputError
-from rk_export.model.families import Projection
+from rk_export.model.architecture import Projection
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS
 from rk_export.options.recipe import Recipe

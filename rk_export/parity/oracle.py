@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.model.computed_in import computing_in
-from rk_export.model.families import empty_model
 from rk_export.model.torch_logits import torch_logits
+from rk_export.model.torch_models import empty_model
 from rk_export.scratch import laid_down, settling
 from rk_export.source.quiet import transformers_quiet
 from rk_export.source.stored import StoredModel

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from rk_export.model.context import context_of
-from rk_export.model.decoder_spec import has_learned_positions
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.preparable import has_rotated_head
@@ -113,10 +112,11 @@ def _kind(module: nn.Module, name: str) -> str:
 def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
     config = description.config
-    if description.architecture.is_encoder or has_learned_positions(config):
+    architecture = description.architecture
+    if architecture.is_encoder or architecture.has_learned_positions:
         return None
     positions = context_of(config, recipe.target.context_length)
-    module = type(description.canonical.get_submodule("model.rotary_emb"))
+    module = type(description.canonical.get_submodule(architecture.rotary))
     tables = rotary_tables(config, module, positions).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)

@@ -13,8 +13,8 @@ from torch import Tensor
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.device import CPU
 from rk_export.errors import InputError
+from rk_export.model.architecture import Projection
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import Projection
 from rk_export.model.pruned_description import pruned_description
 from rk_export.model.shape_rules import check_shape
 from rk_export.model.sites import default_multiple, dense_sites

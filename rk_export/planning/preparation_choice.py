@@ -26,7 +26,7 @@ from rk_export.calibration.streams import Streams
 from rk_export.device import lent, matmul_dtype, matmuls_in
 from rk_export.matrix_id import MatrixId
 from rk_export.memory import give_back
-from rk_export.model.families import Projection
+from rk_export.model.architecture import Projection
 from rk_export.model.layer_wiring import wiring_of
 from rk_export.model.preparable import preparations_of
 from rk_export.options.prepare import PARTS_OF_FOLD, PREPARATIONS

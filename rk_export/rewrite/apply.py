@@ -16,8 +16,8 @@ from rk_export.calibration.streams import Streams
 from rk_export.device import CPU
 from rk_export.matrix_id import MatrixId
 from rk_export.memory import give_back
+from rk_export.model.architecture import Architecture
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer, WeightPass, run_weight_pass
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
 from rk_export.inside import copy_inside
+from rk_export.model.architecture import Architecture
 from rk_export.model.description import describe
-from rk_export.model.families import Architecture
 from rk_export.model.preparable import has_rotated_head
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.plan import Plan

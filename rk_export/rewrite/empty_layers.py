@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from rk_export.model.architecture import Architecture
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import Architecture
 from rk_export.options.quantization import QuantSpec
 from rk_export.passes.base import Layer
 from rk_export.passes.modules.quantized import Int8Linear, QuantizedEmbedding, QuantizedLinear, RotatedHead

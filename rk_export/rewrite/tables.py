@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rk_export.model.families import Architecture
+from rk_export.model.architecture import Architecture
 
 _EMBEDDING, _HEAD = "embedding.", "head."
 _INSIDE_ROTATION = "head."  # where the projection stands in a `RotatedHead`

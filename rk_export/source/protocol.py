@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.memory import give_back
+from rk_export.model.architecture import Architecture
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import Architecture
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning

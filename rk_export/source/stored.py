@@ -19,7 +19,7 @@ from rk_export.errors import InputError
 from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
-from rk_export.model.families import architecture_of
+from rk_export.model.families.registry import architecture_of
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome

@@ -17,7 +17,7 @@ from rk_export.calibration.streams import Streams
 from rk_export.calibration.text_run import LOGITS_TOGETHER
 from rk_export.device import matmuls_in
 from rk_export.model.description import ModelDescription
-from rk_export.model.families import architecture_of
+from rk_export.model.families.registry import architecture_of
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.progress import track
 from rk_export.scratch import laid_down, zeros

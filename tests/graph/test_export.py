@@ -18,7 +18,7 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from rk_export.graph.build import build_graph
-from rk_export.model.decoder_spec import decoder_spec
+from rk_export.model.families.registry import decoder_spec
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.ranks import GROUPS, RankRule
 from rk_export.options.recipe import Recipe

@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.frontend import build_module, check_supported, rename_weights, trace
 from rk_export.model.description import describe
-from rk_export.model.families import architecture_of, heads_of
+from rk_export.model.families.registry import architecture_of, heads_of
 
 Array = npt.NDArray[Any]
 FP32_BOUND = 1e-4  # of the largest logit

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import UnsupportedModelError
+from rk_export.model.architecture import HeadLayout
 from rk_export.model.description import describe
-from rk_export.model.families import HeadLayout, architecture_of, heads_of
+from rk_export.model.families.registry import architecture_of, heads_of
 
 
 @pytest.fixture(autouse=True, scope="module")

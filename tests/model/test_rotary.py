@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from rk_export.graph.dense.frontend import build_module, trace
 from rk_export.model.description import describe
-from rk_export.model.families import empty_model
+from rk_export.model.torch_models import empty_model
 
 POSITIONS = 131_072
 ULP = np.finfo(np.float32).eps

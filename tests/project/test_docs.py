@@ -19,7 +19,7 @@ from rk_export import Recipe
 from rk_export.cli.compress_arguments import asked_recipe
 from rk_export.cli.parser import build_parser
 from rk_export.errors import InputError, UnsupportedModelError
-from rk_export.model.families import architecture_of
+from rk_export.model.families.registry import architecture_of
 from rk_export.recipes import presets
 from rk_export.report.records import TIERS
 

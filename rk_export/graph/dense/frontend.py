@@ -21,10 +21,12 @@ from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
-from rk_export.model.decoder_spec import DecoderSpec, activation_of, check_expressible
+from rk_export.model.architecture import Architecture
+from rk_export.model.config_fields import activation_of
+from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.families import Architecture
+from rk_export.model.families.registry import family_of
 from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
@@ -80,7 +82,7 @@ def build_module(
     """
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
-    check_expressible(config)
+    family_of(config).check(config)
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
     if architecture.is_encoder:
@@ -89,7 +91,9 @@ def build_module(
     else:
         spec = description.decoder
         onnx_config, task = _decoder_config(spec, shapes), "text-generation"
-        module = Decoder(spec, onnx_config, _tables(spec, skeleton, positions), _IR_DTYPE[dtype])
+        module = Decoder(
+            spec, onnx_config, _tables(spec, architecture, skeleton, positions), _IR_DTYPE[dtype]
+        )
     _check_structure(module, shapes)
     onnx_config.dtype = _IR_DTYPE[dtype]
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -164,11 +168,13 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
 
 
-def _tables(spec: DecoderSpec, skeleton: PreTrainedModel, positions: int | None) -> dict[str, RotaryTable]:
+def _tables(
+    spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
+) -> dict[str, RotaryTable]:
     if spec.learned_positions:
         return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule("model.rotary_emb")), rows)
+    return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
 
 
 def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> ArchitectureConfig:

@@ -23,7 +23,7 @@ from rk_export.matrix_id import MatrixId
 from rk_export.methods.basel.modules import BasisLinear
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.training import BasisTraining
-from rk_export.model.families import Projection
+from rk_export.model.architecture import Projection
 from rk_export.options.ranks import RankRule
 from rk_export.passes.numerics.basis import PairSize
 from rk_export.passes.numerics.metric import Metric

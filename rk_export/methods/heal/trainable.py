@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rk_export.model.families import Architecture
+from rk_export.model.architecture import Architecture
 from rk_export.rewrite.apply import Rewritten
 from rk_export.scratch import laid_down
 

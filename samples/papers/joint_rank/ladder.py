@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from rk_export import Recipe
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.layer_statistics import BySite, FromDense, LayerStatistics, NoStatistics
-from rk_export.model.families import Architecture, heads_of
+from rk_export.model.architecture import Architecture
+from rk_export.model.families.registry import heads_of
 from rk_export.model.sites import dense_sites
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.adaptive_ranks import DENSE, RankSite

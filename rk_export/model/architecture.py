@@ -1,0 +1,134 @@
+"""Names of a model family: where it keeps its weight matrices, in PyTorch and in the exported graph.
+
+All decoders are exported with the module names of Llama; an ``Architecture`` holds the torch names besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+from transformers import PretrainedConfig
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down", "expert"]
+RolePaths = tuple[tuple[Role, str], ...]
+
+ATTENTION: RolePaths = (
+    ("q", "self_attn.q_proj"),
+    ("k", "self_attn.k_proj"),
+    ("v", "self_attn.v_proj"),
+    ("o", "self_attn.o_proj"),
+)
+# Exported path of a learned table of positions.
+POSITIONS = "model.embed_positions"
+GATED_MLP: RolePaths = (("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"), ("down", "mlp.down_proj"))
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Attention heads of a layer: query heads, key/value heads and the width of one."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One weight matrix that may be rewritten.
+
+    Args:
+        role: What it computes.
+        path: Torch path relative to the layer in canonical form; an ``nn.Linear``, weight (out, in).
+        onnx_path: Path of the linear module relative to the exported layer module.
+    """
+
+    role: Role
+    path: str
+    onnx_path: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of one model family.
+
+    Args:
+        model_type: ``config.model_type``.
+        layers: Torch path of the list of layers.
+        embedding: Torch path of the token embedding.
+        lm_head: Torch path of the output projection; None for encoders.
+        onnx_layers: Path of the list of layers in the exported module.
+        onnx_embedding: Path of the token embedding in the exported module.
+        onnx_lm_head: Path of the output projection in the exported module; None for encoders.
+        is_encoder: True for a bidirectional encoder, exported as feature extraction.
+        attention: Rewritable attention matrices: role and torch path in canonical form.
+        mlp: Rewritable matrices of a dense MLP; experts are listed by ``projections``.
+        renamed: Torch path -> exported path, within a layer, of every module where the two differ.
+        outer: Torch path -> exported path of the modules outside the layers, embedding and head included.
+        unused: Torch paths of modules that the exported model does not have.
+        rotary: Torch path of the module that computes rotary frequencies.
+        skipped_positions: Rows of the learned table of positions before that of position 0.
+        width_field: Field of the config that holds the width of a dense MLP.
+        unit_offset: Its norms store their gain minus one.
+        experts_in: Whether the MLP of a layer, by its number, is a mixture of experts; None = in no layer.
+        rewrite: Brings one layer into canonical form, in place.
+    """
+
+    model_type: str
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    lm_head: str | None = "lm_head"
+    onnx_layers: str = "model.layers"
+    onnx_embedding: str = "model.embed_tokens"
+    onnx_lm_head: str | None = "lm_head"
+    is_encoder: bool = False
+    attention: RolePaths = ATTENTION
+    mlp: RolePaths = GATED_MLP
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    outer: Mapping[str, str] = field(default_factory=lambda: {"model.norm": "model.norm"})
+    unused: tuple[str, ...] = ()
+    rotary: str = "model.rotary_emb"
+    skipped_positions: int = 0
+    width_field: str = "intermediate_size"
+    unit_offset: bool = False
+    experts_in: Callable[[PretrainedConfig, int], bool] | None = None
+    rewrite: Callable[[nn.Module], None] | None = None
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether the model adds a learned table of positions, and rotates nothing."""
+        return POSITIONS in self.outer.values()
+
+    def has_experts(self, config: PretrainedConfig, layer_index: int) -> bool:
+        """Return whether the MLP of layer ``layer_index`` is a mixture of experts."""
+        return self.experts_in is not None and self.experts_in(config, layer_index)
+
+    def projections(self, config: PretrainedConfig, layer_index: int) -> tuple[Projection, ...]:
+        """Return the rewritable matrices of layer ``layer_index``, in the order of the forward pass."""
+        mlp = _expert_paths(config) if self.has_experts(config, layer_index) else self.mlp
+        return tuple(Projection(role, path, self.onnx_path(path)) for role, path in self.attention + mlp)
+
+    def onnx_path(self, path: str) -> str:
+        """Return the exported path of a torch path, both relative to the layer."""
+        for torch_path, onnx_path in self.renamed.items():
+            if path == torch_path or path.startswith(f"{torch_path}."):
+                return onnx_path + path[len(torch_path) :]
+        return path
+
+    def canonicalize(self, layer: nn.Module) -> None:
+        """Bring a torch layer into canonical form, in place; its function does not change.
+
+        Joined matrices become separate ``nn.Linear`` children, ``Conv1D`` becomes ``nn.Linear``, stacked
+        experts become one module each. Works on meta tensors; a second call changes nothing.
+        """
+        if self.rewrite is not None:
+            self.rewrite(layer)
+
+
+def _expert_paths(config: PretrainedConfig) -> RolePaths:
+    names = ("gate_proj", "up_proj", "down_proj")
+    return tuple(
+        ("expert", f"mlp.experts.{i}.{name}") for i in range(config.num_local_experts) for name in names
+    )

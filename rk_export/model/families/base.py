@@ -1,0 +1,73 @@
+"""What is known of one model family, and refusals of what its configs may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from rk_export.errors import UnsupportedModelError
+from rk_export.model.architecture import Architecture, HeadLayout
+from rk_export.model.config_fields import plain_heads
+from rk_export.model.decoder_spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A field of the config that is read for one value only.
+
+    Args:
+        field: Its name.
+        unless: The value that is supported; a field that is absent, None or empty counts as False.
+        reason: Why no other is.
+    """
+
+    field: str
+    unless: object
+    reason: str
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Refuse another value.
+
+        Raises:
+            UnsupportedModelError: Names the field and the value that is supported.
+        """
+        value = getattr(config, self.field, None)
+        if (value or False) != self.unless:
+            raise UnsupportedModelError(
+                f"{self.field}={value!r}: {self.reason}",
+                where="config.json",
+                fix=f"use a model with {self.field}={self.unless!r}",
+            )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: names and what its config says.
+
+    Args:
+        architecture: Names of its tensors.
+        decoder: Reads what a decoder computes from a config that nothing was refused in; None for an encoder.
+        refused: Options that the exported graph does not have.
+        heads: Reads the attention heads.
+    """
+
+    architecture: Architecture
+    decoder: Callable[[PretrainedConfig], DecoderSpec] | None = None
+    refused: tuple[Refused, ...] = ()
+    heads: Callable[[PretrainedConfig], HeadLayout] = plain_heads
+
+    @property
+    def model_type(self) -> str:
+        """Name of the family, as in ``config.model_type``."""
+        return self.architecture.model_type
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Refuse options that the exported graph does not have.
+
+        Raises:
+            UnsupportedModelError: Names the option and the value that is supported.
+        """
+        for option in self.refused:
+            option.check(config)

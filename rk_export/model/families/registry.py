@@ -1,0 +1,77 @@
+"""All families that are exported, by the ``model_type`` of their configs."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from rk_export.errors import UnsupportedModelError
+from rk_export.model.architecture import Architecture, HeadLayout
+from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.families import bert, gemma, gpt2, llama, mixtures, opt, phi3, starcoder2
+from rk_export.model.families.base import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for kin in (llama, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert)
+    for family in kin.FAMILIES
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family of a config.
+
+    Raises:
+        UnsupportedModelError: The family is unknown; the message lists the known ones.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"the model type {config.model_type!r} is not supported",
+            where="config.json: model_type",
+            fix=f"use one of {', '.join(sorted(FAMILIES))}",
+        )
+    return family
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """Return the names of a config's family.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    return family_of(config).architecture
+
+
+def heads_of(config: PretrainedConfig) -> HeadLayout:
+    """Return the attention heads of a model, the same in every layer.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    return family_of(config).heads(config)
+
+
+def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
+    """Read the spec of a decoder.
+
+    Raises:
+        UnsupportedModelError: The family is unknown, or the config turns on an option that the exported graph does not
+            have.
+    """
+    family = family_of(config)
+    if family.decoder is None:
+        raise TypeError(f"{family.model_type} is an encoder")
+    family.check(config)
+    _check_heads(family.heads(config), is_rotated=not family.architecture.has_learned_positions)
+    return family.decoder(config)
+
+
+def _check_heads(heads: HeadLayout, *, is_rotated: bool) -> None:
+    """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
+    multiple = 16 if is_rotated else 8
+    if heads.heads % heads.kv_heads or heads.head_dim % multiple:
+        raise UnsupportedModelError(
+            f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "
+            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {multiple}",
+            where="config.json: num_attention_heads, num_key_value_heads, head_dim",
+        )
