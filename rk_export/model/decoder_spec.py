@@ -28,6 +28,9 @@ SANDWICH_NORM = NormNames(
 )
 
 
+Mixer = Literal["attention", "short_conv"]
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What differs from layer to layer.
@@ -37,12 +40,14 @@ class LayerSpec:
         window: Keys that a query sees, its own included; None = all before it.
         rotary: Name of the rotary table; None = no rotation.
         has_experts: Mixture of experts instead of one MLP.
+        mixer: What mixes tokens: attention, or a gated short convolution, which reads none of the first three.
     """
 
     attention_scale: float
     window: int | None
     rotary: str | None
     has_experts: bool
+    mixer: Mixer = "attention"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class DecoderSpec:
         logit_softcap: ``cap * tanh(logit / cap)``; 0 = none.
         tied: The output projection is the token embedding.
         experts: Mixture of experts of the layers that have one.
+        conv_taps: Tokens that a short convolution spans, its own included; 0 where no layer has one.
+        conv_bias: Short convolutions and the projections around them have biases.
     """
 
     heads: HeadLayout
@@ -100,3 +107,15 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     experts: ExpertSpec | None = None
+    conv_taps: int = 0
+    conv_bias: bool = False
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with attention: those that have keys and values."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.mixer == "attention")
+
+    @property
+    def conv_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with a short convolution: those that carry a state."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.mixer == "short_conv")

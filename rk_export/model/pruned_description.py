@@ -71,6 +71,8 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             f"{width} neurons are not fewer than {present}", "prune.ffn_keep", "give a smaller share"
         )
     setattr(pruned, architecture.width_field, width)
+    for name in architecture.width_switches:
+        setattr(pruned, name, False)
 
 
 def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -> None:

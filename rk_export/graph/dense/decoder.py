@@ -16,6 +16,7 @@ from mobius.components import FCMLP, MLP, Embedding, LayerNorm, Linear, MoELayer
 from onnxscript import OpBuilder, nn
 
 from rk_export.graph.dense.rotary import Rotary, scaled
+from rk_export.graph.dense.short_conv import RowTexts, ShortConv, row_texts
 from rk_export.graph.modules.base import ExportModule, Pattern, operators
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.rotary import RotaryTable
@@ -25,7 +26,8 @@ ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
 SKIP_NORM = operators(
     "residual sum with norm", MICROSOFT, "SkipSimplifiedLayerNormalization", "SkipLayerNormalization"
 )
-KeyValue = tuple[ir.Value, ir.Value]
+# What a layer hands on to the next call: keys and values, or the state of a short convolution.
+Carried = tuple[ir.Value, ...]
 
 
 class _Shared(NamedTuple):
@@ -35,11 +37,13 @@ class _Shared(NamedTuple):
         last_key: (batch,) int32, index of each row's last key.
         key_count: () int32, keys after this step, of the longest row.
         tables: Name of a rotary table -> cosines, sines, each (positions, rotated width / 2).
+        texts: What short convolutions read from the mask; None where no layer has one.
     """
 
     last_key: ir.Value
     key_count: ir.Value
     tables: Mapping[str, tuple[ir.Value, ir.Value]]
+    texts: RowTexts | None
 
 
 class Decoder(nn.Module):
@@ -70,8 +74,8 @@ class Decoder(nn.Module):
         input_ids: ir.Value,
         attention_mask: ir.Value,
         position_ids: ir.Value,
-        past_key_values: Sequence[KeyValue],
-    ) -> tuple[ir.Value, list[KeyValue]]:
+        past_key_values: Sequence[Carried],
+    ) -> tuple[ir.Value, list[Carried]]:
         hidden, present = self.model(op, input_ids, attention_mask, position_ids, past_key_values)
         logits = scaled(op, self.lm_head(op, hidden), self._logit_scale)
         if self._logit_softcap:
@@ -99,6 +103,7 @@ class _DecoderBody(ExportModule):
         for rotary in self.rotary.values():
             setattr(self, cast(str, rotary.name), rotary)
         self._embedding_scale = spec.embedding_scale
+        self._taps, self._dtype = spec.conv_taps, dtype
 
     def emits(self) -> Counter[Pattern]:
         return Counter({SKIP_NORM: 1})
@@ -109,25 +114,26 @@ class _DecoderBody(ExportModule):
         input_ids: ir.Value,
         attention_mask: ir.Value,
         position_ids: ir.Value,
-        past_key_values: Sequence[KeyValue],
-    ) -> tuple[ir.Value, list[KeyValue]]:
+        past_key_values: Sequence[Carried],
+    ) -> tuple[ir.Value, list[Carried]]:
         hidden = scaled(op, self.embed_tokens(op, input_ids), self._embedding_scale)
         if self.embed_positions is not None:
             hidden = op.Add(hidden, self.embed_positions(op, position_ids))
-        shared = self._shared(op, attention_mask)
+        shared = self._shared(op, input_ids, attention_mask)
         present = []
         for layer, past in zip(self.layers, past_key_values, strict=True):
             hidden, layer_present = layer(op, hidden, shared, past)
             present.append(layer_present)
         return self.norm(op, hidden), present
 
-    def _shared(self, op: OpBuilder, attention_mask: ir.Value) -> _Shared:
+    def _shared(self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> _Shared:
         last_key = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=0), op.Constant(value_int=1))
         key_count = op.Gather(op.Shape(attention_mask), op.Constant(value_int=1))
         return _Shared(
             last_key=op.Cast(last_key, to=ir.DataType.INT32),
             key_count=op.Cast(key_count, to=ir.DataType.INT32),
             tables={name: rotary(op, key_count) for name, rotary in self.rotary.items()},
+            texts=row_texts(op, input_ids, attention_mask, self._taps, self._dtype) if self._taps else None,
         )
 
 
@@ -136,7 +142,11 @@ class _Layer(ExportModule):
 
     def __init__(self, spec: DecoderSpec, config: ArchitectureConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(spec, config, index)
+        self.self_attn = self.conv = None
+        if spec.layers[index].mixer == "short_conv":
+            self.conv = ShortConv(spec)
+        else:
+            self.self_attn = Attention(spec, config, index)
         self.mlp = _mlp(spec, config, index)
         self._names = spec.norm_names
         for name in filter(None, self._names):
@@ -146,9 +156,9 @@ class _Layer(ExportModule):
         self._reads_sum = index > 0 or bool(spec.learned_positions)
 
     def forward(
-        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: KeyValue
-    ) -> tuple[ir.Value, KeyValue]:
-        attended, present = self.self_attn(
+        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: Carried
+    ) -> tuple[ir.Value, Carried]:
+        attended, present = self._mixed(
             op, self._normed(op, self._names.before_attention, hidden), shared, past
         )
         attended = self._normed(op, self._names.after_attention, attended)
@@ -156,6 +166,16 @@ class _Layer(ExportModule):
         transformed = self.mlp(op, self._normed(op, self._names.before_mlp, hidden))
         transformed = self._normed(op, self._names.after_mlp, transformed)
         return op.Add(hidden, scaled(op, transformed, self._residual_scale)), present
+
+    def _mixed(
+        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: Carried
+    ) -> tuple[ir.Value, Carried]:
+        """Mix tokens; return what attention or convolution gives, and what the next call needs."""
+        if self.conv is None:
+            return self.self_attn(op, hidden, shared, past)
+        (state,) = past
+        output, state = self.conv(op, hidden, shared.texts, state)
+        return output, (state,)
 
     def emits(self) -> Counter[Pattern]:
         """The norms in front of attention and MLP read the residual stream."""
@@ -208,8 +228,8 @@ class Attention(ExportModule):
         return Counter({ATTENTION: 1})
 
     def forward(
-        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: KeyValue
-    ) -> tuple[ir.Value, KeyValue]:
+        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: Carried
+    ) -> tuple[ir.Value, Carried]:
         rotary = () if self._rotary is None else shared.tables[self._rotary]
         attended, key, value = op.GroupQueryAttention(
             self._normed(op, self.q_norm, self.q_proj(op, hidden)),

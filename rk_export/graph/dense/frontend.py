@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 import onnx_ir as ir
 import torch
-from mobius import ArchitectureConfig, build_from_module
+from mobius import ArchitectureConfig, ModelTask, build_from_module
 from onnxscript import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -21,6 +21,7 @@ from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
+from rk_export.graph.dense.stateful_task import StatefulTextGeneration
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import activation_of
 from rk_export.model.decoder_spec import DecoderSpec
@@ -52,7 +53,7 @@ class OnnxModule:
 
     module: nn.Module
     config: ArchitectureConfig
-    task: str
+    task: str | ModelTask
     ep: str
     architecture: Architecture
 
@@ -90,7 +91,8 @@ def build_module(
         module: nn.Module = Encoder(onnx_config)
     else:
         spec = description.decoder
-        onnx_config, task = _decoder_config(spec, shapes), "text-generation"
+        onnx_config = _decoder_config(spec, shapes)
+        task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
         module = Decoder(
             spec, onnx_config, _tables(spec, architecture, skeleton, positions), _IR_DTYPE[dtype]
         )

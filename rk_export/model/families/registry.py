@@ -7,12 +7,12 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families import bert, gemma, gpt2, llama, mixtures, opt, phi3, starcoder2
+from rk_export.model.families import bert, gemma, gpt2, lfm2, llama, mixtures, opt, phi3, starcoder2
 from rk_export.model.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for kin in (llama, gemma, mixtures, phi3, starcoder2, gpt2, opt, bert)
+    for kin in (llama, gemma, lfm2, mixtures, phi3, starcoder2, gpt2, opt, bert)
     for family in kin.FAMILIES
 }
 
