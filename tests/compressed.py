@@ -116,13 +116,21 @@ class OnnxModel:
         mask_array = np.ones_like(ids) if mask is None else mask.numpy()
         feed: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask_array, **extra}
         for value in self.session.get_inputs():
-            if value.name.startswith("past_key_values."):
+            if value.name.startswith("past_"):
                 dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-                empty = np.zeros((ids.shape[0], value.shape[1], 0, value.shape[3]), dtype)
+                # Keys and values have a length, which is 0; states of short convolutions have a fixed size.
+                sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
+                empty = np.zeros((ids.shape[0], *sizes), dtype)
                 feed[value.name] = empty if past is None else past[value.name]
             elif value.name not in feed:
                 feed[value.name] = np.zeros_like(ids)
         names = [value.name for value in self.session.get_outputs()]
         outputs = dict(zip(names, self.session.run(names, feed), strict=True))
         first = torch.from_numpy(outputs.pop(names[0]))
-        return first, {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
+        return first, {past_name(name): array for name, array in outputs.items()}
+
+
+def past_name(present: str) -> str:
+    """Return the input that takes an output of the cache: `present.0.key`, or the state `present_conv.0`."""
+    head, _, rest = present.partition(".")
+    return f"past_key_values.{rest}" if head == "present" else f"past_conv.{rest}"

@@ -21,13 +21,14 @@ def wiring_of(description: ModelDescription, index: int) -> Wiring:
     reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
     if architecture.has_experts(description.config, index):
         reads_mlp.append(ROUTER)
-    readers = (path["q"], path["k"], path["v"]), tuple(reads_mlp)
+    mixes = tuple(path[role] for role in ("q", "k", "v", "conv_in") if role in path)
     mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)
     return Wiring(
-        norms=_norms(architecture, spec.norm_names, *readers),
-        writers=(path["o"], *(down for _, down in mlps)),
-        value=path["v"],
-        output=path["o"],
+        norms=_norms(architecture, spec.norm_names, mixes, tuple(reads_mlp)),
+        writers=(path["o"] if "o" in path else path["conv_out"], *(down for _, down in mlps)),
+        mixes=mixes,
+        value=path.get("v"),
+        output=path.get("o"),
         kv_heads=spec.heads.kv_heads,
         mlps=mlps,
         unit_offset=architecture.unit_offset,

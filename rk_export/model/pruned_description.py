@@ -14,6 +14,8 @@ from rk_export.plan import Pruning
 
 # Fields with a value for every block.
 PER_BLOCK = ("layer_types", "no_rope_layers")
+# Fields that list numbers of blocks.
+BLOCK_NUMBERS = ("full_attn_idxs",)
 
 
 def pruned_description(description: ModelDescription, pruning: Pruning) -> ModelDescription:
@@ -54,6 +56,9 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == count:
             setattr(pruned, name, [values[block] for block in blocks])
+    for name in BLOCK_NUMBERS:
+        if (numbers := getattr(config, name, None)) is not None:
+            setattr(pruned, name, [new for new, block in enumerate(blocks) if block in numbers])
 
 
 def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
@@ -90,7 +95,9 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
-    single = replace(description, config=_single_block(pruned))
+    attention = description.decoder.attention_layers
+    block = next(new for new, old in enumerate(pruning.blocks) if old in attention)
+    single = replace(description, config=_single_block(pruned, block))
     rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
     if (rows["q"], rows["k"]) != (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim):
         raise _refusal(
@@ -98,9 +105,9 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
         )
 
 
-def _single_block(config: PretrainedConfig) -> PretrainedConfig:
+def _single_block(config: PretrainedConfig, block: int) -> PretrainedConfig:
     single = copy.deepcopy(config)
-    _keep_blocks(single, config, (0,))
+    _keep_blocks(single, config, (block,))
     return single
 
 
