@@ -133,7 +133,9 @@ def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context
     """
     heads = heads_of(config)
     float_bytes = 4 if ep == "cpu" else 2
-    position_bytes = 2 * len(decoder_spec(config).attention_layers) * heads.kv_heads * heads.head_dim * float_bytes
+    position_bytes = (
+        2 * len(decoder_spec(config).attention_layers) * heads.kv_heads * heads.head_dim * float_bytes
+    )
     held = max(_ROUND_TO, MOST_BUFFER_BYTES // position_bytes // _ROUND_TO * _ROUND_TO)
     return int(min(context_length, MOST_POSITIONS, held))
 

@@ -33,7 +33,9 @@ def check_shape(
     has_attention = layer.index in description.decoder.attention_layers
     if not has_attention and (shape.value_dim, shape.kv_groups) != (None, None):
         raise _refusal(
-            shape, "value_dim and kv_groups: this layer has a short convolution and no heads", "set them to null"
+            shape,
+            "value_dim and kv_groups: this layer has a short convolution and no heads",
+            "set them to null",
         )
     if shape.value_dim is not None and shape.value_dim >= heads.head_dim:
         raise _refusal(

@@ -106,6 +106,8 @@ def _kind(module: nn.Module, name: str) -> str:
         return "norms"
     if isinstance(module, nn.Embedding):
         return "embeddings of positions"
+    if isinstance(module, nn.Conv1d) and name == "weight":
+        return "short convolutions"
     return "biases" if name.endswith("bias") else "routers"
 
 

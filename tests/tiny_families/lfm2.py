@@ -12,7 +12,10 @@ FAMILIES = (
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
         variants={
-            "biased": {"conv_bias": True, "layer_types": ["full_attention", "conv", "conv", "full_attention"]},
+            "biased": {
+                "conv_bias": True,
+                "layer_types": ["full_attention", "conv", "conv", "full_attention"],
+            },
             "wide": {
                 "conv_L_cache": 5,
                 "num_hidden_layers": 3,

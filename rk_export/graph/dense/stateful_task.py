@@ -55,9 +55,7 @@ class StatefulTextGeneration(ModelTask):
             return tuple(f"{cache}.{index}.{side}" for side in _SIDES)
         return (f"{state}.{index}",)
 
-    def _past(
-        self, builder: GraphBuilder, index: int, batch: ir.SymbolicDim, dtype: ir.DataType
-    ) -> Carried:
+    def _past(self, builder: GraphBuilder, index: int, batch: ir.SymbolicDim, dtype: ir.DataType) -> Carried:
         shape = self._shape(index, batch, "past_sequence_len")
         return tuple(
             builder.input(name, dtype=dtype, shape=shape)
