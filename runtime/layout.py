@@ -99,12 +99,12 @@ class DecoderLayout:
     @property
     def presents(self) -> tuple[str, ...]:
         """Names of the outputs that a later call takes as its past: those of `slots`, then those of `states`."""
-        return tuple(item.present for item in (*self.slots, *self.states))
+        return (*(slot.present for slot in self.slots), *(state.present for state in self.states))
 
     @property
     def pasts(self) -> tuple[str, ...]:
         """Names of the inputs of `presents`, in their order."""
-        return tuple(item.past for item in (*self.slots, *self.states))
+        return (*(slot.past for slot in self.slots), *(state.past for state in self.states))
 
     def empty_past(self, batch: int) -> tuple[np.ndarray, ...]:
         """Return a cache of no positions: [batch, kv_heads, 0, head_size] per slot, then zeros for each state."""

@@ -86,14 +86,21 @@ ProductT = TypeVar("ProductT", bound=ProductLike)
 def packs(products: Iterable[ProductT]) -> list[list[ProductT]]:
     """Return the sets of products, at least two each, that one product should stand for, in their order.
 
-    They read one value and store their matrices in one format. Int8 products are made for long inputs, where copying
+    They read one value and store their matrices in one format. What attention reads stays apart from what the MLP reads
+    where both read one norm. Int8 products are made for long inputs, where copying
     the parts out of a packed product costs more than starting more kernels (2 % of a 512-token prefill of
     SmolLM2-135M); attention takes q, k and v without a copy.
     """
-    readers: dict[tuple[Hashable, MatrixFormat], list[ProductT]] = {}
+    readers: dict[tuple[Hashable, MatrixFormat, bool], list[ProductT]] = {}
     for product in products:
-        readers.setdefault((product.source, product.format), []).append(product)
+        key = (product.source, product.format, _is_of_attention(product.role))
+        readers.setdefault(key, []).append(product)
     return [group for group in readers.values() if len(group) > 1 and _is_worth_it(group)]
+
+
+def _is_of_attention(role: str) -> bool:
+    """Whether a product, or one that stands for several, computes what attention reads."""
+    return {*role.split("_")} <= {*ATTENTION_ROLES}
 
 
 def _is_worth_it(group: list[ProductT]) -> bool:

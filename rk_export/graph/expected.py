@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import nn as onn
 
-from rk_export.graph.dense.decoder import Attention, Decoder
+from rk_export.graph.dense.attention import Attention
+from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.frontend import OnnxModule
 from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.factors import SHARED_DOWN
@@ -90,10 +91,13 @@ def _products(rewritten: Rewritten, module: OnnxModule) -> tuple[Product, ...]:
 
 
 def _layer_products(rewritten: Rewritten, module: OnnxModule) -> Iterator[Product]:
+    shares_norm = not rewritten.architecture.is_encoder and rewritten.description.decoder.shares_norm
     for index, projections in projections_of(rewritten):
         layer = descend(module.module, f"{module.architecture.onnx_layers}.{index}")
         for item in projections:
-            yield from descend(layer, item.onnx_path).products((index, _input_of(item)))
+            yield from descend(layer, item.onnx_path).products(
+                (index, _input_of(item, shares_norm=shares_norm))
+            )
 
 
 def _outer_products(module: OnnxModule) -> Iterator[Product]:
@@ -104,9 +108,9 @@ def _outer_products(module: OnnxModule) -> Iterator[Product]:
             yield from outer.products(path)
 
 
-def _input_of(item: Projection) -> str:
+def _input_of(item: Projection, *, shares_norm: bool) -> str:
     if item.role in _READ_ATTENTION_INPUT:
-        return "attention"
+        return "mlp" if shares_norm else "attention"
     if item.role in _READ_MLP_INPUT or (item.role == "expert" and not item.path.endswith("down_proj")):
         return "mlp"
     return item.path

@@ -13,7 +13,7 @@ from rk_export.model.decoder_spec import DecoderSpec, LayerSpec
 from rk_export.model.rotary import ALL_LAYERS
 
 # Checked against PyTorch; the names are those of transformers' ACT2FN.
-EXACT_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+EXACT_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 
 

@@ -54,8 +54,8 @@ def _onnx_name(architecture: Architecture, name: str) -> str:
 
 
 def _exported_value(architecture: Architecture, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    module = name.rpartition(".")[0]
-    if architecture.unit_offset and module.endswith("norm"):
+    module, _, leaf = name.rpartition(".")
+    if architecture.unit_offset and module.endswith("norm") and leaf == "weight":
         return (1.0 + tensor.float()).to(tensor.dtype)
     if architecture.outer.get(module) == POSITIONS:
         return tensor[architecture.skipped_positions :]

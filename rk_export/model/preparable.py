@@ -150,6 +150,8 @@ def _reason(description: ModelDescription, name: str) -> str:
         return _no_rotation(family, spec)
     if name == "rotate-heads" and spec.on_values:
         return f"{spec.on_values} stands between the values of {family} and its output projection"
+    if name == "scale" and spec.on_neurons:
+        return f"{spec.on_neurons} stands between the neurons of {family} and its down matrix"
     if name == "scale" and not spec.gated_mlp and spec.activation not in HOMOGENEOUS_ACTIVATIONS:
         return f"the MLP of {family} has no gate, and {spec.activation} of a scaled input is not the scaled output"
     return ""
@@ -161,13 +163,15 @@ def _no_fold(description: ModelDescription, spec: DecoderSpec) -> str:
             f"the norms of {description.model_type} follow its blocks, and its head is tied to the embedding: no "
             "matrix reads a norm alone"
         )
+    if spec.norm == "layer_plain":
+        return f"the norms of {description.model_type} have no gain"
     if spec.norm == "layer" and not _readers_have_biases(description):
         return f"LayerNorm shifts its output, and the matrices of this {description.model_type} model have no biases"
     return ""
 
 
 def _no_rotation(family: str, spec: DecoderSpec) -> str:
-    if spec.norm == "layer":
+    if spec.norm != "rms":
         return (
             f"the LayerNorm of {family} subtracts the mean over the coordinates, which no rotation preserves"
         )
@@ -181,6 +185,11 @@ def _readers_have_biases(description: ModelDescription) -> bool:
     return all(getattr(layer.get_submodule(path), "bias", None) is not None for path in readers)
 
 
+def _head_has_bias(description: ModelDescription) -> bool:
+    path = description.architecture.lm_head
+    return path is not None and description.canonical.get_submodule(path).bias is not None
+
+
 def _final_norm(
     description: ModelDescription, applied: Sequence[str]
 ) -> tuple[Literal["kept", "folded", "rotated head"], str]:
@@ -192,7 +201,7 @@ def _final_norm(
         return ("rotated head" if spec.tied else "folded"), ""
     if spec.tied:
         return "kept", "the head is tied to the embedding, which must not take the final norm's gain"
-    if spec.norm == "layer":
+    if spec.norm == "layer" and not _head_has_bias(description):
         return "kept", "the head has no bias that could take the final norm's shift"
     return "folded", ""
 

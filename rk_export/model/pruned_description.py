@@ -70,6 +70,12 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             "prune.ffn_keep",
             "drop it",
         )
+    if description.decoder.on_neurons:
+        raise _refusal(
+            f"{description.decoder.on_neurons} stands behind the neurons: those that stay would change",
+            "prune.ffn_keep",
+            "drop it",
+        )
     present = description.decoder.intermediate_size
     if width >= present:
         raise _refusal(
@@ -85,6 +91,12 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     if kept >= heads.kv_heads or max(max(groups) for groups in pruning.kv_groups) >= heads.kv_heads:
         raise _refusal(
             f"{kept} key/value heads are not fewer than {heads.kv_heads}", "prune.kv_heads_keep", "keep fewer"
+        )
+    if description.decoder.sub_norms:
+        raise _refusal(
+            f"{description.decoder.on_values} stands behind the values: those that stay would change",
+            "prune.kv_heads_keep",
+            "drop it",
         )
     if description.decoder.query_key_norm == "all":
         raise _refusal(

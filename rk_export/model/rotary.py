@@ -57,6 +57,11 @@ class RotaryTable:
         """Rows of the table for short sequences where there is one for long sequences too, else None."""
         return self.parts[0].rows if len(self.parts) > 1 else None
 
+    @property
+    def width(self) -> int:
+        """Coordinates of a head that are rotated."""
+        return 2 * len(self.parts[0].frequencies)
+
     def computed_bytes(self, float_bytes: int) -> int:
         """Return the memory of both tables once they are computed."""
         return sum(2 * part.rows * len(part.frequencies) * float_bytes for part in self.parts)
@@ -76,8 +81,7 @@ def rotary_tables(
         Layer type -> table where ``rope_parameters`` is given by layer type, else one table ``ALL_LAYERS``.
 
     Raises:
-        UnsupportedModelError: The frequencies are not a function of the position, or the kernels refuse the
-            rotated width.
+        UnsupportedModelError: The frequencies are not a function of the position.
     """
     by_type: dict[str | None, dict[str, Any]] = {None: config.rope_parameters}  # None: one for all layers
     if "rope_type" not in config.rope_parameters:
@@ -101,7 +105,6 @@ def _table(
     prefix = "" if layer_type is None else f"{layer_type}_"
     frequencies = cast(torch.Tensor, getattr(module, f"{prefix}inv_freq"))
     scale = cast(float, getattr(module, f"{prefix}attention_scaling"))
-    _check_width(2 * len(frequencies))
     if parameters["rope_type"] != "longrope":
         return RotaryTable((_part(frequencies, positions),), scale)
     switch = int(parameters["original_max_position_embeddings"])
@@ -124,12 +127,4 @@ def _check_exact(parameters: dict[str, Any]) -> None:
             f"rotary scaling {parameters['rope_type']!r}: its angles depend on more than the position",
             where="config.json: rope_parameters",
             fix=f"use a model with one of {', '.join(EXACT_ROPE_TYPES)}",
-        )
-
-
-def _check_width(rotated: int) -> None:
-    if rotated % 16:
-        raise UnsupportedModelError(
-            f"{rotated} values of each head are rotated; GroupQueryAttention rotates multiples of 16",
-            where="config.json: head_dim, partial_rotary_factor",
         )

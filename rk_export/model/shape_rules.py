@@ -29,7 +29,7 @@ def check_shape(
         raise _refusal(shape, "only queries and keys of an encoder are rewritten", "drop its shapes")
     if shape.ffn_width is not None:
         _check_width(description, layer, shape, sites)
-    heads = description.heads
+    heads, between = description.heads, description.decoder.on_values
     has_attention = layer.index in description.decoder.attention_layers
     if not has_attention and (shape.value_dim, shape.kv_groups) != (None, None):
         raise _refusal(
@@ -37,6 +37,8 @@ def check_shape(
             "value_dim and kv_groups: this layer has a short convolution and no heads",
             "set them to null",
         )
+    if between and shape.value_dim is not None:
+        raise _refusal(shape, f"value_dim: {between} stands behind the values", "set it to null")
     if shape.value_dim is not None and shape.value_dim >= heads.head_dim:
         raise _refusal(
             shape,
@@ -56,6 +58,10 @@ def _check_width(
             "ffn_width: every expert would need neurons of its own choice, from statistics of its own tokens",
             "set it to null",
         )
+    if description.decoder.on_neurons:
+        raise _refusal(
+            shape, f"ffn_width: {description.decoder.on_neurons} stands behind the neurons", "set it to null"
+        )
     width = layer.linear(mlp_paths(sites)["down"]).in_features
     if (shape.ffn_width or 0) >= width:
         raise _refusal(
@@ -72,6 +78,10 @@ def _check_groups(description: ModelDescription, groups: int, shape: LayerShape)
             shape,
             f"kv_groups {list(kept)} leaves out none of the groups 0 to {groups - 1}, or names others",
             "list fewer of them, or null",
+        )
+    if description.decoder.sub_norms:
+        raise _refusal(
+            shape, f"kv_groups: {description.decoder.on_values} stands behind the values", "set it to null"
         )
     if description.decoder.query_key_norm == "all":
         raise _refusal(

@@ -12,7 +12,8 @@ from compressed import INT4, SourceOf, compress, floats
 from rk_export.errors import FusionError
 from rk_export.graph import swap
 from rk_export.graph.build import build_graph
-from rk_export.graph.dense.decoder import ATTENTION, SKIP_NORM
+from rk_export.graph.dense.attention import ATTENTION
+from rk_export.graph.dense.decoder import SKIP_NORM
 from rk_export.graph.dense.frontend import build_module
 from rk_export.graph.expected import declared
 from rk_export.graph.modules import projections

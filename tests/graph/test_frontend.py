@@ -273,8 +273,7 @@ def test_a_tied_head_is_stored_once() -> None:
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rotary scaling 'dynamic'"),
-    ("llama", {"head_dim": 8}, "multiples of 16"),
-    ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "8 values of each head"),
+    ("llama", {"head_dim": 20}, "multiples of 8"),
     ("llama", {"num_key_value_heads": 3}, "whole groups of heads"),
     ("llama", {"hidden_act": "mish"}, "activation 'mish'"),
     ("gpt2", {"hidden_size": 48}, "multiples of 8"),

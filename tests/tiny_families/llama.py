@@ -5,6 +5,7 @@ from tiny_families.entry import TinyFamily
 FAMILIES = (
     TinyFamily(
         "llama",
+        variants={"width_24": {"head_dim": 24}},
         known=("Llama 2 and 3", "SmolLM2", "TinyLlama", "DeepSeek-R1-Distill-Llama"),
         in_sample=True,
     ),
@@ -16,7 +17,16 @@ FAMILIES = (
     ),
     TinyFamily("qwen2", known=("Qwen2", "Qwen2.5", "DeepSeek-R1-Distill-Qwen"), in_sample=True),
     TinyFamily("qwen3", fields={"head_dim": 32}, known=("Qwen3",), in_sample=True),
-    TinyFamily("phi3", known=("Phi-3", "Phi-3.5-mini", "Phi-4", "Phi-4-mini"), in_sample=True),
+    TinyFamily(
+        "phi3",
+        variants={
+            "rotated_8": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+            }
+        },
+        known=("Phi-3", "Phi-3.5-mini", "Phi-4", "Phi-4-mini"),
+        in_sample=True,
+    ),
     TinyFamily("olmo2", known=("OLMo 2",), in_sample=True),
     TinyFamily(
         "granite",

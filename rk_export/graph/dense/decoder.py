@@ -1,72 +1,62 @@
-"""The decoder of all families, on ``com.microsoft.GroupQueryAttention``.
-
-Rotation, sliding window and soft cap are inside the operator. Inputs that only one execution provider takes (norm
-weights and position ids) are not wired.
-"""
+"""The decoder of all families: embedding, layers, output projection."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import cast
 
+import numpy as np
 import onnx_ir as ir
 from mobius import ArchitectureConfig
-from mobius.components import FCMLP, MLP, Embedding, LayerNorm, Linear, MoELayer, RMSNorm, SoftmaxTopKGate
+from mobius.components import Embedding, Linear, MoELayer, SoftmaxTopKGate
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.attention import Attention, Biases, Carried, Shared, rotates_apart
+from rk_export.graph.dense.mlp import Mlp
+from rk_export.graph.dense.norms import JOINED_WITH_SUM, norm_of
 from rk_export.graph.dense.rotary import Rotary, scaled
-from rk_export.graph.dense.short_conv import RowTexts, ShortConv, row_texts
+from rk_export.graph.dense.short_conv import ShortConv, row_texts
 from rk_export.graph.modules.base import ExportModule, Pattern, operators
-from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.decoder_spec import DecoderSpec, QueryGrowth
 from rk_export.model.rotary import RotaryTable
 from rk_export.passes.graph.nodes import MICROSOFT
 
-ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
 SKIP_NORM = operators(
     "residual sum with norm", MICROSOFT, "SkipSimplifiedLayerNormalization", "SkipLayerNormalization"
 )
-# What a layer hands on to the next call: keys and values, or the state of a short convolution.
-Carried = tuple[ir.Value, ...]
-
-
-class _Shared(NamedTuple):
-    """Values that all layers of a graph use.
-
-    Args:
-        last_key: (batch,) int32, index of each row's last key.
-        key_count: () int32, keys after this step, of the longest row.
-        tables: Name of a rotary table -> cosines, sines, each (positions, rotated width / 2).
-        texts: What short convolutions read from the mask; None where no layer has one.
-    """
-
-    last_key: ir.Value
-    key_count: ir.Value
-    tables: Mapping[str, tuple[ir.Value, ir.Value]]
-    texts: RowTexts | None
 
 
 class Decoder(nn.Module):
-    """Decoder with output projection: input ids and cache to logits and the longer cache."""
+    """Decoder with output projection: input ids and cache to logits and the longer cache.
+
+    Args:
+        spec: What it computes.
+        config: mobius' config of its mixtures of experts.
+        biases: Which matrices have one.
+        tables: Name of a rotary table -> the table.
+        dtype: Of the floats.
+    """
 
     def __init__(
         self,
         spec: DecoderSpec,
         config: ArchitectureConfig,
+        biases: Biases,
         tables: Mapping[str, RotaryTable],
         dtype: ir.DataType,
     ) -> None:
         super().__init__()
-        self.model = _DecoderBody(spec, config, tables, dtype)
-        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.model = _DecoderBody(spec, config, biases, tables, dtype)
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=biases.head)
         if spec.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._logit_scale, self._logit_softcap = spec.logit_scale, spec.logit_softcap
 
     @property
     def reads_positions(self) -> bool:
-        """Whether the graph reads ``position_ids``: positions are learned."""
-        return self.model.embed_positions is not None
+        """Whether the graph reads ``position_ids``."""
+        return self.model.reads_positions
 
     def forward(
         self,
@@ -89,6 +79,7 @@ class _DecoderBody(ExportModule):
         self,
         spec: DecoderSpec,
         config: ArchitectureConfig,
+        biases: Biases,
         tables: Mapping[str, RotaryTable],
         dtype: ir.DataType,
     ) -> None:
@@ -97,16 +88,23 @@ class _DecoderBody(ExportModule):
         self.embed_positions = None
         if spec.learned_positions:
             self.embed_positions = Embedding(spec.learned_positions, spec.hidden_size)
-        self.layers = nn.ModuleList([_Layer(spec, config, index) for index in range(len(spec.layers))])
-        self.norm = _norm(spec, spec.hidden_size)
+        self.embed_norm = norm_of(spec, spec.hidden_size) if spec.embedding_norm else None
+        layers = (_Layer(spec, config, biases, index, tables) for index in range(len(spec.layers)))
+        self.layers = nn.ModuleList(list(layers))
+        self.norm = norm_of(spec, spec.hidden_size)
         self.rotary = {name: Rotary(table, f"rotary_{name}", dtype) for name, table in tables.items()}
         for rotary in self.rotary.values():
             setattr(self, cast(str, rotary.name), rotary)
-        self._embedding_scale = spec.embedding_scale
-        self._taps, self._dtype = spec.conv_taps, dtype
+        self._spec, self._dtype = spec, dtype
+        self._rotates_apart = any(rotates_apart(spec, table) for table in tables.values())
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether anything here depends on the position of a token in its row, rotation inside attention aside."""
+        return bool(self._spec.learned_positions or self._spec.query_growth or self._rotates_apart)
 
     def emits(self) -> Counter[Pattern]:
-        return Counter({SKIP_NORM: 1})
+        return Counter({SKIP_NORM: int(self._spec.norm in JOINED_WITH_SUM)})
 
     def forward(
         self,
@@ -116,145 +114,115 @@ class _DecoderBody(ExportModule):
         position_ids: ir.Value,
         past_key_values: Sequence[Carried],
     ) -> tuple[ir.Value, list[Carried]]:
-        hidden = scaled(op, self.embed_tokens(op, input_ids), self._embedding_scale)
+        hidden = scaled(op, self.embed_tokens(op, input_ids), self._spec.embedding_scale)
         if self.embed_positions is not None:
             hidden = op.Add(hidden, self.embed_positions(op, position_ids))
-        shared = self._shared(op, input_ids, attention_mask)
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(op, hidden)
+        shared = self._shared(op, input_ids, attention_mask, position_ids)
         present = []
         for layer, past in zip(self.layers, past_key_values, strict=True):
             hidden, layer_present = layer(op, hidden, shared, past)
             present.append(layer_present)
         return self.norm(op, hidden), present
 
-    def _shared(self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> _Shared:
+    def _shared(
+        self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, position_ids: ir.Value
+    ) -> Shared:
         last_key = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=0), op.Constant(value_int=1))
         key_count = op.Gather(op.Shape(attention_mask), op.Constant(value_int=1))
-        return _Shared(
+        growth, slopes = self._spec.query_growth, self._spec.alibi_slopes
+        taps = self._spec.conv_taps
+        return Shared(
             last_key=op.Cast(last_key, to=ir.DataType.INT32),
             key_count=op.Cast(key_count, to=ir.DataType.INT32),
             tables={name: rotary(op, key_count) for name, rotary in self.rotary.items()},
-            texts=row_texts(op, input_ids, attention_mask, self._taps, self._dtype) if self._taps else None,
+            positions=position_ids if self._rotates_apart else None,
+            query_factor=None if growth is None else _query_factor(op, growth, position_ids, self._dtype),
+            distance_bias=_distance_bias(op, slopes, input_ids, key_count, self._dtype) if slopes else None,
+            texts=row_texts(op, input_ids, attention_mask, taps, self._dtype) if taps else None,
         )
+
+
+def _query_factor(op: OpBuilder, growth: QueryGrowth, positions: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return ``1 + beta ln(1 + floor(position / original))``, (batch, length, 1)."""
+    blocks = op.Cast(op.Div(positions, op.Constant(value_int=growth.original)), to=ir.DataType.FLOAT)
+    one = op.Constant(value_float=1.0)
+    grown = op.Add(op.Mul(op.Log(op.Add(blocks, one)), op.Constant(value_float=growth.beta)), one)
+    factor: ir.Value = op.Unsqueeze(op.Cast(grown, to=dtype), [2])
+    return factor
+
+
+def _distance_bias(
+    op: OpBuilder, slopes: Sequence[float], input_ids: ir.Value, key_count: ir.Value, dtype: ir.DataType
+) -> ir.Value:
+    """Return ``slope * key`` for each head (ALiBi, arXiv 2108.12409), (1, heads, length, keys).
+
+    The softmax takes away what is the same for all keys, so the position of the query is not needed.
+    """
+    keys = op.Cast(
+        op.Range(op.Constant(value_int=0), key_count, op.Constant(value_int=1)), to=ir.DataType.FLOAT
+    )
+    by_head = op.Constant(value=ir.tensor(np.array(slopes, np.float32).reshape(1, -1, 1, 1)))
+    length = op.Gather(op.Shape(input_ids), op.Constant(value_ints=[1]), axis=0)
+    one, heads = op.Constant(value_ints=[1]), op.Constant(value_ints=[len(slopes)])
+    shape = op.Concat(one, heads, length, op.Reshape(key_count, [1]), axis=0)
+    bias: ir.Value = op.Expand(op.Cast(op.Mul(by_head, keys), to=dtype), shape)
+    return bias
 
 
 class _Layer(ExportModule):
     """Attention and MLP on a residual stream, with the norms that the family has around each."""
 
-    def __init__(self, spec: DecoderSpec, config: ArchitectureConfig, index: int) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        config: ArchitectureConfig,
+        biases: Biases,
+        index: int,
+        tables: Mapping[str, RotaryTable],
+    ) -> None:
         super().__init__()
-        self.self_attn = self.conv = None
-        if spec.layers[index].mixer == "short_conv":
-            self.conv = ShortConv(spec)
+        self._mixer = "self_attn" if spec.layers[index].mixer == "attention" else "conv"
+        if self._mixer == "conv":
+            self.conv = ShortConv(spec, has_bias=biases.conv)
         else:
-            self.self_attn = Attention(spec, config, index)
-        self.mlp = _mlp(spec, config, index)
+            self.self_attn = Attention(spec, biases, index, tables)
+        self.mlp = _mlp(spec, config, biases, index)
         self._names = spec.norm_names
-        for name in filter(None, self._names):
-            setattr(self, name, _norm(spec, spec.hidden_size))
-        self._residual_scale = spec.residual_scale
+        for name in filter(None, dict.fromkeys(self._names)):
+            setattr(self, name, norm_of(spec, spec.hidden_size))
+        self._spec = spec
         # The first layer reads the embedding, in some families the sum of embedding and position.
-        self._reads_sum = index > 0 or bool(spec.learned_positions)
+        self._reads_sum = index > 0 or (bool(spec.learned_positions) and not spec.embedding_norm)
 
     def forward(
-        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: Carried
+        self, op: OpBuilder, hidden: ir.Value, shared: Shared, past: Carried
     ) -> tuple[ir.Value, Carried]:
-        attended, present = self._mixed(
-            op, self._normed(op, self._names.before_attention, hidden), shared, past
-        )
-        attended = self._normed(op, self._names.after_attention, attended)
-        hidden = op.Add(hidden, scaled(op, attended, self._residual_scale))
-        transformed = self.mlp(op, self._normed(op, self._names.before_mlp, hidden))
-        transformed = self._normed(op, self._names.after_mlp, transformed)
-        return op.Add(hidden, scaled(op, transformed, self._residual_scale)), present
-
-    def _mixed(
-        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: Carried
-    ) -> tuple[ir.Value, Carried]:
-        """Mix tokens; return what attention or convolution gives, and what the next call needs."""
-        if self.conv is None:
-            return self.self_attn(op, hidden, shared, past)
-        (state,) = past
-        output, state = self.conv(op, hidden, shared.texts, state)
-        return output, (state,)
+        names, factor = self._names, self._spec.residual_scale
+        normed = self._normed(op, names.before_attention, hidden)
+        attended, present = getattr(self, self._mixer)(op, normed, shared, past)
+        added = op.Add(hidden, scaled(op, self._normed(op, names.after_attention, attended), factor))
+        if not self._spec.parallel:
+            normed = self._normed(op, names.before_mlp, added)
+        elif names.before_mlp != names.before_attention:
+            normed = self._normed(op, names.before_mlp, hidden)
+        transformed = self._normed(op, names.after_mlp, self.mlp(op, normed))
+        return op.Add(added, scaled(op, transformed, factor)), present
 
     def emits(self) -> Counter[Pattern]:
-        """The norms in front of attention and MLP read the residual stream."""
-        before_attention = self._names.before_attention is not None and self._reads_sum
-        return Counter({SKIP_NORM: before_attention + (self._names.before_mlp is not None)})
+        """A norm in front of a block reads the residual stream; of two that read one sum, one is joined with it."""
+        if self._spec.norm not in JOINED_WITH_SUM:
+            return Counter()
+        first = self._names.before_attention is not None and self._reads_sum
+        second = self._names.before_mlp is not None and not self._spec.parallel
+        return Counter({SKIP_NORM: first + second})
 
     def _normed(self, op: OpBuilder, name: str | None, hidden: ir.Value) -> ir.Value:
         return hidden if name is None else getattr(self, name)(op, hidden)
 
 
-class Attention(ExportModule):
-    """Projections around one GroupQueryAttention node.
-
-    The node rotates queries and keys, appends to the cache and masks: a query sees the keys up to its own
-    position, at most ``local_window_size`` of them.
-    """
-
-    def __init__(self, spec: DecoderSpec, config: ArchitectureConfig, index: int) -> None:
-        super().__init__()
-        heads, layer = spec.heads, spec.layers[index]
-        rows, kv_rows = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
-        self.q_proj = Linear(spec.hidden_size, rows, bias=config.attn_qkv_bias)
-        self.k_proj = Linear(spec.hidden_size, kv_rows, bias=config.attn_qkv_bias)
-        self.v_proj = Linear(spec.hidden_size, kv_rows, bias=config.attn_qkv_bias)
-        self.o_proj = Linear(rows, spec.hidden_size, bias=config.attn_o_bias)
-        self.q_norm = self.k_norm = None
-        if spec.query_key_norm is not None:
-            by_head = spec.query_key_norm == "head"
-            self.q_norm = _norm(spec, heads.head_dim if by_head else rows)
-            self.k_norm = _norm(spec, heads.head_dim if by_head else kv_rows)
-        self._norm_width = heads.head_dim if spec.query_key_norm == "head" else None
-        self._rotary = layer.rotary
-        self._attributes: dict[str, Any] = {
-            "num_heads": heads.heads,
-            "kv_num_heads": heads.kv_heads,
-            "scale": layer.attention_scale,
-            "do_rotary": int(layer.rotary is not None),
-        }
-        if spec.attention_softcap:
-            self._attributes["softcap"] = spec.attention_softcap
-        if layer.window is not None:
-            self._attributes["local_window_size"] = layer.window
-
-    @property
-    def takes_products(self) -> bool:
-        """Whether the operator reads q, k and v as the projections return them."""
-        return self.q_norm is None
-
-    def emits(self) -> Counter[Pattern]:
-        return Counter({ATTENTION: 1})
-
-    def forward(
-        self, op: OpBuilder, hidden: ir.Value, shared: _Shared, past: Carried
-    ) -> tuple[ir.Value, Carried]:
-        rotary = () if self._rotary is None else shared.tables[self._rotary]
-        attended, key, value = op.GroupQueryAttention(
-            self._normed(op, self.q_norm, self.q_proj(op, hidden)),
-            self._normed(op, self.k_norm, self.k_proj(op, hidden)),
-            self.v_proj(op, hidden),
-            *past,
-            shared.last_key,
-            shared.key_count,
-            *rotary,
-            _domain="com.microsoft",
-            _outputs=3,
-            **self._attributes,
-        )
-        return self.o_proj(op, attended), (key, value)
-
-    def _normed(self, op: OpBuilder, norm: nn.Module | None, states: ir.Value) -> ir.Value:
-        if norm is None:
-            return states
-        if self._norm_width is not None:
-            states = op.Reshape(states, [0, 0, -1, self._norm_width])
-        normed: ir.Value = norm(op, states)
-        return normed if self._norm_width is None else op.Reshape(normed, [0, 0, -1])
-
-
-def _mlp(spec: DecoderSpec, config: ArchitectureConfig, index: int) -> nn.Module:
+def _mlp(spec: DecoderSpec, config: ArchitectureConfig, biases: Biases, index: int) -> nn.Module:
     if spec.experts is not None and spec.layers[index].has_experts:
         gate = SoftmaxTopKGate(
             spec.hidden_size,
@@ -263,11 +231,4 @@ def _mlp(spec: DecoderSpec, config: ArchitectureConfig, index: int) -> nn.Module
             norm_topk_prob=spec.experts.normalized,
         )
         return MoELayer(config, gate=gate)
-    if spec.gated_mlp:
-        return MLP(config)
-    return FCMLP(spec.hidden_size, spec.intermediate_size, spec.activation, bias=config.mlp_bias)
-
-
-def _norm(spec: DecoderSpec, width: int) -> nn.Module:
-    norm_class = RMSNorm if spec.norm == "rms" else LayerNorm
-    return norm_class(width, eps=spec.norm_epsilon)
+    return Mlp(spec, has_bias=biases.mlp)

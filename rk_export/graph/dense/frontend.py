@@ -18,6 +18,7 @@ from onnxscript import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
+from rk_export.graph.dense.attention import Biases
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.rotary import Late
@@ -91,11 +92,10 @@ def build_module(
         module: nn.Module = Encoder(onnx_config)
     else:
         spec = description.decoder
-        onnx_config = _decoder_config(spec, shapes)
+        onnx_config = _decoder_config(spec)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
-        module = Decoder(
-            spec, onnx_config, _tables(spec, architecture, skeleton, positions), _IR_DTYPE[dtype]
-        )
+        tables = _tables(spec, architecture, skeleton, positions)
+        module = Decoder(spec, onnx_config, _biases(shapes), tables, _IR_DTYPE[dtype])
     _check_structure(module, shapes)
     onnx_config.dtype = _IR_DTYPE[dtype]
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -108,7 +108,8 @@ def trace(onnx_module: OnnxModule) -> ir.Model:
 
     Returns:
         Decoder: inputs ``input_ids``, ``attention_mask``, ``past_key_values.{i}.key|value`` and, with learned
-        positions, ``position_ids``; outputs ``logits``, ``present.{i}.key|value``. Encoder: inputs
+        positions, ``position_ids``; outputs ``logits``, ``present.{i}.key|value``. A layer with a short convolution has
+        ``past_conv.{i}`` and ``present_conv.{i}`` instead. Encoder: inputs
         ``input_ids``, ``attention_mask``, ``token_type_ids``; output ``last_hidden_state``.
     """
     package = build_from_module(
@@ -173,19 +174,15 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 def _tables(
     spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
 ) -> dict[str, RotaryTable]:
-    if spec.learned_positions:
+    if not any(layer.rotary for layer in spec.layers):
         return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
     return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
 
 
-def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> ArchitectureConfig:
-    """Return what mobius' components and task read; biases are those the torch model has."""
+def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
+    """Return what mobius' task and its mixture of experts read."""
     experts = spec.experts
-
-    def has_bias(*linears: str) -> bool:
-        return any(name.endswith(tuple(f"{linear}.bias" for linear in linears)) for name in shapes)
-
     return ArchitectureConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -196,13 +193,25 @@ def _decoder_config(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]]) ->
         head_dim=spec.heads.head_dim,
         hidden_act=spec.activation,
         rms_norm_eps=spec.norm_epsilon,
-        attn_qkv_bias=has_bias("self_attn.q_proj"),
-        attn_o_bias=has_bias("self_attn.o_proj"),
-        mlp_bias=has_bias("mlp.up_proj"),
         tie_word_embeddings=spec.tied,
         num_local_experts=experts and experts.count,
         num_experts_per_tok=experts and experts.per_token,
         moe_intermediate_size=experts and experts.intermediate_size,
+    )
+
+
+def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
+    """Return which matrices have biases, as the torch model has them."""
+
+    def has_bias(linear: str) -> bool:
+        return any(name.endswith(f"{linear}.bias") for name in shapes)
+
+    return Biases(
+        query_key_value=has_bias("self_attn.q_proj"),
+        output=has_bias("self_attn.o_proj"),
+        mlp=has_bias("mlp.up_proj"),
+        head=has_bias("lm_head"),
+        conv=has_bias("conv.in_proj"),
     )
 
 

@@ -7,29 +7,13 @@ has no half precision, and hands on the state of the last column, which is paddi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import onnx_ir as ir
 from mobius.components import Linear
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.attention import Carried, RowTexts, Shared
 from rk_export.graph.modules.base import ExportModule
 from rk_export.model.decoder_spec import DecoderSpec
-
-
-class RowTexts(NamedTuple):
-    """Which columns of the new tokens are text, the same for all layers.
-
-    Args:
-        is_text: (batch, length, 1), 1 for a token and 0 for padding before, between and behind tokens.
-        has_begun: (batch, length, 1), 0 for padding before the first token and 1 elsewhere.
-        last_rows: (batch, taps) int64, where the last tokens of each row stand in the state and the new tokens of all
-            rows below each other.
-    """
-
-    is_text: ir.Value
-    has_begun: ir.Value
-    last_rows: ir.Value
 
 
 def row_texts(
@@ -48,7 +32,8 @@ def row_texts(
     rows = op.Add(op.Unsqueeze(begin, [1]), end)
 
     def flags(where: ir.Value) -> ir.Value:
-        return op.Unsqueeze(op.Cast(op.Or(is_later, where), to=dtype), [2])
+        found: ir.Value = op.Unsqueeze(op.Cast(op.Or(is_later, where), to=dtype), [2])
+        return found
 
     return RowTexts(
         is_text=flags(op.Cast(own, to=ir.DataType.BOOL)),
@@ -64,26 +49,29 @@ class ShortConv(ExportModule):
     than it needs: GenAI, transformers.js and the bundles made for them agree on this size.
     """
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, *, has_bias: bool) -> None:
         super().__init__()
-        width, has_bias = spec.hidden_size, spec.conv_bias
+        width = spec.hidden_size
         self.in_proj = Linear(width, 3 * width, bias=has_bias)
         self.conv = Taps(width, spec.conv_taps, has_bias=has_bias)
         self.out_proj = Linear(width, width, bias=has_bias)
         self._width, self._has_bias = width, has_bias
 
     def forward(
-        self, op: OpBuilder, hidden: ir.Value, texts: RowTexts, past: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
+        self, op: OpBuilder, hidden: ir.Value, shared: Shared, past: Carried
+    ) -> tuple[ir.Value, Carried]:
         """Return the output (batch, length, width) and the state (batch, width, taps) after the last token."""
+        (state,), texts = past, shared.texts
+        if texts is None:
+            raise TypeError("a short convolution reads the mask")
         if self._has_bias:  # transformers lets the bias stand where the mask hides a token between others
             hidden = op.Mul(hidden, texts.is_text)
         b, c, x = op.Split(self.in_proj(op, hidden), axis=-1, num_outputs=3, _outputs=3)
         gated = op.Mul(op.Mul(b, x), texts.has_begun if self._has_bias else texts.is_text)
-        text = op.Concat(op.Transpose(past, perm=[0, 2, 1]), gated, axis=1)
+        text = op.Concat(op.Transpose(state, perm=[0, 2, 1]), gated, axis=1)
         mixed = self.conv(op, text, gated)
-        state = op.Gather(op.Reshape(text, [-1, self._width]), texts.last_rows, axis=0)
-        return self.out_proj(op, op.Mul(c, mixed)), op.Transpose(state, perm=[0, 2, 1])
+        last = op.Gather(op.Reshape(text, [-1, self._width]), texts.last_rows, axis=0)
+        return self.out_proj(op, op.Mul(c, mixed)), (op.Transpose(last, perm=[0, 2, 1]),)
 
 
 class Taps(nn.Module):
@@ -110,4 +98,5 @@ class Taps(nn.Module):
         for distance, part in enumerate(reversed(parts[:-1]), start=1):
             before = op.Slice(text, [self._taps - distance], [-distance], [1])
             mixed = op.Add(mixed, op.Mul(before, part))
-        return mixed if self.bias is None else op.Add(mixed, self.bias)
+        biased: ir.Value = mixed if self.bias is None else op.Add(mixed, self.bias)
+        return biased

@@ -34,7 +34,6 @@ def _spec(config: PretrainedConfig) -> DecoderSpec:
         norm_epsilon=float(config.norm_eps),
         query_key_norm="head",
         conv_taps=int(config.conv_L_cache),
-        conv_bias=bool(config.conv_bias),
     )
 
 

@@ -7,14 +7,34 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families import bert, gemma, gpt2, lfm2, llama, mixtures, opt, phi3, starcoder2
+from rk_export.model.families import (
+    bert,
+    bitnet,
+    cohere,
+    gemma,
+    gpt2,
+    hunyuan,
+    lfm2,
+    llama,
+    ministral3,
+    mixtures,
+    nemotron,
+    olmo,
+    opt,
+    phi,
+    phi3,
+    starcoder2,
+)
 from rk_export.model.families.base import Family
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for kin in (llama, gemma, lfm2, mixtures, phi3, starcoder2, gpt2, opt, bert)
-    for family in kin.FAMILIES
-}
+_KINS = (
+    *(llama, gemma, phi, phi3, ministral3, cohere, olmo, nemotron, hunyuan, bitnet, lfm2),
+    *(mixtures, starcoder2, gpt2, opt),
+    bert,
+)
+# Widths of heads that GroupQueryAttention takes are multiples of it.
+HEAD_MULTIPLE = 8
+FAMILIES: dict[str, Family] = {family.model_type: family for kin in _KINS for family in kin.FAMILIES}
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -62,16 +82,15 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     if family.decoder is None:
         raise TypeError(f"{family.model_type} is an encoder")
     family.check(config)
-    _check_heads(family.heads(config), is_rotated=not family.architecture.has_learned_positions)
+    _check_heads(family.heads(config))
     return family.decoder(config)
 
 
-def _check_heads(heads: HeadLayout, *, is_rotated: bool) -> None:
+def _check_heads(heads: HeadLayout) -> None:
     """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
-    multiple = 16 if is_rotated else 8
-    if heads.heads % heads.kv_heads or heads.head_dim % multiple:
+    if heads.heads % heads.kv_heads or heads.head_dim % HEAD_MULTIPLE:
         raise UnsupportedModelError(
             f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "
-            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {multiple}",
+            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {HEAD_MULTIPLE}",
             where="config.json: num_attention_heads, num_key_value_heads, head_dim",
         )

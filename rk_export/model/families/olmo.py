@@ -1,0 +1,21 @@
+"""OLMo 1: LayerNorm without weights, and queries, keys and values that may be clipped."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from rk_export.model.architecture import Architecture
+from rk_export.model.config_fields import llama_spec
+from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.families.base import Family
+
+NORM_EPSILON = 1e-5  # a constant of the class: the config has no field for it
+
+
+def _olmo(config: PretrainedConfig) -> DecoderSpec:
+    return llama_spec(
+        config, norm="layer_plain", norm_epsilon=NORM_EPSILON, clip=float(config.clip_qkv or 0.0)
+    )
+
+
+FAMILIES = (Family(Architecture("olmo", outer={}), _olmo),)
