@@ -3,6 +3,7 @@
 #   make demo     compress, export, verify and run a small model; everything it makes is in out/demo
 #   make unit     the tests that run no whole pipeline: a minute or so, before every commit
 #   make test     ruff, mypy and all tests: unit, whole runs on tiny models, real models
+#   make families every model family through all its tests; makes docs/families.md
 #   make docs     the documentation as a site in out/site; a dead link ends it
 #   make PYTHON=python3.12 ...    another interpreter (3.11 or newer)
 #   make TORCH=torch ...          another PyTorch, e.g. the newest one with CUDA; any pip requirement or options
@@ -43,7 +44,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 ELSEWHERE := test-optimum test-ray test-ray-serve test-triton test-triton-client test-kubernetes test-container \
 	test-node test-browser
 
-.PHONY: help setup demo test lint types format unit suite docs $(ELSEWHERE) results inputs fuzz clean
+.PHONY: help setup demo test lint types format unit suite families docs $(ELSEWHERE) results inputs fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -82,6 +83,10 @@ unit: $(READY)
 
 suite: $(READY)
 	$(PYTEST) --durations=30
+
+# Every model family through all tests of families; docs/families.md is written from what they measure.
+families: $(READY)
+	RK_FAMILIES=all $(PYTEST) tests/families --durations=10
 
 docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . out/site

@@ -24,6 +24,7 @@ from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
 from rk_export.report.records import Fusion
 from rk_export.rewrite.apply import Rewritten, rewrite
+from rk_export.runtime.graph_proto import graph_bytes
 from rk_export.source.stored import StoredModel
 
 INT4 = QuantSpec(4, 16)
@@ -79,18 +80,15 @@ def logits(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tenso
     return result
 
 
-class OnnxModel:
-    """The exported graph of a rewritten model in ONNX Runtime, CPU provider.
+class OnnxFile:
+    """The graph of a bundle in ONNX Runtime, CPU provider, one thread.
 
     Args:
-        rewritten: The model.
-        folder: Where the graph is written.
+        folder: Where model.onnx is.
     """
 
-    def __init__(self, rewritten: Rewritten, folder: Path) -> None:
-        self.graph, self.fusions = build_graph(rewritten)
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        save_graph(self.graph, folder)
 
     @cached_property
     def session(self) -> ort.InferenceSession:
@@ -99,10 +97,6 @@ class OnnxModel:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         return ort.InferenceSession(self.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-
-    def fusion(self, pattern: str) -> Fusion:
-        """Return one line of the fusion report."""
-        return next(fusion for fusion in self.fusions if fusion.pattern == pattern)
 
     def run(
         self,
@@ -117,20 +111,52 @@ class OnnxModel:
         feed: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask_array, **extra}
         for value in self.session.get_inputs():
             if value.name.startswith("past_"):
-                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-                # Keys and values have a length, which is 0; states of short convolutions have a fixed size.
-                sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
-                empty = np.zeros((ids.shape[0], *sizes), dtype)
-                feed[value.name] = empty if past is None else past[value.name]
+                feed[value.name] = _empty(value, len(ids)) if past is None else past[value.name]
             elif value.name not in feed:
                 feed[value.name] = np.zeros_like(ids)
         names = [value.name for value in self.session.get_outputs()]
         outputs = dict(zip(names, self.session.run(names, feed), strict=True))
         first = torch.from_numpy(outputs.pop(names[0]))
-        return first, {past_name(name): array for name, array in outputs.items()}
+        return first, {_as_past(name): array for name, array in outputs.items()}
 
 
-def past_name(present: str) -> str:
-    """Return the input that takes an output of the cache: `present.0.key`, or the state `present_conv.0`."""
-    head, _, rest = present.partition(".")
-    return f"past_key_values.{rest}" if head == "present" else f"past_conv.{rest}"
+def _empty(value: Any, batch: int) -> np.ndarray:
+    """Return what is given for a past that is not there: no position of a cache, zeros of a state."""
+    sizes = (size if isinstance(size, int) else 0 for size in value.shape[1:])
+    return np.zeros((batch, *sizes), np.float16 if value.type == "tensor(float16)" else np.float32)
+
+
+def _as_past(name: str) -> str:
+    """Return the input that an output of the step before goes into."""
+    return name.replace("present.", "past_key_values.").replace("present_", "past_")
+
+
+class OnnxModel(OnnxFile):
+    """The exported graph of a rewritten model in ONNX Runtime, CPU provider.
+
+    Args:
+        rewritten: The model.
+        folder: Where the graph is written.
+    """
+
+    def __init__(self, rewritten: Rewritten, folder: Path) -> None:
+        super().__init__(folder)
+        self.graph, self.fusions = build_graph(rewritten)
+        save_graph(self.graph, folder)
+
+    def fusion(self, pattern: str) -> Fusion:
+        """Return one line of the fusion report."""
+        return next(fusion for fusion in self.fusions if fusion.pattern == pattern)
+
+
+def level_0(model: OnnxFile, ids: Tensor) -> Tensor:
+    """Return the logits with float inputs, as the runtime computes them at accuracy level 0."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(model.folder)
+    )
+    graph, _ = graph_bytes(model.folder / "model.onnx", 0)
+    assert b"MatMulIntegerToFloat" not in graph
+    model.session = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    return model.run(ids)[0]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, transformers_own
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitnet import pack_weights
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,19 @@ def fp8_config(block: tuple[int, int] | None) -> dict[str, Any]:
     """Return the quantization config of FP8 with blocks."""
     size = None if block is None else list(block)
     return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size}
+
+
+def bitnet(*, multiplies: bool = False) -> Quantizer:
+    """Return what rounds matrices to -1, 0 and 1 and packs four rows into a byte, with transformers' function."""
+
+    def quantize(name: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = matrix.abs().mean()
+        ternary = (matrix / scale).round().clamp(-1, 1)
+        stored = scale if multiplies else 1 / scale
+        parts = {"weight": pack_weights(ternary.clone()), "weight_scale": stored.reshape(1)}
+        return parts, ternary * scale
+
+    return quantize
 
 
 def small(family: str = "llama", **fields: Any) -> PreTrainedModel:

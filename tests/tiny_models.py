@@ -29,6 +29,11 @@ def family_of(name: str) -> TinyFamily:
     return TABLE[name.partition(":")[0]]
 
 
+def auto_class(family: str) -> Any:
+    """Return the class of transformers that builds a family's models."""
+    return AutoModel if family_of(family).is_encoder else AutoModelForCausalLM
+
+
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """Return the config of a tiny model: hidden 64, 4 heads, vocabulary 160, 128 positions.
 
@@ -56,8 +61,9 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def random_model(family: str, config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a config's model with random weights, as `tiny_model` does; the same seed gives the same tensors."""
     entry = family_of(family)
-    auto = AutoModel if entry.is_encoder else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, attn_implementation="eager").float().eval()
+    model: PreTrainedModel = (
+        auto_class(family).from_config(config, attn_implementation="eager").float().eval()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in _stored(model):
@@ -87,9 +93,9 @@ def massive(llama: Path, folder: Path) -> Path:
     return folder
 
 
-def transformers_own(folder: Path, **config: Any) -> PreTrainedModel:
+def transformers_own(folder: Path, auto: Any = AutoModelForCausalLM, **config: Any) -> PreTrainedModel:
     """Return a folder's model as transformers loads it: float32, eager attention, evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = auto.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **config
     )
     return model.eval()

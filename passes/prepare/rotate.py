@@ -39,7 +39,9 @@ def rotate_layer(layer: nn.Module, wiring: Wiring, rotation: Orthogonal) -> None
 
 
 @torch.no_grad()
-def rotated_tied_head(norm: nn.Module, embedding: nn.Embedding, rotation: Orthogonal) -> RotatedHead:
+def rotated_tied_head(
+    norm: nn.Module, embedding: nn.Embedding, rotation: Orthogonal, *, unit_offset: bool = False
+) -> RotatedHead:
     """Return the head of a rotated model whose output projection is its embedding.
 
     With the table E' = E Q, logits = E diag(g) n = E' (Qᵀ diag(g) Q) n', where g is the final gain and n' the
@@ -49,11 +51,12 @@ def rotated_tied_head(norm: nn.Module, embedding: nn.Embedding, rotation: Orthog
         norm: The final RMSNorm; its gain moves into the head and becomes 1.
         embedding: The table, rotated already; the head shares its parameter.
         rotation: Q.
+        unit_offset: The norm stores its gain minus one.
     """
-    gain = weight(norm)
+    gain = weight(norm) + float(unit_offset)
     size = len(gain)
     matrix = rotation.left(gain.double()[:, None] * rotation.matrix().to(gain.device))
-    set_parameter(norm, "weight", torch.ones_like(gain))
+    set_parameter(norm, "weight", torch.full_like(gain, 1.0 - unit_offset))
     middle = nn.Linear(size, size, bias=False, device="meta")
     middle.weight = nn.Parameter(matrix.to(embedding.weight.dtype).contiguous(), requires_grad=False)
     head = nn.Linear(size, embedding.num_embeddings, bias=False, device="meta")

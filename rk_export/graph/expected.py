@@ -118,10 +118,13 @@ def _input_of(item: Projection, *, shares_norm: bool) -> str:
 
 def _attention_packs(decoder: Decoder, groups: Sequence[Sequence[Product]]) -> int:
     """Return how many packs attention takes as they are: q, k and v, with nothing between them and the operator."""
-    if not all(child.takes_products for child in decoder.modules() if isinstance(child, Attention)):
-        return 0
+    attentions = [child for child in decoder.modules() if isinstance(child, Attention)]
+    taking = tuple(f"layers.{index}." for index, child in enumerate(attentions) if child.takes_products)
     return sum(
-        roles_of(group) == ATTENTION_ROLES and all(product.is_whole for product in group) for group in groups
+        roles_of(group) == ATTENTION_ROLES
+        and group[0].site.startswith(taking)
+        and all(product.is_whole for product in group)
+        for group in groups
     )
 
 

@@ -95,6 +95,12 @@ def split_linear(linear: nn.Linear, parts: Mapping[str, int]) -> JoinedLinear:
     return JoinedLinear(children).train(linear.training)
 
 
+def split_gate_up(joined: nn.Linear) -> JoinedLinear:
+    """Cut the joined matrix of a gated MLP, weight (2 * intermediate, hidden), the rows of the gate first."""
+    half = joined.out_features // 2
+    return split_linear(joined, {"gate_proj": half, "up_proj": half})
+
+
 def linear_from_conv1d(conv: Conv1D) -> nn.Linear:
     """Return the ``nn.Linear`` of a GPT-2 ``Conv1D``, whose weight is stored as (in, out)."""
     return linear_from(conv.weight.t(), conv.bias, training=conv.training)

@@ -18,6 +18,8 @@ OPTION = "target.context_length"
 MOST_POSITIONS = 2**24
 # Scalings that name the length that they were made for: factor times the original length.
 _MADE_FOR_A_LENGTH = ("yarn", "longrope")
+# Dynamic NTK: the frequencies of a text beyond max_position_embeddings depend on how long it is.
+_CHANGES_BEYOND = "dynamic"
 
 
 def own_context(config: PretrainedConfig) -> int:
@@ -90,6 +92,8 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     own = own_context(config)
     if description.architecture.is_encoder or description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
+    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in _scalings(config)):
+        return own, "its rotary scaling rotates longer texts by angles that depend on their length"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"
     return MOST_POSITIONS, "float32 tells no more positions apart"

@@ -148,6 +148,11 @@ class DecoderSpec:
         return tuple(index for index, layer in enumerate(self.layers) if layer.mixer == "short_conv")
 
     @property
+    def is_rotated(self) -> bool:
+        """Whether any layer rotates queries and keys."""
+        return any(layer.rotary is not None for layer in self.layers)
+
+    @property
     def shares_norm(self) -> bool:
         """Whether attention and MLP read the output of one norm."""
         return self.norm_names.before_attention == self.norm_names.before_mlp is not None

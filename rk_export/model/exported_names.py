@@ -30,7 +30,7 @@ def rename_tensors(
     renamed = {}
     for name, tensor in tensors.items():
         left_out = any(_within(name, module) for module in architecture.unused)
-        if left_out or (tied and architecture.lm_head and _within(name, architecture.lm_head)):
+        if left_out or (tied and _is_of_tied_head(architecture, name)):
             continue
         renamed[_onnx_name(architecture, name)] = _exported_value(architecture, name, tensor)
     return renamed
@@ -60,6 +60,12 @@ def _exported_value(architecture: Architecture, name: str, tensor: torch.Tensor)
     if architecture.outer.get(module) == POSITIONS:
         return tensor[architecture.skipped_positions :]
     return tensor
+
+
+def _is_of_tied_head(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is the embedding's under another name; a bias is the head's own."""
+    head = architecture.lm_head
+    return head is not None and _within(name, head) and name != f"{head}.bias"
 
 
 def _within(name: str, module: str) -> bool:

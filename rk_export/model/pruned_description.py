@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
@@ -104,17 +105,36 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
             "prune.kv_heads_keep",
             "drop it",
         )
+    if description.decoder.alibi_slopes:
+        raise _refusal(
+            "how far each head looks back follows from its number, so those that stay would change",
+            "prune.kv_heads_keep",
+            "drop it",
+        )
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
     attention = description.decoder.attention_layers
-    block = next(new for new, old in enumerate(pruning.blocks) if old in attention)
-    single = replace(description, config=_single_block(pruned, block))
+    new, old = next(pair for pair in enumerate(pruning.blocks) if pair[1] in attention)
+    single = replace(description, config=_single_block(pruned, new))
     rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
-    if (rows["q"], rows["k"]) != (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim):
+    wanted = (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim)
+    by_head = description.decoder.query_key_norm == "head"
+    if (rows["q"], rows["k"]) != wanted or (by_head and _gains(single, 0) != _gains(description, old)):
         raise _refusal(
             "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
         )
+
+
+def _gains(description: ModelDescription, block: int) -> list[tuple[int, ...]]:
+    """Return the shapes of a block's vectors that belong to no matrix: gains and shifts of norms."""
+    layer = description.layer(block)
+    linears = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return [
+        tuple(tensor.shape)
+        for name, tensor in layer.named_parameters()
+        if name.rpartition(".")[0] not in linears
+    ]
 
 
 def _single_block(config: PretrainedConfig, block: int) -> PretrainedConfig:

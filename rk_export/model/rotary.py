@@ -10,6 +10,7 @@ text grows past the short table must run it anew, as Hugging Face ``generate`` d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +23,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rk_export.errors import UnsupportedModelError
 
-EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+# "dynamic" has its first frequencies up to max_position_embeddings; no bundle of it takes more positions.
+EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 ALL_LAYERS = "all"
 
 
@@ -68,7 +70,7 @@ class RotaryTable:
 
 
 def rotary_tables(
-    config: PretrainedConfig, module_class: type[nn.Module], positions: int
+    config: PretrainedConfig, module_class: type[nn.Module], positions: int, used: Collection[str | None]
 ) -> dict[str, RotaryTable]:
     """Return the tables of a model.
 
@@ -76,13 +78,16 @@ def rotary_tables(
         config: The model's config.
         module_class: The family's rotary embedding class.
         positions: Rows of a table, the longest sequence.
+        used: The names of the tables that the layers use, None among them for layers without rotation.
 
     Returns:
-        Layer type -> table where ``rope_parameters`` is given by layer type, else one table ``ALL_LAYERS``.
+        Those tables by name: layer types where ``rope_parameters`` is given by layer type, else ``ALL_LAYERS``.
 
     Raises:
         UnsupportedModelError: The frequencies are not a function of the position.
     """
+    if not any(used):
+        return {}
     by_type: dict[str | None, dict[str, Any]] = {None: config.rope_parameters}  # None: one for all layers
     if "rope_type" not in config.rope_parameters:
         by_type = {name: config.rope_parameters[name] for name in sorted(set(config.layer_types))}
@@ -92,6 +97,7 @@ def rotary_tables(
     return {
         name or ALL_LAYERS: _table(config, parameters, module, name, positions)
         for name, parameters in by_type.items()
+        if (name or ALL_LAYERS) in used
     }
 
 
@@ -124,7 +130,7 @@ def _part(frequencies: torch.Tensor, rows: int) -> RotaryPart:
 def _check_exact(parameters: dict[str, Any]) -> None:
     if parameters["rope_type"] not in EXACT_ROPE_TYPES:
         raise UnsupportedModelError(
-            f"rotary scaling {parameters['rope_type']!r}: its angles depend on more than the position",
+            f"rotary scaling {parameters['rope_type']!r}: it is not known to rotate by the position alone",
             where="config.json: rope_parameters",
             fix=f"use a model with one of {', '.join(EXACT_ROPE_TYPES)}",
         )

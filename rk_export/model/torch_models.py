@@ -50,6 +50,12 @@ def transformers_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def stored_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers of a module that checkpoints store, by name: constants that are read but not trained."""
+    stored = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in stored]
+
+
 def _reason(config: PretrainedConfig, error: Exception) -> str:
     """Return what went wrong, with the fields that hold the value where it is an unknown name."""
     if isinstance(error, KeyError) and error.args:

@@ -88,10 +88,12 @@ def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     if not architecture.is_encoder:
         decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
     counts: dict[str, int] = {}
+    stored = description.canonical.state_dict().keys()
     for module_name, module in description.canonical.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, parameter in tensors:
             path = f"{module_name}.{name}"
-            if path in decided:
+            if path in decided or path not in stored:
                 continue
             # What the exported model lacks is left out, whole modules and rows of tables.
             exported = rename_tensors(architecture, {path: parameter.detach()}, tied=False)
@@ -108,6 +110,8 @@ def _kind(module: nn.Module, name: str) -> str:
         return "embeddings of positions"
     if isinstance(module, nn.Conv1d) and name == "weight":
         return "short convolutions"
+    if "activation" in type(module).__name__.lower():
+        return "activations"
     return "biases" if name.endswith("bias") else "routers"
 
 
@@ -115,11 +119,12 @@ def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
     config = description.config
     architecture = description.architecture
-    if architecture.is_encoder or architecture.has_learned_positions:
+    if architecture.is_encoder or not description.decoder.is_rotated:
         return None
     positions = context_of(config, recipe.target.context_length)
     module = type(description.canonical.get_submodule(architecture.rotary))
-    tables = rotary_tables(config, module, positions).values()
+    used = {layer.rotary for layer in description.decoder.layers}
+    tables = rotary_tables(config, module, positions, used).values()
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)
     return FixedPart(

@@ -161,7 +161,8 @@ class Prepared(Transform):
             return
         rotate_reader(embedding, rotation)
         if self._preparations.final_norm == "rotated head":
-            model.set_submodule(path, rotated_tied_head(norm, embedding, rotation))
+            rotated = rotated_tied_head(norm, embedding, rotation, unit_offset=architecture.unit_offset)
+            model.set_submodule(path, rotated)
         else:
             rotate_reader(head, rotation)
 

@@ -20,6 +20,7 @@ from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
 from rk_export.model.families.registry import architecture_of
+from rk_export.model.torch_models import stored_buffers
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
@@ -213,6 +214,9 @@ class StoredModel(Loading):
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
                 _assign(model, prefix + name, self._parameter(prefix + name))
+        for name, buffer in stored_buffers(module):
+            if prefix + name in self._stored.shapes:
+                buffer.data = self.tensor(prefix + name)
 
     def _parameter(self, name: str) -> Tensor:
         """Read a parameter; where parts of it are stored, such as single experts, transformers' mapping joins them."""

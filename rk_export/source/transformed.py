@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.model.description import ModelDescription
+from rk_export.model.torch_models import stored_buffers
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
@@ -270,7 +271,9 @@ class Transformed(Loading):
 
 
 def _move(made: nn.Module, layer: nn.Module) -> None:
-    """Give the parameters of one layer to another of the same form."""
+    """Give the parameters and stored buffers of one layer to another of the same form."""
     for name, parameter in made.named_parameters():
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, nn.Parameter(parameter.data, requires_grad=False))
+    for name, buffer in stored_buffers(made):
+        layer.get_buffer(name).data = buffer.data

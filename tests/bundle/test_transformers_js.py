@@ -57,6 +57,18 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "value"),
+    [("exaone", "num_layers", 2), ("granitemoehybrid", "layer_types", ["attention"] * 2)],
+)
+def test_fields_are_spelled_as_transformers_js_reads_them(
+    folder: Path, place: Path, model_type: str, name: str, value: object
+) -> None:
+    change(folder / "config.json", model_type=model_type, num_hidden_layers=2)
+    write_folder(Deployment(folder, "tiny"), place)
+    assert read(place / "config.json")[name] == value
+
+
 def test_the_files_and_their_names(folder: Path, place: Path) -> None:
     write_folder(Deployment(folder, "tiny"), place)
     configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -272,7 +272,7 @@ def test_a_tied_head_is_stored_once() -> None:
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rotary scaling 'dynamic'"),
+    ("llama", {"rope_parameters": {**LINEAR, "rope_type": "proportional"}}, "scaling 'proportional'"),
     ("llama", {"head_dim": 20}, "multiples of 8"),
     ("llama", {"num_key_value_heads": 3}, "whole groups of heads"),
     ("llama", {"hidden_act": "mish"}, "activation 'mish'"),
@@ -282,8 +282,15 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
     ("opt", {"word_embed_proj_dim": 32}, "project_"),
+    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    (
+        "granitemoehybrid",
+        {"layer_types": ["linear_attention", "full_attention"]},
+        "1 of 2 layer_types are 'linear_attention'",
+    ),
+    ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts=4"),
     ("bert", {"is_decoder": True}, "is_decoder=True"),
     ("bert", {"hidden_act": "mish"}, "activation 'mish'"),
 ]

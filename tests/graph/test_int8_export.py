@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
-from compressed import OnnxModel, SourceOf, compress, floats, logits, tokens
+from compressed import OnnxModel, SourceOf, compress, floats, level_0, logits, tokens
 from conftest import tiny_options
-from torch import Tensor
 
 from rk_export import compress as compress_model
 from rk_export import make_plan, verify
@@ -23,7 +21,6 @@ from rk_export.options.run import Run
 from rk_export.passes.modules.quantized import float_inputs
 from rk_export.rewrite.apply import rewrite
 from rk_export.rewrite.checkpoint import load_pretrained, save_pretrained
-from rk_export.runtime.graph_proto import graph_bytes
 
 pytestmark = pytest.mark.whole
 
@@ -42,19 +39,6 @@ def options(form: str) -> Any:
         "per-head": {"groups": ("qk",), "rank": RANK_8, "qk": "per-head"},
     }
     return floats(**{"quant": W8A8, **forms[form]})
-
-
-def level_0(model: OnnxModel, ids: Tensor) -> Tensor:
-    """Return the logits with float inputs, as the runtime computes them at accuracy level 0."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(model.folder)
-    )
-    graph, _ = graph_bytes(model.folder / "model.onnx", 0)
-    assert b"MatMulIntegerToFloat" not in graph
-    model.session = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
-    return model.run(ids)[0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli, tiny_options, trained_tokenizer
-from rope_configs import LINEAR, LONGROPE, SHORT_YARN, YARN
+from rope_configs import DYNAMIC, LINEAR, LONGROPE, SHORT_YARN, YARN
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,6 +35,7 @@ ALLOWED: list[tuple[str, dict[str, Any], int | None, str]] = [
     ("llama", {"rope_parameters": LINEAR}, None, ""),
     ("llama", {"rope_parameters": SHORT_YARN}, 512, "rotary scaling is made for 512"),
     ("llama", {"rope_parameters": YARN}, 128, "rotary scaling is made for 128"),
+    ("llama", {"rope_parameters": DYNAMIC}, 128, "angles that depend on their length"),
     ("gemma3", {"rope_parameters": MIXED}, 512, "rotary scaling is made for 512"),
     ("phi3", LONG_PHI3, 128, "rotary scaling is made for 128"),
     ("gpt2", {}, 128, "learned 128 positions"),
@@ -71,7 +72,7 @@ def test_a_shorter_context_leaves_the_rotation_as_it_is(context: int) -> None:
     stated = with_context(config, context)
     assert stated.max_position_embeddings == context
     module = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
-    before, after = (rotary_tables(one, module, context)["all"] for one in (config, stated))
+    before, after = (rotary_tables(one, module, context, {"all"})["all"] for one in (config, stated))
     assert before.scale == after.scale != 1
     for one, other in zip(before.parts, after.parts, strict=True):
         np.testing.assert_array_equal(one.frequencies, other.frequencies)

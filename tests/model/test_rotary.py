@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from rope_configs import LINEAR, LLAMA3, LONGROPE, YARN
+from rope_configs import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN
 from tiny_models import tiny_config
 from transformers import PretrainedConfig
 
@@ -28,6 +28,7 @@ SCALINGS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": LLAMA3}),
     ("llama", {"rope_parameters": LINEAR}),
     ("llama", {"rope_parameters": YARN}),
+    ("llama", {"rope_parameters": DYNAMIC}),
     ("qwen3", {}),
     ("gemma3", {"rope_parameters": GEMMA3}),
     ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 17}),

@@ -169,9 +169,11 @@ def test_rows_of_a_batch_are_the_single_answers(format_of: FormatOf) -> None:
         assert expected.agrees(ids[len(mask) : len(mask) + len(expected.tokens)])
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma3", "gpt2", "opt", "phi3", "exaone", "granitemoehybrid", "helium"]
+)
 def test_other_families(family: str, tmp_path: Path) -> None:
-    """Head sizes of their own, layers of two kinds, learned positions, joined projections."""
+    """Head sizes of their own, layers of two kinds, learned positions, joined projections, other spellings."""
     bundle = saved(family, tmp_path)
     session = Session.from_pretrained(bundle, provider="cpu", threads=1)
     folder = str(bundle / "transformers.js")

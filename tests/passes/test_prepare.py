@@ -107,16 +107,19 @@ def test_readers_and_writers_meet_in_the_rotated_stream(generator: torch.Generat
     assert torch.allclose(writer(x[:, :5]), written @ q)
 
 
-def test_a_tied_head_shares_the_rotated_table(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_a_tied_head_shares_the_rotated_table(generator: torch.Generator, unit_offset: bool) -> None:
     norm, table = nn.RMSNorm(48, dtype=torch.float64), nn.Embedding(20, 48, dtype=torch.float64)
-    norm.requires_grad_(False).weight.copy_(random(48, generator=generator))
+    gain = random(48, generator=generator)
+    norm.requires_grad_(False).weight.copy_(gain - float(unit_offset))
     table.requires_grad_(False)
     x, rotation = random(9, 48, generator=generator), orthogonal(48, generator)
-    expected = norm(x) @ table.weight.T
+    expected = (nn.functional.rms_norm(x, (48,)) * gain) @ table.weight.T
     rotate_reader(table, rotation)
-    head = rotated_tied_head(norm, table, rotation)
+    head = rotated_tied_head(norm, table, rotation, unit_offset=unit_offset)
     assert head.head.weight is table.weight
-    assert torch.allclose(head(norm(x @ rotation.matrix())), expected)
+    assert torch.equal(norm.weight + float(unit_offset), torch.ones(48, dtype=torch.float64))
+    assert torch.allclose(head(nn.functional.rms_norm(x @ rotation.matrix(), (48,))), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from checkpoint_files import edit_config
+from compressed import floats
 from compressed_models import arguments, compressed, compressed_config
 from made_recipes import made_recipe
 from quantized_models import (
@@ -18,6 +20,7 @@ from quantized_models import (
     Quantizer,
     awq,
     bit_stream,
+    bitnet,
     change_tensors,
     fp8,
     fp8_config,
@@ -40,8 +43,10 @@ from transformers import (
 from rk_export import compress, export
 from rk_export.errors import InputError
 from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.quantization import QuantSpec
 from rk_export.options.run import Run
 from rk_export.report.records import Report
+from rk_export.runtime import Session
 from rk_export.source.quantized.tensors import dequantized
 from rk_export.source.stored import open_source, read_config
 from rk_export.source.weight_files import open_tensors
@@ -242,6 +247,47 @@ def compressed_codes(packed: Tensor, shape: torch.Size) -> Tensor:
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), (48, 40), None])
 def test_fp8(tmp_path: Path, block: tuple[int, int] | None) -> None:
     check_equal(tmp_path, save_quantized(small(), tmp_path, fp8_config(block), fp8(block)))
+
+
+BITNET = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+
+
+@pytest.mark.parametrize("family", ["bitnet", "llama"])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bitnet(tmp_path: Path, family: str, multiplies: bool) -> None:
+    config = {**BITNET, "linear_class": "autobitlinear" if multiplies else "bitlinear"}
+    reference = save_quantized(small(family), tmp_path, config, bitnet(multiplies=multiplies))
+    check_equal(tmp_path, reference)
+
+
+def test_bitnet_master_weights_are_rounded_as_their_linear_modules_do(tmp_path: Path) -> None:
+    config = {**BITNET, "linear_class": "autobitlinear", "quantization_mode": "online"}
+    rounded = bitnet()
+
+    def quantize(name: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return {"weight": matrix}, rounded(name, matrix)[1]
+
+    check_equal(tmp_path, save_quantized(small("bitnet"), tmp_path, config, quantize))
+
+
+def test_bitnet_with_norms_in_its_linear_modules_is_refused(tmp_path: Path) -> None:
+    save_quantized(small("bitnet"), tmp_path, {**BITNET, "use_rms_norm": True}, bitnet())
+    with pytest.raises(InputError, match="use_rms_norm"):
+        open_source(tmp_path)
+
+
+@pytest.mark.whole
+def test_bitnet_codes_are_carried_in_two_bits(tmp_path: Path) -> None:
+    reference = save_quantized(small("bitnet"), tmp_path / "model", BITNET, bitnet())
+    recipe = floats(quant=QuantSpec(4, 32), quantizer="carry")
+    compress(tmp_path / "model", tmp_path / "out", recipe, run=Run(threads=1))
+    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
+    bits = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"]
+    assert bits.count(2) == 4  # q, k and v are one product, gate and up another, o and down
+    logits = Session.from_pretrained(tmp_path / "out", threads=1).prefill_logits(IDS.numpy())
+    with torch.no_grad():
+        expected = reference(IDS).logits.numpy()
+    assert abs(logits - expected).max() / abs(expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("form", ["pack-quantized", "int-quantized", "float-quantized"])
@@ -447,8 +493,6 @@ def test_a_quantized_source_is_exported_and_compressed(
             "dequantize"
         ]
         assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
-    from rk_export.runtime import Session
-
     logits = Session.from_pretrained(tmp_path / "floats", threads=1).prefill_logits(IDS.numpy())
     with torch.no_grad():
         expected = reference(IDS).logits.numpy()

@@ -6,6 +6,17 @@ _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 5, "num
 
 FAMILIES = (
     TinyFamily(
+        "gemma",
+        fields={"head_dim": 32},
+        variants={"untied": {"tie_word_embeddings": False, "attention_bias": True}},
+        known=("Gemma", "CodeGemma", "the text of PaliGemma"),
+    ),
+    TinyFamily(
+        "vaultgemma",
+        fields={**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+        known=("VaultGemma",),
+    ),
+    TinyFamily(
         "gemma2",
         fields={**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
         known=("Gemma 2",),

@@ -1,5 +1,7 @@
 """Llama with something more in attention or in the MLP."""
 
+from rope_configs import DYNAMIC
+
 from tiny_families.entry import TinyFamily
 
 _YARN = {
@@ -24,6 +26,7 @@ FAMILIES = (
     TinyFamily(
         "hunyuan_v1_dense",
         fields={"head_dim": 32},
+        variants={"alpha": {"rope_parameters": {**DYNAMIC, "alpha": 50.0}}},
         known=("HunYuan dense 0.5B to 7B", "HY-MT"),
     ),
     TinyFamily(

@@ -31,8 +31,33 @@ logger = logging.getLogger(__name__)
 # The exported families that transformers.js 4.3 has a class for; the tests in Node compare the list with the library.
 MODEL_TYPES = frozenset(
     [
-        *("bert", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo2", "opt", "phi3"),
-        *("qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+        *(
+            "apertus",
+            "arcee",
+            "bert",
+            "cohere",
+            "cohere2",
+            "ernie4_5",
+            "exaone",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+        ),
+        *("glm", "gpt2", "granite", "granitemoehybrid", "helium", "hunyuan_v1_dense", "llama", "ministral"),
+        *(
+            "ministral3",
+            "mistral",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "opt",
+            "phi",
+            "phi3",
+            "qwen2",
+            "qwen3",
+            "qwen3_moe",
+        ),
+        *("smollm3", "starcoder2", "vaultgemma"),
     ]
 )
 _LARGEST_FILE = 2**31 - 1  # bytes that a browser reads into one buffer
@@ -74,7 +99,16 @@ def _config(bundle: Path) -> dict[str, Any]:
             where=str(bundle / "config.json"),
             fix=f"serve it with another target; it has classes for {', '.join(sorted(MODEL_TYPES))}",
         )
-    return config
+    return config | _older_spelling(config)
+
+
+def _older_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that transformers.js reads as older checkpoints spell them."""
+    if config["model_type"] == "exaone":
+        return {"num_layers": config["num_hidden_layers"]}
+    if config["model_type"] == "granitemoehybrid":
+        return {"layer_types": ["attention"] * config["num_hidden_layers"]}
+    return {}
 
 
 def _tokenizer_config(bundle: Path) -> dict[str, Any]:

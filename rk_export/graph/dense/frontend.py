@@ -85,17 +85,18 @@ def build_module(
     config, architecture = description.config, description.architecture
     _check_dtype(ep, dtype)
     family_of(config).check(config)
+    spec = None if architecture.is_encoder else description.decoder  # refuses options by name
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
-    if architecture.is_encoder:
+    if spec is None:
         onnx_config, task = _encoder_config(config), "feature-extraction"
         module: nn.Module = Encoder(onnx_config)
     else:
-        spec = description.decoder
         onnx_config = _decoder_config(spec)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
-        tables = _tables(spec, architecture, skeleton, positions)
-        module = Decoder(spec, onnx_config, _biases(shapes), tables, _IR_DTYPE[dtype])
+        biases, tables = _biases(shapes), _tables(spec, architecture, skeleton, positions)
+        _check_head(spec, biases)
+        module = Decoder(spec, onnx_config, biases, tables, _IR_DTYPE[dtype])
     _check_structure(module, shapes)
     onnx_config.dtype = _IR_DTYPE[dtype]
     return OnnxModule(module, onnx_config, task, ep, architecture)
@@ -174,10 +175,11 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
 def _tables(
     spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
 ) -> dict[str, RotaryTable]:
-    if not any(layer.rotary for layer in spec.layers):
+    if not spec.is_rotated:
         return {}
     rows = positions or int(skeleton.config.max_position_embeddings)
-    return rotary_tables(skeleton.config, type(skeleton.get_submodule(architecture.rotary)), rows)
+    module = type(skeleton.get_submodule(architecture.rotary))
+    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
 
 
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
@@ -213,6 +215,16 @@ def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
         head=has_bias("lm_head"),
         conv=has_bias("conv.in_proj"),
     )
+
+
+def _check_head(spec: DecoderSpec, biases: Biases) -> None:
+    """Refuse an output projection that shares its matrix and has a bias of its own: no known model has one."""
+    if spec.tied and biases.head:
+        raise UnsupportedModelError(
+            "tie_word_embeddings=True: an output projection with a bias is exported with a matrix of its own only",
+            where="config.json: tie_word_embeddings",
+            fix="store the output projection, and state false",
+        )
 
 
 def _encoder_config(config: PretrainedConfig) -> ArchitectureConfig:

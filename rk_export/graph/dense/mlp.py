@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from mobius.components import Linear, get_activation
 from onnxscript import OpBuilder, nn
 
 from rk_export.graph.dense.norms import norm_of
 from rk_export.model.decoder_spec import DecoderSpec
-
-# Constants of transformers' xIELU (arXiv 2411.13010); it does not read the ones that checkpoints store.
-XIELU_BETA, XIELU_EPSILON = 0.5, -1e-6
 
 
 class Mlp(nn.Module):
@@ -44,24 +40,23 @@ class Mlp(nn.Module):
 
 
 class Xielu(nn.Module):
-    """xIELU (arXiv 2411.13010), an activation with two learned numbers."""
+    """xIELU (arXiv 2411.13010), an activation with two learned numbers and two constants that checkpoints store."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alpha_p, self.alpha_n = nn.Parameter([1]), nn.Parameter([1])
+        self.beta, self.eps = nn.Parameter([]), nn.Parameter([])
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        """Return the activation of each value."""
-        beta, epsilon, zero = (_like(op, number, x) for number in (XIELU_BETA, XIELU_EPSILON, 0.0))
-        positive = op.Softplus(self.alpha_p)
-        negative = op.Add(beta, op.Softplus(self.alpha_n))
-        curve = op.Sub(op.Sub(op.Exp(op.Min(x, epsilon)), _like(op, 1.0, x)), x)
-        bent = op.Where(op.Greater(x, zero), op.Mul(positive, op.Mul(x, x)), op.Mul(curve, negative))
-        result: ir.Value = op.Add(bent, op.Mul(beta, x))
+        """Return the activation of each value; in float32, where the difference of close numbers keeps digits."""
+        wide = op.Cast(x, to=ir.DataType.FLOAT)
+        alpha_p, alpha_n, beta, eps = (
+            op.Cast(number, to=ir.DataType.FLOAT)
+            for number in (self.alpha_p, self.alpha_n, self.beta, self.eps)
+        )
+        above = op.Mul(op.Softplus(alpha_p), op.Mul(wide, wide))
+        curve = op.Sub(op.Sub(op.Exp(op.Min(wide, eps)), op.Constant(value_float=1.0)), wide)
+        below = op.Mul(curve, op.Add(beta, op.Softplus(alpha_n)))
+        bent = op.Where(op.Greater(wide, op.Constant(value_float=0.0)), above, below)
+        result: ir.Value = op.CastLike(op.Add(bent, op.Mul(beta, wide)), x)
         return result
-
-
-def _like(op: OpBuilder, number: float, value: ir.Value) -> ir.Value:
-    """Return a number in the type of a value."""
-    constant: ir.Value = op.CastLike(op.Constant(value=ir.tensor(np.array([number], np.float32))), value)
-    return constant

@@ -20,6 +20,7 @@ from rk_export.methods.prune.options import PruneOptions
 from rk_export.model.description import ModelDescription
 from rk_export.model.pruned_description import pruned_description
 from rk_export.model.sites import plain_sites
+from rk_export.model.torch_models import stored_buffers
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature
 from rk_export.passes.numerics.pruning import largest
@@ -88,6 +89,8 @@ class Pruned(Transform):
         for name, tensor in _tensors(reduced, self._paths(index)).items():
             owner, _, leaf = name.rpartition(".")
             setattr(left.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in stored_buffers(reduced.module):
+            left.get_buffer(name).data = buffer.data
         return left
 
     def _paths(self, index: int) -> list[str]:

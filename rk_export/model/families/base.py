@@ -43,6 +43,34 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class RefusedLayers:
+    """Kinds of layers that are not exported.
+
+    Args:
+        unless: The values of the config's ``layer_types`` that are supported.
+        reason: Why no others are.
+    """
+
+    unless: tuple[str, ...]
+    reason: str
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Refuse another kind of layer.
+
+        Raises:
+            UnsupportedModelError: Names the kind and how many layers are of it.
+        """
+        others = [kind for kind in config.layer_types if kind not in self.unless]
+        if others:
+            kind, count = others[0], others.count(others[0])
+            raise UnsupportedModelError(
+                f"{count} of {len(config.layer_types)} layer_types are {kind!r}: {self.reason}",
+                where="config.json",
+                fix=f"use a model whose layers are all of {' or '.join(map(repr, self.unless))}",
+            )
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: names and what its config says.
 
@@ -55,7 +83,7 @@ class Family:
 
     architecture: Architecture
     decoder: Callable[[PretrainedConfig], DecoderSpec] | None = None
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[Refused | RefusedLayers, ...] = ()
     heads: Callable[[PretrainedConfig], HeadLayout] = plain_heads
 
     @property

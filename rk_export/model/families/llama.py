@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
@@ -20,7 +22,7 @@ def _mistral(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(config, layers=layer_specs(config, window=every_window))
 
 
-def _qwen2(config: PretrainedConfig) -> DecoderSpec:
+def _windows_by_layer(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(config, layers=layer_specs(config, window=window_by_type))
 
 
@@ -32,14 +34,12 @@ def _olmo2(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(config, norm_names=POST_NORM, query_key_norm="all")
 
 
-def _granite(config: PretrainedConfig) -> DecoderSpec:
-    return llama_spec(
-        config,
-        layers=layer_specs(config, scale=config.attention_multiplier),
-        embedding_scale=float(config.embedding_multiplier),
-        residual_scale=float(config.residual_multiplier),
-        logit_scale=1.0 / config.logits_scaling,
-    )
+def _olmo3(config: PretrainedConfig) -> DecoderSpec:
+    return replace(_olmo2(config), layers=layer_specs(config, window=window_by_type))
+
+
+def _interleaved(config: PretrainedConfig) -> DecoderSpec:
+    return llama_spec(config, rotary_interleaved=True)
 
 
 def _smollm3(config: PretrainedConfig) -> DecoderSpec:
@@ -50,11 +50,13 @@ def _smollm3(config: PretrainedConfig) -> DecoderSpec:
 
 
 FAMILIES = (
-    Family(Architecture("llama"), llama_spec),
+    # transformers builds InternLM3 and IQuest-Coder as Llama itself.
+    *(Family(Architecture(name), llama_spec) for name in ("llama", "internlm3", "iquestcoder", "seed_oss")),
+    *(Family(Architecture(name), _windows_by_layer) for name in ("qwen2", "ministral", "cwm")),
+    *(Family(Architecture(name), _interleaved) for name in ("ernie4_5", "helium")),
     Family(Architecture("mistral"), _mistral),
-    Family(Architecture("qwen2"), _qwen2),
     Family(Architecture("qwen3"), _qwen3),
     Family(Architecture("olmo2"), _olmo2),
-    Family(Architecture("granite"), _granite),
+    Family(Architecture("olmo3"), _olmo3),
     Family(Architecture("smollm3"), _smollm3),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import llama_spec
 from rk_export.model.decoder_spec import DecoderSpec
@@ -13,9 +14,15 @@ NORM_EPSILON = 1e-5  # a constant of the class: the config has no field for it
 
 
 def _olmo(config: PretrainedConfig) -> DecoderSpec:
+    if config.clip_qkv is not None and config.clip_qkv <= 0:
+        raise UnsupportedModelError(
+            f"clip_qkv={config.clip_qkv!r}: a clip that is not above 0 leaves nothing",
+            where="config.json: clip_qkv",
+            fix="state null where nothing is clipped",
+        )
     return llama_spec(
         config, norm="layer_plain", norm_epsilon=NORM_EPSILON, clip=float(config.clip_qkv or 0.0)
     )
 
 
-FAMILIES = (Family(Architecture("olmo", outer={}), _olmo),)
+FAMILIES = (Family(Architecture("olmo"), _olmo),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import ATTENTION, Architecture
 from rk_export.model.config_fields import layer_specs, llama_spec
 from rk_export.model.decoder_spec import DecoderSpec
@@ -13,6 +14,13 @@ NORM_EPSILON = 1e-5  # torch's LayerNorm default: the config has no field for it
 
 
 def _opt(config: PretrainedConfig) -> DecoderSpec:
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise UnsupportedModelError(
+            f"word_embed_proj_dim={config.word_embed_proj_dim}, hidden_size={config.hidden_size}: "
+            "a projection between the embedding and the layers is not exported",
+            where="config.json: word_embed_proj_dim",
+            fix="use a model where both are the same; of OPT's only the one with 350M parameters differs",
+        )
     return llama_spec(
         config,
         layers=layer_specs(config, rotary=lambda config, index: None),

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
-from rk_export.model.canonical import split_linear
+from rk_export.model.canonical import split_gate_up, split_linear
 from rk_export.model.config_fields import every_window, layer_specs, llama_spec
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family
@@ -26,8 +26,7 @@ def _split_phi3(layer: nn.Module) -> None:
         parts = {"q_proj": rows - 2 * kv_rows, "k_proj": kv_rows, "v_proj": kv_rows}
         attention.qkv_proj = split_linear(attention.qkv_proj, parts)
     if isinstance(mlp.gate_up_proj, nn.Linear):
-        half = mlp.gate_up_proj.out_features // 2
-        mlp.gate_up_proj = split_linear(mlp.gate_up_proj, {"gate_proj": half, "up_proj": half})
+        mlp.gate_up_proj = split_gate_up(mlp.gate_up_proj)
 
 
 _NAMES = Architecture(

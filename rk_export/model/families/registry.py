@@ -11,8 +11,11 @@ from rk_export.model.families import (
     bert,
     bitnet,
     cohere,
+    exaone,
     gemma,
+    glm,
     gpt2,
+    granite,
     hunyuan,
     lfm2,
     llama,
@@ -24,11 +27,28 @@ from rk_export.model.families import (
     phi,
     phi3,
     starcoder2,
+    ungated,
 )
 from rk_export.model.families.base import Family
 
 _KINS = (
-    *(llama, gemma, phi, phi3, ministral3, cohere, olmo, nemotron, hunyuan, bitnet, lfm2),
+    *(
+        llama,
+        granite,
+        exaone,
+        gemma,
+        glm,
+        ungated,
+        phi,
+        phi3,
+        ministral3,
+        cohere,
+        olmo,
+        nemotron,
+        hunyuan,
+        bitnet,
+        lfm2,
+    ),
     *(mixtures, starcoder2, gpt2, opt),
     bert,
 )
@@ -82,15 +102,31 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     if family.decoder is None:
         raise TypeError(f"{family.model_type} is an encoder")
     family.check(config)
-    _check_heads(family.heads(config))
-    return family.decoder(config)
+    _check_heads(family.heads(config), config)
+    spec = family.decoder(config)
+    _check_widths(spec, family.architecture.width_field)
+    return spec
 
 
-def _check_heads(heads: HeadLayout) -> None:
+def _check_heads(heads: HeadLayout, config: PretrainedConfig) -> None:
     """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
     if heads.heads % heads.kv_heads or heads.head_dim % HEAD_MULTIPLE:
+        width = "head_dim" if getattr(config, "head_dim", None) else "hidden_size"
         raise UnsupportedModelError(
             f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "
             f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {HEAD_MULTIPLE}",
-            where="config.json: num_attention_heads, num_key_value_heads, head_dim",
+            where=f"config.json: num_attention_heads, num_key_value_heads, {width}",
         )
+
+
+def _check_widths(spec: DecoderSpec, width_field: str) -> None:
+    """Refuse an MLP or a mixture without neurons or experts: transformers builds one that adds nothing."""
+    numbers = {width_field: spec.intermediate_size}
+    if spec.experts is not None:
+        numbers["num_local_experts"] = spec.experts.count
+        numbers["num_experts_per_tok"] = spec.experts.per_token
+    for field, number in numbers.items():
+        if number < 1:
+            raise UnsupportedModelError(
+                f"{field} is {number}; the exported graph needs at least 1", where=f"config.json: {field}"
+            )

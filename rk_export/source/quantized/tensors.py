@@ -15,6 +15,7 @@ from rk_export.passes.numerics.grid import Grid
 from rk_export.report.records import Finding, Outcome
 from rk_export.runtime.bundle_files import read_json
 from rk_export.source.quantized.awq import read_awq
+from rk_export.source.quantized.bitnet import read_bitnet
 from rk_export.source.quantized.bitsandbytes import read_bitsandbytes
 from rk_export.source.quantized.compressed_tensors import read_compressed
 from rk_export.source.quantized.fp8 import read_fp8
@@ -35,6 +36,7 @@ _READERS: dict[str, _Reader] = {
     "compressed-tensors": read_compressed,
     "fp8": read_fp8,
     "fbgemm_fp8": read_fp8,
+    "bitnet": read_bitnet,
     "bitsandbytes": read_bitsandbytes,
 }
 # Where AutoGPTQ and AutoAWQ wrote what transformers later moved into config.json.
