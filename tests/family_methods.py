@@ -8,7 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from compressed import INT4, floats
+from torch import Tensor
 
 from rk_export.commands.checks import check_options
 from rk_export.commands.compression_inputs import CompressionInputs, compression_inputs
@@ -16,14 +18,18 @@ from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.cap.options import CapOptions
 from rk_export.methods.prune.options import PruneOptions
 from rk_export.methods.sslc.options import SslcOptions
+from rk_export.model.layer_wiring import wiring_of
 from rk_export.options.calibration import CalibrationOptions
+from rk_export.options.prepare import PREPARATIONS
 from rk_export.options.quantization import W8A8, QuantSpec
 from rk_export.options.ranks import RankRule
 from rk_export.options.recipe import Recipe
 from rk_export.options.texts import TextFile
 from rk_export.plan import Plan
 from rk_export.planning.planner import decide_plan
-from rk_export.rewrite.apply import Rewritten
+from rk_export.report.records import Outcome
+from rk_export.rewrite.apply import Rewritten, rewrite
+from rk_export.source.prepared import Prepared
 from rk_export.source.stored import StoredModel
 
 _TEXT = CalibrationOptions("self", tokens=512)
@@ -58,15 +64,40 @@ RECIPES: Mapping[str, Callable[[Path], Recipe]] = MappingProxyType(
     }
 )
 # Each leaves the logits of the untouched model.
-PREPARED: Mapping[str, Recipe] = MappingProxyType(
+PREPARED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "fold": floats(prepare=("fold",)),
-        "fold, rotate": floats(prepare=("fold", "rotate")),
-        "rotate-heads": floats(prepare=("rotate-heads",)),
-        "scale": floats(prepare=("scale",), calibration=_TEXT),
-        "all": floats(prepare=("fold", "rotate", "rotate-heads", "scale"), calibration=_TEXT),
+        "fold": ("fold",),
+        "fold, rotate": ("fold", "rotate"),
+        "rotate-heads": ("rotate-heads",),
+        "scale": ("scale",),
+        "all": PREPARATIONS,
     }
 )
+
+
+def prepared(source: StoredModel, names: tuple[str, ...]) -> tuple[Rewritten, dict[str, str]]:
+    """Return a model under preparations, otherwise in floats, and why some of them were left out."""
+    new = source.then(Prepared(source.description, names, peaks=_peaks(source), alpha=0.5))
+    taken = new.transforms[0].names
+    left_out = {
+        finding.target: finding.reason
+        for finding in new.findings
+        if finding.target.startswith("prepare.") and finding.outcome is not Outcome.APPLIED
+    }
+    return rewrite(new, decide_plan(new, floats(prepare=taken))), left_out
+
+
+def _peaks(source: StoredModel) -> dict[str, Tensor]:
+    """Return random peaks of the neurons of every down matrix, some of them silent."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {(matrix.id.layer, matrix.id.path): matrix.shape for matrix in source.description.matrices}
+    peaks = {}
+    for index in range(source.layer_count):
+        for _, down in wiring_of(source.description, index).mlps:
+            drawn = torch.randn(shapes[index, down][1], generator=generator).mul(2).exp()
+            drawn[::7] = 0.0
+            peaks[f"layers.{index}.{down}"] = drawn
+    return peaks
 
 
 def _method(method: Any) -> Recipe:

@@ -36,7 +36,7 @@ html_use_index = False
 html_copy_source = False
 html_show_sourcelink = False
 
-FRONT = ["README", "docs/tutorial"]
+FRONT = ["README", "docs/tutorial", "docs/families"]
 FOLDERS = {"How-to": "how-to", "Reference": "reference", "Explanation": "explanation", "Results": "results"}
 BACK = ["docs/glossary", "CHANGELOG"]
 

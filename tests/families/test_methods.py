@@ -14,14 +14,13 @@ import pytest
 from compressed import OnnxModel, level_0, logits
 from conftest import SENTENCES, VOCABULARY, trained_tokenizer
 from exactness import BOUND, distance, rounding, untouched, words
-from family_methods import PREPARED, RECIPES, carried_out
+from family_methods import PREPARED, RECIPES, carried_out, prepared
 from family_runs import families, in_turn, record
 from tiny_models import family_of, tiny_model
 
 from rk_export.errors import RkExportError
 from rk_export.parity.comparison import FLOAT_BOUND
 from rk_export.passes.modules.quantized import float_inputs
-from rk_export.report.records import Outcome
 from rk_export.source.stored import StoredModel, open_source
 
 pytestmark = pytest.mark.whole
@@ -77,12 +76,7 @@ def test_a_compressed_graph_equals_the_compressed_model(name: str, method: str, 
 @pytest.mark.parametrize(("name", "preparation"), in_turn(DECODERS, tuple(PREPARED)))
 def test_a_prepared_graph_equals_the_untouched_model(name: str, preparation: str, tmp_path: Path) -> None:
     source = saved(name, tmp_path)
-    rewritten = carried_out(source, PREPARED[preparation])
-    left_out = {
-        finding.target: finding.reason
-        for finding in rewritten.findings
-        if finding.target.startswith("prepare.") and finding.outcome is not Outcome.APPLIED
-    }
+    rewritten, left_out = prepared(source, PREPARED[preparation])
     ids, model = words(2, 16, vocabulary=VOCABULARY), untouched(name, tmp_path)
     error = distance(OnnxModel(rewritten, tmp_path).run(ids)[0], logits(model, ids))
     record(name, f"preparation {preparation}", {"error": error, "left out": left_out})
