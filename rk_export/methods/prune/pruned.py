@@ -7,7 +7,7 @@ plans, graphs and checkpoints see a smaller model of the same family. Widths tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -171,7 +171,7 @@ def chosen_pruning(
     """
     count = source.layer_count
     check_blocks(count, options)
-    blocks = tuple(sorted(sorted(range(count), key=lambda block: influence[block])[options.blocks :]))
+    blocks = kept_blocks(source.description, options.blocks, influence)
     groups: tuple[tuple[int, ...], ...] = ()
     if (wanted := options.kv_heads_keep) is not None:
         groups = tuple(
@@ -180,6 +180,13 @@ def chosen_pruning(
             if layer.index in blocks
         )
     return Pruning(blocks, kept_width(source, options.ffn_keep), groups)
+
+
+def kept_blocks(description: ModelDescription, dropped: int, influence: Sequence[float]) -> tuple[int, ...]:
+    """Return the blocks that stay when those of the least influence go; one with attention always stays."""
+    last = max(description.decoder.attention_layers, key=lambda block: (influence[block], block))
+    others = sorted(set(range(description.layer_count)) - {last}, key=lambda block: influence[block])
+    return tuple(sorted((*others[dropped:], last)))
 
 
 def _kept_groups(

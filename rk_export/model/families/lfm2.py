@@ -23,7 +23,7 @@ def _other_mixer(config: PretrainedConfig, index: int) -> RolePaths | None:
 def _spec(config: PretrainedConfig) -> DecoderSpec:
     _check_kinds(config)
     layers = tuple(
-        replace(layer, rotary=None, mixer="short_conv") if kind == _CONV else layer
+        replace(layer, mixer="short_conv") if kind == _CONV else layer
         for layer, kind in zip(layer_specs(config), config.layer_types, strict=True)
     )
     return llama_spec(
@@ -57,7 +57,11 @@ def _check_kinds(config: PretrainedConfig) -> None:
 
 
 def _width(config: PretrainedConfig) -> int:
-    """Return the width of the MLP, which the model computes from the one that is stated."""
+    """Return the width of the MLP, which the model computes from the one that is stated.
+
+    Raises:
+        UnsupportedModelError: It is 0.
+    """
     width = int(config.intermediate_size)
     if not config.block_auto_adjust_ff_dim:
         return width
@@ -65,7 +69,14 @@ def _width(config: PretrainedConfig) -> int:
     if config.block_ffn_dim_multiplier is None:
         return width
     step = int(config.block_multiple_of)
-    return -(-int(config.block_ffn_dim_multiplier * width) // step) * step
+    adjusted = -(-int(config.block_ffn_dim_multiplier * width) // step) * step
+    if adjusted < 1:
+        raise UnsupportedModelError(
+            f"block_ffn_dim_multiplier={config.block_ffn_dim_multiplier} and intermediate_size="
+            f"{config.intermediate_size} leave the MLP no width",
+            where="config.json: block_ffn_dim_multiplier",
+        )
+    return adjusted
 
 
 FAMILIES = (
