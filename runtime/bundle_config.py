@@ -98,6 +98,10 @@ class BundleConfig:
         )
 
 
+# Families whose code in transformers takes the short factors of LongRoPE for texts of any length.
+SHORT_FACTORS_ONLY = ("phimoe",)
+
+
 def rotary_switch(config: Mapping[str, Any]) -> int | None:
     """Return the longest sequence that LongRoPE (arXiv:2402.13753) rotates by its short factors.
 
@@ -107,6 +111,8 @@ def rotary_switch(config: Mapping[str, Any]) -> int | None:
     Returns:
         None where the model rotates otherwise, or never gets to its long factors.
     """
+    if config.get("model_type") in SHORT_FACTORS_ONLY:
+        return None
     stated = config.get("rope_parameters") or config.get("rope_scaling")
     parameters = stated if isinstance(stated, dict) else {}
     kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]

@@ -19,12 +19,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rk_export.errors import InputError
 from rk_export.runtime.chat_files import DEFAULT, TOOL_USE, TemplateFiles
-from rk_export.runtime.messages import continued, opened, plain_messages
+from rk_export.runtime.messages import continued, in_blocks, opened, plain_messages
 from rk_export.runtime.special_tokens import SpecialTokens
 
 Message = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
+
+# Stands for a question while a template shows whether it writes one.
+_QUESTION = "rkQuestion"
 
 # What a template may do wrong while it runs; it is a program that came with the model.
 _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -45,6 +48,7 @@ class ChatTemplate:
         self._files, self._special_tokens = files, dict(special_tokens)
         self._warned: set[str] = set()
         self._read: dict[str, frozenset[str]] = {}
+        self._blocks: dict[str, bool] = {}
         if DEFAULT in files.sources:
             self._compiled(DEFAULT)
 
@@ -96,6 +100,8 @@ class ChatTemplate:
         self._warn_of_unread(name, {key for key, value in given.items() if value is not None})
         values = {**self._special_tokens, **given, "add_generation_prompt": add_generation_prompt}
         chat = plain_messages(messages)
+        if self._reads_blocks_alone(name):
+            chat = in_blocks(chat)
         if continue_final_message:
             return continued(self._run(name, opened(chat), {**values, "add_generation_prompt": False}), chat)
         return self._run(name, chat, values)
@@ -109,6 +115,20 @@ class ChatTemplate:
             parsed = _environment().parse(self._files.sources[name])
             self._read[name] = frozenset(meta.find_undeclared_variables(parsed))
         return self._read[name]
+
+    def _reads_blocks_alone(self, name: str) -> bool:
+        """Whether a template passes over a text that is not in a block, as some of models for images do."""
+        if name not in self._blocks:
+            plain: list[dict[str, Any]] = [{"role": "user", "content": _QUESTION}]
+            self._blocks[name] = not self._writes(name, plain) and self._writes(name, in_blocks(plain))
+        return self._blocks[name]
+
+    def _writes(self, name: str, messages: list[dict[str, Any]]) -> bool:
+        values = {**self._special_tokens, "add_generation_prompt": True}
+        try:
+            return _QUESTION in self._run(name, messages, values)
+        except InputError:
+            return False
 
     def _run(self, name: str, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> str:
         try:

@@ -16,6 +16,7 @@ from rk_export.errors import InputError
 from rk_export.inside import file_inside
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # table, indices
+_LEVELLED = ("MatMulNBits", "QMoE")
 _AGAIN = "export it again, or get the bundle again from a place that you trust"
 _DIGITS = 19  # of a size that fits into 64 bits
 _SEQLENS_K = 5  # index of the input of GroupQueryAttention
@@ -84,8 +85,8 @@ def graph_bytes(model: Path, level: int | None) -> tuple[bytes, Path]:
 
     Args:
         model: The file.
-        level: ``accuracy_level`` of every ``MatMulNBits``; None keeps it. At 0 products with int8 inputs
-            (``MatMulIntegerToFloat``) become products with float inputs too.
+        level: ``accuracy_level`` of every ``MatMulNBits`` and ``QMoE``; None keeps it. At 0 products with int8
+            inputs (``MatMulIntegerToFloat``) become products with float inputs too.
 
     Returns:
         The graph, and the folder that its external data is relative to.
@@ -104,7 +105,7 @@ def graph_bytes(model: Path, level: int | None) -> tuple[bytes, Path]:
 
 def _set_level(graph: Any, level: int) -> None:
     for node in _nodes(graph):
-        if node.op_type == "MatMulNBits":
+        if node.op_type in _LEVELLED:
             kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])

@@ -21,6 +21,16 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     ]
 
 
+def in_blocks(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose texts stand in the blocks that templates of models for images read."""
+    return [
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content := message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     reasoning = next((message[name] for name in _REASONING if name in message), None)
     if reasoning is None:

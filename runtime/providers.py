@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from rk_export.errors import InputError, ProviderError
+from rk_export.runtime.float_experts import float_experts
 from rk_export.runtime.graph_proto import check_graph, graph_bytes
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -42,7 +44,7 @@ class SessionSettings:
     Args:
         provider: ``auto`` takes CUDA where it works and the CPU elsewhere; ``cuda`` insists.
         threads: Threads within one operator; None lets ONNX Runtime decide.
-        accuracy_level: Overrides the attribute of every ``MatMulNBits``: 0 computes in the type of the
+        accuracy_level: Overrides the attribute of every ``MatMulNBits`` and ``QMoE``: 0 computes in the type of the
             activations, 4 quantizes them to int8. At 0 products made for int8 inputs read floats too. None keeps
             what the graph says.
         spinning: Threads that wait for work keep their core busy; else they sleep, which is slower on free cores.
@@ -125,7 +127,8 @@ def _create(model: Path, settings: SessionSettings, providers: list[str]) -> Any
         source, folder = graph_bytes(model, settings.accuracy_level)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        return ort.InferenceSession(source, options, providers=providers)
+        with float_experts() if settings.accuracy_level == 0 else nullcontext():
+            return ort.InferenceSession(source, options, providers=providers)
     except _UNREADABLE as error:
         raise InputError(
             f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}",

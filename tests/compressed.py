@@ -137,11 +137,12 @@ class OnnxModel(OnnxFile):
     Args:
         rewritten: The model.
         folder: Where the graph is written.
+        **options: Of `build_graph`.
     """
 
-    def __init__(self, rewritten: Rewritten, folder: Path) -> None:
+    def __init__(self, rewritten: Rewritten, folder: Path, **options: bool) -> None:
         super().__init__(folder)
-        self.graph, self.fusions = build_graph(rewritten)
+        self.graph, self.fusions = build_graph(rewritten, **options)
         save_graph(self.graph, folder)
 
     def fusion(self, pattern: str) -> Fusion:

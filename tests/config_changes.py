@@ -88,6 +88,8 @@ def changes(config: PretrainedConfig, model: PreTrainedModel) -> Iterator[Change
             continue
         current = getattr(config, name, None)
         literals = _literals(config, name, sources)
+        if isinstance(current, PretrainedConfig):  # a part of the config
+            current = {item.name: getattr(current, item.name) for item in fields(current)}
         yield from _other(name, name, current, literals)
     yield from _scalings(config)
 

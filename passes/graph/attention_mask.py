@@ -8,7 +8,8 @@ overwrites the padding, and its mask is ``1 1 1 1 0`` or ``1 1 1 0 0 1``. So
 - in a first call (no past), the last key is the last 1 of the mask, and every 0 is hidden;
 - with a past, the last key is (first 1) + (number of ones) - 1, and what lies before the first 1 is hidden.
 
-Rotary positions are physical, which attention only sees as differences.
+Rotary positions are physical, which attention only sees as differences. A bias that a node has already, such as that
+of ALiBi, stays: the mask's is added to it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rk_export.passes.graph.base import GraphPass
 from rk_export.passes.graph.nodes import Emitter, constant, is_attention
 
 PAST_KEY, SEQLENS_K, TOTAL_LENGTH, ATTENTION_BIAS = 3, 5, 6, 10
+# Written on a node whose bias holds the mask.
+MASKED_KEY = "rk_export.masked"
 
 
 class AttentionMask(GraphPass[ir.Node]):
@@ -29,7 +32,7 @@ class AttentionMask(GraphPass[ir.Node]):
 
     name = "padding mask"
     needs = (
-        "an attention layer must be GroupQueryAttention with a cache and no bias of its own, "
+        "an attention layer must be GroupQueryAttention with a cache and without the mask in its bias, "
         "in a graph with the inputs input_ids and attention_mask"
     )
 
@@ -41,18 +44,30 @@ class AttentionMask(GraphPass[ir.Node]):
             for node in graph
             if is_attention(node)
             and _input(node, PAST_KEY) is not None
-            and _input(node, ATTENTION_BIAS) is None
+            and MASKED_KEY not in node.metadata_props
         ]
 
     def rewrite(self, graph: ir.Graph, matches: Sequence[ir.Node]) -> None:
         past_key = matches[0].inputs[PAST_KEY]
         dtype = None if past_key is None else past_key.dtype
         bias, last_key, total = _mask_values(graph, dtype)
+        sums: dict[ir.Value, ir.Value] = {}
         for node in matches:
             node.resize_inputs(max(len(node.inputs), ATTENTION_BIAS + 1))
+            own = node.inputs[ATTENTION_BIAS]
+            if own is not None and own not in sums:
+                sums[own] = _added(graph, node, own, bias)
             node.replace_input_with(SEQLENS_K, last_key)
             node.replace_input_with(TOTAL_LENGTH, total)
-            node.replace_input_with(ATTENTION_BIAS, bias)
+            node.replace_input_with(ATTENTION_BIAS, bias if own is None else sums[own])
+            node.metadata_props[MASKED_KEY] = "true"
+
+
+def _added(graph: ir.Graph, node: ir.Node, own: ir.Value, bias: ir.Value) -> ir.Value:
+    """Emit, in front of the first node that reads a bias of its own, the sum of it and the mask's."""
+    adding = ir.Node("", "Add", [own, bias], num_outputs=1, name=f"attention_mask.{own.name}.Add")
+    graph.insert_before(node, adding)
+    return adding.outputs[0]
 
 
 def _input(node: ir.Node, slot: int) -> ir.Value | None:

@@ -1,6 +1,6 @@
 """Scales stored in fp16 in an fp32 graph: an fp16 initializer and a Cast in front of the quantized operators.
 
-MatMulNBits and GatherBlockQuantized take scales of the type they compute in. ONNX Runtime folds a Cast of an
+MatMulNBits, GatherBlockQuantized and QMoE take scales of the type they compute in. ONNX Runtime folds a Cast of an
 initializer when it loads a graph, before it packs weights for its kernels, so the file shrinks by half a bit a
 weight (blocks of 32) and nothing runs any slower.
 """
@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from rk_export.passes.graph.base import GraphPass
 from rk_export.passes.graph.nodes import MICROSOFT, weight_of
+from rk_export.passes.graph.packing import GROUPED_PRODUCT
 
-BLOCKWISE = ("MatMulNBits", "GatherBlockQuantized")
-_SCALES = 2  # the input, of both
+# Operator -> its inputs that are scales.
+BLOCKWISE = {"MatMulNBits": (2,), "GatherBlockQuantized": (2,), GROUPED_PRODUCT: (3, 6)}
 
 
 class HalfScales(GraphPass[ir.Value]):
@@ -28,7 +29,10 @@ class HalfScales(GraphPass[ir.Value]):
     def matches(self, graph: ir.Graph) -> Sequence[ir.Value]:
         """Return the stored float32 scales, each once."""
         read = [
-            node.inputs[_SCALES] for node in graph if node.domain == MICROSOFT and node.op_type in BLOCKWISE
+            node.inputs[place]
+            for node in graph
+            if node.domain == MICROSOFT
+            for place in BLOCKWISE.get(node.op_type, ())
         ]
         stored = [value for value in map(weight_of, read) if value is not None]
         return list(dict.fromkeys(value for value in stored if value.dtype is ir.DataType.FLOAT))

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from rk_export.passes.graph.nodes import UP
 
 INT8_PRODUCT = "DynamicQuantizeMatMul"
+GROUPED_PRODUCT = "QMoE"
 ATTENTION_ROLES = ("q", "k", "v")
 
 

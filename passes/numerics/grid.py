@@ -41,9 +41,8 @@ class Grid:
         values *= self.scales.to(torch.float32)[:, self.groups]
         return values
 
-    def rows(self, first: int, count: int) -> Grid:
-        """Return the grid of consecutive rows."""
-        part = slice(first, first + count)
+    def rows(self, part: Tensor) -> Grid:
+        """Return the grid of some rows, given by their numbers, int64."""
         zero_points = None if self.zero_points is None else self.zero_points[part]
         return replace(self, codes=self.codes[part], scales=self.scales[part], zero_points=zero_points)
 

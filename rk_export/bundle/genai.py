@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.model.context import own_context
 from rk_export.model.families.registry import decoder_spec, heads_of
 from rk_export.runtime.bundle_config import rotary_switch
 
@@ -93,7 +94,7 @@ def exact_length(config: PretrainedConfig) -> int:
     rotation.
     """
     switch = rotary_switch(config.to_dict())
-    longest = int(config.max_position_embeddings)
+    longest = own_context(config)
     return longest if switch is None or _follows_switch(config, switch) else switch
 
 
@@ -160,7 +161,7 @@ def _first_set(*values: Any) -> Any:
 
 
 def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str) -> dict[str, Any]:
-    heads = config.num_attention_heads
+    heads = heads_of(config)
     states = _states(config)
     return {
         "session_options": {
@@ -168,7 +169,7 @@ def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str
             "provider_options": [] if ep == "cpu" else [{ep: dict(_CUDA_OPTIONS)}],
         },
         "filename": filename,
-        "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "head_size": heads.head_dim,
         "hidden_size": config.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
@@ -183,9 +184,9 @@ def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str
             "present_value_names": "present.%d.value",
             **states.outputs,
         },
-        "num_attention_heads": heads,
+        "num_attention_heads": heads.heads,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_key_value_heads": heads.kv_heads,
         **states.layers,
     }
 

@@ -35,6 +35,7 @@ from rk_export.report.records import Finding, ParityTier, Report, SizeSummary
 from rk_export.report.render import html
 from rk_export.rewrite.accuracy_levels import choose_levels
 from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.expert_groups import with_expert_findings
 from rk_export.rewrite.sizes import size_summary
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
@@ -112,7 +113,7 @@ def write_bundle(
     """
     origin_folder = origin if isinstance(origin, Path) else origin.folder
     options = rewritten.plan.recipe
-    rewritten = choose_levels(rewritten, torch.from_numpy(probe.batch))
+    rewritten = with_expert_findings(choose_levels(rewritten, torch.from_numpy(probe.batch)))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
         save_graph(graph, folder)

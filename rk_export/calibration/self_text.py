@@ -20,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
+from rk_export.model.context import own_context
+from rk_export.model.families.registry import heads_of
 from rk_export.progress import Bar, stage
 from rk_export.runtime.special_tokens import listed_tokens
 from rk_export.source.protocol import Source
@@ -68,7 +70,7 @@ def self_text(
         InputError: If the model is an encoder, names no start token, or gives logits that are not finite.
     """
     start = start_token(source)
-    length = min(LENGTH, int(source.config.max_position_embeddings))
+    length = min(LENGTH, own_context(source.config))
     sequences = -(-tokens // length)
     dtype = matmul_dtype(device)
     too_large = other is not None and needs_other_writer(source, device)
@@ -216,9 +218,8 @@ def sample_text(model: PreTrainedModel, uniforms: Tensor, start: int, ends: list
 
 def _sequences_at_once(model: PreTrainedModel, length: int) -> int:
     config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = 2 * config.num_hidden_layers * heads * width * length
+    heads = heads_of(config)
+    values = 2 * config.num_hidden_layers * heads.kv_heads * heads.head_dim * length
     return max(1, min(_SEQUENCES, _CACHE_BYTES // int(values * model.dtype.itemsize)))
 
 

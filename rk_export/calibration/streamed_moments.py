@@ -22,6 +22,7 @@ from rk_export.calibration.streams import Streams
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.architecture import Architecture
+from rk_export.model.context import own_context
 from rk_export.options.calibration import CalibrationOptions
 from rk_export.passes.base import Layer
 from rk_export.passes.numerics.curvature import Curvature, Inputs
@@ -66,7 +67,7 @@ def calibration_tokens(
             where=str(path),
             fix="give a longer text, or set calibration.tokens to fewer",
         )
-    length = min(LENGTH, int(source.config.max_position_embeddings))
+    length = min(LENGTH, own_context(source.config))
     return ids[: options.tokens // length * length].view(-1, length)
 
 

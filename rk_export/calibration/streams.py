@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rk_export.model.families.registry import architecture_of
+
 LayerForward = Callable[..., Tensor]
 
 
@@ -30,6 +32,7 @@ class Streams:
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, input_ids: Tensor) -> None:
         self.model, self.layers, self.input_ids = model, layers, input_ids
         self.hidden: dict[str, Tensor] = {}
+        self._in_tuples = architecture_of(model.config).tuple_layers
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @torch.no_grad()
@@ -43,7 +46,7 @@ class Streams:
             calls.append((args, kwargs))
             return hidden
 
-        with _layers_run(self.layers, record):
+        with self._layers_run(record):
             self.model.base_model(input_ids=self.input_ids, use_cache=False)  # the head is not needed
         self._calls = calls
         self.hidden[version] = entries[0]
@@ -64,8 +67,10 @@ class Streams:
         layer = self.layers[index]
         device = next(itertools.chain(layer.parameters(), layer.buffers())).device
         args, kwargs = self._calls[index]
-        output: Tensor = layer(*_moved((hidden, *args), device), **_moved(kwargs, device))
-        return output
+        output: Tensor | tuple[Tensor, ...] = layer(
+            *_moved((hidden, *args), device), **_moved(kwargs, device)
+        )
+        return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
     def finish(self, version: str) -> Tensor:
@@ -75,7 +80,7 @@ class Streams:
     def output(self, hidden: Tensor) -> Tensor:
         """Return the model's output on any last hidden states (batch, length, d), to be differentiated."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # nobody reads them
-        with _layers_run(self.layers, lambda *args, **kwargs: hidden):
+        with self._layers_run(lambda *args, **kwargs: hidden):
             output = self.model(input_ids=ids, use_cache=False)
         result: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
@@ -90,12 +95,28 @@ class Streams:
 
         handle, entries = embedding.register_forward_hook(note), list[Tensor]()
         try:
-            with torch.enable_grad(), _layers_run(self.layers, _keeping(entries)):
+            with torch.enable_grad(), self._layers_run(_keeping(entries)):
                 self.model.base_model(input_ids=self.input_ids, use_cache=False)
         finally:
             handle.remove()
         (found,) = torch.autograd.grad(entries[0], written[0], gradient.to(entries[0].device))
         return found
+
+    @contextmanager
+    def _layers_run(self, forward: LayerForward) -> Iterator[None]:
+        """Let every layer run `forward` instead of its own; attributes that the model reads stay in place."""
+
+        def as_layers_do(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            output = forward(*args, **kwargs)
+            return (output,) if self._in_tuples else output
+
+        for layer in self.layers:
+            layer.forward = as_layers_do
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
 
 
 def _keeping(entries: list[Tensor]) -> LayerForward:
@@ -115,15 +136,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _moved(item, device) for name, item in value.items()}
     return type(value)(_moved(item, device) for item in value) if isinstance(value, tuple | list) else value
-
-
-@contextmanager
-def _layers_run(layers: nn.ModuleList, forward: LayerForward) -> Iterator[None]:
-    """Let every layer run `forward` instead of its own; attributes that the model reads stay in place."""
-    for layer in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rk_export.errors import InputError
 from rk_export.methods.base import methods_of
-from rk_export.model.context import check_context
+from rk_export.model.context import check_context, own_context
 from rk_export.model.sites import dense_sites
 from rk_export.options.choices import nearest
 from rk_export.options.quantize import TABLES, matches, names_of, names_of_table
@@ -93,7 +93,7 @@ def _check_speed_up(source: Source, recipe: Recipe) -> None:
             where="--speed-up",
             fix="use --ep cpu, or a budget of --size or --keep",
         )
-    context = int(source.config.max_position_embeddings)
+    context = own_context(source.config)
     if context < TIMED_CONTEXT:
         raise InputError(
             f"the model's context of {context} tokens is shorter than the {TIMED_CONTEXT} that are timed",

@@ -19,6 +19,7 @@ from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.memory import available_memory
 from rk_export.methods.base import Work, methods_of
+from rk_export.model.context import own_context
 from rk_export.options.ranks import Budget
 from rk_export.plan import Plan
 from rk_export.planning.job import Job, Writer
@@ -207,7 +208,7 @@ def job_of(task: Task) -> Job:
     source, recipe, device = task.source, task.recipe, task.device
     weighs = weighs_errors(recipe)
     has_text = reads_text(source, recipe)
-    length = min(LENGTH, int(source.config.max_position_embeddings))
+    length = min(LENGTH, own_context(source.config))
     sequences = 0
     if has_text:
         is_written = recipe.calibration.metric == "self"

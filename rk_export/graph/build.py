@@ -23,8 +23,12 @@ from rk_export.rewrite.apply import Rewritten
 INLINE_BELOW_BYTES = 1024
 
 
-def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
+def build_graph(rewritten: Rewritten, *, group_experts: bool = True) -> tuple[ir.Model, tuple[Fusion, ...]]:
     """Return the ONNX graph of a rewritten model, weights bound lazily, and the fusions found in it.
+
+    Args:
+        rewritten: The model.
+        group_experts: The chosen experts alone are computed where that is exact; else all of them, for comparison.
 
     Raises:
         UnsupportedModelError: If the family cannot be exported exactly.
@@ -37,7 +41,7 @@ def build_graph(rewritten: Rewritten) -> tuple[ir.Model, tuple[Fusion, ...]]:
         dtype=options.target.float_dtype,
         positions=options.target.context_length,
     )
-    swapped = swap_projections(rewritten, module)
+    swapped = swap_projections(rewritten, module, group_experts=group_experts)
     swap_outer(rewritten, module)
     passes = graph_passes(rewritten, module)
     model = frontend.trace(module)

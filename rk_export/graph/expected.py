@@ -17,6 +17,7 @@ from rk_export.graph.dense.attention import Attention
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.frontend import OnnxModule
 from rk_export.graph.modules.base import ExportModule, Pattern
+from rk_export.graph.modules.experts import GroupedExperts
 from rk_export.graph.modules.factors import SHARED_DOWN
 from rk_export.graph.modules.int8 import INT8_MATRICES
 from rk_export.graph.modules.projections import NBITS
@@ -94,10 +95,24 @@ def _layer_products(rewritten: Rewritten, module: OnnxModule) -> Iterator[Produc
     shares_norm = not rewritten.architecture.is_encoder and rewritten.description.decoder.shares_norm
     for index, projections in projections_of(rewritten):
         layer = descend(module.module, f"{module.architecture.onnx_layers}.{index}")
+        grouped = grouped_experts_of(
+            module, layer, has_experts=any(item.role == "expert" for item in projections)
+        )
+        if grouped is not None:
+            yield from grouped.products((index, "experts"))
         for item in projections:
-            yield from descend(layer, item.onnx_path).products(
-                (index, _input_of(item, shares_norm=shares_norm))
-            )
+            if grouped is None or item.role != "expert":
+                source = (index, _input_of(item, shares_norm=shares_norm))
+                yield from descend(layer, item.onnx_path).products(source)
+
+
+def grouped_experts_of(module: OnnxModule, layer: onn.Module, *, has_experts: bool) -> GroupedExperts | None:
+    """Return what stands for all experts of a layer, or None where each is a module of its own."""
+    mixture = module.architecture.mixture
+    if mixture is None or not has_experts:
+        return None
+    experts = descend(layer, module.architecture.onnx_path(mixture.experts))
+    return experts if isinstance(experts, GroupedExperts) else None
 
 
 def _outer_products(module: OnnxModule) -> Iterator[Product]:

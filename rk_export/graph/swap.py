@@ -9,6 +9,7 @@ from onnxscript import nn as onn
 
 from rk_export.graph.dense import frontend
 from rk_export.graph.modules.base import ExportModule
+from rk_export.graph.modules.experts import GroupedExperts
 from rk_export.graph.modules.factors import FactorPairs, Member
 from rk_export.graph.modules.heads import in_slots
 from rk_export.graph.modules.identity import PivotFactors
@@ -21,12 +22,14 @@ from rk_export.graph.modules.tables import (
     TiedQuantizedHead,
 )
 from rk_export.model.architecture import Projection
+from rk_export.model.canonical import Experts
 from rk_export.passes.graph.nodes import Mark
 from rk_export.passes.modules.factors import IdentityFactors, JointMember
 from rk_export.passes.modules.heads import without_slots
 from rk_export.passes.modules.quantized import QuantizedEmbedding, RotatedHead
 from rk_export.passes.modules.sparse import SparseSum, without_sparse
 from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.expert_groups import grouped_layers
 
 
 def projections_of(rewritten: Rewritten) -> Iterator[tuple[int, tuple[Projection, ...]]]:
@@ -36,17 +39,24 @@ def projections_of(rewritten: Rewritten) -> Iterator[tuple[int, tuple[Projection
         yield index, rewritten.description.projections(index)
 
 
-def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[str]:
+def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule, *, group_experts: bool) -> set[str]:
     """Put our modules where the plain linears stand; return the torch names of the modules they came from."""
     level = rewritten.plan.recipe.target.accuracy_level
     dtype = frontend.float_type(rewritten.plan.recipe.target.float_dtype)
-    swapped = set()
+    swapped: set[str] = set()
+    in_one_node = grouped_layers(rewritten) if group_experts else {}
     for index, projections in projections_of(rewritten):
         layer = rewritten.model.get_submodule(f"{rewritten.architecture.layers}.{index}")
         onnx_layer = descend(module.module, f"{rewritten.architecture.onnx_layers}.{index}")
         sites = {path: site.site for site in rewritten.plan.of_layer(index) for path in site.paths}
         factors: dict[int, FactorPairs | PivotFactors] = {}
+        grouped: set[str] = set()
+        if index in in_one_node:
+            grouped = _group_experts(rewritten, index, in_one_node[index], onnx_layer)
+            swapped |= {f"{rewritten.architecture.layers}.{index}.{path}" for path in grouped}
         for item in projections:
+            if item.path in grouped:
+                continue
             slotted = layer.get_submodule(item.path)
             summed, site = without_slots(slotted), sites[item.path]
             torch_module = without_sparse(summed)
@@ -66,6 +76,23 @@ def swap_projections(rewritten: Rewritten, module: frontend.OnnxModule) -> set[s
             path = f"{rewritten.architecture.layers}.{index}.{item.path}"
             swapped |= {f"{path}.{name}".rstrip(".") for name, _ in slotted.named_modules()}
     return swapped
+
+
+def _group_experts(rewritten: Rewritten, index: int, experts: Experts, onnx_layer: onn.Module) -> set[str]:
+    """Put one node in the place of a layer's experts; return the paths of their matrices in the torch layer."""
+    spec, mixture = rewritten.description.decoder.experts, rewritten.architecture.mixture
+    if spec is None or mixture is None:
+        raise TypeError(f"layer {index} has no experts")
+    target = rewritten.plan.recipe.target
+    module = GroupedExperts(
+        experts,
+        spec.per_token,
+        Mark(f"layers.{index}.experts", "experts"),
+        target.accuracy_level,
+        on_cpu=target.ep == "cpu",
+    )
+    _replace(onnx_layer, rewritten.architecture.onnx_path(mixture.experts), module)
+    return {item.path for item in rewritten.description.projections(index) if item.role == "expert"}
 
 
 def _shared_factors(member: JointMember, site: str, level: int) -> FactorPairs | PivotFactors:

@@ -50,6 +50,37 @@ class Projection:
     onnx_path: str
 
 
+def _nothing_shared(config: PretrainedConfig) -> RolePaths:
+    return ()
+
+
+@dataclass(frozen=True)
+class MixtureNames:
+    """Where a family keeps its mixtures of experts; torch paths relative to a layer in canonical form.
+
+    Args:
+        within: Whether the MLP of a layer, by its number, is a mixture.
+        experts: The list of experts.
+        count_field: Field of the config that counts them.
+        readers: What reads the mixture's input beside the matrices that may be rewritten: the router and the like.
+        shared: Matrices of the MLP that every token runs through beside its experts; none where there is no such MLP.
+    """
+
+    within: Callable[[PretrainedConfig, int], bool]
+    experts: str = "mlp.experts"
+    count_field: str = "num_local_experts"
+    readers: tuple[str, ...] = ("mlp.gate",)
+    shared: Callable[[PretrainedConfig], RolePaths] = _nothing_shared
+
+    def matrices(self, config: PretrainedConfig) -> RolePaths:
+        """Return the rewritable matrices of a mixture, experts first: gate, up and down of each."""
+        names, count = ("gate_proj", "up_proj", "down_proj"), int(getattr(config, self.count_field))
+        experts: RolePaths = tuple(
+            ("expert", f"{self.experts}.{number}.{name}") for number in range(count) for name in names
+        )
+        return experts + self.shared(config)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Names of one model family.
@@ -72,10 +103,12 @@ class Architecture:
         unused: Torch paths of modules that the exported model does not have.
         rotary: Torch path of the module that computes rotary frequencies.
         skipped_positions: Rows of the learned table of positions before that of position 0.
-        width_field: Field of the config that holds the width of a dense MLP.
+        width_field: Field of the config that holds the width of a dense MLP; empty where the hidden size sets it.
         width_switches: Fields that compute another width from it while they are on.
+        context_field: Field of the config that holds the longest sequence; `own_context` reads it.
         unit_offset: Its norms store their gain minus one.
-        experts_in: Whether the MLP of a layer, by its number, is a mixture of experts; None = in no layer.
+        tuple_layers: Its layers return a tuple with the hidden states in front.
+        mixture: Names of its mixtures of experts; None = no layer has one.
         rewrite: Brings one layer into canonical form, in place.
     """
 
@@ -97,8 +130,10 @@ class Architecture:
     skipped_positions: int = 0
     width_field: str = "intermediate_size"
     width_switches: tuple[str, ...] = ()
+    context_field: str = "max_position_embeddings"
     unit_offset: bool = False
-    experts_in: Callable[[PretrainedConfig, int], bool] | None = None
+    tuple_layers: bool = False
+    mixture: MixtureNames | None = None
     rewrite: Callable[[nn.Module], None] | None = None
 
     @property
@@ -108,11 +143,12 @@ class Architecture:
 
     def has_experts(self, config: PretrainedConfig, layer_index: int) -> bool:
         """Return whether the MLP of layer ``layer_index`` is a mixture of experts."""
-        return self.experts_in is not None and self.experts_in(config, layer_index)
+        return self.mixture is not None and self.mixture.within(config, layer_index)
 
     def projections(self, config: PretrainedConfig, layer_index: int) -> tuple[Projection, ...]:
         """Return the rewritable matrices of layer ``layer_index``, in the order of the forward pass."""
-        mlp = _expert_paths(config) if self.has_experts(config, layer_index) else self.mlp
+        mixture = self.mixture if self.has_experts(config, layer_index) else None
+        mlp = self.mlp if mixture is None else mixture.matrices(config)
         mixer = self.other_mixers(config, layer_index) if self.other_mixers else None
         paths = (self.attention if mixer is None else mixer) + mlp
         return tuple(Projection(role, path, self.onnx_path(path)) for role, path in paths)
@@ -132,10 +168,3 @@ class Architecture:
         """
         if self.rewrite is not None:
             self.rewrite(layer)
-
-
-def _expert_paths(config: PretrainedConfig) -> RolePaths:
-    names = ("gate_proj", "up_proj", "down_proj")
-    return tuple(
-        ("expert", f"mlp.experts.{i}.{name}") for i in range(config.num_local_experts) for name in names
-    )

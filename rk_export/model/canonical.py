@@ -7,7 +7,7 @@ unchanged and also work on meta tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -20,16 +20,54 @@ class JoinedLinear(nn.Module):
 
     The children are called, never read, so that each can be replaced by any module with the call of
     ``nn.Linear``.
+
+    Args:
+        children: By name, in the order of their rows.
+        groups: Equal blocks of rows in the joined matrix; each holds a part of every child, such as one head of each.
     """
 
-    def __init__(self, children: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, children: Mapping[str, nn.Linear], groups: int = 1) -> None:
         super().__init__()
+        self.groups = groups
         for name, child in children.items():
             self.add_module(name, child)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the children's outputs side by side: (..., in) -> (..., sum of the children's out)."""
-        return torch.cat([child(x) for child in self.children()], dim=-1)
+        """Return the outputs in the order of the joined rows: (..., in) -> (..., sum of the children's out)."""
+        return self.joined([child(x) for child in self.children()], dim=-1)
+
+    def joined(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        """Return what belongs to each child as one tensor in the order of the joined rows.
+
+        Args:
+            parts: One a child, in their order.
+            dim: The dimension of the rows: 0, or -1 as the last.
+        """
+        grouped = [torch.unflatten(part, dim, (self.groups, -1)) for part in parts]
+        inner = dim if dim < 0 else dim + 1
+        return torch.cat(grouped, dim=inner).flatten(inner - 1, inner)
+
+
+class EachHeadNorm(nn.Module):
+    """LayerNorm over each head, with gains of its own and no shift; called like StableLM's norms of heads.
+
+    Args:
+        norms: One for each head, of one epsilon.
+    """
+
+    def __init__(self, norms: nn.ModuleList) -> None:
+        super().__init__()
+        first = cast(nn.LayerNorm, norms[0])
+        self.eps, self.width = first.eps, first.normalized_shape
+        self.weight = nn.Parameter(
+            torch.stack([cast(torch.Tensor, norm.weight).detach() for norm in norms]),
+            requires_grad=first.weight.requires_grad,
+        )
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """Normalize each head: (batch, heads, length, width) to the same shape."""
+        normed = nn.functional.layer_norm(heads, self.width, eps=self.eps)
+        return normed * self.weight[:, None]
 
 
 class ExpertMLP(nn.Module):
@@ -78,21 +116,29 @@ class Experts(nn.ModuleList):
         return result
 
 
-def split_linear(linear: nn.Linear, parts: Mapping[str, int]) -> JoinedLinear:
+def split_linear(linear: nn.Linear, parts: Mapping[str, int], groups: int = 1) -> JoinedLinear:
     """Cut a linear by output rows into named parts.
 
     Args:
         linear: The joined layer, weight (sum of the parts, in).
         parts: Rows of each part, in the order of the rows.
+        groups: Equal blocks of rows; each holds an equal share of every part.
     """
     sizes = list(parts.values())
-    weights = torch.split(linear.weight, sizes)
-    biases = [None] * len(sizes) if linear.bias is None else torch.split(linear.bias, sizes)
+    weights = cut_rows(linear.weight, sizes, groups)
+    biases = [None] * len(sizes) if linear.bias is None else cut_rows(linear.bias, sizes, groups)
     children = {
         name: linear_from(weight, bias, training=linear.training)
         for name, weight, bias in zip(parts, weights, biases, strict=True)
     }
-    return JoinedLinear(children).train(linear.training)
+    return JoinedLinear(children, groups).train(linear.training)
+
+
+def cut_rows(joined: torch.Tensor, sizes: Sequence[int], groups: int = 1) -> list[torch.Tensor]:
+    """Cut a tensor by its first dimension into parts of some sizes; see `JoinedLinear` for the groups."""
+    shares = [size // groups for size in sizes]
+    blocks = torch.split(torch.unflatten(joined, 0, (groups, -1)), shares, dim=1)
+    return [block.flatten(0, 1) for block in blocks]
 
 
 def split_gate_up(joined: nn.Linear) -> JoinedLinear:

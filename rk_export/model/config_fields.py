@@ -14,7 +14,9 @@ from rk_export.model.rotary import ALL_LAYERS
 
 # Checked against PyTorch; the names are those of transformers' ACT2FN.
 EXACT_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
-_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
+_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+# Two names of one function.
+_SAME_ACTIVATION = {"gelu_fast": "gelu_new"}
 
 
 def plain_heads(config: PretrainedConfig) -> HeadLayout:
@@ -32,7 +34,8 @@ def activation_of(config: PretrainedConfig) -> str:
         UnsupportedModelError: The activation is not known to be exact in the exported graph.
     """
     field = next(name for name in _ACTIVATION_FIELDS if getattr(config, name, None) is not None)
-    activation = str(getattr(config, field))
+    stated = str(getattr(config, field))
+    activation = _SAME_ACTIVATION.get(stated, stated)
     if activation not in EXACT_ACTIVATIONS:
         raise UnsupportedModelError(
             f"the activation {activation!r} is not supported",

@@ -10,12 +10,15 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
+from rk_export.model.families.registry import FAMILIES, architecture_of
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
 OPTION = "target.context_length"
 # Positions become float32 in the rotary tables, which holds no larger whole number exactly.
 MOST_POSITIONS = 2**24
+# Of a model whose config states none, as that of BLOOM, which was trained on as many.
+_UNSTATED = 2048
 # Scalings that name the length that they were made for: factor times the original length.
 _MADE_FOR_A_LENGTH = ("yarn", "longrope")
 # Dynamic NTK: the frequencies of a text beyond max_position_embeddings depend on how long it is.
@@ -23,8 +26,11 @@ _CHANGES_BEYOND = "dynamic"
 
 
 def own_context(config: PretrainedConfig) -> int:
-    """Return the context that a model states."""
-    return int(config.max_position_embeddings)
+    """Return the context that a model states, in tokens."""
+    # The text of a model that reads images has a type of its own, which is no family's.
+    family = FAMILIES.get(config.model_type)
+    field = "max_position_embeddings" if family is None else family.architecture.context_field
+    return int(getattr(config, field, None) or _UNSTATED)
 
 
 def context_of(config: PretrainedConfig, wanted: int | None) -> int:
@@ -40,7 +46,7 @@ def check_context(description: ModelDescription, wanted: int | None) -> None:
     """
     longest, reason = _longest(description)
     context = context_of(description.config, wanted)
-    where = "config.json: max_position_embeddings" if wanted is None else OPTION
+    where = f"config.json: {description.architecture.context_field}" if wanted is None else OPTION
     if context < PROMPT_LENGTH:
         raise InputError(
             f"a context of {context} tokens is too short: parity is measured on prompts of {PROMPT_LENGTH}",
@@ -82,7 +88,7 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
             # transformers derives it from the length that is about to change, and attention's scale from it.
             parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
-    stated.max_position_embeddings = wanted
+    setattr(stated, architecture_of(config).context_field, wanted)
     return stated
 
 

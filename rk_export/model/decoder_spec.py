@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rk_export.model.architecture import HeadLayout
+from rk_export.model.expert_spec import ExpertSpec
 
 # ``rms``; or with the mean removed: ``layer`` with gain and shift, ``layer_no_bias`` with a gain, ``layer_plain``.
 NormKind = Literal["rms", "layer", "layer_no_bias", "layer_plain"]
@@ -57,16 +58,6 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class ExpertSpec:
-    """Mixture of experts: count, how many a token uses, their width, and whether weights sum to 1."""
-
-    count: int
-    per_token: int
-    intermediate_size: int
-    normalized: bool
-
-
-@dataclass(frozen=True)
 class QueryGrowth:
     """Queries times ``1 + beta ln(1 + floor(position / original))``: long texts get sharper attention."""
 
@@ -97,6 +88,7 @@ class DecoderSpec:
         clip: Bound of queries, keys and values; 0 = none.
         query_growth: Factor on the queries by their position.
         alibi_slopes: Slope of each head: the score falls by it with each token of distance; empty = none.
+        alibi_skips_holes: Distances count the tokens that the mask of a prompt shows, instead of its columns.
         attention_softcap: ``cap * tanh(score / cap)``; 0 = none.
         learned_positions: Rows of a learned table of positions; 0 = none.
         embedding_scale: Factor on the token embedding.
@@ -128,6 +120,7 @@ class DecoderSpec:
     clip: float = 0.0
     query_growth: QueryGrowth | None = None
     alibi_slopes: tuple[float, ...] = ()
+    alibi_skips_holes: bool = False
     attention_softcap: float = 0.0
     learned_positions: int = 0
     embedding_scale: float = 1.0

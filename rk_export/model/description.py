@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rk_export.matrix_id import MatrixId
 from rk_export.model.architecture import Architecture, HeadLayout, Projection
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families.registry import architecture_of, decoder_spec, heads_of
+from rk_export.model.families.registry import architecture_of, decoder_spec, family_of, heads_of
 from rk_export.model.matrices import Matrix
+from rk_export.model.rotary import RotaryTable, rotary_tables
 from rk_export.model.torch_models import empty_model
 from rk_export.passes.base import Layer
 
@@ -66,6 +67,23 @@ class ModelDescription:
             UnsupportedModelError: The config turns on an option that the exported graph does not have.
         """
         return decoder_spec(self.config)
+
+    def rotary_tables(self, positions: int) -> dict[str, RotaryTable]:
+        """Return the rotary tables that the layers of a decoder read, by name; none where nothing is rotated.
+
+        Args:
+            positions: Rows of a table, the longest sequence.
+
+        Raises:
+            UnsupportedModelError: The angles do not depend on the position alone.
+        """
+        if not self.decoder.is_rotated:
+            return {}
+        if (tables := family_of(self.config).tables) is not None:
+            return tables(self.config, positions)
+        module = type(self.canonical.get_submodule(self.architecture.rotary))
+        used = {layer.rotary for layer in self.decoder.layers}
+        return rotary_tables(self.config, module, positions, used)
 
     @property
     def outer_paths(self) -> tuple[str, ...]:

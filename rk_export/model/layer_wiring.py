@@ -7,8 +7,6 @@ from rk_export.model.decoder_spec import NormNames
 from rk_export.model.description import ModelDescription
 from rk_export.passes.prepare.wiring import Wiring
 
-ROUTER = "mlp.gate"
-
 
 def wiring_of(description: ModelDescription, index: int) -> Wiring:
     """Return what reads and writes the residual stream in decoder layer `index`."""
@@ -17,12 +15,13 @@ def wiring_of(description: ModelDescription, index: int) -> Wiring:
     path = {item.role: item.path for item in projections if item.role != "expert"}
     experts = [item.path for item in projections if item.role == "expert"]
     triples = list(zip(experts[::3], experts[1::3], experts[2::3], strict=True))
-    reads_mlp = [path[role] for role in ("gate", "up") if role in path and not experts]
+    reads_mlp = [path[role] for role in ("gate", "up") if role in path]
     reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
-    if architecture.has_experts(description.config, index):
-        reads_mlp.append(ROUTER)
+    if architecture.mixture is not None and experts:
+        reads_mlp += architecture.mixture.readers
     mixes = tuple(path[role] for role in ("q", "k", "v", "conv_in") if role in path)
-    mlps = tuple((up, down) for _, up, down in triples) or ((path["up"], path["down"]),)
+    own_mlp = ((path["up"], path["down"]),) if "up" in path else ()
+    mlps = (*((up, down) for _, up, down in triples), *own_mlp)
     return Wiring(
         norms=_norms(architecture, spec.norm_names, mixes, tuple(reads_mlp)),
         writers=(path["o"] if "o" in path else path["conv_out"], *(down for _, down in mlps)),

@@ -137,3 +137,15 @@ class ModelNames:
             [item for item in transforms if isinstance(item, WeightRenaming)],
             [item for item in transforms if isinstance(item, WeightConverter)],
         )
+
+
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return what transformers makes of a stored tensor's name before it joins tensors that are stored in parts."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    known, base = dict(model.state_dict()), str(model.base_model_prefix)
+
+    def renamed(stored: str) -> str:
+        name, _ = rename_source_key(stored, renamings, [], base, known)
+        return str(name)
+
+    return renamed

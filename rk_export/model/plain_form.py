@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rk_export.model.canonical import Experts, JoinedLinear
+from rk_export.model.canonical import EachHeadNorm, Experts, JoinedLinear
 from rk_export.model.torch_models import empty_model
 
 
@@ -27,9 +27,9 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 def _hugging_face_tensors(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.state_dict())
     for path, module in model.named_modules():
-        if isinstance(module, JoinedLinear | Experts):
+        joined = _parts(module)
+        if joined is not None:
             inside = [name for name in tensors if name.startswith(f"{path}.")]
-            joined = joined_linear(module) if isinstance(module, JoinedLinear) else stacked_experts(module)
             for name in inside:
                 del tensors[name]
             tensors |= {f"{path}.{name}": tensor for name, tensor in joined.items()}
@@ -39,10 +39,21 @@ def _hugging_face_tensors(model: nn.Module, plain: nn.Module) -> dict[str, Tenso
     return tensors
 
 
+def _parts(module: nn.Module) -> dict[str, Tensor] | None:
+    """Return what stands in Hugging Face's model instead of a canonical module, None where it is no such module."""
+    if isinstance(module, JoinedLinear):
+        return joined_linear(module)
+    if isinstance(module, Experts):
+        return stacked_experts(module)
+    if isinstance(module, EachHeadNorm):
+        return {f"norms.{number}.weight": gain for number, gain in enumerate(module.weight)}
+    return None
+
+
 def joined_linear(module: JoinedLinear) -> dict[str, Tensor]:
     """Return weight (sum of out, in) and, where there is one, bias of the joined matrix."""
     parts = [child.state_dict() for child in module.children()]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: module.joined([part[name] for part in parts], dim=0) for name in parts[0]}
 
 
 def stacked_experts(experts: Experts) -> dict[str, Tensor]:

@@ -117,10 +117,11 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     attention = description.decoder.attention_layers
     new, old = next(pair for pair in enumerate(pruning.blocks) if pair[1] in attention)
     single = replace(description, config=_single_block(pruned, new))
-    rows = {matrix.role: matrix.shape[0] for matrix in single.matrices}
-    wanted = (pruned.num_attention_heads * heads.head_dim, kept * heads.head_dim)
+    shapes = {matrix.role: matrix.shape for matrix in single.matrices}
+    width = pruned.num_attention_heads * heads.head_dim
+    fits = (shapes["q"][0], shapes["k"][0], shapes["o"][1]) == (width, kept * heads.head_dim, width)
     by_head = description.decoder.query_key_norm == "head"
-    if (rows["q"], rows["k"]) != wanted or (by_head and _gains(single, 0) != _gains(description, old)):
+    if not fits or (by_head and _gains(single, 0) != _gains(description, old)):
         raise _refusal(
             "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
         )

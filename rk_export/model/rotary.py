@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rk_export.errors import UnsupportedModelError
+from rk_export.runtime.bundle_config import SHORT_FACTORS_ONLY
 
 # "dynamic" has its first frequencies up to max_position_embeddings; no bundle of it takes more positions.
 EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
@@ -111,6 +112,8 @@ def _table(
     prefix = "" if layer_type is None else f"{layer_type}_"
     frequencies = cast(torch.Tensor, getattr(module, f"{prefix}inv_freq"))
     scale = cast(float, getattr(module, f"{prefix}attention_scaling"))
+    if config.model_type in SHORT_FACTORS_ONLY and parameters["rope_type"] != "default":
+        return RotaryTable((_part(frequencies, positions),), _stated_scale(parameters))
     if parameters["rope_type"] != "longrope":
         return RotaryTable((_part(frequencies, positions),), scale)
     switch = int(parameters["original_max_position_embeddings"])
@@ -121,6 +124,22 @@ def _table(
         config, None, seq_len=switch + 1, layer_type=layer_type
     )
     return RotaryTable((short, _part(long_frequencies, positions)), scale)
+
+
+def _stated_scale(parameters: dict[str, Any]) -> float:
+    """Return the scale that a family states where it keeps the frequencies of short sequences for long ones.
+
+    Raises:
+        UnsupportedModelError: Long sequences have another: one table has one scale.
+    """
+    short, long = parameters["short_mscale"], parameters["long_mscale"]
+    if short != long:
+        raise UnsupportedModelError(
+            f"short_mscale {short} and long_mscale {long}: one rotary table has one scale",
+            where="config.json: rope_parameters",
+            fix="use a model whose two scales are equal",
+        )
+    return float(short)
 
 
 def _part(frequencies: torch.Tensor, rows: int) -> RotaryPart:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from rk_export.model.context import own_context
 from rk_export.model.description import ModelDescription
+from rk_export.runtime.bundle_config import SHORT_FACTORS_ONLY
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
 # What a generation of the runtime crosses as PyTorch does.
@@ -40,7 +42,7 @@ def switches_of(description: ModelDescription) -> tuple[Switch, ...]:
     if description.architecture.is_encoder:
         return ()
     config = description.config
-    context = int(config.max_position_embeddings)
+    context = own_context(config)
     windows = {layer.window for layer in description.decoder.layers if layer.window is not None}
     found = [(WINDOW, window) for window in windows]
     found += [(LONG_ROTATION, tokens) for tokens in _long_rotations(config)]
@@ -50,6 +52,8 @@ def switches_of(description: ModelDescription) -> tuple[Switch, ...]:
 
 def _long_rotations(config: PretrainedConfig) -> set[int]:
     """Return where LongRoPE (arXiv 2402.13753) changes its frequencies, for each kind of layer."""
+    if config.model_type in SHORT_FACTORS_ONLY:
+        return set()
     parameters = getattr(config, "rope_parameters", None) or {}
     tables = [parameters] if "rope_type" in parameters else list(parameters.values())
     return {

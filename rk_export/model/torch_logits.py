@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rk_export.model.context import own_context
 from rk_export.runtime.token_gate import TokenGate
 from rk_export.text import LogitsFn
 
@@ -16,7 +17,8 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
 
     It raises InputError for tokens without a row in the embedding, and for more of them than the model has positions.
     """
-    gate = TokenGate(model.config.vocab_size, model.config.max_position_embeddings)
+    config = model.config.get_text_config(decoder=True)
+    gate = TokenGate(config.vocab_size, own_context(config))
 
     @torch.no_grad()
     def logits(ids: np.ndarray) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,27 +16,35 @@ from rk_export.errors import InputError
 from rk_export.model.families.registry import architecture_of
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, auto: Any = None) -> PreTrainedModel:
     """Build the torch model without memory for weights: parameters on the meta device, buffers real.
 
     Decoders are built by ``AutoModelForCausalLM``, encoders by ``AutoModel``; layers keep Hugging Face's form.
+
+    Args:
+        config: Of a supported family, or of any that `auto` builds.
+        auto: One of transformers' auto classes, for what is none of these.
 
     Raises:
         InputError: As `transformers_model`.
         UnsupportedModelError: The family is unknown.
     """
     with _parameters_on_meta():
-        return transformers_model(config).eval()
+        return transformers_model(config, auto).eval()
 
 
-def transformers_model(config: PretrainedConfig) -> PreTrainedModel:
+def transformers_model(config: PretrainedConfig, auto: Any = None) -> PreTrainedModel:
     """Build transformers' class of a config, float32, without giving its parameters values.
+
+    Args:
+        config, auto: As `empty_model` takes them.
 
     Raises:
         InputError: A field has a value that the class cannot be built with.
         UnsupportedModelError: The family is unknown.
     """
-    auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
+    if auto is None:
+        auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
     try:
         with no_init_weights():
             model: PreTrainedModel = auto.from_config(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.model.computed_in import computing_in
@@ -47,9 +47,9 @@ class Reference:
 def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     """Return the logits of one prompt as transformers computes them in float32 with its eager attention.
 
-    The model is loaded by `from_pretrained` from its folder. Where that is another model (an adapter is merged, the
-    matrices are stored quantized) or transformers does not find every tensor there, its class is filled by name with
-    the tensors as we read them, and the note says so.
+    The model is loaded by `from_pretrained` from its folder; of a wrapper the whole is loaded, and reads text. Where
+    that is another model (an adapter is merged, the matrices are stored quantized) or transformers does not find every
+    tensor there, its class is filled by name with the tensors as we read them, and the note says so.
 
     Args:
         source: The untouched dense model.
@@ -60,14 +60,15 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     """
     with transformers_quiet(), settling():
         model, note = _whole_model(source)
-    _take_buffers(model)
+    stated = _stated_model(source)
+    _take_buffers(model, empty_model(model.config) if stated is None else stated)
     with computing_in(model, torch.float32):
         return Reference(torch_logits(model)(tokens.numpy()), note)
 
 
-def _take_buffers(model: PreTrainedModel) -> None:
+def _take_buffers(model: PreTrainedModel, empty: PreTrainedModel) -> None:
     """Give a model the tables and factors of a float32 model: its own depend on the type that it was loaded in."""
-    exact, stored = dict(empty_model(model.config).named_buffers()), model.state_dict()
+    exact, stored = dict(empty.named_buffers()), model.state_dict()
     for name, buffer in model.named_buffers():
         if name not in stored and buffer.is_floating_point():
             buffer.data = exact[name].data
@@ -81,7 +82,9 @@ def _whole_model(source: StoredModel) -> tuple[PreTrainedModel, str]:
             return model, f"{type(model).__name__}.from_pretrained"
         except InputError as error:
             reason = error.what
-    model = _filled(source, {name: _Unread(source.tensor, name) for name in source.stored.shapes})
+    model = _filled(
+        source, {_outer(source, name): _Unread(source.tensor, name) for name in source.stored.shapes}
+    )
     note = f"{type(model).__name__} filled by name with the tensors as rk-export read them: {reason}"
     logger.warning("%s", note)
     return model, note
@@ -96,10 +99,9 @@ def _from_folder(source: StoredModel) -> PreTrainedModel:
     types = set(files.types.values()) & FLOATS
     if len(types) > 1:
         return _filled(source, {name: _Unread(files.read, name) for name in files.shapes})
-    auto = AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
     return _complete(
         source,
-        lambda: auto.from_pretrained(
+        lambda: _auto_class(source).from_pretrained(
             source.origin[0],
             dtype=_TYPES[types.pop()],
             use_safetensors=True,
@@ -110,9 +112,30 @@ def _from_folder(source: StoredModel) -> PreTrainedModel:
     )
 
 
+def _stated_model(source: StoredModel) -> PreTrainedModel | None:
+    """Return the model that config.json states, without weights, where it is read as another one."""
+    if source.wrapper is not None:
+        return source.wrapper.model
+    return None if source.taken is None else source.taken.model
+
+
+def _auto_class(source: StoredModel) -> Any:
+    if source.wrapper is not None:
+        return AutoModelForMultimodalLM
+    return AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
+
+
+def _outer(source: StoredModel, name: str) -> str:
+    """Return the name of a tensor in the class that transformers fills."""
+    return name if source.wrapper is None else source.wrapper.in_wrapper(name)
+
+
 def _filled(source: StoredModel, tensors: dict[str, _Unread]) -> PreTrainedModel:
-    family = type(source.description.canonical)
-    config = copy.deepcopy(source.config)
+    empty = _stated_model(source) or source.description.canonical
+    family, config = type(empty), copy.deepcopy(empty.config)
+    # The tensors may say otherwise than config.json, or an adapter brings more words.
+    config.tie_word_embeddings = source.config.tie_word_embeddings
+    config.get_text_config().vocab_size = source.config.vocab_size
     return _complete(
         source,
         lambda: family.from_pretrained(
@@ -149,8 +172,7 @@ def _complete(source: StoredModel, load: Callable[[], tuple[Any, dict[str, Any]]
             where=source.name,
             fix="convert it with transformers: save_pretrained writes a folder that it reads",
         ) from error
-    unused = source.architecture.unused
-    missing = sorted(name for name in info["missing_keys"] if not (unused and name.startswith(unused)))
+    missing = sorted(name for name in info["missing_keys"] if _is_read(source, name))
     if missing:
         raise InputError(
             f"transformers finds no tensor {missing[0]!r} and would start it at random",
@@ -159,3 +181,11 @@ def _complete(source: StoredModel, load: Callable[[], tuple[Any, dict[str, Any]]
         )
     result: PreTrainedModel = model.eval()
     return result
+
+
+def _is_read(source: StoredModel, name: str) -> bool:
+    """Whether a parameter of transformers' class takes part in the logits of a text."""
+    if source.wrapper is not None:
+        return source.wrapper.is_of_text(name)
+    unused = source.architecture.unused
+    return not (unused and name.startswith(unused))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.calibration.streams import Streams
-from rk_export.errors import InputError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.memory import give_back
+from rk_export.model.class_probe import SAME
 from rk_export.model.context import with_context
 from rk_export.model.switches import switches_of
 from rk_export.options.recipe import Recipe
@@ -78,6 +79,7 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     _check_finite(logits, source)
     reference = transformers_logits(source, tokens[:1])
     expected, found = reference.logits.numpy(), logits[:1].numpy()
+    _check_taken(source, relative_error(expected, found))
     tier = compare("0", ORACLE_TIER, expected, found, bound=FLOAT_BOUND["fp32"], note=reference.note)
     if not tier.passed:
         tier = _by_its_rounding(tier, rounding or dense_logits(source, tokens, shaken=True)[1])
@@ -85,6 +87,16 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     require_parity((tier,), source.name, fix)
     notices = () if peaks is None else check_half_range(peaks, source.name)
     return Preflight(probe, logits, rounding, tier, notices)
+
+
+def _check_taken(source: StoredModel, error: float) -> None:
+    """Hold a model of an unknown type to the family that it is taken as."""
+    if source.taken is not None and error > SAME:
+        raise UnsupportedModelError(
+            f"the model type {source.taken.stated.model_type!r} is not supported: with this model's weights its class "
+            f"computes other logits than {source.config.model_type} ({error:.2g} of the largest)",
+            where=source.name,
+        )
 
 
 def _by_its_rounding(tier: ParityTier, rounding: float) -> ParityTier:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
 
-from rk_export.model.canonical import JoinedLinear
+import torch
+from torch import Tensor
+
+from rk_export.model.canonical import JoinedLinear, cut_rows
 from rk_export.model.sites import dense_sites
 from rk_export.options.recipe import Recipe
 from rk_export.passes.base import Layer
@@ -54,8 +57,7 @@ def source_grids(source: Source) -> Grids:
         grid = source.grid(f"{layers}.{layer.index}.{stored}.weight")
         if grid is None or not isinstance(joined, JoinedLinear):
             return grid
-        first, count = _rows(joined, role)
-        return grid.rows(first, count)
+        return grid.rows(_rows(joined, role))
 
     return find
 
@@ -68,15 +70,11 @@ def head_findings(source: Source, recipe: Recipe) -> Iterator[Finding]:
         yield Finding(head, Outcome.SKIPPED, reason)
 
 
-def _rows(joined: JoinedLinear, role: str) -> tuple[int, int]:
-    """Return the first row of a child in the joined matrix, and how many it has."""
-    first = 0
-    for name, child in joined.named_children():
-        count = cast(int, child.out_features)
-        if name == role:
-            return first, count
-        first += count
-    raise KeyError(role)
+def _rows(joined: JoinedLinear, role: str) -> Tensor:
+    """Return which rows of the joined matrix are those of a child, in its order."""
+    counts = {name: cast(int, child.out_features) for name, child in joined.named_children()}
+    rows = cut_rows(torch.arange(sum(counts.values())), list(counts.values()), joined.groups)
+    return dict(zip(counts, rows, strict=True))[role]
 
 
 def _carried(layer: Layer, site: SitePlan, grids: Grids, recipe: Recipe) -> SitePlan:

@@ -11,7 +11,6 @@ from rk_export.model.context import context_of
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.preparable import has_rotated_head
-from rk_export.model.rotary import rotary_tables
 from rk_export.options.quantization import QuantSpec
 from rk_export.options.recipe import Recipe
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
@@ -117,14 +116,12 @@ def _kind(module: nn.Module, name: str) -> str:
 
 def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
-    config = description.config
-    architecture = description.architecture
-    if architecture.is_encoder or not description.decoder.is_rotated:
+    if description.architecture.is_encoder:
         return None
-    positions = context_of(config, recipe.target.context_length)
-    module = type(description.canonical.get_submodule(architecture.rotary))
-    used = {layer.rotary for layer in description.decoder.layers}
-    tables = rotary_tables(config, module, positions, used).values()
+    positions = context_of(description.config, recipe.target.context_length)
+    tables = description.rotary_tables(positions).values()
+    if not tables:
+        return None
     stored = sum(4 * len(part.frequencies) + 8 for table in tables for part in table.parts)
     memory = sum(table.computed_bytes(FLOAT_BYTES[recipe.target.float_dtype]) for table in tables)
     return FixedPart(

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from rk_export.calibration.text_run import Objective, TextRun
+from rk_export.model.canonical import Experts
+from rk_export.model.grouped_experts import matrices_of
 from rk_export.passes.modules.quantized import QuantizedLinear
 from rk_export.passes.numerics.int8_inputs import int8_inputs
 from rk_export.passes.numerics.threads import total
 from rk_export.passes.weights.factorize import factors_path
 from rk_export.report.records import Finding, Outcome
 from rk_export.rewrite.apply import Rewritten
+from rk_export.rewrite.expert_groups import grouped_layers
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,13 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
     }
     if options.target.ep != "cpu" or options.target.accuracy_level != 4 or not names:
         return rewritten
-    groups = _by_input(rewritten, names, probe)
+    in_one_node = {
+        matrix: experts
+        for experts in grouped_layers(rewritten).values()
+        for matrix in matrices_of(experts)
+        if isinstance(matrix, QuantizedLinear)
+    }
+    groups = _by_input(rewritten, names, probe, in_one_node)
     sites: dict[str, float] = {}
     for group in groups:
         loss = sum(group.values()) / probe.numel()
@@ -65,10 +74,18 @@ def choose_levels(rewritten: Rewritten, probe: Tensor) -> Rewritten:
             if module.reads_floats:
                 site = _site_of(rewritten, names[module])
                 sites[site] = max(loss, sites.get(site, 0.0))
+    _agree(in_one_node)
     if sites:
         logger.info("inputs stay in floats at %s: int8 would cost too much", ", ".join(sites))
     findings = [_finding(site, loss, rewritten.architecture.is_encoder) for site, loss in sites.items()]
     return replace(rewritten, findings=(*rewritten.findings, *findings))
+
+
+def _agree(in_one_node: Mapping[QuantizedLinear, Experts]) -> None:
+    """Let experts that the probe did not reach read what the others of their node read."""
+    floats = {experts for matrix, experts in in_one_node.items() if matrix.reads_floats}
+    for matrix, experts in in_one_node.items():
+        matrix.reads_floats = experts in floats
 
 
 def _site_of(rewritten: Rewritten, name: str) -> str:
@@ -94,9 +111,15 @@ def _finding(site: str, loss: float, is_encoder: bool) -> Finding:
 
 
 def _by_input(
-    rewritten: Rewritten, names: Mapping[QuantizedLinear, str], probe: Tensor
+    rewritten: Rewritten,
+    names: Mapping[QuantizedLinear, str],
+    probe: Tensor,
+    in_one_node: Mapping[QuantizedLinear, Experts],
 ) -> list[dict[QuantizedLinear, float]]:
-    """Return the predicted loss of int8 inputs by matrix, summed over tokens, those that read the same together."""
+    """Return the predicted loss of int8 inputs by matrix, summed over tokens, those that read the same together.
+
+    So are the experts of a layer that one node computes: it has one level.
+    """
     model, architecture = rewritten.model, rewritten.architecture
     layers = cast(nn.ModuleList, model.get_submodule(architecture.layers))
     inside = {module for layer in layers for module in layer.modules()}
@@ -107,7 +130,7 @@ def _by_input(
         costs = _Costs()
         with _watched(modules, costs):
             yield
-        groups.extend(costs.by_input(names))
+        groups.extend(costs.by_input(names, in_one_node))
         costs.reads.clear()  # hooks of the graph hold it: its tensors would hold the graph
 
     run = TextRun(model, architecture, [probe], back=1, dtype=torch.float32)
@@ -167,7 +190,9 @@ class _Costs:
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    def by_input(self, names: Mapping[QuantizedLinear, str]) -> list[dict[QuantizedLinear, float]]:
+    def by_input(
+        self, names: Mapping[QuantizedLinear, str], in_one_node: Mapping[QuantizedLinear, Experts]
+    ) -> list[dict[QuantizedLinear, float]]:
         """Return the losses of the matrices, those that read the same tensor together.
 
         The second factors of a pair read one tensor in the graph, which PyTorch computes once for each of them.
@@ -175,7 +200,8 @@ class _Costs:
         groups: defaultdict[object, dict[QuantizedLinear, float]] = defaultdict(dict)
         for module, x in self.reads.items():
             pair, seconds, _ = names[module].rpartition(SECOND_FACTORS)
-            groups[pair if seconds else id(x)][module] = self.losses[module]
+            read: object = pair if seconds else id(x)
+            groups[in_one_node.get(module, read)][module] = self.losses[module]
         return list(groups.values())
 
 

@@ -198,7 +198,7 @@ def finished_layer(
         device: Where matrices are factorized and quantized.
     """
     sites = plan.of_layer(layer.index)
-    joint = Factorize(plan.recipe.gauge, device, dict(source.architecture.mlp))
+    joint = Factorize(plan.recipe.gauge, device, _mlp_paths(source.description, layer.index))
     layer, reshaped = reshape_layer(layer, plan.shape_of(layer.index), sites, known, device)
     # The statistics are those of the whole layer: what is left of it is judged by its weights.
     known = {} if reshaped else known
@@ -224,6 +224,12 @@ def finished_layer(
     for weight_pass in rounding:
         findings += run_weight_pass(weight_pass, layer, sites, aligned)
     return FinishedLayer(layer.module.state_dict(), unrounded, tuple(findings), tuple(joint.spectra))
+
+
+def _mlp_paths(description: ModelDescription, layer: int) -> dict[str, str]:
+    """Return the path of each matrix of a layer's MLP by role; of a mixture's the one that every token runs through."""
+    roles = ("gate", "up", "down")
+    return {item.role: item.path for item in description.projections(layer) if item.role in roles}
 
 
 class _Carried:

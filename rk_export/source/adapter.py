@@ -67,9 +67,13 @@ class LoraRule:
         """Return the rank that the configuration gives a module."""
         return _of_pattern(self.ranks, module, self.rank)
 
+    def alpha_of(self, module: str) -> float:
+        """Return the numerator of a module's scale."""
+        return _of_pattern(self.alphas, module, self.alpha)
+
     def scale(self, module: str) -> float:
         """Return the factor of a module's product of pairs (2106.09685, section 4.1)."""
-        rank, alpha = self.rank_of(module), _of_pattern(self.alphas, module, self.alpha)
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
 

@@ -22,6 +22,7 @@ _QUANTIZED = re.compile(
     r"quant_map|quant_state\.\w+|SCB|weight_format)$"
 )
 _DECODER_HEADS = ("ForCausalLM", "LMHeadModel")
+_WRAPPER_HEADS = ("ForConditionalGeneration", "ForCausalLM", "ForVision2Seq", "ForVisionText2Text")
 _ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction")
 
 
@@ -31,18 +32,19 @@ def layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def check_kind(config: PretrainedConfig, *, is_encoder: bool) -> None:
+def check_kind(config: PretrainedConfig, *, is_encoder: bool = False, is_wrapper: bool = False) -> None:
     """Refuse a model whose output is not the next token's logits, or an encoder's hidden states.
 
     Args:
         config: Its `architectures` name the class that the model was saved as.
         is_encoder: Whether the family is exported as feature extraction.
+        is_wrapper: Whether it is a model around the text model that is exported.
 
     Raises:
         InputError: If it has a head of another kind.
     """
     classes = classes_of(config)
-    heads = _ENCODER_HEADS if is_encoder else _DECODER_HEADS
+    heads = _ENCODER_HEADS if is_encoder else _WRAPPER_HEADS if is_wrapper else _DECODER_HEADS
     if not classes or any(any(head in name for head in heads) or is_backbone(name) for name in classes):
         return
     wanted = "hidden states" if is_encoder else "logits of the next token"

@@ -13,14 +13,16 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.config_checks import check_layers
-from rk_export.model.parameter_names import ModelNames, Target
+from rk_export.model.parameter_names import ModelNames, Target, renaming
 from rk_export.source.adapter import Adapter
 from rk_export.source.leftovers import classes_of, is_backbone, missing, no_place
 from rk_export.source.lora import merged
 from rk_export.source.quantized.tensors import DequantizedTensors, dequantized, quantization_of
+from rk_export.source.read_as import ReadAs
 from rk_export.source.renamed_tensors import RenamedTensors, renamed, unwrapped
 from rk_export.source.tensor_files import FLOATS, SafetensorFiles, StoredTensors
 from rk_export.source.weight_files import open_tensors
+from rk_export.source.wrapped import TextPart, adapter_of_family, adapter_of_text, text_part
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ModelTensors:
         tensors: By those names; parts of a parameter, which transformers joins, by their stored names.
         notices: What a reader of config.json alone would not expect.
         quantized: The matrices that the checkpoint stores quantized; None where it stores floats.
+        part: What a wrapper's checkpoint holds of the model; None where it is no wrapper's.
     """
 
     config: PretrainedConfig
@@ -40,20 +43,21 @@ class ModelTensors:
     tensors: StoredTensors
     notices: tuple[str, ...]
     quantized: DequantizedTensors | None = None
+    part: TextPart | None = None
 
 
-def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | None = None) -> ModelTensors:
+def model_tensors(folder: Path, read: ReadAs, adapter: Adapter | None = None) -> ModelTensors:
     """Open the tensors of a model folder, each under the name of its parameter.
 
     Args:
         folder: With safetensors files.
-        config: Of the model; it is not changed.
+        read: What its config.json is read as; it is not changed.
         adapter: A LoRA adapter to merge into it.
 
     Raises:
         InputError: If a tensor is missing, left over, of another shape or type, or the adapter does not fit.
     """
-    stated, config = config, copy.deepcopy(config)
+    stated, config = read.config, copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the model that is built and exported is in floats
     files = open_tensors(folder, getattr(config, "transformers_weights", None))
@@ -61,7 +65,12 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
     names = ModelNames(config)
     if quantization_of(files, stated) is None:
         check_types(files, names)
-    tensors, notices = without_prefixes(files, names)
+    part = None if read.wrapper is None else text_part(files, read.wrapper, names)
+    if part is None:
+        tensors, notices = without_prefixes(_of_family(files, read), names)
+        notices = [read.taken.notice, *notices] if read.taken else notices
+    else:
+        tensors, notices = part.tensors, [part.notice, *part.names.wrapper.notices]
     # Here the names are the model's own, and nothing is merged into the tensors yet.
     tensors = dequantized(tensors, stated, lambda name: names.target(name) is not None)
     quantized = tensors if isinstance(tensors, DequantizedTensors) else None
@@ -69,12 +78,27 @@ def model_tensors(folder: Path, config: PretrainedConfig, adapter: Adapter | Non
         notices = [*notices, quantized.notice]
     tensors, passed_over = named(tensors, names, config)
     notices += passed_over
+    if adapter is not None and part is not None:
+        adapter, passed_over = adapter_of_text(adapter, part.names)
+        notices += passed_over
+    if adapter is not None and read.taken is not None:
+        adapter = adapter_of_family(adapter, read.taken.stated)
     if adapter is not None:
         names, resized = _resized(names, config, adapter)
         tensors, merging = merged(tensors, names, adapter)
         notices += resized + merging
     tensors, ties = settled(tensors, names, config)
-    return ModelTensors(config, names, tensors, (*notices, *ties, *_backbone(names, config)), quantized)
+    notices += [*ties, *_backbone(names, config)]
+    return ModelTensors(config, names, tensors, tuple(notices), quantized, part)
+
+
+def _of_family(files: SafetensorFiles, read: ReadAs) -> StoredTensors:
+    """Return the tensors of a model of an unknown type under the names of its class, which are those of its family."""
+    if read.taken is None:
+        return files
+    name_of, known = renaming(read.taken.model), read.taken.model.state_dict().keys()
+    names = {stored: name_of(stored) for stored in files.shapes}
+    return renamed(files, {stored: name if name in known else stored for stored, name in names.items()})
 
 
 def _backbone(names: ModelNames, config: PretrainedConfig) -> list[str]:

@@ -19,18 +19,18 @@ from rk_export.errors import InputError
 from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
-from rk_export.model.families.registry import architecture_of
 from rk_export.model.torch_models import stored_buffers
+from rk_export.model.wrapper_names import WrapperNames
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
 from rk_export.source.find_model import find_base, find_folder
 from rk_export.source.fingerprints import files_fingerprint
-from rk_export.source.leftovers import check_kind
 from rk_export.source.model_tensors import model_tensors
 from rk_export.source.protocol import Loading
 from rk_export.source.quantized.tensors import OLD_CONFIGS, DequantizedTensors
+from rk_export.source.read_as import read_as
 from rk_export.source.remote_code import refuse_remote_code
 from rk_export.source.stand_ins import stand_in
 from rk_export.source.tensor_files import SafetensorFiles, StoredTensors
@@ -64,6 +64,7 @@ class StoredModel(Loading):
         notices: What a reader of config.json alone would not expect.
         pruning: None: nothing is left out.
         changed: How its tensors differ from what transformers reads from the folder; empty where they do not.
+        taken: What is known of a model of an unknown type that is a known family; None where the type is known.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -78,10 +79,10 @@ class StoredModel(Loading):
         self.folder = folder if adapter is None else tokenizer_of(adapter.folder, folder)
         self.title = Path(name).name if Path(name).expanduser().exists() else name
         config = read_config(folder)
-        check_kind(config, is_encoder=architecture_of(config).is_encoder)
-        opened = model_tensors(folder, config, adapter)
+        read = read_as(config, folder / "config.json")
+        opened = model_tensors(folder, read, adapter)
         self.description, self.notices = describe(opened.config), opened.notices
-        self._names = opened.names
+        self._names, self._part, self.taken = opened.names, opened.part, read.taken
         self._stored: StoredTensors = opened.tensors
         self._adapter = adapter
         if opened.quantized is not None:
@@ -114,6 +115,11 @@ class StoredModel(Loading):
         named = Path(self.name).expanduser()
         read = (self.folder, *self.origin, named if named.exists() else None)
         return tuple(path for path in read if path is not None)
+
+    @property
+    def wrapper(self) -> WrapperNames | None:
+        """Names of the model around it, which reads images or sound too; None where it stands alone."""
+        return None if self._part is None else self._part.names
 
     @property
     def has_grids(self) -> bool:
@@ -153,8 +159,9 @@ class StoredModel(Loading):
         return sum(map(math.prod, self._stored.shapes.values()))
 
     def stored_bytes(self) -> int:
-        """Return the bytes of the safetensors files."""
-        return sum(path.stat().st_size for path in self._stored.files)
+        """Return the bytes of the safetensors files, without what is left out of a wrapper."""
+        left_out = 0 if self._part is None else self._part.left_out_bytes
+        return sum(path.stat().st_size for path in self._stored.files) - left_out
 
     @property
     def is_mapped(self) -> bool:

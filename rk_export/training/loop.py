@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.model.context import own_context
 from rk_export.progress import stage
 from rk_export.training.on_disk import OnDisk
 from rk_export.training.state import StateFile, TrainingState
@@ -202,7 +203,7 @@ def check_tokens(config: PretrainedConfig, tokens: Tensor) -> None:
     Raises:
         InputError: Says what a model takes.
     """
-    longest, words = config.max_position_embeddings, config.vocab_size
+    longest, words = own_context(config), config.vocab_size
     if tokens.ndim != 2 or tokens.shape[0] < 1 or not 2 <= tokens.shape[1] <= longest:
         raise InputError(
             f"tokens of shape {tuple(tokens.shape)} cannot be trained on",

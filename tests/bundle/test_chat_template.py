@@ -288,3 +288,21 @@ def test_real_tokenizer(tmp_path: Path) -> None:
     same(source, tmp_path / "out", TALK)
     same(source, tmp_path / "out", USER)
     shutil.rmtree(tmp_path / "out")
+
+
+# As SmolVLM's: a text that is not in a block is passed over.
+OF_BLOCKS = (
+    "{% for m in messages %}{{ m['role'] }}:{% for line in m['content'] %}{% if line['type'] == 'text' %}"
+    "{{ line['text'] }}{% endif %}{% endfor %}<end>\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_template_of_a_model_for_images_gets_its_texts_in_blocks(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "model", chat_template=OF_BLOCKS)
+    blocks = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in TALK]
+    text = same(tmp_path / "model", tmp_path / "out", blocks)
+    template = ChatTemplate.read(tmp_path / "out")
+    assert template.render(TALK) == text
+    assert "How much is 2 < 3?" in text
+    half = [*USER, {"role": "assistant", "content": "It"}]
+    assert template.render(half, continue_final_message=True).endswith("assistant:It")

@@ -28,6 +28,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from rk_export.errors import RkExportError
 from rk_export.graph.dense.frontend import build_module, check_supported
+from rk_export.model.context import own_context
 from rk_export.model.description import ModelDescription, describe
 from rk_export.source.stored import open_source, read_config
 
@@ -89,7 +90,7 @@ class Walk:
         model.save_pretrained(self.folder)
         (self.folder / "config.json").write_text(stated, "utf-8")
         graph = OnnxModel(compress(open_source(self.folder), floats()), self.folder)
-        length = min(LENGTH, model.config.max_position_embeddings)
+        length = min(LENGTH, own_context(model.config))
         error = prefill_error(graph, model, length)
         if length == LENGTH and not self.is_encoder:
             error = max(error, steps_error(graph, model, length))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from compressed import OnnxModel, compress, floats
-from exactness import BOUND, prefill_error, untouched
+from exactness import BOUND, hole_error, prefill_error, untouched
 from family_runs import families, record
 from spec_flags import Flag, flags
 from tiny_models import family_of, tiny_config, tiny_model
@@ -35,7 +35,7 @@ def found_without(flag: Flag, source: StoredModel, model: PreTrainedModel, folde
     vars(source.description)["decoder"] = flag.without(kept)
     try:
         graph = OnnxModel(compress(source, floats()), folder)
-        return prefill_error(graph, model)
+        return max(prefill_error(graph, model), hole_error(graph, model))
     except RkExportError as error:
         return error.what
     except AttributeError as error:  # a family without rotation has no module that says how to rotate

@@ -281,7 +281,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
-    ("opt", {"word_embed_proj_dim": 32}, "project_"),
+    ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),

@@ -193,7 +193,7 @@ def _theirs(model: PreTrainedModel, given: Given) -> list[int]:
 def largest_error(session: Session, model: PreTrainedModel, length: int) -> float:
     """Return the largest difference of logits of two random texts, relative to the largest logit."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, model.config.vocab_size, (TEXTS, length), generator=generator)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (TEXTS, length), generator=generator)
     with torch.no_grad():
         expected = model(input_ids=ids).logits.float().numpy()
     found = session.prefill_logits(ids.numpy())

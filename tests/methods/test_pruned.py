@@ -266,6 +266,7 @@ def test_sources_of_one_folder_are_told_apart(source_of: SourceOf) -> None:
         ("llama", PruneOptions(ffn_keep=0.1), "less than 32"),
         ("llama", PruneOptions(kv_heads_keep=2), "not fewer than 2"),
         ("gpt2", PruneOptions(kv_heads_keep=1), "ties the width"),
+        ("helium", PruneOptions(kv_heads_keep=1), "ties the width"),
         ("olmo2", PruneOptions(kv_heads_keep=1), "normalized over all heads"),
         ("mixtral", PruneOptions(ffn_keep=0.5), "every expert"),
         ("bert", PruneOptions(ffn_keep=0.5), "only decoders"),

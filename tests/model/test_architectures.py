@@ -129,6 +129,6 @@ def test_dense_layers_between_experts_list_their_mlp() -> None:
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     config = PretrainedConfig()
-    config.model_type = "bloom"
-    with pytest.raises(UnsupportedModelError, match=r"'bloom' is not supported[\s\S]*llama[\s\S]*phi3"):
+    config.model_type = "gemma3n"
+    with pytest.raises(UnsupportedModelError, match=r"'gemma3n' is not supported[\s\S]*llama[\s\S]*phi3"):
         architecture_of(config)

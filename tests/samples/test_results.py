@@ -22,6 +22,7 @@ PAGES = {
     "groupings": "measure.factorize_groupings",
     "int4_against_genai": "measure.bench_against_genai",
     "joint_rank": "papers.joint_rank.main",
+    "mixtures": "measure.mixtures",
     "pareto": "measure.sweep",
     "pruning": "measure.prune_structures",
     "real_models": "measure.real_models",

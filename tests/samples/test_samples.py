@@ -32,6 +32,7 @@ INSIDE = {
     "measure/bench_sampling.py": 1,
     "measure/measure_export.py": 1,
     "measure/measure_sparse_export.py": 3,
+    "measure/mixtures.py": 1,
     "measure/served.py": 3,
     "papers/basel/comparison.py": 4,
     "papers/basel/main.py": 1,

@@ -9,12 +9,15 @@ _MULTIPLIERS = {
     "logits_scaling": 2.5,
 }
 
+# Attention that is not sharp: rounding would grow in it.
+_SOFT = {**_MULTIPLIERS, "attention_multiplier": 0.1}
+
 FAMILIES = (
     TinyFamily("granite", fields=_MULTIPLIERS, known=("Granite 3",), in_sample=True),
     TinyFamily(
         "granitemoehybrid",
         fields={
-            **_MULTIPLIERS,
+            **_SOFT,
             "num_local_experts": 0,
             "layer_types": ["full_attention"] * 2,
             "position_embedding_type": "rope",
@@ -26,7 +29,7 @@ FAMILIES = (
     ),
     TinyFamily(
         "hyperclovax",
-        fields={**_MULTIPLIERS, "head_dim": 32},
+        fields={**_SOFT, "head_dim": 32},
         variants={"pre_norm": {"use_post_norm": False, "attention_bias": True, "mlp_bias": True}},
         known=("HyperCLOVA X SEED Think 14B",),
     ),

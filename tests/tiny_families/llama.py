@@ -76,7 +76,7 @@ FAMILIES = (
     TinyFamily(
         "ernie4_5",
         fields={"head_dim": 32},
-        variants={"untied": {"tie_word_embeddings": False, "use_bias": True}},
+        variants={"untied": {"tie_word_embeddings": False, "use_bias": True, "head_dim": 16}},
         known=("ERNIE 4.5 0.3B",),
     ),
     TinyFamily("helium", fields={"head_dim": 16}, known=("Helium 1 (2B)",)),

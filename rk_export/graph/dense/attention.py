@@ -23,7 +23,7 @@ from rk_export.passes.graph.nodes import MICROSOFT
 ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
 # What a layer hands on to the next call: keys and values, or the state of a short convolution.
 Carried = tuple[ir.Value, ...]
-# The operator rotates only multiples of this many coordinates of a head.
+# The operator rotates only multiples of this many coordinates, in heads that are as many wide or a multiple.
 ROTATED_MULTIPLE = 16
 
 
@@ -61,7 +61,7 @@ class Shared(NamedTuple):
         tables: Name of a rotary table -> cosines, sines, each (positions, rotated width / 2).
         positions: (batch, length) int64, the position of each token in its row; None where no layer reads it.
         query_factor: (batch, length, 1), factor on the queries; None for 1.
-        distance_bias: (1, heads, length, keys), added to the scores; None for nothing.
+        distance_bias: (batch, heads, length, keys), added to the scores; None for nothing.
         texts: What short convolutions read from the mask; None where no layer has one.
     """
 
@@ -77,9 +77,10 @@ class Shared(NamedTuple):
 def rotates_apart(spec: DecoderSpec, table: RotaryTable) -> bool:
     """Whether queries and keys are rotated by an operator of its own in front of attention.
 
-    A norm stands behind the rotation, or GroupQueryAttention does not take the rotated width.
+    A norm stands behind the rotation, or GroupQueryAttention does not take the width.
     """
-    return spec.norm_after_rotation or table.width % ROTATED_MULTIPLE != 0
+    widths = (table.width, spec.heads.head_dim)
+    return spec.norm_after_rotation or any(width % ROTATED_MULTIPLE for width in widths)
 
 
 class Attention(ExportModule):
@@ -164,9 +165,10 @@ class Attention(ExportModule):
 
     def _query_and_key(self, op: OpBuilder, hidden: ir.Value, shared: Shared) -> tuple[ir.Value, ir.Value]:
         """Return queries and keys as the operator reads them, each (batch, length, heads * width)."""
-        query, key = (self._clipped(op, linear(op, hidden)) for linear in (self.q_proj, self.k_proj))
+        query, key = self.q_proj(op, hidden), self.k_proj(op, hidden)
         if not self._norms_rotated:
             query, key = _normed(op, self.q_norm, query), _normed(op, self.k_norm, key)
+        query, key = self._clipped(op, query), self._clipped(op, key)
         if self._rotates_apart:
             query = self._rotated(op, query, shared, self._heads.heads)
             key = self._rotated(op, key, shared, self._heads.kv_heads)

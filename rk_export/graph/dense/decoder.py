@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 from mobius import ArchitectureConfig
-from mobius.components import Embedding, Linear, MoELayer, SoftmaxTopKGate
+from mobius.components import Embedding, Linear
 from onnxscript import OpBuilder, nn
 
+from rk_export.graph.dense.alibi import distance_bias
 from rk_export.graph.dense.attention import Attention, Biases, Carried, Shared, rotates_apart
+from rk_export.graph.dense.mixture import Mixture
 from rk_export.graph.dense.mlp import Mlp
 from rk_export.graph.dense.norms import JOINED_WITH_SUM, norm_of
 from rk_export.graph.dense.rotary import Rotary, scaled
@@ -101,7 +102,8 @@ class _DecoderBody(ExportModule):
     @property
     def reads_positions(self) -> bool:
         """Whether anything here depends on the position of a token in its row, rotation inside attention aside."""
-        return bool(self._spec.learned_positions or self._spec.query_growth or self._rotates_apart)
+        spec = self._spec
+        return bool(spec.learned_positions or spec.query_growth or spec.alibi_slopes or self._rotates_apart)
 
     def emits(self) -> Counter[Pattern]:
         return Counter({SKIP_NORM: int(self._spec.norm in JOINED_WITH_SUM)})
@@ -131,7 +133,10 @@ class _DecoderBody(ExportModule):
     ) -> Shared:
         last_key = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=0), op.Constant(value_int=1))
         key_count = op.Gather(op.Shape(attention_mask), op.Constant(value_int=1))
-        growth, slopes = self._spec.query_growth, self._spec.alibi_slopes
+        growth = self._spec.query_growth
+        bias = None
+        if self._spec.alibi_slopes:
+            bias = distance_bias(op, self._spec, attention_mask, position_ids, self._dtype)
         taps = self._spec.conv_taps
         return Shared(
             last_key=op.Cast(last_key, to=ir.DataType.INT32),
@@ -139,7 +144,7 @@ class _DecoderBody(ExportModule):
             tables={name: rotary(op, key_count) for name, rotary in self.rotary.items()},
             positions=position_ids if self._rotates_apart else None,
             query_factor=None if growth is None else _query_factor(op, growth, position_ids, self._dtype),
-            distance_bias=_distance_bias(op, slopes, input_ids, key_count, self._dtype) if slopes else None,
+            distance_bias=bias,
             texts=row_texts(op, input_ids, attention_mask, taps, self._dtype) if taps else None,
         )
 
@@ -151,24 +156,6 @@ def _query_factor(op: OpBuilder, growth: QueryGrowth, positions: ir.Value, dtype
     grown = op.Add(op.Mul(op.Log(op.Add(blocks, one)), op.Constant(value_float=growth.beta)), one)
     factor: ir.Value = op.Unsqueeze(op.Cast(grown, to=dtype), [2])
     return factor
-
-
-def _distance_bias(
-    op: OpBuilder, slopes: Sequence[float], input_ids: ir.Value, key_count: ir.Value, dtype: ir.DataType
-) -> ir.Value:
-    """Return ``slope * key`` for each head (ALiBi, arXiv 2108.12409), (1, heads, length, keys).
-
-    The softmax takes away what is the same for all keys, so the position of the query is not needed.
-    """
-    keys = op.Cast(
-        op.Range(op.Constant(value_int=0), key_count, op.Constant(value_int=1)), to=ir.DataType.FLOAT
-    )
-    by_head = op.Constant(value=ir.tensor(np.array(slopes, np.float32).reshape(1, -1, 1, 1)))
-    length = op.Gather(op.Shape(input_ids), op.Constant(value_ints=[1]), axis=0)
-    one, heads = op.Constant(value_ints=[1]), op.Constant(value_ints=[len(slopes)])
-    shape = op.Concat(one, heads, length, op.Reshape(key_count, [1]), axis=0)
-    bias: ir.Value = op.Expand(op.Cast(op.Mul(by_head, keys), to=dtype), shape)
-    return bias
 
 
 class _Layer(ExportModule):
@@ -224,11 +211,5 @@ class _Layer(ExportModule):
 
 def _mlp(spec: DecoderSpec, config: ArchitectureConfig, biases: Biases, index: int) -> nn.Module:
     if spec.experts is not None and spec.layers[index].has_experts:
-        gate = SoftmaxTopKGate(
-            spec.hidden_size,
-            spec.experts.count,
-            spec.experts.per_token,
-            norm_topk_prob=spec.experts.normalized,
-        )
-        return MoELayer(config, gate=gate)
+        return Mixture(spec, spec.experts)
     return Mlp(spec, has_bias=biases.mlp)

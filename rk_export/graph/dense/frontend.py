@@ -25,11 +25,11 @@ from rk_export.graph.dense.rotary import Late
 from rk_export.graph.dense.stateful_task import StatefulTextGeneration
 from rk_export.model.architecture import Architecture
 from rk_export.model.config_fields import activation_of
+from rk_export.model.context import own_context
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
 from rk_export.model.exported_names import rename_tensors
 from rk_export.model.families.registry import family_of
-from rk_export.model.rotary import RotaryTable, rotary_tables
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
 Dtype = Literal["fp32", "fp16"]
@@ -94,7 +94,7 @@ def build_module(
     else:
         onnx_config = _decoder_config(spec)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
-        biases, tables = _biases(shapes), _tables(spec, architecture, skeleton, positions)
+        biases, tables = _biases(shapes), description.rotary_tables(positions or own_context(config))
         _check_head(spec, biases)
         module = Decoder(spec, onnx_config, biases, tables, _IR_DTYPE[dtype])
     _check_structure(module, shapes)
@@ -172,19 +172,8 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
 
 
-def _tables(
-    spec: DecoderSpec, architecture: Architecture, skeleton: PreTrainedModel, positions: int | None
-) -> dict[str, RotaryTable]:
-    if not spec.is_rotated:
-        return {}
-    rows = positions or int(skeleton.config.max_position_embeddings)
-    module = type(skeleton.get_submodule(architecture.rotary))
-    return rotary_tables(skeleton.config, module, rows, {layer.rotary for layer in spec.layers})
-
-
 def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
-    """Return what mobius' task and its mixture of experts read."""
-    experts = spec.experts
+    """Return what mobius' task reads."""
     return ArchitectureConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -196,9 +185,6 @@ def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
         hidden_act=spec.activation,
         rms_norm_eps=spec.norm_epsilon,
         tie_word_embeddings=spec.tied,
-        num_local_experts=experts and experts.count,
-        num_experts_per_tok=experts and experts.per_token,
-        moe_intermediate_size=experts and experts.intermediate_size,
     )
 
 

@@ -10,6 +10,7 @@ from rk_export.calibration.target_text import target_tokens
 from rk_export.methods.base import Decision, Method, Work, matrices
 from rk_export.methods.basel.options import BaselOptions
 from rk_export.methods.basel.selection import Selection, check_selection, select_basis
+from rk_export.model.context import own_context
 from rk_export.options.recipe import Recipe
 from rk_export.plan import SitePlan
 from rk_export.planning.candidates import Form
@@ -66,7 +67,7 @@ def task_tokens(source: Source, options: BaselOptions) -> Tensor:
     Raises:
         InputError: If the file is empty, no UTF-8 text or too short for one sequence.
     """
-    length = min(TASK_LENGTH, int(source.config.max_position_embeddings))
+    length = min(TASK_LENGTH, own_context(source.config))
     wanted = (options.steps + options.tune) * options.batch_tokens
     rows = int(source.config.vocab_size)
     return target_tokens(options.target.place(), source.folder, length, -(-wanted // length), rows=rows)

@@ -11,6 +11,7 @@ from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
 from rk_export.model.config_fields import plain_heads
 from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.rotary import RotaryTable
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Refused:
     """A field of the config that is read for one value only.
 
     Args:
-        field: Its name.
+        field: Its name; with a dot, a field of a part of the config.
         unless: The value that is supported; a field that is absent, None or empty counts as False.
         reason: Why no other is.
     """
@@ -33,7 +34,9 @@ class Refused:
         Raises:
             UnsupportedModelError: Names the field and the value that is supported.
         """
-        value = getattr(config, self.field, None)
+        value: object = config
+        for name in self.field.split("."):
+            value = getattr(value, name, None)
         if (value or False) != self.unless:
             raise UnsupportedModelError(
                 f"{self.field}={value!r}: {self.reason}",
@@ -79,12 +82,15 @@ class Family:
         decoder: Reads what a decoder computes from a config that nothing was refused in; None for an encoder.
         refused: Options that the exported graph does not have.
         heads: Reads the attention heads.
+        tables: Makes the rotary tables by name, from the config and their rows; None where the family has a module
+            of transformers' common kind for them.
     """
 
     architecture: Architecture
     decoder: Callable[[PretrainedConfig], DecoderSpec] | None = None
     refused: tuple[Refused | RefusedLayers, ...] = ()
     heads: Callable[[PretrainedConfig], HeadLayout] = plain_heads
+    tables: Callable[[PretrainedConfig, int], dict[str, RotaryTable]] | None = None
 
     @property
     def model_type(self) -> str:

@@ -1,0 +1,183 @@
+"""What rk-export says of every decoder type of transformers: known, taken as a known family, or refused.
+
+    python tests/measure_unknown_families.py                        every type; ten minutes on one core
+    python tests/measure_unknown_families.py --type 'exaone*' cwm   some of them; the rows of the others stay
+
+A type that is taken as a family is exported as a tiny random model, and the bundle's logits are compared with those of
+transformers' class of that type. Writes ``docs/results/unknown_families.json`` and ``unknown_families.md``. Ends with
+status 1 if a bundle computes other logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import trained_tokenizer
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from rk_export import RkExportError, Run, export
+from rk_export.cli.main import quiet_libraries
+from rk_export.manifest import library_versions
+from rk_export.model.families.registry import FAMILIES
+from rk_export.model.tiny_version import changed, random_model, tiny_version
+from rk_export.runtime import Session
+from rk_export.source.read_as import read_as
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+TOLERANCE = 1e-5
+_ROWS_OF_VOCABULARY = 320
+
+logger = logging.getLogger("unknown families")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A type of transformers, and what becomes of it.
+
+    Args:
+        model_type: The type.
+        model_class: transformers' class of it.
+        outcome: `known`, `text part`, `taken` or `refused`.
+        family: What it is read as; empty where it is refused.
+        error: Of the bundle against the class, over the largest logit; None where nothing was exported.
+        message: Why it is refused.
+    """
+
+    model_type: str
+    model_class: str
+    outcome: str
+    family: str = ""
+    error: float | None = None
+    message: str = ""
+
+
+def measure(model_type: str) -> Row:
+    """Return what becomes of a type with the values that its config has by default."""
+    model_class = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    if model_type in FAMILIES and FAMILIES[model_type].decoder is not None:
+        return Row(model_type, model_class, "known", model_type)
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        read = read_as(config, Path("config.json"))
+    except RkExportError as error:
+        return Row(model_type, model_class, "refused", message=error.what)
+    family = str(read.config.model_type)
+    if read.taken is None:
+        return Row(model_type, model_class, "text part" if read.wrapper else "known", family)
+    return Row(model_type, model_class, "taken", family, exported_error(config))
+
+
+def exported_error(config: PretrainedConfig) -> float:
+    """Export a tiny random model of a config; return the bundle's largest error over the largest logit."""
+    tiny = changed(
+        tiny_version(config), vocab_size=_ROWS_OF_VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    model = random_model(tiny)
+    ids = np.arange(3, 63, dtype=np.int64)[None]
+    with TemporaryDirectory() as folder:
+        source, bundle = Path(folder) / "model", Path(folder) / "bundle"
+        model.save_pretrained(source)
+        trained_tokenizer().save_pretrained(source)
+        export(source, bundle, run=Run(threads=1))
+        session = Session.from_pretrained(bundle, provider="cpu", threads=1)
+        found = np.asarray(session.prefill_logits(ids))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def save(rows: Sequence[Row]) -> None:
+    """Write the results, in the order of transformers' list; rows of types that are gone are dropped."""
+    path = RESULTS / "unknown_families.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    by_type = {row["model_type"]: row for row in known} | {row.model_type: asdict(row) for row in rows}
+    ordered = [by_type[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in by_type]
+    data = {"versions": library_versions(), "rows": ordered}
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (RESULTS / "unknown_families.md").write_text(page(data), encoding="utf-8")
+
+
+def page(data: dict[str, Any]) -> str:
+    """Return the page of the results."""
+    rows = [Row(**row) for row in data["rows"]]
+    counts = Counter(row.outcome for row in rows)
+    worst = max((row.error for row in rows if row.error is not None), default=0.0)
+    lines = [
+        _HEAD.format(
+            count=len(rows),
+            version=data["versions"].get("transformers", ""),
+            known=counts["known"],
+            parts=counts["text part"],
+            taken=counts["taken"],
+            refused=counts["refused"],
+            worst=worst,
+        ),
+        "| type | class | outcome | error | reason |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        as_family = f" as `{row.family}`" if row.family not in ("", row.model_type) else ""
+        error = "" if row.error is None else f"{row.error:.1e}"
+        reason = row.message.partition(": ")[2] or row.message
+        lines.append(
+            f"| `{row.model_type}` | `{row.model_class}` | {row.outcome}{as_family} | {error} | {_cell(reason)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = """# What becomes of every decoder type
+
+transformers {version} has {count} types of models that continue text. This page lists each with the values that its
+config has by default, and what rk-export says of it. How a type is tried: [unknown model
+types](../reference/inputs.md#unknown-model-types).
+
+- *known*: {known}. They are [families](../../README.md#supported-families) of rk-export.
+- *text part*: {parts}. They read images or sound, and the text model in them is a known family.
+- *taken*: {taken}. They are a known family in all but the name. A tiny random model of each was exported, and the error
+  is that of the bundle against transformers' own class of that type. The largest is {worst:.1e} of the largest logit.
+- *refused*: {refused}, each with what differs from the nearest family.
+
+Encoders, of which transformers also builds decoders, count as refused here: they are exported as encoders only.
+Made by `python tests/measure_unknown_families.py`.
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the types; return 1 if a bundle computes other logits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--type", nargs="+", default=["*"], metavar="PATTERN", help="types to measure")
+    patterns = parser.parse_args(arguments).type
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    quiet_libraries()
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    rows = []
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            rows.append(measure(name))
+            logger.info("%s: %s %s %s", name, rows[-1].outcome, rows[-1].family, rows[-1].error or "")
+    save(rows)
+    return int(any(row.error is not None and row.error > TOLERANCE for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
