@@ -17,6 +17,7 @@ WORKERS ?= 2
 
 VENV := .venv
 OPTIMUM_VENV := .venv-optimum
+SENTENCE_TRANSFORMERS_VENV := .venv-sentence-transformers
 RAY_VENV := .venv-ray
 RAY_SERVE_VENV := .venv-ray-serve
 TRITON_VENV := .venv-triton
@@ -26,6 +27,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 OPTIMUM_READY := $(OPTIMUM_VENV)/ready
+SENTENCE_TRANSFORMERS_READY := $(SENTENCE_TRANSFORMERS_VENV)/ready
 RAY_READY := $(RAY_VENV)/ready
 RAY_SERVE_READY := $(RAY_SERVE_VENV)/ready
 TRITON_READY := $(TRITON_VENV)/ready
@@ -41,7 +43,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Other runtimes, each in an environment of its own; `test` runs none of them.
-ELSEWHERE := test-optimum test-ray test-ray-serve test-triton test-triton-client test-kubernetes test-container \
+ELSEWHERE := test-optimum test-sentence-transformers test-ray test-ray-serve test-triton test-triton-client test-kubernetes test-container \
 	test-node test-browser
 
 .PHONY: help setup demo test lint types format unit suite families docs $(ELSEWHERE) results inputs fuzz clean
@@ -86,7 +88,10 @@ suite: $(READY)
 
 # Every model family through all tests of families; docs/families.md is written from what they measure.
 families: $(READY)
-	RK_FAMILIES=all $(PYTEST) tests/families --durations=10
+	rm -rf out/families
+	RK_FAMILIES=all RK_FAMILIES_RESULTS=$(abspath out/families) $(PYTEST) tests/families --durations=10 \
+		--deselect tests/families/test_families_page.py
+	PYTHONPATH=.:tests $(BIN)/python tests/families_page.py out/families
 
 docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . out/site
@@ -105,11 +110,24 @@ format: $(READY)
 test-optimum: $(READY) $(OPTIMUM_READY)
 	rm -rf out/optimum
 	OMP_NUM_THREADS=1 $(BIN)/python tests/optimum_bundles.py out/optimum
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sentence_bundles.py out/optimum
 	RK_BUNDLES=out/optimum $(OPTIMUM_VENV)/bin/python -m pytest tests/optimum_env --confcutdir=tests/optimum_env
 
 $(OPTIMUM_READY): tests/optimum_env/requirements.txt
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
 	$(OPTIMUM_VENV)/bin/python -m pip install -r $<
+	@touch $@
+
+# sentence-transformers opens the bundles of embedding models and cross-encoders by Optimum, hence the same split.
+test-sentence-transformers: $(READY) $(SENTENCE_TRANSFORMERS_READY)
+	rm -rf out/sentence-transformers
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sentence_bundles.py out/sentence-transformers
+	RK_BUNDLES=out/sentence-transformers $(SENTENCE_TRANSFORMERS_VENV)/bin/python -m pytest \
+		tests/sentence_transformers_env --confcutdir=tests/sentence_transformers_env
+
+$(SENTENCE_TRANSFORMERS_READY): tests/sentence_transformers_env/requirements.txt
+	$(PYTHON) -m venv $(SENTENCE_TRANSFORMERS_VENV)
+	$(SENTENCE_TRANSFORMERS_VENV)/bin/python -m pip install -r $<
 	@touch $@
 
 # Ray as a cluster of this machine alone: its processes listen on the loopback, and report to nobody.

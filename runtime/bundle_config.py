@@ -83,6 +83,8 @@ class BundleConfig:
             context_length=_first(
                 # GenAI is told the switch where it cannot follow it; this runtime can.
                 None if stated == switch else stated,
+                # RoBERTa's table has rows that no token takes.
+                manifest.count("context_length"),
                 text_config.count("max_position_embeddings"),
             ),
             rotary_switch=switch,

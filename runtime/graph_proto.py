@@ -186,25 +186,56 @@ def _follow_links(proto: Any, folder: Path) -> Path:
 
 def _read_floats(graph: Any) -> None:
     """Let products with int8 inputs read what their inputs were quantized from; the weights stay int8."""
-    quantized = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    makers = {node.output[0]: node for node in graph.node}
     nodes = [
         new
         for node in graph.node
-        for new in (_float_product(node, quantized) if node.op_type == "MatMulIntegerToFloat" else [node])
+        for new in (_float_product(node, makers) if node.op_type == "MatMulIntegerToFloat" else [node])
     ]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _float_product(node: Any, quantized: dict[str, Any]) -> list[Any]:
-    codes, weights, _, scales = node.input[:4]
+def _float_product(node: Any, makers: dict[str, Any]) -> list[Any]:
+    codes, weights, step, scales = node.input[:4]
     floats, sums = (f"{node.output[0]}.{name}" for name in ("weights", "sums"))
     make = onnx.helper.make_node
+    maker, before = makers[codes], list[Any]()
+    if maker.op_type == "QuantizeLinear":
+        unit = maker.input[0]
+    else:
+        unit, before = _whole_units(node.output[0], maker, makers, step)
     return [
+        *before,
         make("Cast", [weights], [floats], to=onnx.TensorProto.FLOAT),
-        make("MatMul", [quantized[codes].input[0], floats], [sums]),
+        make("MatMul", [unit, floats], [sums]),
         make("Mul", [sums, scales], list(node.output)),
     ]
+
+
+def _whole_units(name: str, reshape: Any, makers: dict[str, Any], step: str) -> tuple[str, list[Any]]:
+    """Return what codes that have a step for each row were rounded from, in parts of its row's largest value.
+
+    Args:
+        name: What new values begin with.
+        reshape: The node that gives the codes their shape.
+        makers: The node that makes each value.
+        step: The initializer with the step of parts.
+    """
+    quantize = makers[reshape.input[0]]
+    column, steps, codes, parts, whole = (
+        f"{name}.{part}" for part in ("column", "steps", "codes", "parts", "whole")
+    )
+    make = onnx.helper.make_node
+    axis = make("Constant", [], [column], value_ints=[1])
+    nodes = [
+        axis,
+        make("Unsqueeze", [quantize.input[1], column], [steps]),
+        make("Div", [quantize.input[0], steps], [codes]),
+        make("Mul", [codes, step], [parts]),
+        make("Reshape", [parts, reshape.input[1]], [whole]),
+    ]
+    return whole, nodes
 
 
 def load_proto(model: Path) -> Any:

@@ -9,9 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    cache_utils,
+    masking_utils,
+    modeling_rope_utils,
+)
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # What the code of a family asks its config for, declared or not, and what its config class takes besides its fields.
 _READ = re.compile(r"""\bconfig\.([a-z_]\w*)\b(?!\s*\()|getattr\((?:self\.)?config,\s*["'](\w+)["']""")
@@ -23,7 +28,9 @@ _NO_FIELDS = {
     *("_attn_implementation", "_attn_implementation_internal", "_experts_implementation", "attribute_map"),
     *("sub_configs", "keys_to_ignore_at_inference", "base_config_key", "rope_scaling", "rope_theta"),
 }
-_UNKNOWN: tuple[Any, ...] = (True, 5, 0.5)
+_UNKNOWN: tuple[Any, ...] = (False, True, 5, 0.5)
+# Code of all families that reads configs too.
+_SHARED = (cache_utils, masking_utils, modeling_rope_utils)
 # Values that nothing in a config points to.
 _MORE: dict[str, tuple[Any, ...]] = {
     "dtype": ("bfloat16",),
@@ -79,7 +86,8 @@ def changes(config: PretrainedConfig, model: PreTrainedModel) -> Iterator[Change
         config: That of a tiny model.
         model: The model, to find its code by.
     """
-    sources = [inspect.getsource(sys.modules[type(item).__module__]) for item in (config, model)]
+    own = (sys.modules[type(item).__module__] for item in (config, model))
+    sources = [inspect.getsource(module) for module in (*own, *_SHARED)]
     declared = {item.name for item in fields(config)} | config.to_dict().keys()
     read = {name for source in sources for found in _READ.findall(source) for name in found if name}
     taken = {name for source in sources for name in _TAKEN.findall(source)}
@@ -156,7 +164,7 @@ def _scalings(config: PretrainedConfig) -> Iterator[Change]:
     if not isinstance(current, dict):
         return
     width = _rotated(config)
-    for name in sorted({*_SCALED, *ROPE_INIT_FUNCTIONS}):
+    for name in sorted({*_SCALED, *modeling_rope_utils.ROPE_INIT_FUNCTIONS}):
         scaling: dict[str, Any] = {"rope_type": name, **_SCALED.get(name, {"factor": 2.0})}
         if name == "longrope":
             scaling |= {"short_factor": [1.0] * (width // 2), "long_factor": [2.0] * (width // 2)}

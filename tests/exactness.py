@@ -50,22 +50,27 @@ def decoder_errors(graph: OnnxFile, model: PreTrainedModel) -> dict[str, float]:
 
 
 def encoder_errors(graph: OnnxFile, model: PreTrainedModel) -> dict[str, float]:
-    """Return how far an encoder's states are from transformers', with padding on the right and with a hole."""
-    ids, mask = words(2, 12), torch.ones(2, 12, dtype=torch.int64)
-    ids[1, 7:], mask[1, 7:] = model.config.pad_token_id, 0
-    holed = torch.ones(1, 12, dtype=torch.int64)
-    holed[0, [4, 5]] = 0
-    cases = {
-        "prefill": (words(2, 12), torch.ones(2, 12, dtype=torch.int64)),
-        "padded right": (ids, mask),
-        "hole": (words(1, 12), holed),
-    }
-    return {
-        name: distance(
-            graph.run(tokens, mask)[0][mask == 1], logits(model, tokens, attention_mask=mask)[mask == 1]
-        )
-        for name, (tokens, mask) in cases.items()
-    }
+    """Return how far what an encoder gives is from transformers', text by text, however it is padded."""
+    rows = [words(1, length, seed=3 + length)[0] for length in LENGTHS]
+    errors = {"prefill": prefill_error(graph, model), "hole": hole_error(graph, model)}
+    for form in ("left", "right"):
+        ids, mask = _padded(rows, left=form == "left", pad=model.config.pad_token_id)
+        found = graph.run(ids, mask)[0]
+        pairs = zip(_of_texts(found, mask), rows, strict=True)
+        errors[f"padded {form}"] = max(distance(own, logits(model, row[None])[0]) for own, row in pairs)
+    return errors
+
+
+def _seen(output: Tensor, mask: Tensor) -> Tensor:
+    """Return what is given for tokens that the mask shows, or for whole texts."""
+    return output if output.ndim == 2 else output[mask == 1]
+
+
+def _of_texts(output: Tensor, mask: Tensor) -> list[Tensor]:
+    """Return what is given for each text: for its tokens, or for the whole of it."""
+    if output.ndim == 2:
+        return list(output)
+    return [row[own == 1] for row, own in zip(output, mask, strict=True)]
 
 
 def rounding(model: PreTrainedModel, ids: Tensor) -> float:
@@ -122,18 +127,18 @@ def hole_error(graph: OnnxFile, model: PreTrainedModel) -> float:
     """
     ids, mask = words(1, 14), torch.ones(1, 14, dtype=torch.int64)
     mask[0, [9, 10]] = 0
-    actual = graph.run(ids, mask)[0][mask == 1]
+    actual = _seen(graph.run(ids, mask)[0], mask)
     counted: list[Mapping[str, Tensor]] = [{}]
     if "position_ids" in inspect.signature(model.forward).parameters:
         counted.append({"position_ids": (mask.cumsum(1) - 1).clamp(min=0)})
-    expected = [logits(model, ids, attention_mask=mask, **positions)[mask == 1] for positions in counted]
-    whole = logits(model, ids)[mask == 1]
+    expected = [_seen(logits(model, ids, attention_mask=mask, **positions), mask) for positions in counted]
+    whole = _seen(logits(model, ids), mask)
     assert min(distance(whole, one) for one in expected) > 100 * BOUND, "the hole changes nothing"
     return min(distance(actual, one) for one in expected)
 
 
-def _padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
-    ids, mask = torch.full((len(rows), LONGEST), PAD), torch.zeros(len(rows), LONGEST, dtype=torch.int64)
+def _padded(rows: list[Tensor], *, left: bool, pad: int = PAD) -> tuple[Tensor, Tensor]:
+    ids, mask = torch.full((len(rows), LONGEST), pad), torch.zeros(len(rows), LONGEST, dtype=torch.int64)
     for index, (row, length) in enumerate(zip(rows, LENGTHS, strict=True)):
         place = slice(LONGEST - length, None) if left else slice(length)
         ids[index, place], mask[index, place] = row[:length], 1

@@ -97,8 +97,9 @@ def read(path: Path = DATA) -> Results:
 
 def page(results: Results) -> str:
     """Return the page of what was measured."""
-    decoders = [family for family in TABLE.values() if not family.is_encoder]
-    encoders = [family for family in TABLE.values() if family.is_encoder]
+    families = sorted(TABLE.values(), key=lambda family: family.model_type or family.name)
+    decoders = [family for family in families if not family.is_encoder]
+    encoders = [family for family in families if family.is_encoder]
     parts = [
         _HEAD,
         "\n## Decoders\n",
@@ -165,7 +166,8 @@ def _method(name: str, values: Mapping[str, Any] | None, reasons: list[str]) -> 
     told = [values["refused"]] if "refused" in values else list(values.get("left out", {}).values())
     plain = [_plain(name, reason) for reason in told]
     reasons += [reason for reason in dict.fromkeys(plain) if reason not in reasons]
-    return ", ".join(dict.fromkeys(str(reasons.index(reason) + 1) for reason in plain)) or "✓"
+    numbers = sorted({reasons.index(reason) + 1 for reason in plain})
+    return ", ".join(map(str, numbers)) or "✓"
 
 
 def _plain(name: str, reason: str) -> str:
@@ -206,7 +208,7 @@ def main(folder: str) -> None:
     """Take the results of a folder over, and write the page."""
     results = collected(Path(folder), read())
     DATA.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
-    PAGE.write_text(page(results), "utf-8")
+    PAGE.write_text(page(read()), "utf-8")
 
 
 if __name__ == "__main__":

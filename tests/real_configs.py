@@ -197,6 +197,50 @@ TAKEN: Mapping[str, tuple[str, Fields]] = {
     "Seed-OSS-36B": ("seed_oss", _llama(5120, 27648, 8, (80, 8), 155136, head_dim=128, rope_theta=1e7)),
     "AFM-4.5B": ("arcee", _llama(2560, 18432, 36, (20, 4), 128004)),
     "Apertus-8B": ("apertus", _llama(4096, 21504, 32, (32, 8), 131072)),
+    "pythia-160m": (
+        "gpt_neox",
+        {
+            **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+            **{"num_attention_heads": 12, "vocab_size": 50304, "max_position_embeddings": 2048},
+            **{"rotary_pct": 0.25, "use_parallel_residual": True, "hidden_act": "gelu"},
+        },
+    ),
+    "stablelm-2-1_6b": (
+        "stablelm",
+        _llama(
+            *(2048, 5632, 24, (32, 32), 100352),
+            **{"partial_rotary_factor": 0.25, "use_qkv_bias": True, "layer_norm_eps": 1e-5},
+        ),
+    ),
+    "gpt-j-6b": (
+        "gptj",
+        {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "vocab_size": 50400},
+    ),
+    "codegen-350M-mono": (
+        "codegen",
+        {"n_embd": 1024, "n_layer": 20, "n_head": 16, "rotary_dim": 32, "vocab_size": 51200},
+    ),
+    "falcon-7b": (
+        "falcon",
+        {
+            **{"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024},
+            **{"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False},
+        },
+    ),
+    "bloom-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}),
+    "mpt-7b": ("mpt", {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432}),
+    "Qwen1.5-MoE-A2.7B, two layers": (
+        "qwen2_moe",
+        _llama(
+            *(2048, 5632, 2, (16, 16), 151936),
+            **{"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
+            **{"shared_expert_intermediate_size": 5632, "norm_topk_prob": False},
+        ),
+    ),
+    "OLMoE-1B-7B, two layers": (
+        "olmoe",
+        _llama(2048, 1024, 2, (16, 16), 50304, num_experts=64, num_experts_per_tok=8),
+    ),
     "Mixtral-8x7B, two layers": ("mixtral", _llama(4096, 14336, 2, (32, 8), 32000, sliding_window=None)),
     "all-MiniLM-L6-v2": (
         "bert",
@@ -230,6 +274,14 @@ REFUSED: Mapping[str, tuple[str, Fields, str]] = {
             layer_types=["mamba", "mamba", "mamba", "attention"],
         ),
         "layer_types",
+    ),
+    "falcon-rw-1b": (
+        "falcon",
+        {
+            **{"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 50304},
+            **{"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        },
+        "alibi",
     ),
     "gpt-oss-20b": ("gpt_oss", {}, "gpt_oss"),
     "DeepSeek-V3": ("deepseek_v3", {}, "deepseek_v3"),

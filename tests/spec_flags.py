@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from rk_export.model.decoder_spec import DecoderSpec, LayerSpec
@@ -45,19 +45,30 @@ def _of_the_decoder(spec: DecoderSpec) -> list[Flag]:
 
 def _of_a_part(name: str, value: Any, plain: Any) -> list[Flag]:
     """Return the flags in a value that has fields of its own, such as what a mixture does besides choosing."""
-    if (type(value) is not type(plain) and plain is not None) or not hasattr(value, "__dataclass_fields__"):
+    if not is_dataclass(value) or (plain is not None and type(value) is not type(plain)):
         return []
-    found = []
+    return [Flag(f"{name}.{place}", _set_back({name: other})) for place, other in _others(value, plain)]
+
+
+def _others(value: Any, plain: Any) -> Iterator[tuple[str, Any]]:
+    """Yield copies of a value, each with one field set back, and the name of the field."""
     for field in fields(value):
         current = getattr(value, field.name)
         other = _default(field) if plain is None else getattr(plain, field.name)
-        if other is MISSING:  # nothing is the plain one, so another must show
-            other = not current if isinstance(current, bool) else current - 1
-        if current != other:
-            found.append(
-                Flag(f"{name}.{field.name}", _set_back({name: replace(value, **{field.name: other})}))
-            )
-    return found
+        if other is not MISSING:
+            if current != other:
+                yield field.name, replace(value, **{field.name: other})
+        elif is_dataclass(current):
+            for place, changed in _others(current, None):
+                yield f"{field.name}.{place}", replace(value, **{field.name: changed})
+        elif isinstance(current, (bool, int, float)):  # nothing is the plain one, so another must show
+            yield field.name, replace(value, **{field.name: _another(current)})
+
+
+def _another(number: float) -> float:
+    if isinstance(number, bool):
+        return not number
+    return number - 1 if isinstance(number, int) else number + 1.0
 
 
 def _of_the_layers(spec: DecoderSpec) -> list[Flag]:

@@ -62,6 +62,27 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "spatial_merge_size": 1,
         "tie_word_embeddings": False,
     },
+    "mistral3:ministral3": {
+        "text_config": _text(
+            "ministral3",
+            head_dim=32,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.3,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        ),
+        "vision_config": _PIXTRAL,
+        "image_token_index": 150,
+        "spatial_merge_size": 1,
+        "tie_word_embeddings": False,
+    },
     "llava": {"text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 150},
     "llava_next": {"text_config": _text("mistral"), "vision_config": _CLIP, "image_token_index": 150},
     "vipllava": {
@@ -81,6 +102,24 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_SIGLIP, "projection_dim": 64},
         "projection_dim": 64,
         "image_token_index": 150,
+    },
+    "paligemma:gemma": {
+        "text_config": _text("gemma", head_dim=32, use_bidirectional_attention=False),
+        "vision_config": {**_SIGLIP, "projection_dim": 64},
+        "projection_dim": 64,
+        "image_token_index": 150,
+    },
+    "aya_vision": {
+        "text_config": _text(
+            "cohere2",
+            logit_scale=0.25,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        "vision_config": _SIGLIP,
+        "image_token_index": 150,
+        "downsample_factor": 2,
+        "tie_word_embeddings": True,
     },
     "internvl": {
         "text_config": _text("qwen2"),

@@ -5,6 +5,9 @@
 DynamicQuantizeMatMul takes one scale for all tokens of a batch: one token with huge values (attention sinks) then
 rounds the others away, and what a token computes depends on its neighbours, cached or not. The inputs are uint8
 about 128 and the weights int8: the one pairing that ONNX Runtime multiplies fast on x86-64.
+
+Where many tokens run at once, as in encoders, memory decides: the inputs are then divided and rounded in one pass over
+them, by a QuantizeLinear that has one step for each row. It takes a few more nodes, which one token alone would feel.
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ class TokenScales(GraphPass[ir.Node]):
         "a DynamicQuantizeMatMul must have signed weights, their scales, and neither zero points nor a bias"
     )
 
+    def __init__(self, planned: int | None = None, *, many: bool = False) -> None:
+        """Take the planned number of products, and whether many tokens run at once as a rule."""
+        super().__init__(planned)
+        self._many = many
+
     def matches(self, graph: ir.Graph) -> Sequence[ir.Node]:
         """Return the products, those that are left after packing."""
         return [node for node in graph if _is_symmetric(node)]
@@ -40,7 +48,7 @@ class TokenScales(GraphPass[ir.Node]):
             x = node.inputs[0]
             assert x is not None  # the operator requires it
             if x not in codes:
-                codes[x] = _quantize(graph, node, x)
+                codes[x] = (_quantize_rows if self._many else _quantize)(graph, node, x)
             _multiply(graph, node, *codes[x])
 
 
@@ -65,6 +73,35 @@ def _quantize(graph: ir.Graph, node: ir.Node, x: ir.Value) -> Codes:
     codes = ir.Node("", "QuantizeLinear", [unit.outputs[0], *_grid(graph)], name=f"{name}.codes")
     graph.insert_before(node, [size, largest, peak, unit, codes])
     return codes.outputs[0], peak.outputs[0]
+
+
+def _quantize_rows(graph: ir.Graph, node: ir.Node, x: ir.Value) -> Codes:
+    """Do the same as `_quantize` with one pass over x for its peaks, and one for its codes."""
+    weights = node.inputs[1]
+    assert weights is not None
+    assert weights.shape is not None
+    last = constant(graph, "rk.last_axis", np.array([-1], dtype=np.int64))
+    smallest = constant(graph, "rk.smallest_peak", np.array(SMALLEST_PEAK, dtype=np.float32))
+    width = int(weights.shape.numpy()[0])
+    rows = constant(graph, f"rk.rows_of_{width}", np.array([-1, width], dtype=np.int64))
+    step, _ = _grid(graph)
+    name, new = f"{node.name}.tokens", list[ir.Node]()
+
+    def emit(op_type: str, part: str, *inputs: ir.Value, **attributes: int | ir.TensorProtocol) -> ir.Value:
+        new.append(ir.node(op_type, inputs, attributes, name=f"{name}.{part}"))
+        return new[-1].outputs[0]
+
+    largest = emit("ReduceMax", "max", x, last, keepdims=1)
+    negative = emit("Neg", "negative", emit("ReduceMin", "min", x, last, keepdims=1))
+    peak = emit("Max", "peak", largest, negative, smallest)
+    steps = emit("Reshape", "steps", emit("Mul", "step", peak, step), last)
+    zero = ir.tensor(np.array([128], np.uint8))
+    zeros = emit("ConstantOfShape", "zeros", emit("Shape", "count", steps), value=zero)
+    flat = emit("Reshape", "rows", x, rows)
+    codes = emit("QuantizeLinear", "codes", flat, steps, zeros, axis=0)
+    whole = emit("Reshape", "whole", codes, emit("Shape", "shape", x))
+    graph.insert_before(node, new)
+    return whole, peak
 
 
 def _grid(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:

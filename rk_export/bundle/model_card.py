@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from rk_export.bundle.encoder_card import Kind, how_to_run_encoder
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -21,6 +23,7 @@ class ModelCard:
         license: License of the weights, None when unknown.
         length_note: Up to which length which runtime generates exactly; None where all do up to the context length.
         ends: Tokens that end a text, as text and id.
+        encoder: What an encoder's graph gives; None where the model continues texts.
     """
 
     name: str
@@ -32,6 +35,7 @@ class ModelCard:
     license: str | None = None
     length_note: str | None = None
     ends: tuple[str, ...] = ()
+    encoder: Kind | None = None
 
 
 def model_card(card: ModelCard) -> str:
@@ -41,8 +45,11 @@ def model_card(card: ModelCard) -> str:
     provider = "CUDAExecutionProvider" if card.ep == "cuda" else "CPUExecutionProvider"
     length = "" if card.length_note is None else f"\n## Length\n\n{card.length_note}\n"
     ends = f"\nA text ends at {' or '.join(card.ends)}.\n" if card.ends else ""
-    context = f"It takes {card.context_length:,} tokens at most, those that it writes included."
+    written = ", those that it writes included" if card.encoder is None else ""
+    context = f"It takes {card.context_length:,} tokens at most{written}."
     head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{ends}{results}{length}\n"
+    if card.encoder is not None:
+        return head + how_to_run_encoder(card.encoder, provider)
     return head + _HOW_TO_RUN.format(provider=provider)
 
 

@@ -14,14 +14,17 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from rk_export.bundle.encoder_card import Kind
 from rk_export.bundle.genai import exact_length, genai_config, length_note, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.bundle.quality_warning import far_from_dense
 from rk_export.graph.build import build_graph, save_graph
+from rk_export.graph.sentence import add_sentence_embedding
 from rk_export.json_codec import to_json
 from rk_export.manifest import library_versions, write_manifest
 from rk_export.memory import give_back
 from rk_export.model.context import context_notices, context_of, with_context
+from rk_export.model.sentence_modules import takes_modules
 from rk_export.options.recipe import Recipe
 from rk_export.parity.comparison import require_parity
 from rk_export.parity.greedy import Golden
@@ -40,8 +43,10 @@ from rk_export.rewrite.sizes import size_summary
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.providers import Provider, SessionSettings, cuda_obstacle
+from rk_export.runtime.sentence_files import MODULES_FILE
 from rk_export.runtime.text import TextCodec
 from rk_export.source.protocol import Source
+from rk_export.source.sentence_head import SentenceHead, read_sentence_head
 from rk_export.source.side_files import write_side_files
 
 logger = logging.getLogger(__name__)
@@ -116,6 +121,9 @@ def write_bundle(
     rewritten = with_expert_findings(choose_levels(rewritten, torch.from_numpy(probe.batch)))
     with stages.stage("export", "tracing the graph and packing weights"):
         graph, fusions = build_graph(rewritten)
+        head = sentence_head(rewritten, origin_folder)
+        if head is not None:
+            add_sentence_embedding(graph, head)
         save_graph(graph, folder)
     with stages.stage("bundle", "writing tokenizer and runtime configs"):
         base = None if isinstance(origin, Path) else origin.origin[1]
@@ -125,7 +133,9 @@ def write_bundle(
     known = () if before is None else before.notices
     with stages.stage("verify", "comparing ONNX Runtime with PyTorch"):
         method = checkpoint_tiers() if before is None else method_tiers(rewritten, before)
-        runtime, golden = runtime_tiers(folder, rewritten, probe, provider=provider, threads=request.threads)
+        runtime, golden = runtime_tiers(
+            folder, rewritten, probe, head=head, provider=provider, threads=request.threads
+        )
         tiers = (*method, *runtime)
         require_parity(tiers, str(folder))
     report = new_report(
@@ -155,6 +165,18 @@ def write_bundle(
         logger.warning("WARNING: %s", warning)
     _write_report(folder, rewritten, report, golden, name)
     return report
+
+
+def sentence_head(rewritten: Rewritten, folder: Path) -> SentenceHead | None:
+    """Return what follows the hidden states of an encoder, or None where it has a head or its folder says nothing.
+
+    Args:
+        rewritten: The model.
+        folder: Where its files lie.
+    """
+    if not takes_modules(rewritten.description):
+        return None
+    return read_sentence_head(folder, rewritten.model.config)
 
 
 def _findings(rewritten: Rewritten, origin: Source | Path) -> tuple[Finding, ...]:
@@ -264,16 +286,26 @@ def _write_report(
         summary=_summary(options),
         results=_results(report),
         ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
+        encoder=_kind(folder, rewritten) if rewritten.architecture.is_encoder else None,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.target.ep,
+        "context_length": context_of(rewritten.model.config, options.target.context_length),
         "shared_kv_cache": not rewritten.architecture.is_encoder,
         "parity": to_json(report.parity),
         "golden": to_json(golden),
     }
     write_manifest(folder, info)
+
+
+def _kind(folder: Path, rewritten: Rewritten) -> Kind:
+    """Return what an encoder's graph gives."""
+    classifier = rewritten.description.encoder.classifier
+    if classifier is not None:
+        return "tokens" if classifier.by_token else "texts"
+    return "vectors" if (folder / MODULES_FILE).is_file() else "states"
 
 
 def _summary(recipe: Recipe) -> str:

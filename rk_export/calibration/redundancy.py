@@ -52,8 +52,9 @@ def _influence(source: Source, tokens: Tensor, device: torch.device) -> list[flo
 
     @contextmanager
     def watched(index: int) -> Iterator[None]:
-        def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            similar = nn.functional.cosine_similarity(arguments[0].float(), output.float(), dim=-1)
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            states = output if isinstance(output, Tensor) else output[0]
+            similar = nn.functional.cosine_similarity(arguments[0].float(), states.float(), dim=-1)
             sums[index] += (1 - similar.double()).sum().cpu()
 
         handle = blocks[index].register_forward_hook(note)

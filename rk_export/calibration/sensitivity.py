@@ -1,7 +1,8 @@
 """What a dense model tells about its matrices: what they read, and how the loss feels what they put out.
 
 With labels drawn from the model's own distribution the outer products of gradients average to the Fisher
-information, which is the Hessian of the Kullback-Leibler divergence from the dense model at the dense weights.
+information, which is the Hessian of the Kullback-Leibler divergence from the dense model at the dense weights. An
+encoder predicts nothing: there the loss is half the squared relative error of its hidden states.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from transformers import PreTrainedModel
 
 from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.moments import MomentSum
+from rk_export.calibration.objectives import output_error
 from rk_export.calibration.recorders import GradientRecorder, InputRecorder, Recorder, recording
 from rk_export.calibration.self_text import draw
 from rk_export.calibration.statistics_parts import StatisticsParts
-from rk_export.calibration.text_run import TextRun
+from rk_export.calibration.text_run import Objective, TextRun
 from rk_export.device import matmul_dtype
 from rk_export.errors import InputError
 from rk_export.matrix_id import MatrixId
@@ -68,7 +70,7 @@ def dense_statistics(
     cache_dir: str | os.PathLike[str] | None = None,
     folder: Path | None = None,
 ) -> DenseStatistics:
-    """Gather statistics of a dense decoder on a text, or read those of an earlier run.
+    """Gather statistics of a dense model on a text, or read those of an earlier run.
 
     One layer at a time is in memory, and what is known of it lies on disk: in the cache, by the model's files and what
     was done to it, or elsewhere where all layers together take more than the cache's limit. What an earlier run left in
@@ -89,9 +91,8 @@ def dense_statistics(
         folder: Takes what is too large for the cache, for the time of a run.
 
     Raises:
-        InputError: If the model is an encoder, which predicts no next token, or its logits are not finite.
+        InputError: If its logits are not finite.
     """
-    _check_decoder(source.architecture)
     passes = _Passes(diagonal, gradient_tokens, labels, seed, dtype or matmul_dtype(device))
     key = {**passes.key(), **text_key(tokens), "model": source.fingerprint(cache_dir)}
     parts = StatisticsParts(key, cache_dir, folder)
@@ -132,14 +133,20 @@ class _Gathering:
         self._run.forward("inputs of matrices, layers", self._inputs)
         predicted, embedded = 0, {}
         if len(self._back):
-            loss = _Loss(self._back, self._passes.labels, self._passes.seed)
-            predicted = loss.predicted
+            loss, predicted = self._objective()
             self._run.backward("gradients, layers", loss, lambda index: self._gradients(index, predicted))
             written = MomentSum(diagonal=True)
             for gradient in self._run.embedded():
                 written.add(gradient)
             embedded = {"embedding": written.mean()}
         self._parts.add("rest", {"tokens": torch.tensor(predicted or self._tokens.numel()), **embedded})
+
+    def _objective(self) -> tuple[Objective, int]:
+        """Return what is differentiated, and how many tokens it is summed over."""
+        if self._source.architecture.is_encoder:
+            return output_error(self._run, self._passes.seed), self._back.numel()
+        loss = _Loss(self._back, self._passes.labels, self._passes.seed)
+        return loss, loss.predicted
 
     @contextmanager
     def _inputs(self, index: int) -> Iterator[None]:

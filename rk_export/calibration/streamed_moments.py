@@ -19,6 +19,7 @@ from rk_export.calibration.dense_statistics import READS_PER_INPUT
 from rk_export.calibration.moments import InputSum, common_reader, readers, recorded_inputs
 from rk_export.calibration.self_text import LENGTH, Writer, self_text
 from rk_export.calibration.streams import Streams
+from rk_export.calibration.uniform_text import uniform_text
 from rk_export.device import matmul_dtype, matmuls_in
 from rk_export.errors import InputError
 from rk_export.model.architecture import Architecture
@@ -43,7 +44,8 @@ def calibration_tokens(
 
     Args:
         source: The dense model.
-        options: `self` samples from the model, `corpus` reads a text file with the model's tokenizer.
+        options: `self` samples from the model, or from an encoder's vocabulary; `corpus` reads a text file with the
+            model's tokenizer.
         device: Where the model runs while sampling.
         other: Writes instead of a model that is too large, as in `self_text`.
 
@@ -55,6 +57,8 @@ def calibration_tokens(
             cannot write one.
         ValueError: If the metric uses no text.
     """
+    if options.metric == "self" and source.architecture.is_encoder:
+        return uniform_text(source, options.tokens, options.seed)
     if options.metric == "self":
         return self_text(source, options.tokens, options.seed, device, other=other)
     if options.corpus is None:

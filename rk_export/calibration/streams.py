@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rk_export.model.families.registry import architecture_of
+from rk_export.model.torch_logits import output_of, without_cache
 
 LayerForward = Callable[..., Tensor]
 
@@ -32,7 +33,9 @@ class Streams:
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, input_ids: Tensor) -> None:
         self.model, self.layers, self.input_ids = model, layers, input_ids
         self.hidden: dict[str, Tensor] = {}
-        self._in_tuples = architecture_of(model.config).tuple_layers
+        architecture = architecture_of(model.config)
+        self._gives_states = architecture.is_encoder
+        self._in_tuples = architecture.tuple_layers
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @torch.no_grad()
@@ -47,7 +50,7 @@ class Streams:
             return hidden
 
         with self._layers_run(record):
-            self.model.base_model(input_ids=self.input_ids, use_cache=False)  # the head is not needed
+            self._base(self.input_ids)  # the head is not needed
         self._calls = calls
         self.hidden[version] = entries[0]
 
@@ -74,16 +77,22 @@ class Streams:
 
     @torch.no_grad()
     def finish(self, version: str) -> Tensor:
-        """Return the model's output on the last hidden states: logits, or an encoder's last hidden state."""
-        return self.output(self.hidden[version].to(self.input_ids.device))
+        """Return the model's output on the last hidden states: logits, or what an encoder gives."""
+        hidden = self.hidden[version].to(self.input_ids.device)
+        with self._layers_run(lambda *args, **kwargs: hidden):
+            return output_of(self.model, torch.zeros_like(self.input_ids))  # nobody reads them
 
     def output(self, hidden: Tensor) -> Tensor:
-        """Return the model's output on any last hidden states (batch, length, d), to be differentiated."""
+        """Return what comes of any last hidden states (batch, length, d), to be differentiated.
+
+        That is a decoder's logits, or an encoder's own hidden states, whatever classifier may follow them.
+        """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # nobody reads them
         with self._layers_run(lambda *args, **kwargs: hidden):
-            output = self.model(input_ids=ids, use_cache=False)
-        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-        return result
+            if not self._gives_states:
+                return output_of(self.model, ids)
+            states: Tensor = self._base(ids).last_hidden_state
+            return states
 
     def before_layers(self, embedding: nn.Module, gradient: Tensor) -> Tensor:
         """Return the gradient by what the embedding writes, given that by what the first layer reads."""
@@ -96,11 +105,15 @@ class Streams:
         handle, entries = embedding.register_forward_hook(note), list[Tensor]()
         try:
             with torch.enable_grad(), self._layers_run(_keeping(entries)):
-                self.model.base_model(input_ids=self.input_ids, use_cache=False)
+                self._base(self.input_ids)
         finally:
             handle.remove()
         (found,) = torch.autograd.grad(entries[0], written[0], gradient.to(entries[0].device))
         return found
+
+    def _base(self, ids: Tensor) -> Any:
+        """Run the model without its head."""
+        return self.model.base_model(input_ids=ids, **without_cache(self.model))
 
     @contextmanager
     def _layers_run(self, forward: LayerForward) -> Iterator[None]:

@@ -12,7 +12,6 @@ from rk_export.calibration.cache_keys import key_on_text
 from rk_export.calibration.moments import MomentSum
 from rk_export.calibration.text_run import TextRun
 from rk_export.device import matmul_dtype
-from rk_export.errors import InputError
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.passes.numerics.curvature import Curvature, Inputs
 from rk_export.passes.numerics.predicted_loss import TableCurvature
@@ -30,7 +29,7 @@ def table_curvature(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> TableCurvature:
-    """Gather the curvature of the embedding and the output projection of a dense decoder, or read it.
+    """Gather the curvature of the embedding and the output projection of a dense model, or read it.
 
     The Fisher information of the logits is diag(p) - p pᵀ; its diagonal p (1 - p) weighs the rows of the output
     projection. The embedding's rows are weighed by how often the text reads them.
@@ -43,11 +42,10 @@ def table_curvature(
             it errors of the embedding's rows count as nothing.
         cache_dir: The cache; ``~/.cache/rk-export`` when None.
 
-    Raises:
-        InputError: If the model is an encoder.
     """
+    felt = torch.zeros(source.description.table_shape[1]) if gradients is None else gradients
     if source.architecture.lm_head is None:
-        raise InputError("an encoder has no output projection", where=source.architecture.model_type)
+        return _looked_up(source, tokens, felt)
     runs = [device.type, str(matmul_dtype(device))]
     key = key_on_text(_VERSION, source, tokens, cache_dir, runs=runs)
 
@@ -56,9 +54,16 @@ def table_curvature(
 
     known = cached("table-curvature", key, make, cache_dir)
     head = Curvature(Inputs(known["inputs"]), {"lm_head": known["outputs"]})
-    felt = torch.zeros(source.config.hidden_size) if gradients is None else gradients
     lookup = Curvature(Inputs(known["frequencies"]), {"embedding": felt})
     return TableCurvature(head, lookup)
+
+
+def _looked_up(source: Source, tokens: Tensor, felt: Tensor) -> TableCurvature:
+    """Return the curvature of an encoder's embedding, which is no output projection."""
+    rows, columns = source.description.table_shape
+    frequencies = torch.bincount(tokens.flatten().cpu(), minlength=rows).double() / tokens.numel()
+    head = Curvature(Inputs(torch.eye(columns)), {"lm_head": torch.zeros(rows)})
+    return TableCurvature(head, Curvature(Inputs(frequencies), {"embedding": felt}))
 
 
 def _gathered(source: Source, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:

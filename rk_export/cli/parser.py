@@ -149,7 +149,7 @@ def _add_bundle_commands(add: AddCommand) -> None:
     evaluate.add_argument("--limit", type=int, help="at most so many items a task, the same for every model")
     _add_runtime_arguments(evaluate)
 
-    run = add("run", run_run, "generate text with a bundle, streaming, or chat with it")
+    run = add("run", run_run, "generate text with a bundle, chat with it, or run an encoder on a text")
     run.add_argument("bundle", type=Path, help="bundle folder")
     add_run_arguments(run)
     _add_runtime_arguments(run)

@@ -1,4 +1,4 @@
-"""`rk-export run`: continues a prompt, answers one message, or holds a conversation."""
+"""`rk-export run`: continues a prompt, answers one message, holds a conversation, or runs an encoder on a text."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ _OWN = ("messages", "add_generation_prompt", "continue_final_message")
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` takes beside the bundle and what every command on bundles takes."""
     parser.add_argument("-p", "--prompt", help="the prompt; without one, chat until Ctrl-D")
+    parser.add_argument(
+        "--pair", metavar="TEXT", help="with a classifier: the second text of a pair, the prompt is the first"
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--system", help="system message of the chat")
     parser.add_argument(
@@ -59,7 +62,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_run(args: argparse.Namespace) -> int:
     """`run`: the text as it comes."""
+    from rk_export.runtime.encoder import is_encoder_bundle
+
     options, template_args = generation_options(args), template_arguments(args.template_arg)
+    if is_encoder_bundle(args.bundle):
+        from rk_export.cli.run_encoder import run_encoder
+
+        return run_encoder(args)
+    if args.pair is not None:
+        raise InputError("goes with classifiers", where="--pair", fix="drop it")
     if args.prompt is not None and not args.chat:
         for name, value in (("--system", args.system), ("--template-arg", template_args)):
             if value:

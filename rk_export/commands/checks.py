@@ -22,6 +22,12 @@ def check_options(source: Source, recipe: Recipe) -> None:
             cannot lose what is to go, or a task's text cannot be used.
     """
     check_context(source.description, recipe.target.context_length)
+    if source.architecture.is_encoder and recipe.calibration.metric == "gain":
+        raise InputError(
+            "what an encoder's matrices read is not told by gains: its norms stand on residual sums",
+            where="calibration.text",
+            fix="name a text, or set it to self or none",
+        )
     check_groups(source, with_default_groups(source, recipe).groups or ())
     _check_formats(source, recipe)
     _check_budget(source, recipe)
@@ -64,12 +70,6 @@ def _check_budget(source: Source, recipe: Recipe) -> None:
     budget = recipe.limit
     if budget is None:
         return
-    if source.architecture.is_encoder:
-        raise InputError(
-            "an encoder has no loss that a budget could be planned by",
-            where=budget.flag,
-            fix="take a recipe without one: --recipe int4, or --recipe joint-rank",
-        )
     if not recipe.calibration.uses_text:
         raise InputError(
             f"a budget needs statistics, which the metric {recipe.calibration.metric} does not gather",
@@ -87,6 +87,12 @@ def _check_budget(source: Source, recipe: Recipe) -> None:
 
 
 def _check_speed_up(source: Source, recipe: Recipe) -> None:
+    if source.architecture.is_encoder:
+        raise InputError(
+            "the time of a whole model is measured on a decoder, and this is an encoder",
+            where="--speed-up",
+            fix="use a budget of --size, --bits or --keep, or --recipe w8a8",
+        )
     if recipe.target.ep != "cpu":
         raise InputError(
             f"products are timed on the CPU provider, the graph is made for {recipe.target.ep}",

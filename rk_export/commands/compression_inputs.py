@@ -6,6 +6,7 @@ plan to the same model again, as `verify` does, finds it there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from rk_export.calibration.neuron_peaks import shortened
 from rk_export.calibration.self_text import dense_writer_bytes, needs_other_writer, writer_limit
 from rk_export.calibration.streamed_moments import calibration_tokens
 from rk_export.calibration.table_statistics import table_curvature
+from rk_export.calibration.uniform_text import REASON as UNIFORM
 from rk_export.commands.int4_writer import int4_text
 from rk_export.commands.preparations import decided_preparations, prepared_source
 from rk_export.device import CPU
@@ -51,6 +53,8 @@ from rk_export.scratch import laid_down
 from rk_export.source.memory import Memory
 from rk_export.source.protocol import Source
 from rk_export.source.transformed import Transformed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class CompressionInputs:
 
     @property
     def statistics(self) -> DenseStatistics | None:
-        """Of `source`; None where the metric uses no text, or the model is an encoder."""
+        """Of `source`; None where the metric uses no text."""
         return self.work.statistics
 
     def rewrite(
@@ -206,8 +210,8 @@ def compression_inputs(
     if probe is not None and work.source is not dense:
         logits = laid_down(torch_logits(dense.shared().to("cpu"))(probe.numpy()))
         started = replace(started, dense_logits=logits)
-    if tokens is not None and recipe.calibration.metric == "self" and needs_other_writer(source, device):
-        started = replace(started, choice=(*started.choice, _int4_finding(source, device)))
+    if tokens is not None and recipe.calibration.metric == "self":
+        started = replace(started, choice=(*started.choice, *_writer_findings(source, device)))
     if tokens is None or not weighs:
         started = replace(started, left_out=tuple(_left_out(source, recipe)))
     else:
@@ -224,7 +228,7 @@ def _tokens(source: Source, recipe: Recipe, device: torch.device, folder: Path |
 
 def reads_text(source: Source, recipe: Recipe) -> bool:
     """Whether calibration text is written or read for a recipe."""
-    if source.architecture.is_encoder or not recipe.calibration.uses_text:
+    if not recipe.calibration.uses_text:
         return False
     return weighs_errors(recipe) or any(method.reads_text for method in recipe.methods)
 
@@ -261,20 +265,23 @@ def weighs_directions(source: Source, recipe: Recipe) -> bool:
     return factorizes or any(method.weighs_outputs for method in recipe.methods)
 
 
-def _int4_finding(source: Source, device: torch.device) -> Finding:
-    """Return the finding that says who wrote the calibration text."""
-    needed = size(dense_writer_bytes(source, device))
-    reason = f"the model in INT4 wrote it: dense it takes {needed}, more than {size(writer_limit(device))}"
-    return Finding("calibration.text", Outcome.APPLIED, reason, details={"pass": "text"})
+def _writer_findings(source: Source, device: torch.device) -> Iterator[Finding]:
+    """Yield the finding that says who wrote the calibration text, if it is not the dense model."""
+    reason = ""
+    if source.architecture.is_encoder:
+        reason = UNIFORM
+        logger.warning("%s: %s; set calibration.text to a file of your own", source.title, reason)
+    elif needs_other_writer(source, device):
+        needed = size(dense_writer_bytes(source, device))
+        reason = (
+            f"the model in INT4 wrote it: dense it takes {needed}, more than {size(writer_limit(device))}"
+        )
+    if reason:
+        yield Finding("calibration.text", Outcome.APPLIED, reason, details={"pass": "text"})
 
 
 def _left_out(source: Source, recipe: Recipe) -> Iterator[Finding]:
     """Yield what a model without calibration text goes without."""
-    if recipe.calibration.uses_text and source.architecture.is_encoder and weighs_errors(recipe):
-        reason = (
-            f"{recipe.calibration.metric} was asked for, but an encoder has no loss: all errors weigh alike"
-        )
-        yield Finding("metric", Outcome.SKIPPED, reason)
     if "scale" in recipe.preparations:
         yield Finding(
             "prepare.scale", Outcome.SKIPPED, "without calibration text there are no peaks to even out"

@@ -233,7 +233,7 @@ def job_of(task: Task) -> Job:
         back=min(tokens, back_tokens(tokens, directions=directions) // length * length or length)
         if wanted
         else 0,
-        prepares=has_text and recipe.prepared_for is not None,
+        prepares=has_text and recipe.prepared_for is not None and not source.architecture.is_encoder,
         int4_bytes=plain_int4_bytes(source, recipe),
         output_bytes=_output_bytes(task),
         limit=CACHE_LIMIT,
@@ -244,7 +244,8 @@ def job_of(task: Task) -> Job:
 
 
 def _writer(task: Task, has_text: bool) -> Writer:
-    if not has_text or task.recipe.calibration.metric != "self":
+    drawn = task.source.architecture.is_encoder
+    if drawn or not has_text or task.recipe.calibration.metric != "self":
         return "nobody"
     return "int4" if needs_other_writer(task.source, task.device) else "dense"
 

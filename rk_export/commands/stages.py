@@ -19,6 +19,7 @@ from rk_export.folders import check_replaceable
 from rk_export.graph.dense.frontend import check_supported
 from rk_export.json_codec import to_json
 from rk_export.manifest import library_versions
+from rk_export.model.sentence_modules import takes_modules
 from rk_export.options.ranks import Budget
 from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
@@ -26,9 +27,11 @@ from rk_export.options.target import Target
 from rk_export.parity.preflight import Preflight, preflight
 from rk_export.plan import Plan
 from rk_export.planning import planner
+from rk_export.planning.encoder_tables import with_encoder_table
 from rk_export.planning.plain_size import plain_int4_bytes, why_plain
 from rk_export.recipes import load
 from rk_export.source.protocol import Source
+from rk_export.source.sentence_head import read_sentence_head
 from rk_export.source.stored import StoredModel, open_source
 from rk_export.work_folder import WorkFolder
 
@@ -151,6 +154,8 @@ def open_task(
     if plan is None:
         recipe, notices = _settled(source, recipe)
     check_supported(source.description, ep=recipe.target.ep, dtype=recipe.target.float_dtype)
+    if takes_modules(source.description):
+        read_sentence_head(source.folder, source.config)  # refuses modules that the graph cannot have
     check_options(source, recipe)
     if needs_texts and recipe.missing_text is not None:
         recipe.missing_text.place()
@@ -167,9 +172,15 @@ def _settled(source: Source, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         budget = None if why else Budget("size", float(plain_int4_bytes(source, recipe)))
     elif recipe.has_open_formats and (budget is None or budget.kind == "keep"):
         why = "bits: auto is 4 bits, and 8 for the embedding, where no budget counts bits"
-    if why:
-        logger.info("plain INT4: %s", why)
-    return replace(recipe, budget=budget), (f"plain INT4: {why}",) if why else ()
+        if source.architecture.is_encoder:
+            why = "bits: auto is 4 bits where no budget counts bits"
+    recipe, notices = replace(recipe, budget=budget), (f"plain INT4: {why}",) if why else ()
+    if source.architecture.is_encoder:
+        recipe, more = with_encoder_table(recipe)
+        notices = (*notices, *more)
+    for notice in notices:
+        logger.info("%s", notice)
+    return recipe, notices
 
 
 def check_outputs(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rk_export.bundle.write import sentence_head
 from rk_export.commands.preparations import prepared_source
 from rk_export.commands.stages import Task, open_task
 from rk_export.errors import InputError
@@ -64,13 +65,14 @@ def verify(
     task = open_task(against, None, plan, base=base, run=run, needs_texts=False)
     before = task.preflight()
     text = task.recipe.missing_text
-    if text is not None and not task.source.architecture.is_encoder:
+    if text is not None:
         why = f"the calibration text {text.name} is not at hand, name it with --calibration-text"
         alone = _alone(folder, golden, plan, provider, threads)
         return (*_without_statistics(task, before, why), *alone)
     batch = torch.from_numpy(before.probe.batch)
     rewritten = choose_levels(task.inputs(probe=batch).rewrite(plan, batch), batch)
-    tiers, _ = runtime_tiers(folder, rewritten, before.probe, provider=provider, threads=threads)
+    head = sentence_head(rewritten, task.source.folder)
+    tiers, _ = runtime_tiers(folder, rewritten, before.probe, head=head, provider=provider, threads=threads)
     return (*method_tiers(rewritten, before), *tiers)
 
 

@@ -14,7 +14,8 @@ import torch
 from onnxscript import nn as onn
 
 from rk_export.graph.dense.attention import Attention
-from rk_export.graph.dense.decoder import Decoder
+from rk_export.graph.dense.decoder import SKIP_NORM, Decoder
+from rk_export.graph.dense.encoder import Encoder, EncoderAttention
 from rk_export.graph.dense.frontend import OnnxModule
 from rk_export.graph.modules.base import ExportModule, Pattern
 from rk_export.graph.modules.experts import GroupedExperts
@@ -31,6 +32,7 @@ from rk_export.passes.graph.packed_attention import PackedAttention
 from rk_export.passes.graph.packed_projections import PackedProjections
 from rk_export.passes.graph.packing import ATTENTION_ROLES, MatrixFormat, Product, packs, roles_of
 from rk_export.passes.graph.positions import PositionsFromMask
+from rk_export.passes.graph.sums_apart import SumsApart
 from rk_export.passes.graph.token_scales import TokenScales
 from rk_export.passes.modules.quantized import QuantizedEmbedding, QuantizedLinear
 from rk_export.report.records import Fusion
@@ -71,6 +73,11 @@ def graph_passes(rewritten: Rewritten, module: OnnxModule) -> list[ir.passes.InP
     products = _products(rewritten, module)
     groups = packs(products)
     passes: list[ir.passes.InPlacePass] = [PackedProjections(len(groups))]
+    if isinstance(module.module, Encoder):
+        passes.append(PackedAttention(_attention_packs(module.module, groups)))
+        if module.ep == "cpu":
+            with_mean = rewritten.description.encoder.norm != "rms"
+            passes.append(SumsApart(with_mean * declared(module.module)[SKIP_NORM]))
     if isinstance(module.module, Decoder):
         layers = sum(isinstance(child, Attention) for child in module.module.modules())
         passes += [
@@ -79,7 +86,8 @@ def graph_passes(rewritten: Rewritten, module: OnnxModule) -> list[ir.passes.InP
             PositionsFromMask(int(module.module.reads_positions)),
             LogitsStart(1),
         ]
-    passes.append(TokenScales(_after_packing(products, groups, lambda stored: stored.is_int8)))
+    int8 = _after_packing(products, groups, lambda stored: stored.is_int8)
+    passes.append(TokenScales(int8, many=rewritten.architecture.is_encoder))
     if _has_half_scales(rewritten):
         scales = _after_packing(products, groups, lambda stored: stored.operator in BLOCKWISE)
         passes.append(HalfScales(scales))
@@ -131,9 +139,10 @@ def _input_of(item: Projection, *, shares_norm: bool) -> str:
     return item.path
 
 
-def _attention_packs(decoder: Decoder, groups: Sequence[Sequence[Product]]) -> int:
+def _attention_packs(root: Decoder | Encoder, groups: Sequence[Sequence[Product]]) -> int:
     """Return how many packs attention takes as they are: q, k and v, with nothing between them and the operator."""
-    attentions = [child for child in decoder.modules() if isinstance(child, Attention)]
+    kinds = Attention | EncoderAttention
+    attentions = [child for child in root.modules() if isinstance(child, kinds)]
     taking = tuple(f"layers.{index}." for index, child in enumerate(attentions) if child.takes_products)
     return sum(
         roles_of(group) == ATTENTION_ROLES

@@ -103,12 +103,14 @@ def _shared_factors(member: JointMember, site: str, level: int) -> FactorPairs |
 
 
 def swap_outer(rewritten: Rewritten, module: frontend.OnnxModule) -> None:
-    """Put the embedding and the output projection in, a tied table once."""
+    """Put the embedding in and the output projection of a decoder, a tied table once."""
     architecture, model = rewritten.architecture, rewritten.model
-    if architecture.lm_head is None or architecture.onnx_lm_head is None:
-        return
     level = rewritten.plan.recipe.target.accuracy_level
     embedding: Any = model.get_submodule(architecture.embedding)
+    if architecture.lm_head is None or architecture.onnx_lm_head is None:
+        if isinstance(embedding, QuantizedEmbedding):
+            _replace(module.module, architecture.onnx_embedding, EmbeddingTable(embedding))
+        return
     head: Any = model.get_submodule(architecture.lm_head)
     site = Mark("lm_head", "lm_head")
     rotation = None

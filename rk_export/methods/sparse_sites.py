@@ -14,7 +14,6 @@ from rk_export.options.recipe import Recipe
 from rk_export.passes.numerics.low_rank_plus_sparse import Parts
 from rk_export.passes.weights.sparse import ENTRY_BYTES, VALUE_BYTES
 from rk_export.plan import Plan, SitePlan
-from rk_export.planning.budget_units import table_count
 from rk_export.planning.fixed_parts import fixed_parts, in_words
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.report.humanize import size
@@ -112,12 +111,11 @@ def sparse_budget(source: Source, recipe: Recipe) -> Budget:
         raise ValueError("the recipe has no budget")
     if budget.kind != "size":
         return budget
-    config = source.config
     float_bytes = FLOAT_BYTES[recipe.target.float_dtype]
-    table = matrix_bytes(config.vocab_size, config.hidden_size, recipe.table_quant, float_bytes)
+    table = matrix_bytes(*source.description.table_shape, recipe.table_quant, float_bytes)
     matrices = len(source.description.matrices)
     parts = fixed_parts(source.description, recipe)
-    fixed, tables = sum(part.bytes for part in parts), table_count(source) * table
+    fixed, tables = sum(part.bytes for part in parts), source.description.table_count * table
     rest = fixed + tables + matrices * SUM_GRAPH_BYTES
     if rest >= budget.amount:
         raise InputError(

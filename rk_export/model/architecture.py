@@ -89,11 +89,10 @@ class Architecture:
         model_type: ``config.model_type``.
         layers: Torch path of the list of layers.
         embedding: Torch path of the token embedding.
-        lm_head: Torch path of the output projection; None for encoders.
+        lm_head: Torch path of the output projection; None for an encoder, which gives hidden states or answers.
         onnx_layers: Path of the list of layers in the exported module.
         onnx_embedding: Path of the token embedding in the exported module.
         onnx_lm_head: Path of the output projection in the exported module; None for encoders.
-        is_encoder: True for a bidirectional encoder, exported as feature extraction.
         attention: Rewritable attention matrices: role and torch path in canonical form.
         other_mixers: Gives those of a layer, by its number, that mixes tokens by something else than attention; None
             for a layer with attention. Without it every layer has attention.
@@ -101,6 +100,7 @@ class Architecture:
         renamed: Torch path -> exported path, within a layer, of every module where the two differ.
         outer: Torch path -> exported path of the modules outside the layers, embedding and head included.
         unused: Torch paths of modules that the exported model does not have.
+        pretraining: Beginnings of the names that a pretraining head has in checkpoints; an encoder goes without.
         rotary: Torch path of the module that computes rotary frequencies.
         skipped_positions: Rows of the learned table of positions before that of position 0.
         width_field: Field of the config that holds the width of a dense MLP; empty where the hidden size sets it.
@@ -119,13 +119,13 @@ class Architecture:
     onnx_layers: str = "model.layers"
     onnx_embedding: str = "model.embed_tokens"
     onnx_lm_head: str | None = "lm_head"
-    is_encoder: bool = False
     attention: RolePaths = ATTENTION
     other_mixers: Callable[[PretrainedConfig, int], RolePaths | None] | None = None
     mlp: RolePaths = GATED_MLP
     renamed: Mapping[str, str] = field(default_factory=dict)
     outer: Mapping[str, str] = field(default_factory=lambda: {"model.norm": "model.norm"})
     unused: tuple[str, ...] = ()
+    pretraining: tuple[str, ...] = ("cls.", "lm_head.")
     rotary: str = "model.rotary_emb"
     skipped_positions: int = 0
     width_field: str = "intermediate_size"
@@ -135,6 +135,11 @@ class Architecture:
     tuple_layers: bool = False
     mixture: MixtureNames | None = None
     rewrite: Callable[[nn.Module], None] | None = None
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model reads a text as a whole and gives hidden states or answers, and no next token."""
+        return self.lm_head is None
 
     @property
     def has_learned_positions(self) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rk_export.passes.modules.quantized import QuantizedEmbedding
+
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
@@ -31,9 +33,11 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for tensor in other:
             tensor.data = tensor.data.to(dtype)
 
-    def restore(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def restore(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         for tensor, data in held.pop(module, ()):
             tensor.data = data
+        # Rows of a quantized table are made in float32, whatever its scales are.
+        return output.to(dtype) if isinstance(module, QuantizedEmbedding) else output
 
     handles = []
     for module in model.modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import HeadLayout
 from rk_export.model.decoder_spec import DecoderSpec, LayerSpec
-from rk_export.model.rotary import ALL_LAYERS
+from rk_export.model.rotary import ALL_LAYERS, rotary_parameters
 
 # Checked against PyTorch; the names are those of transformers' ACT2FN.
 EXACT_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
@@ -27,13 +27,17 @@ def plain_heads(config: PretrainedConfig) -> HeadLayout:
     return HeadLayout(heads, kv_heads, head_dim)
 
 
-def activation_of(config: PretrainedConfig) -> str:
+def activation_of(config: PretrainedConfig, fields: Sequence[str] = _ACTIVATION_FIELDS) -> str:
     """Return the name of the MLP's activation.
+
+    Args:
+        config: Of the model.
+        fields: Where it may stand; the first that is given counts.
 
     Raises:
         UnsupportedModelError: The activation is not known to be exact in the exported graph.
     """
-    field = next(name for name in _ACTIVATION_FIELDS if getattr(config, name, None) is not None)
+    field = next(name for name in fields if getattr(config, name, None) is not None)
     stated = str(getattr(config, field))
     activation = _SAME_ACTIVATION.get(stated, stated)
     if activation not in EXACT_ACTIVATIONS:
@@ -62,7 +66,7 @@ def no_window(config: PretrainedConfig, index: int) -> int | None:
 
 def rotary_table(config: PretrainedConfig, index: int) -> str:
     """Return the name of the rotary table of a layer."""
-    return ALL_LAYERS if "rope_type" in config.rope_parameters else str(config.layer_types[index])
+    return ALL_LAYERS if None in rotary_parameters(config) else str(config.layer_types[index])
 
 
 def layer_specs(

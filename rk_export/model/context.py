@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.description import ModelDescription
 from rk_export.model.families.registry import FAMILIES, architecture_of
+from rk_export.model.rotary import rotary_parameters
 
 # Tokens of a prompt that parity is measured on.
 PROMPT_LENGTH = 32
@@ -26,11 +25,16 @@ _CHANGES_BEYOND = "dynamic"
 
 
 def own_context(config: PretrainedConfig) -> int:
-    """Return the context that a model states, in tokens."""
+    """Return the context that a model states, in tokens; rows of learned positions that no token takes left out."""
     # The text of a model that reads images has a type of its own, which is no family's.
     family = FAMILIES.get(config.model_type)
     field = "max_position_embeddings" if family is None else family.architecture.context_field
-    return int(getattr(config, field, None) or _UNSTATED)
+    return int(getattr(config, field, None) or _UNSTATED) - _skipped(config)
+
+
+def _skipped(config: PretrainedConfig) -> int:
+    family = FAMILIES.get(config.model_type)
+    return 0 if family is None or family.skipped_rows is None else family.skipped_rows(config)
 
 
 def context_of(config: PretrainedConfig, wanted: int | None) -> int:
@@ -84,11 +88,11 @@ def with_context(config: PretrainedConfig, wanted: int | None) -> PretrainedConf
     if wanted is None:
         return config
     stated = copy.deepcopy(config)
-    for parameters in _scalings(stated):
+    for parameters in rotary_parameters(stated).values():
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH and parameters.get("factor") is None:
             # transformers derives it from the length that is about to change, and attention's scale from it.
             parameters["factor"] = own_context(config) / parameters["original_max_position_embeddings"]
-    setattr(stated, architecture_of(config).context_field, wanted)
+    setattr(stated, architecture_of(config).context_field, wanted + _skipped(config))
     return stated
 
 
@@ -96,9 +100,9 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
     """Return the longest context that a model can take, and why."""
     config = description.config
     own = own_context(config)
-    if description.architecture.is_encoder or description.architecture.has_learned_positions:
+    if description.architecture.has_learned_positions:
         return own, f"the model has learned {own} positions"
-    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in _scalings(config)):
+    if any(parameters["rope_type"] == _CHANGES_BEYOND for parameters in rotary_parameters(config).values()):
         return own, "its rotary scaling rotates longer texts by angles that depend on their length"
     if (allowed := _allowed_by_scaling(config)) is not None:
         return allowed, f"its rotary scaling is made for {allowed}"
@@ -108,18 +112,9 @@ def _longest(description: ModelDescription) -> tuple[int, str]:
 def _allowed_by_scaling(config: PretrainedConfig) -> int | None:
     """Return the length that rotary scalings were made for, or None where none names one."""
     own, lengths = own_context(config), []
-    for parameters in _scalings(config):
+    for parameters in rotary_parameters(config).values():
         if parameters["rope_type"] in _MADE_FOR_A_LENGTH:
             original = parameters["original_max_position_embeddings"]
             factor = parameters.get("factor") or own / original
             lengths.append(max(own, int(factor * original)))
     return min(lengths, default=None)
-
-
-def _scalings(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rotary parameters of each kind of layer."""
-    given = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in given:
-        yield given
-        return
-    yield from (parameters for parameters in given.values() if isinstance(parameters, dict))

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rk_export.matrix_id import MatrixId
 from rk_export.model.architecture import Architecture, HeadLayout, Projection
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.families.registry import architecture_of, decoder_spec, family_of, heads_of
+from rk_export.model.encoder_spec import EncoderSpec
+from rk_export.model.families.registry import architecture_of, decoder_spec, encoder_spec, family_of, heads_of
 from rk_export.model.matrices import Matrix
 from rk_export.model.rotary import RotaryTable, rotary_tables
 from rk_export.model.torch_models import empty_model
@@ -51,8 +52,21 @@ class ModelDescription:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output projection is the token embedding."""
-        return bool(getattr(self.config, "tie_word_embeddings", False))
+        """Whether the output projection is the token embedding; an encoder has none."""
+        return self.architecture.lm_head is not None and bool(
+            getattr(self.config, "tie_word_embeddings", False)
+        )
+
+    @cached_property
+    def table_shape(self) -> tuple[int, int]:
+        """Rows and columns of the token embedding."""
+        weight = cast(nn.Embedding, self.canonical.get_submodule(self.architecture.embedding)).weight
+        return (weight.shape[0], weight.shape[1])
+
+    @property
+    def table_count(self) -> int:
+        """How many tables of vocabulary size are stored: two where the output projection has weights of its own."""
+        return 1 if self.is_tied or self.architecture.lm_head is None else 2
 
     @cached_property
     def heads(self) -> HeadLayout:
@@ -68,8 +82,26 @@ class ModelDescription:
         """
         return decoder_spec(self.config)
 
+    @cached_property
+    def encoder(self) -> EncoderSpec:
+        """What the encoder computes.
+
+        Raises:
+            UnsupportedModelError: The config turns on an option that the exported graph does not have.
+        """
+        return encoder_spec(self.config)
+
+    @property
+    def spec(self) -> DecoderSpec | EncoderSpec:
+        """What the model computes.
+
+        Raises:
+            UnsupportedModelError: As `decoder` and `encoder`.
+        """
+        return self.encoder if self.architecture.is_encoder else self.decoder
+
     def rotary_tables(self, positions: int) -> dict[str, RotaryTable]:
-        """Return the rotary tables that the layers of a decoder read, by name; none where nothing is rotated.
+        """Return the rotary tables that the layers read, by name; none where nothing is rotated.
 
         Args:
             positions: Rows of a table, the longest sequence.
@@ -77,12 +109,12 @@ class ModelDescription:
         Raises:
             UnsupportedModelError: The angles do not depend on the position alone.
         """
-        if not self.decoder.is_rotated:
+        if not self.spec.is_rotated:
             return {}
         if (tables := family_of(self.config).tables) is not None:
             return tables(self.config, positions)
         module = type(self.canonical.get_submodule(self.architecture.rotary))
-        used = {layer.rotary for layer in self.decoder.layers}
+        used = {layer.rotary for layer in self.spec.layers}
         return rotary_tables(self.config, module, positions, used)
 
     @property
@@ -140,7 +172,11 @@ class ModelDescription:
 
     @cached_property
     def _empty(self) -> PreTrainedModel:
-        return empty_model(self.config)
+        model = empty_model(self.config)
+        for path in self.architecture.unused:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, None)
+        return model
 
     @property
     def _canonical_layers(self) -> list[nn.Module]:
@@ -154,3 +190,9 @@ def describe(config: PretrainedConfig) -> ModelDescription:
         UnsupportedModelError: The family is unknown.
     """
     return ModelDescription(config, architecture_of(config))
+
+
+def reads_types(config: PretrainedConfig) -> bool:
+    """Whether the graph of a config's model takes the types of tokens."""
+    description = describe(config)
+    return description.architecture.is_encoder and description.encoder.token_types > 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SPARSE_MIXER_EXPERTS = 2  # whatever the config says
+
 
 @dataclass(frozen=True)
 class SoftmaxRouting:

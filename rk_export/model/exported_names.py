@@ -25,16 +25,10 @@ def rename_tensors(
         store their gain minus one come out as 1 + weight, learned positions without the rows before position 0.
 
     Raises:
-        InputError: A name that the family does not have, or the bias of an output projection that is tied.
+        InputError: A name that the family does not have.
     """
     renamed = {}
     for name, tensor in tensors.items():
-        if tied and name == f"{architecture.lm_head}.bias":
-            raise InputError(
-                f"{name}: an output projection that is the embedding's table has no bias in the graph",
-                where="model weights",
-                fix="export a model whose output projection has weights of its own, or no bias",
-            )
         left_out = any(_within(name, module) for module in architecture.unused)
         if left_out or (tied and _is_of_tied_head(architecture, name)):
             continue

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -107,6 +108,17 @@ class ModelNames:
             name, pattern = rename_source_key(stored, [], [], self.base, self._known)
         return Target(name, pattern) if name in self.shapes else None
 
+    def pieces(self, stored: str) -> tuple[str, ...]:
+        """Return the parameters that transformers cuts a stored tensor into, equal blocks of rows; empty for none."""
+        renamings, converters = self._transforms
+        name, pattern = rename_source_key(stored, renamings, converters, self.base, self._known)
+        cut = next((item for item in converters if pattern in item.source_patterns), None)
+        if cut is None or len(cut.target_patterns) < 2 or not _cuts_rows(cut):
+            return ()
+        first, *_ = cut.target_patterns
+        names = tuple(name.replace(first, target) for target in cut.target_patterns)
+        return names if all(each in self.shapes for each in names) else ()
+
     def joined(
         self, name: str, parts: Mapping[str, str], read: Callable[[str], torch.Tensor]
     ) -> torch.Tensor:
@@ -137,6 +149,16 @@ class ModelNames:
             [item for item in transforms if isinstance(item, WeightRenaming)],
             [item for item in transforms if isinstance(item, WeightConverter)],
         )
+
+
+def _cuts_rows(converter: WeightConverter) -> bool:
+    """Whether all that a converter does is to cut one tensor into blocks of rows."""
+    operations = converter.operations
+    return (
+        len(converter.source_patterns) == 1
+        and len(operations) == 1
+        and (isinstance(operations[0], Chunk) and operations[0].dim == 0)
+    )
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str]:

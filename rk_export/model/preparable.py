@@ -135,10 +135,7 @@ def _reason(description: ModelDescription, name: str) -> str:
     """Return why a preparation does not apply, or an empty string."""
     family = description.model_type
     if description.architecture.is_encoder:
-        return (
-            f"{family} is an encoder: its norms follow the residual sums, its MLP has no gate, and its values are "
-            "not among the matrices that are rewritten"
-        )
+        return f"{family} is an encoder: reparameterizations are made for decoders"
     spec = description.decoder
     if name in PARTS_OF_FOLD:
         names = spec.norm_names

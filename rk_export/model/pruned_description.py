@@ -14,7 +14,7 @@ from rk_export.model.description import ModelDescription
 from rk_export.plan import Pruning
 
 # Fields with a value for every block.
-PER_BLOCK = ("layer_types", "no_rope_layers")
+PER_BLOCK = ("layer_types", "no_rope_layers", "attention_layers")
 # Fields that list numbers of blocks.
 BLOCK_NUMBERS = ("full_attn_idxs",)
 
@@ -47,7 +47,7 @@ def check_decoder(description: ModelDescription) -> None:
         InputError: Says so.
     """
     if description.architecture.is_encoder:
-        raise _refusal("only decoders lose whole structures", "prune", "leave it out")
+        raise _refusal("an encoder loses no blocks, neurons or heads", "prune", "leave it out")
 
 
 def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...]) -> None:
@@ -60,6 +60,10 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
     for name in BLOCK_NUMBERS:
         if (numbers := getattr(config, name, None)) is not None:
             setattr(pruned, name, [new for new, block in enumerate(blocks) if block in numbers])
+    if hasattr(
+        config, "attention_types"
+    ):  # GPT-Neo derives the kinds of its blocks from this when it is loaded
+        pruned.attention_types = [[[kind], 1] for kind in pruned.attention_layers]
 
 
 def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
@@ -77,6 +81,12 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             "prune.ffn_keep",
             "drop it",
         )
+    if not architecture.width_field:
+        raise _refusal(
+            "the family ties the number of neurons to the width of the hidden states",
+            "prune.ffn_keep",
+            "drop it",
+        )
     present = description.decoder.intermediate_size
     if width >= present:
         raise _refusal(
@@ -85,6 +95,11 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
     setattr(pruned, architecture.width_field, width)
     for name in architecture.width_switches:
         setattr(pruned, name, False)
+    single = replace(description, config=_single_block(pruned, 0))
+    if any(matrix.shape[1] != width for matrix in single.matrices if matrix.role == "down"):
+        raise _refusal(
+            "the family ties the number of neurons to the hidden size", "prune.ffn_keep", "drop it"
+        )
 
 
 def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -> None:
@@ -111,6 +126,8 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
             "prune.kv_heads_keep",
             "drop it",
         )
+    if isinstance(getattr(type(pruned), "head_dim", None), property):
+        raise _tied_heads()
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
@@ -122,9 +139,7 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     fits = (shapes["q"][0], shapes["k"][0], shapes["o"][1]) == (width, kept * heads.head_dim, width)
     by_head = description.decoder.query_key_norm == "head"
     if not fits or (by_head and _gains(single, 0) != _gains(description, old)):
-        raise _refusal(
-            "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
-        )
+        raise _tied_heads()
 
 
 def _gains(description: ModelDescription, block: int) -> list[tuple[int, ...]]:
@@ -153,6 +168,12 @@ def _check_kinds(left: ModelDescription, description: ModelDescription, pruning:
             "prune.blocks",
             "drop it",
         )
+
+
+def _tied_heads() -> InputError:
+    return _refusal(
+        "the family ties the width of a head to the number of heads", "prune.kv_heads_keep", "drop it"
+    )
 
 
 def _refusal(what: str, where: str, fix: str) -> InputError:

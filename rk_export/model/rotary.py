@@ -70,6 +70,18 @@ class RotaryTable:
         return sum(2 * part.rows * len(part.frequencies) * float_bytes for part in self.parts)
 
 
+def rotary_parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """Return the rotary parameters by layer type, or under None where all layers have the same; empty for none.
+
+    What stands beside those by layer type is read by nothing.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) & given.keys())
+    if kinds:
+        return {kind: given[kind] for kind in kinds}
+    return {None: given} if given else {}
+
+
 def rotary_tables(
     config: PretrainedConfig, module_class: type[nn.Module], positions: int, used: Collection[str | None]
 ) -> dict[str, RotaryTable]:
@@ -89,9 +101,7 @@ def rotary_tables(
     """
     if not any(used):
         return {}
-    by_type: dict[str | None, dict[str, Any]] = {None: config.rope_parameters}  # None: one for all layers
-    if "rope_type" not in config.rope_parameters:
-        by_type = {name: config.rope_parameters[name] for name in sorted(set(config.layer_types))}
+    by_type = rotary_parameters(config)
     for parameters in by_type.values():
         _check_exact(parameters)
     module = module_class(config=config)

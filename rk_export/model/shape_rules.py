@@ -26,7 +26,7 @@ def check_shape(
         InputError: Says which dimension cannot go and why.
     """
     if description.architecture.is_encoder:
-        raise _refusal(shape, "only queries and keys of an encoder are rewritten", "drop its shapes")
+        raise _refusal(shape, "neurons and heads of an encoder are not pruned", "drop its shapes")
     if shape.ffn_width is not None:
         _check_width(description, layer, shape, sites)
     heads, between = description.heads, description.decoder.on_values

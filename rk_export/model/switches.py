@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from rk_export.model.context import own_context
 from rk_export.model.description import ModelDescription
+from rk_export.model.rotary import rotary_parameters
 from rk_export.runtime.bundle_config import SHORT_FACTORS_ONLY
 
 WINDOW, LONG_ROTATION = "sliding window", "switch of the long rotation"
@@ -54,10 +55,8 @@ def _long_rotations(config: PretrainedConfig) -> set[int]:
     """Return where LongRoPE (arXiv 2402.13753) changes its frequencies, for each kind of layer."""
     if config.model_type in SHORT_FACTORS_ONLY:
         return set()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    tables = [parameters] if "rope_type" in parameters else list(parameters.values())
     return {
         int(table["original_max_position_embeddings"])
-        for table in tables
+        for table in rotary_parameters(config).values()
         if table.get("rope_type") == "longrope"
     }

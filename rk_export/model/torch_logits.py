@@ -23,8 +23,21 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
     @torch.no_grad()
     def logits(ids: np.ndarray) -> Tensor:
         gate.check(ids)
-        output = model(input_ids=torch.as_tensor(ids), use_cache=False)
-        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-        return result
+        return output_of(model, torch.as_tensor(ids))
 
     return logits
+
+
+def output_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return a model's output on token ids (batch, length): logits or hidden states, (batch, length, width).
+
+    A classifier of texts answers once: (batch, 1, labels).
+    """
+    output = model(input_ids=ids, **without_cache(model))
+    result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return result[:, None] if result.ndim == 2 else result
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the keywords that keep a model from making a cache; a class that makes none may not know them."""
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}

@@ -9,17 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from rk_export.errors import InputError
-from rk_export.model.families.registry import architecture_of
+from rk_export.model.families.registry import architecture_of, family_of
+from rk_export.model.outputs import head_of
 
 
 def empty_model(config: PretrainedConfig, auto: Any = None) -> PreTrainedModel:
     """Build the torch model without memory for weights: parameters on the meta device, buffers real.
 
-    Decoders are built by ``AutoModelForCausalLM``, encoders by ``AutoModel``; layers keep Hugging Face's form.
+    The class is that of `auto_class`; layers keep Hugging Face's form.
 
     Args:
         config: Of a supported family, or of any that `auto` builds.
@@ -44,7 +53,7 @@ def transformers_model(config: PretrainedConfig, auto: Any = None) -> PreTrained
         UnsupportedModelError: The family is unknown.
     """
     if auto is None:
-        auto = AutoModel if architecture_of(config).is_encoder else AutoModelForCausalLM
+        auto = auto_class(config)
     try:
         with no_init_weights():
             model: PreTrainedModel = auto.from_config(
@@ -57,6 +66,23 @@ def transformers_model(config: PretrainedConfig, auto: Any = None) -> PreTrained
             fix="correct the value, or update transformers if it is one of a later version",
         ) from error
     return model
+
+
+def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
+    """Return transformers' class that builds and loads what a config is exported as.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    if not architecture_of(config).is_encoder:
+        found: type[_BaseAutoModelClass] = AutoModelForCausalLM
+    elif family_of(config).classifier(config) is None:
+        found = AutoModel
+    elif head_of(config) == "tokens":
+        found = AutoModelForTokenClassification
+    else:
+        found = AutoModelForSequenceClassification
+    return found
 
 
 def stored_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -108,7 +108,7 @@ def taken_as(config: PretrainedConfig) -> TakenAs:
         architecture_of(config)  # raises
     tiny = _tiny(config)
     nearest: list[_Compared] = []
-    for model_type in _decoders():
+    for model_type in decoders():
         found = _compared(tiny, model_type)
         if not found.reason:
             return TakenAs(_as_family(config, model_type), config, found.error, found.idle)
@@ -130,18 +130,23 @@ def _tiny(config: PretrainedConfig) -> Tiny:
 
 def _strange(names: Iterable[str]) -> str:
     """Say which tensors of a model are in no family; empty where all are in some."""
-    known = _patterns_of(tuple(_decoders()))
+    known = {part for model_type in decoders() for part in patterns_of(model_type)}
     own = [name for name in once(names) if pattern(name) not in known]
     return f"no family has tensors like {listed(own)}" if own else ""
 
 
 @cache
-def _patterns_of(families: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(
-        pattern(name)
-        for model_type in families
-        for name in shapes_of(CONFIG_MAPPING[model_type](**_SMALL_SIZES))
-    )
+def patterns_of(model_type: str) -> frozenset[str]:
+    """Return the names of a family's tensors without numbers; empty where its class builds no model."""
+    family = CONFIG_MAPPING[model_type]
+    known = family().to_dict().keys() | family.attribute_map.keys()
+    small = {name: size for name, size in _SMALL_SIZES.items() if name in known}
+    for sizes in (small, {"num_hidden_layers": 2}, {}):
+        try:
+            return frozenset(map(pattern, shapes_of(family(**sizes))))
+        except Exception:  # a size may mean something else to a class
+            continue
+    return frozenset()
 
 
 def _compared(tiny: Tiny, model_type: str) -> _Compared:
@@ -177,7 +182,8 @@ def _refused(config: PretrainedConfig, why: str) -> UnsupportedModelError:
     )
 
 
-def _decoders() -> Iterator[str]:
+def decoders() -> Iterator[str]:
+    """Yield the families of decoders that transformers has a class for."""
     for model_type, family in FAMILIES.items():
         if family.decoder is not None and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             yield model_type

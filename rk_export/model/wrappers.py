@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from rk_export.model.families.registry import FAMILIES
+
 # Text types without a class of their own for text: with equal positions in all three rows their rotation is the plain
 # one, and the rest is this family.
 _PLAIN_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -63,7 +65,7 @@ def wrapper_of(config: PretrainedConfig) -> Wrapper | None:
         return None
     inner = config.text_config
     text = _plain(inner)
-    notices = list(_without_head_options(text, config.model_type))
+    notices = list(_without_head_options(text, config.model_type)) if text.model_type in FAMILIES else []
     text.tie_word_embeddings = bool(
         getattr(config, "tie_word_embeddings", getattr(inner, "tie_word_embeddings", False))
     )
@@ -95,11 +97,12 @@ def _take_outer_fields(text: PretrainedConfig, config: PretrainedConfig) -> None
     for name in _TOKENS:
         value = getattr(config, name, None)
         if value is not None and (name in stated or getattr(text, name, None) is None):
-            setattr(text, name, copy.deepcopy(value))
+            setattr(text, name, list(value) if isinstance(value, tuple) else value)
     for name in _OF_THE_FILES:
         if getattr(config, name, None) is not None:
             setattr(text, name, copy.deepcopy(getattr(config, name)))
-    if isinstance(text.pad_token_id, int) and text.pad_token_id >= text.vocab_size:
+    pad = getattr(text, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= text.vocab_size:
         text.pad_token_id = None  # the default of a class; the embedding has no such row
 
 

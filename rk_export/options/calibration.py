@@ -16,9 +16,9 @@ class CalibrationOptions:
     """Where the second moments of the matrices' inputs come from.
 
     Args:
-        text: `self` is text that the model writes itself, so no data is needed. A file is your own text in UTF-8.
-            `gain` weighs inputs by the gain of the norm in front of them. `none` weighs all inputs alike
-            (2402.16319).
+        text: `self` is text that the model writes itself, so no data is needed; of an encoder it is random tokens. A
+            file is your own text in UTF-8. `gain` weighs inputs by the gain of the norm in front of them. `none`
+            weighs all inputs alike (2402.16319).
         tokens: Tokens that are written or read, at least 512.
         seed: Of the written text, and of rotations.
         gradients: Weigh outputs by the gradients of the loss, from one backward pass. Otherwise every matrix counts

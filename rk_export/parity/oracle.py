@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 from rk_export.errors import InputError
 from rk_export.model.computed_in import computing_in
 from rk_export.model.torch_logits import torch_logits
-from rk_export.model.torch_models import empty_model
+from rk_export.model.torch_models import auto_class, empty_model
 from rk_export.scratch import laid_down, settling
 from rk_export.source.quiet import transformers_quiet
 from rk_export.source.stored import StoredModel
@@ -122,7 +122,7 @@ def _stated_model(source: StoredModel) -> PreTrainedModel | None:
 def _auto_class(source: StoredModel) -> Any:
     if source.wrapper is not None:
         return AutoModelForMultimodalLM
-    return AutoModel if source.architecture.is_encoder else AutoModelForCausalLM
+    return auto_class(source.config)
 
 
 def _outer(source: StoredModel, name: str) -> str:

@@ -88,10 +88,10 @@ def _cached_logits(session: Session, tokens: np.ndarray, start: int) -> np.ndarr
     return np.concatenate(steps, axis=1)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _left_padded(prompts: Sequence[Sequence[int]], padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids and mask, int64 [batch, longest]; shorter prompts are padded (mask 0) on the left."""
     longest = max(map(len, prompts))
-    ids = np.zeros((len(prompts), longest), np.int64)
+    ids = np.full((len(prompts), longest), padding, np.int64)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = prompt
@@ -107,14 +107,41 @@ def _padded_logits(session: Session, prompts: tuple[tuple[int, ...], ...]) -> tu
     return np.concatenate(rows), batch
 
 
-def encoder_padding_tier(encoder: EncoderSession, probe: Probe, bound: float | None) -> ParityTier:
-    """Return tier f of an encoder: the first token's state, alone and in a batch padded on the right."""
+def encoder_output(encoder: EncoderSession, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Return what an encoder gives, (batch, length, width): hidden states or logits, one row of them for a text."""
+    output = encoder.logits(ids, mask) if encoder.has_logits else encoder.forward(ids, mask)
+    return output[:, None] if output.ndim == 2 else output
+
+
+def encoder_padding_tier(
+    encoder: EncoderSession, probe: Probe, bound: float | None, padding: int
+) -> ParityTier:
+    """Return tier f of an encoder: all that it gives for a text, alone and in batches padded on either side.
+
+    Args:
+        encoder: A bundle at accuracy level 0.
+        probe: The prompts.
+        bound: Largest relative error that passes; None gives no verdict.
+        padding: The token that stands for padding: some encoders count positions from it.
+    """
     prompts = probe.unequal()
-    longest = max(len(prompt) for prompt in prompts)
-    mask = np.array(
-        [[position < len(prompt) for position in range(longest)] for prompt in prompts], dtype=np.int64
+    alone = [encoder_output(encoder, np.array([prompt], dtype=np.int64)) for prompt in prompts]
+    left = _left_padded(prompts, padding)
+    found = []
+    for ids, mask in (left, _right_padded(*left)):
+        for row, own in zip(encoder_output(encoder, ids, mask), mask, strict=True):
+            found.append(row[own.astype(bool)] if len(row) == len(own) else row)
+    return compare(
+        "f",
+        "single rows vs padded batch",
+        np.concatenate([*(row[0] for row in alone)] * 2)[None],
+        np.concatenate(found)[None],
+        bound=bound,
+        note="padded on the left, and on the right",
     )
-    ids = np.array([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], dtype=np.int64)
-    batch = encoder.forward(ids, mask)[:, :1]
-    rows = np.concatenate([encoder.forward(np.array([prompt], dtype=np.int64))[:, :1] for prompt in prompts])
-    return compare("f", "single rows vs padded batch", rows, batch, bound=bound)
+
+
+def _right_padded(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and mask, padded on the left, with the padding on the right."""
+    places = (np.arange(ids.shape[1]) + mask.argmax(1)[:, None]) % ids.shape[1]
+    return np.take_along_axis(ids, places, 1), np.take_along_axis(mask, places, 1)

@@ -13,6 +13,7 @@
 | g | greedy tokens of PyTorch | greedy tokens of ONNX Runtime | a visible difference |
 | h | single rows, as shipped | left-padded batch, as shipped | other rounding of int8 inputs |
 | i | single requests, as shipped | many at once, as shipped | an answer that depends on its neighbours |
+| s | vectors of single texts in PyTorch | those of a padded batch, level 0 | a fault of the pooling |
 
 Rounding to int8 tells apart inputs that differ by 1e-7, so two exact computations of a W8A8 model may differ by a
 good part of what its rounding costs (a tiny random GPT-2: a tenth). Tiers c, e, f and g therefore read those inputs in
@@ -36,8 +37,10 @@ from rk_export.parity.float_steps import ROUNDING_FACTOR, shaking_outputs
 from rk_export.parity.greedy import Golden, greedy_tier, greedy_tokens, stored_greedy_tier
 from rk_export.parity.preflight import ORACLE_TIER, Preflight
 from rk_export.parity.probe import Probe
+from rk_export.parity.sentence_tier import sentence_tier
 from rk_export.parity.session_tiers import (
     LEVEL_TIER,
+    encoder_output,
     encoder_padding_tier,
     session_tiers,
     shipped_padding_tier,
@@ -50,6 +53,7 @@ from rk_export.rewrite.apply import DENSE, FACTORIZED, QUANTIZED, Rewritten
 from rk_export.runtime import EncoderSession, Session
 from rk_export.runtime.providers import Provider
 from rk_export.scratch import laid_down
+from rk_export.source.sentence_head import SentenceHead
 
 # Some models lose more than the common bound whoever computes: in half precision SmolLM2-135M (1.4e-2 in PyTorch, for
 # its activations reach the thousands), in single precision models whose massive activations cancel. A graph may then
@@ -124,32 +128,47 @@ def runtime_tiers(
     rewritten: Rewritten,
     probe: Probe,
     *,
+    head: SentenceHead | None = None,
     provider: Provider = "auto",
     threads: int | None = None,
 ) -> tuple[tuple[ParityTier, ...], Golden | None]:
-    """Compare a bundle with the PyTorch model it was exported from: tiers c to i.
+    """Compare a bundle with the PyTorch model it was exported from: tiers c to i, or c, d, f and s of an encoder.
 
     Returns:
         The tiers, and the greedy tokens of tier g (None for an encoder).
     """
     if rewritten.architecture.is_encoder:
-        return _encoder_tiers(bundle, rewritten, probe, provider, threads), None
+        return _encoder_tiers(bundle, rewritten, probe, head, provider, threads), None
     with stage("parity, tiers", len("cdefghi")) as bar:
         return _decoder_tiers(bundle, rewritten, probe, provider, threads, bar)
 
 
 def _encoder_tiers(
-    bundle: Path, rewritten: Rewritten, probe: Probe, provider: Provider, threads: int | None
+    bundle: Path,
+    rewritten: Rewritten,
+    probe: Probe,
+    head: SentenceHead | None,
+    provider: Provider,
+    threads: int | None,
 ) -> tuple[ParityTier, ...]:
-    """Return tiers c and f of an encoder."""
+    """Return tiers c, d and f of an encoder, and s where its graph makes vectors of texts."""
     reference = float_reference(rewritten, probe)
     encoder = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads, accuracy_level=0)
-    states = encoder.forward(probe.batch)
+    states = encoder_output(encoder, probe.batch)
     computed = compare("c", _RUNTIME, reference, states, bound=None)
-    padded = encoder_padding_tier(encoder, probe, bound=None)
-    worst = max(computed.relative_error or 0, padded.relative_error or 0)
+    padding = rewritten.description.config.pad_token_id or 0
+    padded = encoder_padding_tier(encoder, probe, bound=None, padding=padding)
+    vectors = [] if head is None else [sentence_tier(encoder, rewritten, head, probe)]
+    worst = max(tier.relative_error or 0 for tier in (computed, padded, *vectors))
     bound, note = runtime_bound(rewritten, probe, worst)
-    return held_to(replace(computed, note=note), bound), held_to(padded, bound)
+    exact = [held_to(tier, bound) for tier in (replace(computed, note=note), padded, *vectors)]
+    del encoder
+    shipped = EncoderSession.from_pretrained(bundle, provider=provider, threads=threads)
+    rounded = encoder_output(shipped, probe.batch)
+    level = compare("d", LEVEL_TIER, states, rounded, bound=None)
+    level_bound, level_note = shipped_bound(rewritten, probe, reference, bound, (states, rounded))
+    exact.insert(1, replace(held_to(level, level_bound), note=level_note))
+    return tuple(exact)
 
 
 def _decoder_tiers(

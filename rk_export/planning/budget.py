@@ -36,11 +36,13 @@ class EmbeddingTable:
         weight: (vocabulary, dim).
         curvature: What its errors cost.
         copies: How many tables of its kind are stored.
+        plain: Its format in plain INT4.
     """
 
     weight: Tensor
     curvature: TableCurvature
     copies: int
+    plain: Format = PLAIN_TABLES
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,9 @@ def _plain_start(
         if PLAIN_LAYERS not in dense and len(dense) > 1:
             return None
         start.append(0 if len(dense) == 1 else dense.index(PLAIN_LAYERS))
-    if table is not None and PLAIN_TABLES not in unit.tables:
+    if table is not None and table.plain not in unit.tables:
         return None
-    return [*start, unit.tables.index(PLAIN_TABLES)] if table is not None else start
+    return [*start, unit.tables.index(table.plain)] if table is not None else start
 
 
 def _table_choices(table: EmbeddingTable, unit: BudgetUnit) -> SiteChoices:

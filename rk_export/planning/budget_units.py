@@ -43,6 +43,7 @@ TABLE_FORMATS: tuple[Format, ...] = (
 # SmolLM2's predicted loss would be 5 percent lower at 80 MB and 1 percent at 90 MB, but a pair is two products where
 # one would do.
 PLAIN_LAYERS, PLAIN_TABLES = QuantSpec(4, 32), QuantSpec(8, 32)
+PLAIN_LOOKUP = QuantSpec(4, 32, symmetric=False)
 # The time of a product hardly depends on the block: one weight-only format for each number of bits.
 TIMED_FORMATS: tuple[Format, ...] = (QuantSpec(4, 32, symmetric=False), QuantSpec(8, 32), W8A8, None)
 
@@ -198,10 +199,11 @@ def is_comfortable(source: Source, recipe: Recipe) -> bool:
     if budget.kind == "mean_bits":
         return budget.amount / 8 * sum(rows * columns for rows, columns in shapes) >= needed
     spec = PLAIN_LAYERS if recipe.table_is_open else recipe.table_quant
-    table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, spec, float_bytes)
-    return budget.amount - fixed_bytes(source.description, recipe) >= needed + table_count(source) * table
+    table = matrix_bytes(*source.description.table_shape, spec, float_bytes)
+    needed += source.description.table_count * table
+    return budget.amount - fixed_bytes(source.description, recipe) >= needed
 
 
-def table_count(source: Source) -> int:
-    """Return how many tables of vocabulary size are stored: one where the output projection is tied, else two."""
-    return 1 if source.config.tie_word_embeddings else 2
+def plain_table(source: Source) -> QuantSpec:
+    """Return the format of the token table in plain INT4; that of an encoder is no output projection."""
+    return PLAIN_LOOKUP if source.architecture.is_encoder else PLAIN_TABLES

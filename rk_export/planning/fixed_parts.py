@@ -84,8 +84,7 @@ def _undecided_parameters(description: ModelDescription) -> dict[str, int]:
     """Return kind -> parameters of what is no decided matrix."""
     architecture = description.architecture
     decided = {f"{matrix.torch_path}.weight" for matrix in description.matrices}
-    if not architecture.is_encoder:
-        decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head)}
+    decided |= {f"{path}.weight" for path in (architecture.embedding, architecture.lm_head) if path}
     counts: dict[str, int] = {}
     stored = description.canonical.state_dict().keys()
     for module_name, module in description.canonical.named_modules():
@@ -109,6 +108,8 @@ def _kind(module: nn.Module, name: str) -> str:
         return "embeddings of positions"
     if isinstance(module, nn.Conv1d) and name == "weight":
         return "short convolutions"
+    if isinstance(module, nn.Linear) and name == "weight":
+        return "matrices around the layers"
     if "activation" in type(module).__name__.lower():
         return "activations"
     return "biases" if name.endswith("bias") else "routers"
@@ -116,8 +117,6 @@ def _kind(module: nn.Module, name: str) -> str:
 
 def _rotary(description: ModelDescription, recipe: Recipe) -> FixedPart | None:
     """Return the frequencies, and what the tables take in memory; None for a model that rotates nothing."""
-    if description.architecture.is_encoder:
-        return None
     positions = context_of(description.config, recipe.target.context_length)
     tables = description.rotary_tables(positions).values()
     if not tables:

@@ -114,13 +114,13 @@ class Job:
     @property
     def table(self) -> int:
         """Entries of the token embedding."""
-        return self.vocabulary * self.width
+        rows, columns = self.description.table_shape
+        return rows * columns
 
     @property
     def tables(self) -> int:
         """Entries of the embedding, and of an output projection of its own."""
-        is_single = self.description.is_tied or self.description.architecture.is_encoder
-        return self.table * (1 if is_single else 2)
+        return self.table * self.description.table_count
 
     @cached_property
     def layers(self) -> tuple[LayerCounts, ...]:

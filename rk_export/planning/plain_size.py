@@ -1,12 +1,13 @@
 """What plain INT4 makes of a model: its bytes, which the default spends better, and when it is all that there is.
 
-Plain INT4 stores every matrix alike: linear layers in 4 bits, blocks of 32, tables of vocabulary size in 8 bits.
+Plain INT4 stores every matrix alike: linear layers in 4 bits, blocks of 32, tables of vocabulary size in 8 bits. The
+table of an encoder is no output projection and takes 4 bits too.
 """
 
 from __future__ import annotations
 
 from rk_export.options.recipe import Recipe
-from rk_export.planning.budget_units import PLAIN_LAYERS, PLAIN_TABLES, table_count
+from rk_export.planning.budget_units import PLAIN_LAYERS, plain_table
 from rk_export.planning.fixed_parts import fixed_bytes
 from rk_export.planning.stored_bytes import FLOAT_BYTES, matrix_bytes
 from rk_export.source.protocol import Source
@@ -27,9 +28,8 @@ def plain_int4_bytes(source: Source, recipe: Recipe) -> int:
     total += sum(
         matrix_bytes(*matrix.shape, PLAIN_LAYERS, float_bytes) for matrix in source.description.matrices
     )
-    if not source.architecture.is_encoder:
-        table = matrix_bytes(source.config.vocab_size, source.config.hidden_size, PLAIN_TABLES, float_bytes)
-        total += table_count(source) * table
+    table = matrix_bytes(*source.description.table_shape, plain_table(source), float_bytes)
+    total += source.description.table_count * table
     return round(total)
 
 
@@ -40,10 +40,6 @@ def why_plain(source: Source, recipe: Recipe) -> str:
         source: The dense model.
         recipe: With the calibration.
     """
-    if source.architecture.is_encoder:
-        return (
-            "an encoder has no loss that formats could be chosen by: every matrix takes INT4 in blocks of 32"
-        )
     if not recipe.calibration.uses_text:
         return (
             f"calibration.text {recipe.calibration.metric} gathers no statistics that formats could be chosen by: "

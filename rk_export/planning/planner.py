@@ -29,7 +29,7 @@ from rk_export.passes.weights.factorize import stacked_pairs
 from rk_export.passes.weights.shapes import empty_shape
 from rk_export.plan import Plan, SitePlan
 from rk_export.planning.budget import EmbeddingTable, spend, too_small
-from rk_export.planning.budget_units import budget_unit, is_comfortable, table_count
+from rk_export.planning.budget_units import budget_unit, is_comfortable, plain_table
 from rk_export.planning.candidates import least_cost_of
 from rk_export.planning.carried import carried_sites
 from rk_export.planning.cost_table import CostTable
@@ -91,7 +91,9 @@ def _budgeted_plan(
     unit = budget_unit(source, recipe, _rank_step(source, recipe), costs)
     table = None
     if unit.tables and curvature is not None:
-        table = EmbeddingTable(embedding_weight(source), curvature, table_count(source))
+        table = EmbeddingTable(
+            embedding_weight(source), curvature, source.description.table_count, plain_table(source)
+        )
     layers = (
         (layer, dense_sites(layer, source.description.projections(layer.index), recipe))
         for layer in track(source.layers(), "predicting losses, layers", source.layer_count)
@@ -122,9 +124,8 @@ def check_size(source: Source, recipe: Recipe) -> None:
             sites.append(site)
             shapes.append([(linear.out_features, linear.in_features) for linear in linears])
             least += least_cost_of(site, shapes[-1], unit.space)
-    vocabulary, width = source.config.vocab_size, source.config.hidden_size
-    tables = [unit.space.cost(vocabulary, width, spec) for spec in unit.tables]
-    least += table_count(source) * min(tables)
+    tables = [unit.space.cost(*source.description.table_shape, spec) for spec in unit.tables]
+    least += source.description.table_count * min(tables)
     if least > (amount := unit.amount(sites, shapes)):
         raise too_small(unit, least, amount)
 

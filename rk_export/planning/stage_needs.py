@@ -61,10 +61,15 @@ _VERIFIED_PASSES = 12  # of the quantized PyTorch model
 
 def stages_of(job: Job) -> tuple[StageNeeds, ...]:
     """Return the stages of a run in their order, methods that recover left out."""
-    decoder = not job.description.architecture.is_encoder
-    stages = [load_needs(job), check_needs(job), calibrate_needs(job) if decoder else None]
-    stages += [plan_needs(job), rewrite_needs(job), export_needs(job), bundle_needs(job), verify_needs(job)]
-    return tuple(stage for stage in stages if stage is not None)
+    opening = (load_needs(job), check_needs(job), calibrate_needs(job))
+    return (
+        *opening,
+        plan_needs(job),
+        rewrite_needs(job),
+        export_needs(job),
+        bundle_needs(job),
+        verify_needs(job),
+    )
 
 
 def load_needs(job: Job) -> StageNeeds:

@@ -130,6 +130,11 @@ DEFINITIONS = (
     Definition("tier h", "As tier f, with the inputs as they are shipped."),
     Definition("tier i", "Answers of many requests at once against each alone, equal to the bit."),
     Definition(
+        "tier s",
+        "Vectors of texts, each alone in PyTorch, against those of a padded batch in ONNX Runtime: a difference is a "
+        "fault of the pooling.",
+    ),
+    Definition(
         "fused patterns found",
         "How many of the planned operators are in the graph. A missing one would make the bundle slower or larger.",
         ("planned", "found"),

@@ -17,7 +17,7 @@ from rk_export.json_codec import Float, from_json, load_json, to_json
 
 FORMAT = "rk-export report"
 VERSION = 1
-TIERS = "0pabcdefghi"
+TIERS = "0pabcdefghis"
 
 
 class Outcome(enum.StrEnum):

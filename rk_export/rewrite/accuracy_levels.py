@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rk_export.calibration.objectives import output_error
 from rk_export.calibration.text_run import Objective, TextRun
 from rk_export.model.canonical import Experts
 from rk_export.model.grouped_experts import matrices_of
@@ -138,7 +139,7 @@ def _by_input(
     with watching(module for module in names if module not in inside):
         run.backward(
             "judging int8 inputs, layers",
-            _output_error(run) if architecture.is_encoder else _sampled_loss(),
+            output_error(run) if architecture.is_encoder else _sampled_loss(),
             lambda index: watching(layers[index].modules()),
         )
     return groups
@@ -153,21 +154,6 @@ def _sampled_loss() -> Objective:
         return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
     return loss
-
-
-def _output_error(run: TextRun) -> Objective:
-    """Return the objective of an encoder: its output along a random direction, relative to how much outputs differ.
-
-    So its square stands for the relative error.
-    """
-    states = torch.cat(list(run.logits()))
-    spread = (states - states.mean(0)).square().sum(1).mean().sqrt()
-    along = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) / spread
-
-    def error(output: Tensor, where: slice) -> Tensor:
-        return (output * along[where]).sum()
-
-    return error
 
 
 @dataclass

@@ -164,7 +164,7 @@ def _finished_tables(
 ) -> tuple[Finding, ...]:
     """Quantize the embedding and the output projection of a model in place, or take those of the store."""
     architecture, spec = source.architecture, plan.table
-    if spec is None or architecture.is_encoder:
+    if spec is None:
         return ()
     finished = None if store is None else store.find(TABLES)
     if finished is not None:

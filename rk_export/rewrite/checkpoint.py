@@ -13,7 +13,7 @@ from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder
 from rk_export.inside import copy_inside
 from rk_export.model.architecture import Architecture
-from rk_export.model.description import describe
+from rk_export.model.description import describe, reads_types
 from rk_export.model.preparable import has_rotated_head
 from rk_export.passes.modules.quantized import RotatedHead
 from rk_export.plan import Plan
@@ -21,6 +21,7 @@ from rk_export.planning.planner import check_sites
 from rk_export.rewrite.apply import Rewritten
 from rk_export.rewrite.empty_layers import empty_layer, empty_tables
 from rk_export.runtime.bundle_files import read_json
+from rk_export.source.sentence_head import copy_sentence_files
 from rk_export.source.stored import read_config
 from rk_export.source.tokenizer_files import copy_tokenizer
 from rk_export.source.weight_files import open_tensors
@@ -48,7 +49,8 @@ def save_pretrained(rewritten: Rewritten, folder: Path, *, tokenizer_from: Path,
         save_torch_state_dict(_stored_tensors(rewritten), partial)
         config = rewritten.model.config.to_dict()
         config[SECTION] = {"version": CHECKPOINT_VERSION, "plan": rewritten.plan.to_json()}
-        copy_tokenizer(tokenizer_from, partial)
+        copy_tokenizer(tokenizer_from, partial, types=reads_types(rewritten.model.config))
+        copy_sentence_files(tokenizer_from, partial)
         if (tokenizer_from / GENERATION_FILE).is_file():  # it may name other ends than the config
             copy_inside(tokenizer_from, GENERATION_FILE, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -67,9 +67,9 @@ def empty_tables(model: nn.Module, architecture: Architecture, spec: QuantSpec |
     Args:
         model: The embedding and the output projection are dense, a rotation in front of the latter included.
         architecture: Its family.
-        spec: The format of both; None leaves floats. So does an encoder.
+        spec: The format of both; None leaves floats.
     """
-    if spec is None or architecture.is_encoder:
+    if spec is None:
         return
     embedding: Any = model.get_submodule(architecture.embedding)
     rows, columns = embedding.num_embeddings, embedding.embedding_dim

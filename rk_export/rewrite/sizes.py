@@ -30,8 +30,7 @@ def planned_findings(source: Source, plan: Plan) -> list[Finding]:
         findings += [
             _planned(layer, site, plan.recipe.target.float_dtype) for site in plan.of_layer(layer.index)
         ]
-    if not source.architecture.is_encoder:
-        findings += [_planned_table(path, source, plan) for path in _tables(source)]
+    findings += [_planned_table(path, source, plan) for path in _tables(source)]
     return findings
 
 
@@ -58,7 +57,7 @@ def sized_by_shapes(recipe: Recipe) -> bool:
 
 
 def _planned_table(path: str, source: Source, plan: Plan) -> Finding:
-    rows, columns, spec = source.config.vocab_size, source.config.hidden_size, plan.table
+    (rows, columns), spec = source.description.table_shape, plan.table
     before, after = (
         rows * columns * 4,
         matrix_bytes(rows, columns, spec, FLOAT_BYTES[plan.recipe.target.float_dtype]),

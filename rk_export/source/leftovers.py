@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.model.families.registry import FAMILIES
+from rk_export.model.outputs import classes_of
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.")
 _OTHER_HEADS = re.compile(
@@ -32,34 +34,29 @@ def layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def check_kind(config: PretrainedConfig, *, is_encoder: bool = False, is_wrapper: bool = False) -> None:
-    """Refuse a model whose output is not the next token's logits, or an encoder's hidden states.
+def check_kind(config: PretrainedConfig, *, is_wrapper: bool = False) -> None:
+    """Refuse a model whose output is not the next token's logits, an encoder's hidden states, or its classifier's.
 
     Args:
         config: Its `architectures` name the class that the model was saved as.
-        is_encoder: Whether the family is exported as feature extraction.
         is_wrapper: Whether it is a model around the text model that is exported.
 
     Raises:
         InputError: If it has a head of another kind.
     """
-    classes = classes_of(config)
+    classes, family = classes_of(config), FAMILIES.get(config.model_type)
+    if family is not None and family.classifier(config) is not None:
+        return
+    is_encoder = family is not None and family.encoder is not None
     heads = _ENCODER_HEADS if is_encoder else _WRAPPER_HEADS if is_wrapper else _DECODER_HEADS
     if not classes or any(any(head in name for head in heads) or is_backbone(name) for name in classes):
         return
-    wanted = "hidden states" if is_encoder else "logits of the next token"
+    wanted = "hidden states, or classes of texts or tokens," if is_encoder else "logits of the next token"
     raise InputError(
         f"the model is a {classes[0]}: its head is of another kind, and a bundle gives {wanted} only",
         where="config.json: architectures",
         fix="use the language model that it was trained from",
     )
-
-
-def classes_of(config: PretrainedConfig) -> tuple[str, ...]:
-    """Return the names of the classes that a model was saved as; empty where its config names none."""
-    classes = config.architectures or ()
-    listed = classes if isinstance(classes, (list, tuple)) else (classes,)
-    return tuple(map(str, listed))
 
 
 def is_backbone(name: str) -> bool:

@@ -13,9 +13,11 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.config_checks import check_layers
+from rk_export.model.outputs import classes_of
 from rk_export.model.parameter_names import ModelNames, Target, renaming
 from rk_export.source.adapter import Adapter
-from rk_export.source.leftovers import classes_of, is_backbone, missing, no_place
+from rk_export.source.cut_tensors import cut
+from rk_export.source.leftovers import is_backbone, missing, no_place
 from rk_export.source.lora import merged
 from rk_export.source.quantized.tensors import DequantizedTensors, dequantized, quantization_of
 from rk_export.source.read_as import ReadAs
@@ -76,7 +78,7 @@ def model_tensors(folder: Path, read: ReadAs, adapter: Adapter | None = None) ->
     quantized = tensors if isinstance(tensors, DequantizedTensors) else None
     if quantized is not None:
         notices = [*notices, quantized.notice]
-    tensors, passed_over = named(tensors, names, config)
+    tensors, passed_over = named(cut(tensors, names), names, config)
     notices += passed_over
     if adapter is not None and part is not None:
         adapter, passed_over = adapter_of_text(adapter, part.names)
@@ -168,19 +170,28 @@ def named(
     """
     targets = {name: names.target(name) for name in tensors.shapes}
     leftovers = [name for name, target in targets.items() if target is None and not names.is_harmless(name)]
-    notices = []
-    if names.architecture.is_encoder and (
-        heads := [name for name in leftovers if name.removeprefix(f"{names.base}.").startswith("cls.")]
-    ):
-        notices.append(
-            f"The pretraining head ({len(heads)} tensors, cls.*) is left out: an encoder bundle gives hidden states."
-        )
-        leftovers = [name for name in leftovers if name not in heads]
+    notices: list[str] = []
+    if names.architecture.is_encoder:
+        leftovers, notices = _without_heads(leftovers, names)
     if leftovers:
         raise no_place(sorted(leftovers), config, tensors.place(min(leftovers)))
     base = f"{names.base}."
     new = {name: _new_name(name, target, base) for name, target in targets.items() if target is not None}
     return renamed(tensors, new), notices
+
+
+def _without_heads(leftovers: list[str], names: ModelNames) -> tuple[list[str], list[str]]:
+    """Return what is left without the tensors of a pretraining head and of unused modules, and a notice of the head."""
+    bare = {name: name.removeprefix(f"{names.base}.") for name in leftovers}
+    unused = tuple(f"{path.removeprefix(f'{names.base}.')}." for path in names.architecture.unused)
+    heads = [name for name, own in bare.items() if own.startswith(names.architecture.pretraining)]
+    left = [name for name, own in bare.items() if name not in heads and not own.startswith(unused)]
+    if not heads:
+        return left, []
+    modules = ", ".join(dict.fromkeys(f"{bare[name].partition('.')[0]}.*" for name in heads))
+    return left, [
+        f"The pretraining head ({len(heads)} tensors, {modules}) is left out: an encoder bundle gives hidden states."
+    ]
 
 
 def _new_name(stored: str, target: Target, base: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from rk_export.model.families.registry import FAMILIES, architecture_of
+from rk_export.model.families.registry import FAMILIES
 from rk_export.model.unknown_families import TakenAs, taken_as
 from rk_export.model.wrappers import Wrapper, wrapper_of
 from rk_export.source.leftovers import check_kind
@@ -45,7 +45,7 @@ def read_as(config: PretrainedConfig, path: Path) -> ReadAs:
         check_wrapper(wrapper, path)
         return ReadAs(wrapper.text, wrapper=wrapper)
     if config.model_type in FAMILIES:
-        check_kind(config, is_encoder=architecture_of(config).is_encoder)
+        check_kind(config)
         return ReadAs(config)
     with transformers_quiet():  # it warns of what the values of one class would mean to another
         taken = taken_as(config)

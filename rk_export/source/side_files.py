@@ -8,8 +8,10 @@ from pathlib import Path
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.model.description import reads_types
 from rk_export.runtime.ends import read_ends
 from rk_export.runtime.special_tokens import SpecialTokens
+from rk_export.source.sentence_head import copy_sentence_files
 from rk_export.source.tokenizer_files import copy_tokenizer
 
 
@@ -46,7 +48,8 @@ def write_own_files(
 ) -> GenerationConfig:
     """Write the files of `write_side_files` with the ends as the model itself names them in each."""
     write_model_config(folder, config)
-    copy_tokenizer(source, folder)
+    copy_tokenizer(source, folder, types=reads_types(config))
+    copy_sentence_files(source, folder)
     generation = _generation_config(generation_from or source, config)
     generation.save_pretrained(folder)
     return generation

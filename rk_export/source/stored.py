@@ -19,12 +19,15 @@ from rk_export.errors import InputError
 from rk_export.json_codec import load_json
 from rk_export.model.config_checks import check_counts, check_stated
 from rk_export.model.description import describe
+from rk_export.model.families.registry import FAMILIES
+from rk_export.model.outputs import mark_states
 from rk_export.model.torch_models import stored_buffers
 from rk_export.model.wrapper_names import WrapperNames
 from rk_export.passes.numerics.grid import Grid
 from rk_export.plan import Pruning
 from rk_export.report.records import Finding, Outcome
 from rk_export.source.adapter import ADAPTER_CONFIG, Adapter, is_adapter, read_adapter, tokenizer_of
+from rk_export.source.embedder import is_embedder
 from rk_export.source.find_model import find_base, find_folder
 from rk_export.source.fingerprints import files_fingerprint
 from rk_export.source.model_tensors import model_tensors
@@ -191,9 +194,6 @@ class StoredModel(Loading):
             owner, _, leaf = name.rpartition(".")
             if tied and owner == self.architecture.lm_head and leaf == "weight":
                 continue
-            if self.architecture.is_encoder and owner.startswith(self.architecture.unused):
-                _assign(model, name, torch.zeros(parameter.shape))  # exported nowhere, and often not stored
-                continue
             _assign(model, name, self.tensor(name))
         if tied and self.architecture.lm_head:
             head = model.get_submodule(self.architecture.lm_head)
@@ -321,6 +321,9 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"cannot be read: {_first_reason(error)}", where=str(path), fix="check the file"
         ) from error
     check_counts(config, path)
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.decoder is not None and is_embedder(folder):
+        mark_states(config)
     # Which kernels computed the model is no part of it, and those that a file names may not be installed here.
     config._attn_implementation = config._experts_implementation = None
     return config

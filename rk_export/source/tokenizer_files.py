@@ -20,8 +20,13 @@ logger = logging.getLogger(__name__)
 _COMPARED = ("A plain sentence, with 12 words.", "  two  spaces\n\n\tand a tab ", "naïve 中文 🙂")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path, *, types: bool = False) -> None:
     """Copy a model folder's tokenizer, converted to ``tokenizer.json`` if need be; having none is a warning.
+
+    Args:
+        source: The model's folder.
+        folder: Where the files go.
+        types: The graph takes the types of tokens, which tell a pair's texts apart.
 
     Raises:
         InputError: The tokenizer cannot be converted, or one of its files is malformed.
@@ -37,7 +42,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         copy_inside(source, f"{MORE_TEMPLATES}/{path.name}", folder)
     _complete(folder, source)
     _move_processor_template(folder)
-    _name_known_class(folder / CONFIG_FILE)
+    _name_known_class(folder / CONFIG_FILE, types)
 
 
 def _complete(folder: Path, source: Path) -> None:
@@ -111,7 +116,7 @@ def _move_processor_template(folder: Path) -> None:
         path.unlink()
 
 
-def _name_known_class(path: Path) -> None:
+def _name_known_class(path: Path, types: bool) -> None:
     """Replace the class name that only transformers 5 knows, so that older loaders take the file too."""
     values = read_json(path)
     for private in ("is_local", "local_files_only", "name_or_path"):
@@ -119,7 +124,8 @@ def _name_known_class(path: Path) -> None:
     if values.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         # This class makes token_type_ids unless told otherwise, and no decoder graph takes them.
-        values.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        inputs = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+        values.setdefault("model_input_names", inputs)
     _write_json(path, values)
 
 

@@ -22,7 +22,7 @@ _MOST_INPUTS = 2048  # as OpenAI allows
 
 
 async def create_embeddings(request: HttpRequest) -> Response:
-    """Return one vector for each text: the mean over its tokens, scaled to length 1."""
+    """Return one vector for each text, scaled to length 1."""
     context = context_of(request)
     body = await read(request, EmbeddingRequest)
     with ExitStack() as stack:
@@ -56,8 +56,9 @@ def _rows(body: EmbeddingRequest, worker: EncoderWorker) -> list[list[int]]:
     items = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not items or len(items) > _MOST_INPUTS:
         raise bad_request(f"{len(items)} inputs; give 1 to {_MOST_INPUTS}", "input")
-    codec = worker.session.text_codec
-    rows = [codec.encode(item) if isinstance(item, str) else item for item in items]
+    rows = [
+        worker.session.tokens(item, body.prompt_name) if isinstance(item, str) else item for item in items
+    ]
     limit = worker.session.config.context_length
     for index, row in enumerate(rows):
         if not row or (limit is not None and len(row) > limit):

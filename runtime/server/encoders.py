@@ -17,7 +17,6 @@ from rk_export.runtime.engine.records import EngineClosedError, QueueFullError
 
 T = TypeVar("T")
 
-POOLING = "mean"  # over a text's tokens, then scaled to length 1
 _BATCH = 16
 
 
@@ -33,11 +32,11 @@ class EncoderWorker:
         self.session, self._queue = session, queue
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._closed = False
-        self._width: int | None = None
+        self._widths: dict[str, int] = {}
         self.waiting = 0
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return one unit vector per row of tokens, float32 [rows, hidden]; a batch is never divided by others.
+        """Return one unit vector per row of tokens, float32 [rows, width]; a batch is never divided by others.
 
         Raises:
             InputError: A row is empty, too long or has an unknown token.
@@ -63,7 +62,7 @@ class EncoderWorker:
             InputError: A row is too long or has an unknown token.
             QueueFullError: Too many requests wait.
         """
-        found = np.empty((*ids.shape, await self.width()), np.float32)
+        found = np.empty((*ids.shape, await self.hidden_width()), np.float32)
         with self._place():
             for start in range(0, len(ids), _BATCH):
                 part = slice(start, start + _BATCH)
@@ -71,16 +70,28 @@ class EncoderWorker:
         return found
 
     async def width(self) -> int:
-        """Return the elements of a vector; the graph tells them by its answer to one token.
+        """Return the elements of a vector.
 
         Raises:
             QueueFullError: Too many requests wait.
         """
-        if self._width is None:
+        return await self._measured(self.session.sentence_vectors)
+
+    async def hidden_width(self) -> int:
+        """Return the elements of a hidden state, which dense modules may turn into fewer or more.
+
+        Raises:
+            QueueFullError: Too many requests wait.
+        """
+        return await self._measured(self.session.forward)
+
+    async def _measured(self, run: Callable[[np.ndarray], np.ndarray]) -> int:
+        """Return the last axis of what the graph answers to one token."""
+        if run.__name__ not in self._widths:
             with self._place():
-                one = await self._in_thread(partial(self.session.forward, np.zeros((1, 1), np.int64)))
-            self._width = one.shape[-1]
-        return self._width
+                one = await self._in_thread(partial(run, np.zeros((1, 1), np.int64)))
+            self._widths[run.__name__] = one.shape[-1]
+        return self._widths[run.__name__]
 
     @contextmanager
     def _place(self) -> Iterator[None]:

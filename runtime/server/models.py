@@ -15,6 +15,7 @@ from rk_export.errors import InputError, RkExportError
 from rk_export.memory import give_back
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
+from rk_export.runtime.encoder import LOGITS, is_encoder
 from rk_export.runtime.graph_proto import load_proto
 from rk_export.runtime.server.encoders import EncoderWorker
 from rk_export.runtime.server.errors import ApiError, unavailable
@@ -213,8 +214,15 @@ class Models:
 
 def _look_at(name: str, folder: Path, settings: ServerSettings) -> Served:
     config = BundleConfig.read(folder)
-    outputs = {value.name for value in load_proto(config.model_path).graph.output}
-    encoder = "logits" not in outputs
+    graph = load_proto(config.model_path).graph
+    outputs = {value.name for value in graph.output}
+    encoder = is_encoder((value.name for value in graph.input), outputs)
+    if encoder and LOGITS in outputs:
+        raise InputError(
+            "a classifier, and the server gives texts and vectors",
+            where=str(folder),
+            fix="open it with rk_export.runtime.Encoder, or give a bundle of an embedding model",
+        )
     if not (folder / TOKENIZER_FILE).is_file():
         raise InputError(
             f"no {TOKENIZER_FILE} here", where=str(folder), fix="put the model's tokenizer beside the graph"

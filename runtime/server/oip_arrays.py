@@ -89,15 +89,15 @@ def _prefill(decoder: Decoder, tokens: np.ndarray, whole: bool) -> Callable[[], 
 
 
 async def embeddings(worker: EncoderWorker, texts: list[str], most: int) -> np.ndarray:
-    """Return a unit vector for each text, float32 [texts, hidden].
+    """Return a unit vector for each text, float32 [texts, width].
 
     Raises:
         ApiError: The answer would be too large.
         InputError: There is no text, or one is empty or too long.
     """
     _check_size(len(texts) * await worker.width(), most, "text")
-    codec = worker.session.text_codec
-    return await worker.embed(await asyncio.to_thread(lambda: [codec.encode(text) for text in texts]))
+    tokens = worker.session.tokens
+    return await worker.embed(await asyncio.to_thread(lambda: [tokens(text) for text in texts]))
 
 
 async def hidden_state(worker: EncoderWorker, ids: np.ndarray, mask: np.ndarray, most: int) -> np.ndarray:
@@ -107,7 +107,7 @@ async def hidden_state(worker: EncoderWorker, ids: np.ndarray, mask: np.ndarray,
         ApiError: The answer would be too large.
         InputError: A row is too long or has an unknown token.
     """
-    _check_size(ids.size * await worker.width(), most, "input_ids")
+    _check_size(ids.size * await worker.hidden_width(), most, "input_ids")
     return await worker.hidden(ids, mask)
 
 

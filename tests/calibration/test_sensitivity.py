@@ -19,7 +19,6 @@ from rk_export.calibration.dense_statistics import DenseStatistics
 from rk_export.calibration.self_text import draw
 from rk_export.calibration.sensitivity import dense_statistics
 from rk_export.calibration.text_run import TextRun
-from rk_export.errors import InputError
 from rk_export.source.stored import StoredModel
 
 pytestmark = pytest.mark.slow
@@ -211,8 +210,3 @@ def test_large_statistics_are_not_kept(
         gather(source_of("llama"), tmp_path)
     assert "not cached" in caplog.text
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_an_encoder_has_no_loss(source_of: SourceOf, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="encoder"):
-        gather(source_of("bert"), tmp_path)

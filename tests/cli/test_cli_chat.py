@@ -318,4 +318,4 @@ def test_a_stop_token(cli: Cli, tmp_path: Path) -> None:
 def test_an_encoder_does_not_chat(cli: Cli, tmp_path: Path) -> None:
     ended = cli("run", write_encoder(tmp_path / "out"), "--provider", "cpu")
     assert (ended.code, ended.out) == (2, "")
-    assert "decoder" in ended.err
+    assert "an encoder does not chat" in ended.err

@@ -290,6 +290,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("eval", "--provider"): NO_PROVIDER,
     ("eval", "--threads"): NO_THREADS,
     ("run", "--prompt"): Case(("-p", "The train"), prints_other),
+    ("run", "--pair"): Case(("--pair", "The train"), refused("goes with classifiers")),
     ("run", "--chat"): Case(("--chat",), prints_other),
     ("run", "--system"): Case(("--system", "Be brief."), prints_other, line=CHAT),
     ("run", "--template-arg"): Case(

@@ -11,18 +11,23 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from bundle_tokens import answers
 from compressed import OnnxModel, SourceOf, compress, floats, logits, tokens
+from genai_tokens import genai_tokens
 from made_recipes import made_recipe
 from onnxscript._internal.builder import GraphBuilder
+from tiny_models import tiny_model
 from torch import Tensor
 from torch.nn.functional import silu
 
+from rk_export import compress as whole_compress
 from rk_export.graph.modules.bound import bind_weights
 from rk_export.graph.modules.experts import GroupedExperts
 from rk_export.model.canonical import ExpertMLP, Experts
 from rk_export.model.grouped_experts import matrices_of, needs_company
 from rk_export.options.calibration import UNWEIGHED
 from rk_export.options.quantization import W8A8, QuantSpec
+from rk_export.options.run import Run
 from rk_export.passes.graph.nodes import Mark
 from rk_export.passes.modules.quantized import QuantizedLinear, float_inputs, level4_inputs
 from rk_export.passes.numerics.quantize import quantize_rtn
@@ -198,7 +203,9 @@ def test_the_reason_is_told_where_every_expert_computes(
     options, fields, reason = REASONS[case]
     source = source_of("mixtral", num_hidden_layers=1, **fields)
     rewritten = with_expert_findings(made(source, **options))
-    (finding,) = [item for item in rewritten.findings if item.details.get("pass") == "grouped experts"]
+    (finding,) = [
+        item for item in rewritten.findings if (item.details or {}).get("pass") == "grouped experts"
+    ]
     assert (finding.target, finding.outcome) == ("layers.0.experts", Outcome.SKIPPED)
     assert reason in finding.reason
     model, ids = OnnxModel(rewritten, tmp_path), tokens(source)
@@ -213,7 +220,9 @@ def test_experts_of_several_formats_or_levels_stay_apart(source_of: SourceOf) ->
     ((_, first), (_, second)) = experts_by_layer(rewritten)
     first[0].down_proj = matrix(64, 128, QuantSpec(4, 64))
     second[1].up_proj.reads_floats = True
-    told = [item.reason for item in with_expert_findings(rewritten).findings if item.details.get("pass")]
+    told = [
+        item.reason for item in with_expert_findings(rewritten).findings if (item.details or {}).get("pass")
+    ]
     assert "its experts have several formats" in told[-2]
     assert "its experts read their inputs at several accuracy levels" in told[-1]
 
@@ -255,3 +264,23 @@ def test_the_same_node_in_half_precision(source_of: SourceOf, tmp_path: Path, fa
         assert node.inputs[3].dtype is ir.DataType.FLOAT16  # type: ignore[union-attr]
     assert not any(node.op_type == "Slice" and "experts" in (node.name or "") for node in model.graph.graph)
     assert error(model.run(ids)[0].float(), logits(rewritten.model, ids)) < 0.02
+
+
+@pytest.mark.parametrize("spec", [INT4, QuantSpec(4, 128, symmetric=False), INT8], ids=str)
+def test_requests_in_slots_and_in_genai(
+    tmp_path: Path, spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As shipped: tier i finds no neighbour in any logit, and GenAI chooses the tokens of our runtime."""
+    monkeypatch.setattr("rk_export.rewrite.accuracy_levels.LARGEST_LOSS", 1e9)  # random weights cost much
+    tiny_model("mixtral", **WIDE).save_pretrained(tmp_path / "model")
+    recipe = floats((), quant=spec, table=INT8, accuracy_level=4)
+    report = whole_compress(tmp_path / "model", tmp_path / "out", recipe, run=Run(threads=1))
+    tiers = {tier.tier: tier for tier in report.parity}
+    assert (tiers["i"].bound, tiers["i"].max_error) == (0.0, 0.0)
+    assert all(tier.passed is not False for tier in tiers.values())
+    told = [item for item in report.findings if (item.details or {}).get("pass") == "grouped experts"]
+    assert [item.outcome for item in told] == [Outcome.APPLIED] * 2
+    prompts = [list(range(3, 3 + length)) for length in (5, 9)]
+    rows = answers(tmp_path / "out", [torch.tensor(prompt) for prompt in prompts], 12)
+    found = genai_tokens(tmp_path / "out", prompts, 12)
+    assert found == [row.until(2, 12) for row in rows]

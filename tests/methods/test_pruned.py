@@ -269,7 +269,7 @@ def test_sources_of_one_folder_are_told_apart(source_of: SourceOf) -> None:
         ("helium", PruneOptions(kv_heads_keep=1), "ties the width"),
         ("olmo2", PruneOptions(kv_heads_keep=1), "normalized over all heads"),
         ("mixtral", PruneOptions(ffn_keep=0.5), "every expert"),
-        ("bert", PruneOptions(ffn_keep=0.5), "only decoders"),
+        ("bert", PruneOptions(ffn_keep=0.5), "an encoder loses no blocks"),
     ],
 )
 def test_what_cannot_go_is_refused(

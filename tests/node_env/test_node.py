@@ -24,9 +24,9 @@ from node_scripts import node
 from plain_loop import Greedy, empty_cache, greedy, opened
 from tiny_models import tiny_model
 
-from rk_export import Run, compress, deployment_files, export
+from rk_export import Recipe, Run, compress, deployment_files
 from rk_export.bundle.targets.js_graph import KEPT
-from rk_export.bundle.targets.transformers_js import MODEL_TYPES
+from rk_export.bundle.targets.transformers_js import ENCODER_TYPES, MODEL_TYPES
 from rk_export.options.quantization import QuantSpec
 from rk_export.runtime import EncoderSession, GenerationOptions, Session
 
@@ -119,9 +119,12 @@ def test_the_graph_asks_for_what_transformers_js_feeds(format_of: FormatOf) -> N
 
 
 def test_transformers_js_has_a_class_for_every_family_that_is_let_through() -> None:
-    decoders = sorted(MODEL_TYPES - {"bert"})
+    decoders = sorted(MODEL_TYPES)
     found = node("transformers.mjs", folder=str(Path(__file__)), task="types", types=[*decoders, "mixtral"])
     assert found["known"] == decoders
+    encoders = sorted(ENCODER_TYPES)
+    given = {"task": "types", "types": [*encoders, "internlm3"], "encoders": True}
+    assert node("transformers.mjs", folder=str(Path(__file__)), **given)["known"] == encoders
 
 
 def assert_continued(session: Session, folder: str, prompt: str) -> Greedy:
@@ -181,19 +184,22 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert len(set(expected.tokens)) > 2  # else a wrong cache could go unnoticed
 
 
-def test_features_of_an_encoder(tmp_path: Path) -> None:
-    bundle = saved("bert", tmp_path)
+@pytest.mark.parametrize(("family", "recipe"), [("bert", "floats"), ("bert", "int4"), ("roberta", "w8a8")])
+def test_features_of_an_encoder(tmp_path: Path, family: str, recipe: str) -> None:
+    bundle = saved(family, tmp_path, recipe)
     (expected,) = EncoderSession.from_pretrained(bundle, provider="cpu", threads=1).embed([SENTENCES[2]])
     folder = str(bundle / "transformers.js")
     found = node("transformers.mjs", folder=folder, task="features", prompt=SENTENCES[2])
-    np.testing.assert_allclose(found["values"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found["values"], expected, rtol=1e-4, atol=1e-5 if recipe == "floats" else 2e-3
+    )
 
 
-def saved(family: str, place: Path) -> Path:
-    """Export a tiny model of a family in floats, with a tokenizer."""
+def saved(family: str, place: Path, recipe: str = "floats") -> Path:
+    """Export a tiny model of a family, with a tokenizer."""
     tiny_model(family, vocab_size=VOCABULARY).save_pretrained(place / "model")
     trained_tokenizer().save_pretrained(place / "model")
-    export(place / "model", place / "bundle", run=Run(threads=1))
+    compress(place / "model", place / "bundle", Recipe.load(recipe), run=Run(threads=1))
     deployment_files(place / "bundle", ["transformers.js"])
     return place / "bundle"
 

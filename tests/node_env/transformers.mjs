@@ -4,7 +4,7 @@ import { basename, dirname } from "node:path";
 
 import { answer, asked, library } from "./libraries.mjs";
 
-const { AutoModelForCausalLM, AutoTokenizer, env, pipeline } = await library("@huggingface/transformers");
+const { AutoModel, AutoModelForCausalLM, AutoTokenizer, env, pipeline } = await library("@huggingface/transformers");
 const job = await asked();
 env.localModelPath = dirname(job.folder);
 env.allowRemoteModels = false;
@@ -45,9 +45,12 @@ const tasks = {
     const extractor = await pipeline("feature-extraction", name, options);
     return { values: (await extractor(job.prompt, { pooling: "mean", normalize: true })).tolist()[0] };
   },
-  /** Which model types there is a class for. */
+  /** Which model types there is a class for: of models that continue texts, or of encoders. */
   async types() {
-    return { known: job.types.filter((type) => AutoModelForCausalLM.supports(type)) };
+    // AutoModel says that it supports every type, and takes a plain class for those that it does not list.
+    const listed = (type) => AutoModel.MODEL_CLASS_MAPPINGS.some((mapping) => mapping.has(type));
+    const known = job.encoders ? listed : (type) => AutoModelForCausalLM.supports(type);
+    return { known: job.types.filter(known) };
   },
 };
 answer(await tasks[job.task]());

@@ -356,17 +356,39 @@ def test_an_attention_of_another_operator_is_a_miss() -> None:
     assert_unchanged(graph, before)
 
 
-def test_attention_with_a_bias_of_its_own_is_a_miss() -> None:
+def test_the_mask_is_added_to_a_bias_of_attention() -> None:
+    """A bias that hides the first key is what a mask without that key says; both together hide both."""
     graph, node = masked_graph()
     bias = graph.input("bias", ["batch", 1, "length", "total"])
     node.resize_inputs(ATTENTION_BIAS + 1)
     node.replace_input_with(ATTENTION_BIAS, bias)
+    run_graph_passes([AttentionMask(1)], graph.model)
+    values = X.repeat(2, axis=2)[:1]
+    values = np.concatenate([values, values[:, ::-1] * 2], axis=1)  # six tokens
+    hidden = np.zeros((1, 1, 6, 6), np.float32)
+    hidden[..., 0] = -1e9
+
+    def last(mask: list[int], own: np.ndarray) -> np.ndarray:
+        feeds = {
+            "input_ids": np.zeros((1, 6), np.int64),
+            "attention_mask": np.array([mask]),
+            "packed": values,
+        }
+        found: np.ndarray = graph.run(**feeds, bias=own, **empty_past(1))[0][0, -1]
+        return found
+
+    both = last([0, 0, 1, 1, 1, 1], np.zeros_like(hidden))
+    np.testing.assert_allclose(last([1, 0, 1, 1, 1, 1], hidden), both, rtol=1e-5, atol=1e-6)
+    assert np.abs(last([1, 0, 1, 1, 1, 1], np.zeros_like(hidden)) - both).max() > 1e-3
+
+
+def test_a_mask_is_not_added_twice() -> None:
+    graph, _ = masked_graph()
+    run_graph_passes([AttentionMask(1)], graph.model)
     before = graph.ops()
-    assert AttentionMask()(graph.model).fusion.found == 0
-    with pytest.raises(FusionError, match="no bias of its own"):
+    with pytest.raises(FusionError, match="without the mask in its bias"):
         AttentionMask(1)(graph.model)
     assert_unchanged(graph, before)
-    assert node.inputs[ATTENTION_BIAS] is bias
 
 
 def test_a_graph_without_a_mask_is_a_miss() -> None:

@@ -316,9 +316,25 @@ def test_what_cannot_be_planned_is_refused_before_work(
     assert caught.value.where == where
 
 
-def test_an_encoder_has_no_budget(source_of: SourceOf) -> None:
-    with pytest.raises(InputError, match="no loss that a budget"):
-        check_options(source_of("bert"), options("keep", 0.9))
+def test_an_encoder_has_every_budget_but_that_of_time(source_of: SourceOf) -> None:
+    bert = source_of("bert", max_position_embeddings=1024)
+    for kind, amount in (("keep", 0.9), ("size", 500_000), ("mean_bits", 5)):
+        check_options(bert, options(kind, amount))
+    with pytest.raises(InputError, match="this is an encoder"):
+        check_options(bert, options("speed_up", 1.5))
+
+
+def test_a_budget_of_an_encoder_is_spent_by_the_error_of_its_states(source_of: SourceOf) -> None:
+    bert = source_of("bert")
+    losses = []
+    for amount in (160_000, 240_000, 320_000):
+        inputs = compression_inputs(bert, options("size", amount))
+        plan = decide_plan(inputs.source, inputs.recipe, statistics=inputs.statistics, table=inputs.table)
+        assert {role for site in plan.sites for role in site.members} == {"q", "k", "v", "o", "up", "down"}
+        assert plan.table is not None
+        losses.append(plan.predicted_loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] > 0
 
 
 @pytest.mark.parametrize(
@@ -408,11 +424,13 @@ def test_a_file_beyond_the_budget_is_said_aloud(
     assert any(notice.startswith("the files take") for notice in report.notices)
 
 
-def test_an_encoder_says_that_it_has_no_metric(source_of: SourceOf) -> None:
+def test_an_encoder_says_what_stands_for_its_text(source_of: SourceOf) -> None:
     asked = made_recipe(groups=("qk",), quant=None, table=None, calibration=TEXT)
-    (finding,) = compression_inputs(source_of("bert"), asked).findings
-    assert (finding.target, finding.outcome) == ("metric", "skipped")
-    assert "has no loss" in finding.reason
+    inputs = compression_inputs(source_of("bert"), asked)
+    (finding,) = inputs.findings
+    assert (finding.target, finding.outcome) == ("calibration.text", "applied")
+    assert "drawn uniformly" in finding.reason
+    assert inputs.statistics is not None
 
 
 def test_gradients_that_would_be_too_large_are_kept_by_their_diagonals(

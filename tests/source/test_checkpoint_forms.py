@@ -304,7 +304,6 @@ def test_a_scalar_in_place_of_a_tensor_is_refused(saved: Folder, name: str) -> N
         ("llama", "LlamaForTokenClassification"),
         ("qwen2", "Qwen2ForProcessRewardModel"),
         ("llama", "LlavaForConditionalGeneration"),
-        ("bert", "BertForSequenceClassification"),
         ("bert", "BertForQuestionAnswering"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from rk_export import Run, export
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.families.registry import FAMILIES
-from rk_export.model.unknown_families import SAME, TakenAs, taken_as
+from rk_export.model.unknown_families import SAME, TakenAs, decoders, patterns_of, taken_as
 from rk_export.parity.oracle import transformers_logits
 from rk_export.report.records import Report
 from rk_export.source.stored import open_source
@@ -120,9 +120,16 @@ def test_a_family_with_other_tensors_is_refused_with_what_differs(monkeypatch: p
     monkeypatch.delitem(FAMILIES, "gemma2")
     with pytest.raises(UnsupportedModelError, match="'gemma2' is not supported, nor is it a known family"):
         taken_as(tiny_config("gemma2"))
-    monkeypatch.delitem(FAMILIES, "gpt2")
+    for model_type, family in list(FAMILIES.items()):
+        if family.architecture.layers == "transformer.h":
+            monkeypatch.delitem(FAMILIES, model_type)
     with pytest.raises(UnsupportedModelError, match=r"no family has tensors like transformer\.h\.0"):
         taken_as(tiny_config("gpt2"))
+
+
+def test_names_of_every_family_are_known() -> None:
+    """What no family has can only be said where all of them are looked at."""
+    assert [model_type for model_type in decoders() if not patterns_of(model_type)] == []
 
 
 @pytest.fixture
@@ -165,7 +172,7 @@ def test_the_models_own_weights_decide(gain: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AcmeConfig(**fields)).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(gain / 0.02)
+        model.lm_head.weight.mul_(gain / 0.02)  # the scale of fresh weights
     model.save_pretrained(tmp_path / "model")
     trained_tokenizer().save_pretrained(tmp_path / "model")
     if gain == 1.0:

@@ -16,6 +16,18 @@ _ALIBI: dict[str, str | None] = {**_NO_GROUPS, "intermediate_size": None}
 
 FAMILIES = (
     TinyFamily(
+        "gpt_neo",
+        fields={"attention_types": [[["global", "local"], 1]], "window_size": 5},
+        spelled=_NO_GROUPS,
+        known=("GPT-Neo 125M to 2.7B", "TinyStories"),
+    ),
+    TinyFamily(
+        "gpt_bigcode",
+        spelled={**_OLD_NAMES, "num_attention_heads": "n_head"},
+        variants={"all_heads": {"multi_query": False}, "unscaled": {"scale_attn_weights": False}},
+        known=("StarCoder", "SantaCoder"),
+    ),
+    TinyFamily(
         "gpt_neox",
         fields=_PARTIAL,
         spelled=_NO_GROUPS,

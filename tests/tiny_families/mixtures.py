@@ -63,7 +63,7 @@ FAMILIES = (
     TinyFamily(
         "phimoe",
         fields={**_EXPERTS, "attention_bias": True, "router_jitter_noise": 0.2, "lm_head_bias": True},
-        variants={"long": {"rope_parameters": _LONG_ROPE}},
+        variants={"long": {"rope_parameters": _LONG_ROPE, "sliding_window": 6}},
         known=("Phi-3.5-MoE", "Phi-mini-MoE"),
     ),
     TinyFamily(
@@ -76,13 +76,13 @@ FAMILIES = (
             "moe_intermediate_size": 32,
             "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1,
+            "moe_norm_min": 0.9,
             "use_bias": True,
             "tie_word_embeddings": False,
         },
         variants={
             "none-shared": {
                 "moe_num_shared_experts": 0,
-                "moe_norm_min": 0.9,
                 "moe_layer_interval": 2,
                 "use_bias": False,
                 "tie_word_embeddings": True,

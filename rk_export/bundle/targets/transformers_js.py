@@ -34,7 +34,6 @@ MODEL_TYPES = frozenset(
         *(
             "apertus",
             "arcee",
-            "bert",
             "cohere",
             "cohere2",
             "ernie4_5",
@@ -58,6 +57,12 @@ MODEL_TYPES = frozenset(
             "qwen3_moe",
         ),
         *("smollm3", "starcoder2", "vaultgemma"),
+    ]
+)
+ENCODER_TYPES = frozenset(
+    [
+        *("bert", "camembert", "distilbert", "electra", "eurobert", "modernbert", "mpnet", "nomic_bert"),
+        *("roberta", "xlm-roberta"),
     ]
 )
 _LARGEST_FILE = 2**31 - 1  # bytes that a browser reads into one buffer
@@ -93,11 +98,12 @@ def write_folder(deployment: Deployment, folder: Path) -> None:
 def _config(bundle: Path) -> dict[str, Any]:
     """Return the model's config; transformers.js looks up the class by ``model_type``."""
     config = read_json(bundle / "config.json")
-    if config.get("model_type") not in MODEL_TYPES:
+    known = MODEL_TYPES | ENCODER_TYPES
+    if config.get("model_type") not in known:
         raise InputError(
             f"transformers.js has no class for the model type {config.get('model_type')!r}",
             where=str(bundle / "config.json"),
-            fix=f"serve it with another target; it has classes for {', '.join(sorted(MODEL_TYPES))}",
+            fix=f"serve it with another target; it has classes for {', '.join(sorted(known))}",
         )
     return config | _older_spelling(config)
 

@@ -1,8 +1,8 @@
 """The dense graph of a model: config to a tree of onnxscript modules, the tree to an ``ir.Model``.
 
 ``build_module`` returns a tree that the exporter may edit, ``trace`` turns it into a graph. All decoder families
-run through the one decoder of ``decoder.py``, BERT through ``encoder.py``. ``cpu`` graphs are fp32, ``cuda`` and
-``portable`` graphs are fp16 and use the same operators.
+run through the one decoder of ``decoder.py``, all encoders through ``encoder.py``. ``cpu`` graphs are fp32, ``cuda``
+and ``portable`` graphs are fp16 and use the same operators.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import onnx_ir as ir
 import torch
 from mobius import ArchitectureConfig, ModelTask, build_from_module
 from onnxscript import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.attention import Biases
 from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
+from rk_export.graph.dense.encoder_task import EncoderTask
 from rk_export.graph.dense.rotary import Late
 from rk_export.graph.dense.stateful_task import StatefulTextGeneration
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import activation_of
 from rk_export.model.context import own_context
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.description import ModelDescription
+from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.exported_names import rename_tensors
-from rk_export.model.families.registry import family_of
 
 ExecutionProvider = Literal["cpu", "cuda", "portable"]
 Dtype = Literal["fp32", "fp16"]
@@ -82,23 +82,27 @@ def build_module(
     Raises:
         UnsupportedModelError: As ``check_supported``.
     """
-    config, architecture = description.config, description.architecture
+    architecture = description.architecture
     _check_dtype(ep, dtype)
-    family_of(config).check(config)
-    spec = None if architecture.is_encoder else description.decoder  # refuses options by name
+    # Specs refuse options by name, before the torch model is built.
+    spec = description.spec
     skeleton = description.canonical
     shapes = _weight_shapes(architecture, skeleton)
-    if spec is None:
-        onnx_config, task = _encoder_config(config), "feature-extraction"
-        module: nn.Module = Encoder(onnx_config)
+    dtypes = _IR_DTYPE[dtype]
+    task: str | ModelTask
+    tables = description.rotary_tables(positions or own_context(description.config))
+    if isinstance(spec, EncoderSpec):
+        onnx_config, task = _encoder_config(spec), EncoderTask()
+        biased = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
+        module: nn.Module = Encoder(spec, biased, tables, dtypes)
     else:
         onnx_config = _decoder_config(spec)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
-        biases, tables = _biases(shapes), description.rotary_tables(positions or own_context(config))
+        biases = _biases(shapes)
         _check_head(spec, biases)
-        module = Decoder(spec, onnx_config, biases, tables, _IR_DTYPE[dtype])
+        module = Decoder(spec, onnx_config, biases, tables, dtypes)
     _check_structure(module, shapes)
-    onnx_config.dtype = _IR_DTYPE[dtype]
+    onnx_config.dtype = dtypes
     return OnnxModule(module, onnx_config, task, ep, architecture)
 
 
@@ -110,8 +114,8 @@ def trace(onnx_module: OnnxModule) -> ir.Model:
     Returns:
         Decoder: inputs ``input_ids``, ``attention_mask``, ``past_key_values.{i}.key|value`` and, with learned
         positions, ``position_ids``; outputs ``logits``, ``present.{i}.key|value``. A layer with a short convolution has
-        ``past_conv.{i}`` and ``present_conv.{i}`` instead. Encoder: inputs
-        ``input_ids``, ``attention_mask``, ``token_type_ids``; output ``last_hidden_state``.
+        ``past_conv.{i}`` and ``present_conv.{i}`` instead. Encoder: inputs ``input_ids``, ``attention_mask`` and, with
+        several types of tokens, ``token_type_ids``; output ``last_hidden_state``, or ``logits`` of a classifier.
     """
     package = build_from_module(
         onnx_module.module,
@@ -213,20 +217,18 @@ def _check_head(spec: DecoderSpec, biases: Biases) -> None:
         )
 
 
-def _encoder_config(config: PretrainedConfig) -> ArchitectureConfig:
+def _encoder_config(spec: EncoderSpec) -> ArchitectureConfig:
+    """Return what mobius checks; the encoder's modules read its spec."""
     return ArchitectureConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.type_vocab_size,
-        hidden_act=activation_of(config),
-        rms_norm_eps=config.layer_norm_eps,
-        pad_token_id=config.pad_token_id,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=len(spec.layers),
+        num_attention_heads=spec.heads.heads,
+        num_key_value_heads=spec.heads.kv_heads,
+        head_dim=spec.heads.head_dim,
+        hidden_act=spec.activation,
+        rms_norm_eps=spec.norm_epsilon,
     )
 
 

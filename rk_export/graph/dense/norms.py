@@ -1,4 +1,4 @@
-"""The norms that decoders have, by the kind that their spec names."""
+"""The norms that models have, by the kind that their spec names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from mobius.components import LayerNorm, LayerNormNoAffine, LayerNormNoBias, RMS
 from onnxscript import OpBuilder, nn
 
 from rk_export.model.decoder_spec import DecoderSpec, NormKind
+from rk_export.model.encoder_spec import EncoderSpec
+
+Normed = DecoderSpec | EncoderSpec
 
 _CLASSES: dict[NormKind, Callable[..., nn.Module]] = {
     "rms": RMSNorm,
@@ -20,12 +23,12 @@ _CLASSES: dict[NormKind, Callable[..., nn.Module]] = {
 JOINED_WITH_SUM: tuple[NormKind, ...] = ("rms", "layer", "layer_no_bias")
 
 
-def norm_of(spec: DecoderSpec, width: int) -> nn.Module:
+def norm_of(spec: Normed, width: int) -> nn.Module:
     """Return a norm of the family's kind over ``width`` coordinates."""
     return _CLASSES[spec.norm](width, eps=spec.norm_epsilon)
 
 
-def query_key_norm(spec: DecoderSpec, heads: int) -> nn.Module:
+def query_key_norm(spec: Normed, heads: int) -> nn.Module:
     """Return the norm of queries or keys with a number of heads, for a spec that has one."""
     if spec.query_key_norm == "all":
         return norm_of(spec, heads * spec.heads.head_dim)
@@ -53,7 +56,7 @@ class _ByHead(nn.Module):
 class _EachHead(nn.Module):
     """LayerNorm over each head of (batch, length, heads * width), with gains of its own and no shift."""
 
-    def __init__(self, spec: DecoderSpec, heads: int) -> None:
+    def __init__(self, spec: Normed, heads: int) -> None:
         super().__init__()
         self._width = spec.heads.head_dim
         self._norm = LayerNormNoAffine(self._width, eps=spec.norm_epsilon)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from rk_export.model.expert_spec import CorrectedRouting, ExpertSpec, SoftmaxRouting, SparseMixerRouting
+from rk_export.errors import UnsupportedModelError
+from rk_export.model.expert_spec import (
+    SPARSE_MIXER_EXPERTS,
+    CorrectedRouting,
+    ExpertSpec,
+    SoftmaxRouting,
+    SparseMixerRouting,
+)
 
 Choice = tuple[ir.Value, ir.Value]
 
@@ -68,10 +75,19 @@ class CorrectedRouter(_Router):
 
 
 class SparseMixerRouter(_Router):
-    """See `SparseMixerRouting`."""
+    """See `SparseMixerRouting`.
+
+    Raises:
+        UnsupportedModelError: A token runs through more or fewer than two experts.
+    """
 
     def __init__(self, experts: ExpertSpec, hidden_size: int, routing: SparseMixerRouting) -> None:
         super().__init__(experts, hidden_size)
+        if experts.per_token != SPARSE_MIXER_EXPERTS:
+            raise UnsupportedModelError(
+                f"SparseMixer chooses {SPARSE_MIXER_EXPERTS} experts, not {experts.per_token}",
+                where="num_experts_per_tok",
+            )
         self._tolerance = routing.tolerance
 
     def forward(self, op: OpBuilder, hidden: ir.Value) -> Choice:

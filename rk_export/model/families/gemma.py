@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import layer_specs, llama_spec, window_by_type
+from rk_export.model.config_fields import activation_of, layer_specs, llama_spec, window_by_type
 from rk_export.model.decoder_spec import SANDWICH_NORM, DecoderSpec, NormNames
 from rk_export.model.families.base import Family, Refused
 
@@ -24,6 +24,7 @@ def _gemma2(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(
         config,
         layers=layer_specs(config, scale=config.query_pre_attn_scalar**-0.5, window=window_by_type),
+        activation=activation_of(config, ("hidden_activation",)),
         norm_names=SANDWICH_NORM,
         attention_softcap=_softcap(config, "attn_logit_softcapping"),
         embedding_scale=float(config.hidden_size**0.5),
@@ -40,6 +41,7 @@ def _gemma3(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(
         config,
         layers=layer_specs(config, scale=config.query_pre_attn_scalar**-0.5, window=window_by_type),
+        activation=activation_of(config, ("hidden_activation",)),
         norm_names=SANDWICH_NORM,
         query_key_norm="head",
         embedding_scale=float(config.hidden_size**0.5),
@@ -63,5 +65,5 @@ FAMILIES = (
     Family(Architecture("gemma", unit_offset=True), _gemma, _CAUSAL),
     Family(Architecture("gemma2", unit_offset=True), _gemma2, _CAUSAL),
     Family(Architecture("vaultgemma", unit_offset=True), _vaultgemma),
-    Family(Architecture("gemma3_text", unit_offset=True), _gemma3, _CAUSAL),
+    Family(Architecture("gemma3_text", unit_offset=True), _gemma3, both_ways="use_bidirectional_attention"),
 )

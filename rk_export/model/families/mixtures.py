@@ -13,6 +13,7 @@ from rk_export.model.canonical import Experts, split_experts, split_linear
 from rk_export.model.config_fields import every_window, layer_specs, llama_spec, window_by_type
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.expert_spec import (
+    SPARSE_MIXER_EXPERTS,
     CorrectedRouting,
     ExpertSpec,
     Routing,
@@ -22,9 +23,8 @@ from rk_export.model.expert_spec import (
 )
 from rk_export.model.families.base import Family
 
-# PhiMoE's router chooses two experts whatever its config says.
-SPARSE_MIXER_EXPERTS = 2
 _SHARED_EXPERT = "mlp.shared_expert"
+_PER_TOKEN = "num_experts_per_tok"
 
 
 def _in_every_layer(config: PretrainedConfig, index: int) -> bool:
@@ -45,7 +45,12 @@ def _in_ernie_layers(config: PretrainedConfig, index: int) -> bool:
 
 
 def experts_of(
-    count: int, per_token: int, width: int, routing: Routing, shared: SharedExpert | None = None
+    config: PretrainedConfig,
+    count: int,
+    per_token: int,
+    width: int,
+    routing: Routing,
+    shared: SharedExpert | None = None,
 ) -> ExpertSpec:
     """Return the spec of a mixture.
 
@@ -55,7 +60,7 @@ def experts_of(
     if not 1 <= per_token <= count:
         raise UnsupportedModelError(
             f"a token cannot run through {per_token} of {count} experts",
-            where="config.json: num_experts_per_tok",
+            where=f"config.json: {config.attribute_map.get(_PER_TOKEN, _PER_TOKEN)}",
             fix="give the numbers that the weights were made with",
         )
     return ExpertSpec(count, per_token, width, routing, shared)
@@ -66,6 +71,7 @@ def _mixtral(config: PretrainedConfig) -> DecoderSpec:
         config,
         layers=layer_specs(config, window=every_window, has_experts=_in_every_layer),
         experts=experts_of(
+            config,
             config.num_local_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
@@ -80,6 +86,7 @@ def _qwen3_moe(config: PretrainedConfig) -> DecoderSpec:
         layers=layer_specs(config, window=every_window, has_experts=_in_sparse_layers),
         query_key_norm="head",
         experts=experts_of(
+            config,
             config.num_local_experts,
             config.num_experts_per_tok,
             config.moe_intermediate_size,
@@ -93,6 +100,7 @@ def _qwen2_moe(config: PretrainedConfig) -> DecoderSpec:
     if not any(layer.has_experts for layer in layers):
         return llama_spec(config, layers=layers)
     experts = experts_of(
+        config,
         config.num_experts,
         config.num_experts_per_tok,
         config.moe_intermediate_size,
@@ -109,6 +117,7 @@ def _olmoe(config: PretrainedConfig) -> DecoderSpec:
         query_key_norm="all",
         clip=float(config.clip_qkv or 0.0),
         experts=experts_of(
+            config,
             config.num_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
@@ -126,6 +135,7 @@ def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
         residual_scale=float(config.residual_multiplier),
         logit_scale=1.0 / config.logits_scaling,
         experts=experts_of(
+            config,
             config.num_local_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
@@ -138,9 +148,10 @@ def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
 def _phimoe(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(
         config,
-        layers=layer_specs(config, has_experts=_in_every_layer),
+        layers=layer_specs(config, window=every_window, has_experts=_in_every_layer),
         norm="layer",
         experts=experts_of(
+            config,
             config.num_local_experts,
             SPARSE_MIXER_EXPERTS,
             config.intermediate_size,
@@ -153,6 +164,7 @@ def _ernie4_5_moe(config: PretrainedConfig) -> DecoderSpec:
     layers = layer_specs(config, has_experts=_in_ernie_layers)
     shared = config.moe_num_shared_experts * config.moe_intermediate_size
     experts = experts_of(
+        config,
         config.num_experts,
         config.num_experts_per_tok,
         config.moe_intermediate_size,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
+from rk_export.model.decoder_as_encoder import as_encoder
 from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.families import (
     bert,
     bitnet,
@@ -17,6 +21,8 @@ from rk_export.model.families import (
     gemma,
     glm,
     gpt2,
+    gpt_bigcode,
+    gpt_neo,
     gpt_neox,
     gptj,
     granite,
@@ -25,17 +31,20 @@ from rk_export.model.families import (
     llama,
     ministral3,
     mixtures,
+    modernbert,
     mpt,
     nemotron,
     olmo,
     opt,
     phi,
     phi3,
+    rotary_encoders,
     stablelm,
     starcoder2,
     ungated,
 )
 from rk_export.model.families.base import Family
+from rk_export.model.outputs import head_of
 
 _KINS = (
     *(
@@ -56,11 +65,13 @@ _KINS = (
         lfm2,
     ),
     *(mixtures, starcoder2, gpt2, opt),
-    *(gpt_neox, stablelm, gptj, falcon, bloom, mpt),
-    bert,
+    *(gpt_neo, gpt_bigcode, gpt_neox, stablelm, gptj, falcon, bloom, mpt),
+    *(bert, modernbert, rotary_encoders),
 )
 # Widths of heads that GroupQueryAttention takes are multiples of it.
 HEAD_MULTIPLE = 8
+# Those of an encoder's heads that are rotated: rotation is inside the operator.
+ROTATED_MULTIPLE = 16
 FAMILIES: dict[str, Family] = {family.model_type: family for kin in _KINS for family in kin.FAMILIES}
 
 
@@ -81,12 +92,12 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return the names of a config's family.
+    """Return the names of a config's family, in the class that the model is built as.
 
     Raises:
         UnsupportedModelError: The family is unknown.
     """
-    return family_of(config).architecture
+    return family_of(config).names(config)
 
 
 def heads_of(config: PretrainedConfig) -> HeadLayout:
@@ -115,15 +126,47 @@ def decoder_spec(config: PretrainedConfig) -> DecoderSpec:
     return spec
 
 
-def _check_heads(heads: HeadLayout, config: PretrainedConfig) -> None:
+def encoder_spec(config: PretrainedConfig) -> EncoderSpec:
+    """Read the spec of an encoder, or of a decoder that gives its hidden states.
+
+    Raises:
+        UnsupportedModelError: The family is unknown, or the config turns on an option that the exported graph does not
+            have.
+    """
+    family = family_of(config)
+    family.check(config)
+    if family.encoder is not None:
+        spec = family.encoder(config)
+        if (found := family.classifier(config)) is not None:
+            by_token = head_of(config) == "tokens"
+            spec = replace(spec, classifier=found.spec(int(config.num_labels), by_token=by_token))
+    elif family.decoder is not None:
+        spec = as_encoder(family.decoder(config), causal=not family.sees_both_ways(config))
+    else:
+        raise TypeError(f"{family.model_type} computes nothing")
+    _check_heads(spec.heads, config, ROTATED_MULTIPLE if spec.is_rotated else HEAD_MULTIPLE)
+    _check_sizes(spec, family.architecture.width_field)
+    return spec
+
+
+def _check_heads(heads: HeadLayout, config: PretrainedConfig, multiple: int = HEAD_MULTIPLE) -> None:
     """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
-    if heads.heads % heads.kv_heads or heads.head_dim % HEAD_MULTIPLE:
-        width = "head_dim" if getattr(config, "head_dim", None) else "hidden_size"
+    if heads.heads % heads.kv_heads or heads.head_dim % multiple:
+        width = "head_dim, hidden_size" if getattr(config, "head_dim", None) else "hidden_size"
         raise UnsupportedModelError(
             f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "
-            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {HEAD_MULTIPLE}",
+            f"GroupQueryAttention takes whole groups of heads and widths that are multiples of {multiple}",
             where=f"config.json: num_attention_heads, num_key_value_heads, {width}",
         )
+
+
+def _check_sizes(spec: EncoderSpec, width_field: str) -> None:
+    """Refuse an MLP without neurons, and an embedding without columns."""
+    for field, number in {width_field: spec.intermediate_size, "embedding_size": spec.embedding_size}.items():
+        if number < 1:
+            raise UnsupportedModelError(
+                f"{field} is {number}; the exported graph needs at least 1", where=f"config.json: {field}"
+            )
 
 
 def _check_widths(spec: DecoderSpec, width_field: str) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoder_bundles import write_classifier, write_embedding_model
 from runtime_models import write_encoder
 from serving import Running, checked, error_of, serving, write_decoder
 
-from rk_export.runtime import EncoderSession
+from rk_export.errors import InputError
+from rk_export.runtime import Encoder, EncoderSession
 from rk_export.runtime.server import embeddings
+from rk_export.runtime.server.models import Models
+from rk_export.runtime.server.settings import ServerSettings
 
 TEXTS = ["harbour", "a", "ship at sea"]
 
@@ -25,9 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
-    with serving({"enc": folder, "tiny": write_decoder(folder.parent / "tiny")}) as running:
+def server(folder: Path, prompted: Path) -> Iterator[Running]:
+    decoder = write_decoder(folder.parent / "tiny")
+    with serving({"enc": folder, "prompted": prompted, "tiny": decoder}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def prompted(folder: Path) -> Path:
+    prompts = {"query": "q: ", "passage": "p: "}
+    return write_embedding_model(
+        folder.parent / "prompted", normalizes=False, prompts=prompts, default_prompt_name="passage"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +59,23 @@ def test_vectors_are_the_encoders(server: Running, session: EncoderSession) -> N
     usual = server.client().embeddings.create(model="enc", input=TEXTS)
     np.testing.assert_array_equal(np.array([item.embedding for item in usual.data], np.float32), expected)
     assert usual.usage.prompt_tokens == sum(len(session.text_codec.encode(text)) for text in TEXTS)
+
+
+def test_the_models_own_vectors_behind_their_prompts(server: Running, prompted: Path) -> None:
+    encoder = Encoder(prompted, provider="cpu", threads=1)
+    for more in ({}, {"prompt_name": "query"}, {"prompt_name": "passage"}):
+        found = server.post("/v1/embeddings", {"model": "prompted", "input": TEXTS, **more}).json()["data"]
+        expected = encoder.encode(TEXTS, normalize=True, **more)
+        np.testing.assert_allclose([item["embedding"] for item in found], expected, atol=1e-6)
+    body = {"model": "prompted", "input": TEXTS, "prompt_name": "title"}
+    answer = server.post("/v1/embeddings", body)
+    assert answer.status_code == 400
+    assert "nown are: query, passage" in answer.text
+
+
+def test_a_classifier_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a classifier"):
+        Models({"class": write_classifier(tmp_path)}, ServerSettings())
 
 
 def test_tokens_are_texts_too(server: Running, session: EncoderSession) -> None:
