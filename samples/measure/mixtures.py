@@ -155,7 +155,8 @@ def page(results: Results) -> str:
             "",
             "Made by `OMP_NUM_THREADS=1 python samples/measure/mixtures.py`.",
             "",
-            "- The model has random weights: 4 layers, hidden 512, 64 experts of width 256. Each token takes 8 of them.",
+            "- The model has random weights: 4 layers, hidden 512, 64 experts of width 256. "
+            "Each token takes 8 of them.",
             f"- A cell holds the least and the median of {results.facts['repeats']} runs, a sixth of that for prefill.",
             "- Both graphs run in turns. The time is what one core spent on the run.",
             f"- A decode step has {CACHED} tokens in its cache.",
