@@ -18,6 +18,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_STATE = re.compile(r"past_conv\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,24 @@ class CacheSlot:
 
 
 @dataclass(frozen=True)
+class StateSlot:
+    """What one layer carries from run to run in a fixed size, [batch, *shape]: each run replaces it whole.
+
+    It is that of the last token: unlike keys and values it cannot be cut back to an earlier one.
+    """
+
+    past: str
+    present: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DecoderLayout:
     """What a decoder graph takes and gives.
 
     Args:
-        slots: Key and value of layer 0, of layer 1 ...
+        slots: Key and value of the first layer with attention, of the next one ...
+        states: States of the layers without attention; empty where every layer has keys and values.
         cache_dtype: Element type of past and present.
         logits_dtype: Element type of the logits.
         position_ids: Whether the graph lists ``position_ids`` among its inputs.
@@ -43,6 +57,7 @@ class DecoderLayout:
     """
 
     slots: tuple[CacheSlot, ...]
+    states: tuple[StateSlot, ...]
     cache_dtype: np.dtype[Any]
     logits_dtype: np.dtype[Any]
     position_ids: bool
@@ -65,22 +80,57 @@ class DecoderLayout:
                 where=where,
                 fix="open encoders with EncoderSession; export decoders with their KV cache",
             )
-        unknown = inputs.keys() - set(pasts) - {"input_ids", "attention_mask", "position_ids"}
+        states = sorted((name for name in inputs if _STATE.fullmatch(name)), key=_layer)
+        unknown = inputs.keys() - {*pasts, *states, "input_ids", "attention_mask", "position_ids"}
         if unknown:
             raise InputError(
                 f"unknown inputs {sorted(unknown)}", where=where, fix="export the model with rk-export"
             )
+        kind = _dtype(inputs[pasts[0]], where)
         return cls(
             slots=tuple(_slot(inputs[name], outputs, config) for name in pasts),
-            cache_dtype=_dtype(inputs[pasts[0]], where),
+            states=tuple(_state(inputs[name], outputs, kind, where) for name in states),
+            cache_dtype=kind,
             logits_dtype=_dtype(outputs["logits"], where),
             position_ids="position_ids" in inputs,
             logits_start=LOGITS_START in {value.name for value in session.get_overridable_initializers()},
         )
 
+    @property
+    def presents(self) -> tuple[str, ...]:
+        """Names of the outputs that a later call takes as its past: those of `slots`, then those of `states`."""
+        return (*(slot.present for slot in self.slots), *(state.present for state in self.states))
+
+    @property
+    def pasts(self) -> tuple[str, ...]:
+        """Names of the inputs of `presents`, in their order."""
+        return (*(slot.past for slot in self.slots), *(state.past for state in self.states))
+
     def empty_past(self, batch: int) -> tuple[np.ndarray, ...]:
-        """Return a cache of no positions, one array [batch, kv_heads, 0, head_size] per slot."""
-        return tuple(np.zeros((batch, s.kv_heads, 0, s.head_size), self.cache_dtype) for s in self.slots)
+        """Return a cache of no positions: [batch, kv_heads, 0, head_size] per slot, then zeros for each state."""
+        empty = [np.zeros((batch, s.kv_heads, 0, s.head_size), self.cache_dtype) for s in self.slots]
+        return (*empty, *(np.zeros((batch, *state.shape), self.cache_dtype) for state in self.states))
+
+
+def _layer(name: str) -> int:
+    match = _STATE.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def _state(past: Any, outputs: dict[str, Any], kind: np.dtype[Any], where: str) -> StateSlot:
+    present = past.name.replace("past", "present", 1)
+    shape = past.shape[1:]
+    if present not in outputs or not all(isinstance(size, int) for size in shape):
+        raise InputError(
+            f"{past.name} has no output {present} or no fixed size", where=where, fix="export the model again"
+        )
+    if _dtype(past, where) != kind:
+        raise InputError(
+            f"{past.name} has another type than the keys and values",
+            where=where,
+            fix="export the model again",
+        )
+    return StateSlot(past.name, present, tuple(int(size) for size in shape))
 
 
 def _layer_and_side(name: str) -> tuple[int, str]:

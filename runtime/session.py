@@ -109,7 +109,8 @@ class Session:
         Args:
             input_ids: [batch, length].
             attention_mask: [batch, past length + length]; None masks nothing.
-            past: Present of an earlier call: key and value of each layer in turn; None for the first call.
+            past: Present of an earlier call: key and value of each layer in turn, then the states of layers without
+                attention; None for the first call.
 
         Returns:
             Logits [batch, length, vocabulary] and the present, in the types of the graph.
@@ -118,7 +119,7 @@ class Session:
             InputError: A token has no row in the embedding, there are more than the context takes, or LongRoPE
                 rotates the rows, or the past and the rest, differently; see `check_rotation`.
         """
-        outputs = ["logits", *(slot.present for slot in self.layout.slots)]
+        outputs = ["logits", *self.layout.presents]
         logits, *present = self._session.run(outputs, self._feeds(input_ids, attention_mask, past))
         return logits, tuple(present)
 
@@ -340,7 +341,7 @@ class Session:
         feeds = {
             "input_ids": input_ids.astype(np.int64, copy=False),
             "attention_mask": attention_mask.astype(np.int64, copy=False),
-            **{slot.past: value for slot, value in zip(self.layout.slots, past, strict=True)},
+            **dict(zip(self.layout.pasts, past, strict=True)),
         }
         if self.layout.position_ids:
             feeds["position_ids"] = position_ids(feeds["attention_mask"])[:, -length:]

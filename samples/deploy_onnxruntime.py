@@ -25,11 +25,13 @@ FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def empty_past(session: Any) -> dict[str, np.ndarray]:
-    """Return a cache of no positions: each input is (batch, key/value heads, 0, head size)."""
+    """Return a cache of no positions: keys and values have no length yet, states of short convolutions a fixed size."""
     return {
-        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), FLOATS[value.type])
+        value.name: np.zeros(
+            [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], FLOATS[value.type]
+        )
         for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
+        if value.name.startswith("past_")
     }
 
 
@@ -48,8 +50,14 @@ def greedy(session: Any, prompt: list[int], count: int) -> Iterator[int]:
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
         token = int(outputs.pop("logits")[0, -1].argmax())
         yield token
-        past = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+        past = {past_name(name): value for name, value in outputs.items()}
         new = [token]
+
+
+def past_name(present: str) -> str:
+    """Return the input that takes an output of the cache."""
+    kind, _, rest = present.partition(".")
+    return f"past_key_values.{rest}" if kind == "present" else f"past_conv.{rest}"
 
 
 def end_tokens(bundle: Path) -> set[int]:

@@ -16,11 +16,12 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from rk_export.cli.main import quiet_libraries
 from rk_export.manifest import library_versions
 from rk_export.model.families.registry import FAMILIES
 from rk_export.model.tiny_version import changed, random_model, tiny_version
+from rk_export.model.unknown_families import taken_as
 from rk_export.runtime import Session
 from rk_export.source.read_as import read_as
 
@@ -59,6 +61,7 @@ class Row:
         family: What it is read as; empty where it is refused.
         error: Of the bundle against the class, over the largest logit; None where nothing was exported.
         message: Why it is refused.
+        hidden: Of a known type, what becomes of it where rk-export does not know it.
     """
 
     model_type: str
@@ -67,13 +70,14 @@ class Row:
     family: str = ""
     error: float | None = None
     message: str = ""
+    hidden: str = ""
 
 
 def measure(model_type: str) -> Row:
     """Return what becomes of a type with the values that its config has by default."""
     model_class = str(TYPES[model_type])
     if model_type in FAMILIES and FAMILIES[model_type].decoder is not None:
-        return Row(model_type, model_class, "known", model_type)
+        return measure_hidden(model_type, model_class)
     try:
         config = CONFIG_MAPPING[model_type]()
     except Exception as error:  # some classes refuse their own defaults
@@ -86,6 +90,19 @@ def measure(model_type: str) -> Row:
     if read.taken is None:
         return Row(model_type, model_class, "text model" if read.wrapper else "known", family)
     return Row(model_type, model_class, "taken", family, exported_error(config))
+
+
+def measure_hidden(model_type: str, model_class: str) -> Row:
+    """Return what becomes of a known type, and what would if rk-export did not know it."""
+    known = Row(model_type, model_class, "known", model_type)
+    config = CONFIG_MAPPING[model_type]()
+    with patch.dict(FAMILIES):
+        del FAMILIES[model_type]
+        try:
+            family = str(taken_as(config).config.model_type)
+        except RkExportError as error:
+            return replace(known, hidden=_reason(error.what))
+        return replace(known, error=exported_error(config), hidden=f"taken as `{family}`")
 
 
 def exported_error(config: PretrainedConfig) -> float:
@@ -132,14 +149,16 @@ def page(data: dict[str, Any]) -> str:
             taken=counts["taken"],
             refused=counts["refused"],
             worst=worst,
+            tried=sum(bool(row.hidden) for row in rows),
+            found=sum(row.hidden.startswith("taken") for row in rows),
         ),
-        "| type | class | outcome | error | reason |",
+        "| type | class | outcome | error | reason, or what becomes of it hidden |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         as_family = f" as `{row.family}`" if row.family not in ("", row.model_type) else ""
         error = "" if row.error is None else f"{row.error:.1e}"
-        reason = row.message.partition("another name: ")[2] or row.message
+        reason = row.hidden or _reason(row.message)
         lines.append(
             f"| `{row.model_type}` | `{row.model_class}` | {row.outcome}{as_family} | {error} | {_cell(reason)} |"
         )
@@ -148,24 +167,32 @@ def page(data: dict[str, Any]) -> str:
 
 _HEAD = """# What becomes of every type of model that writes text
 
-transformers {version} has {count} types of models that write text. This page lists each with the values that its
-config has by default, and what rk-export says of it. How a type is tried: [unknown model
+transformers {version} has {count} types of models that write text. This page lists each, with the default
+values of its config, and what rk-export says of it. How a type is tried: [unknown model
 types](../reference/inputs.md#unknown-model-types).
 
-- *known*: {known}. They are [families](../../README.md#supported-families) of rk-export.
+- *known*: {known}. They are [families](../../README.md#supported-families) of rk-export. As a test, {tried} of
+  them were hidden from rk-export, one at a time. The last column says what became of each then. {found} of these were
+  taken as another family.
 - *text model*: {parts}. They read images or sound, and the text model in them is a known family. This column says what
   their config is read as; [tests](../../tests/tiny_wrappers.py) compare the logits of the usual ones.
-- *taken*: {taken}. They are a known family in all but the name. A tiny random model of each was exported, and the error
-  is that of the bundle against transformers' own class of that type. The largest is {worst:.1e} of the largest logit.
+- *taken*: {taken}. They are a known family in all but the name.
 - *refused*: {refused}, each with what differs from the nearest family.
+
+A tiny random model of each type that was taken, hidden or not, was exported as that family. The error is that of the
+bundle against transformers' own class of the type. The largest is {worst:.1e} of the largest logit.
 
 Encoders and models for translation, of which transformers also builds decoders, count as refused here.
 Made by `python tests/measure_unknown_families.py`.
 """
 
 
+def _reason(message: str) -> str:
+    return message.partition("another name: ")[2] or message
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from rk_export.runtime.engine.slots import SlotRunner
 BOS, EOS, VOCAB = 256, 257, 258
 HEADS, KV_HEADS, HEAD, LAYERS, CONTEXT = 4, 2, 16, 2, 96
 HIDDEN = HEADS * HEAD
+TAPS = 3  # of a short convolution
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}\n"
@@ -72,6 +73,7 @@ class TinyDecoder:
         external: Weights lie in ``model.onnx.data``.
         seed: Seed of the weights.
         context: Positions that the model has.
+        states: Short convolutions behind the layers with attention; each carries a state of `TAPS` tokens.
     """
 
     grouped: bool = True
@@ -81,6 +83,7 @@ class TinyDecoder:
     external: bool = False
     seed: int = 0
     context: int = CONTEXT
+    states: int = 0
 
     def write(
         self, folder: Path, *, eos: int | list[int] = EOS, shared: bool | None = None, tokenizer: bool = True
@@ -115,6 +118,8 @@ class TinyDecoder:
         for layer in range(LAYERS):
             o = graph.op("MatMul", [attend(layer, x), graph.weight(HIDDEN, HIDDEN)])
             x = graph.op("Add", [x, graph.op("Tanh", [o])])
+        for layer in range(LAYERS, LAYERS + self.states):
+            x = graph.op("Add", [x, _short_convolution(graph, layer, x)])
         if self.logits_start:
             start = graph.constant([0], name="logits_start")
             x = graph.op("Slice", [x, start, graph.constant([2**62]), graph.constant([1])])
@@ -135,10 +140,13 @@ class TinyDecoder:
         cache = [(f"{layer}.{side}") for layer in range(LAYERS) for side in ("key", "value")]
         inputs = [tensor("input_ids", integer, ["B", "S"]), tensor("attention_mask", integer, ["B", "T"])]
         inputs += [tensor(f"past_key_values.{name}", real, ["B", KV_HEADS, "P", HEAD]) for name in cache]
+        states = [str(layer) for layer in range(LAYERS, LAYERS + self.states)]
+        inputs += [tensor(f"past_conv.{layer}", real, ["B", HIDDEN, TAPS]) for layer in states]
         if self.logits_start:
             inputs.append(tensor("logits_start", integer, [1]))
         outputs = [tensor("logits", real, ["B", "N", VOCAB])]
         outputs += [tensor(f"present.{name}", real, ["B", KV_HEADS, "Q", HEAD]) for name in cache]
+        outputs += [tensor(f"present_conv.{layer}", real, ["B", HIDDEN, TAPS]) for layer in states]
         body = helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(body, opset_imports=opsets, ir_version=10)
@@ -226,6 +234,27 @@ def _grouped_attention(graph: _Graph, decoder: TinyDecoder) -> Any:
         return str(out)
 
     return attend
+
+
+def _short_convolution(graph: _Graph, layer: int, x: str) -> str:
+    """Mix the last tokens channel by channel, between two matrices; rows are not padded."""
+    channels_first = [0, 2, 1]
+    inner = graph.op("MatMul", [x, graph.weight(HIDDEN, HIDDEN)])
+    text = graph.op(
+        "Concat",
+        [f"past_conv.{layer}", graph.op("Transpose", [inner], perm=channels_first)],
+        axis=2,
+    )
+    last, end, axis = (graph.constant([value]) for value in (-TAPS, 2**62, 2))
+    graph.nodes.append(helper.make_node("Slice", [text, last, end, axis], [f"present_conv.{layer}"]))
+    mixed = graph.op(
+        "Conv", [text, graph.weight(HIDDEN, 1, TAPS, scale=1.0)], group=HIDDEN, kernel_shape=[TAPS]
+    )
+    new = graph.op("Slice", [mixed, graph.constant([1]), end, axis])
+    out = graph.op(
+        "MatMul", [graph.op("Transpose", [new], perm=channels_first), graph.weight(HIDDEN, HIDDEN)]
+    )
+    return str(graph.op("Tanh", [out]))
 
 
 def _plain_attention(graph: _Graph) -> Any:

@@ -40,6 +40,8 @@ def rotate_values(value: nn.Module, output: nn.Module, rotations: Sequence[Ortho
 
 
 def rotate_heads(layer: nn.Module, wiring: Wiring, rotations: Sequence[Orthogonal]) -> None:
-    """Rotate a layer's values inside their heads, in place."""
+    """Rotate a layer's values inside their heads, in place; a layer without attention has none."""
+    if wiring.value is None or wiring.output is None:
+        return
     value, output = (layer.get_submodule(path) for path in (wiring.value, wiring.output))
     rotate_values(value, output, rotations)

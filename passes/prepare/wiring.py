@@ -13,8 +13,9 @@ class Wiring:
     Args:
         norms: Path of a norm in front of a block -> the matrices (and the router) that read its output.
         writers: Matrices whose outputs are added to the residual stream.
-        value: Path of the value projection, (KV heads * head dimension, d).
-        output: Path of the output projection, (d, heads * head dimension).
+        mixes: Matrices that attention, or what stands in its place, begins with.
+        value: Path of the value projection, (KV heads * head dimension, d); None in a layer without attention.
+        output: Path of the output projection of attention, (d, heads * head dimension); None as for `value`.
         kv_heads: Number of key-value heads.
         mlps: (up, down) of the MLP, or of every expert.
         unit_offset: The norms store their gain minus one.
@@ -22,8 +23,9 @@ class Wiring:
 
     norms: Mapping[str, tuple[str, ...]]
     writers: tuple[str, ...]
-    value: str
-    output: str
+    mixes: tuple[str, ...]
+    value: str | None
+    output: str | None
     kv_heads: int
     mlps: tuple[tuple[str, str], ...]
     unit_offset: bool = False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.context import own_context
-from rk_export.model.families.registry import heads_of
+from rk_export.model.families.registry import decoder_spec, heads_of
 from rk_export.runtime.bundle_config import rotary_switch
 
 # Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type
@@ -28,7 +28,7 @@ _GENAI_TYPES = frozenset(
             "mistral",
             "nemotron",
         ),
-        *("olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+        *("lfm2", "olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
     ]
 )
 
@@ -134,7 +134,9 @@ def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context
     """
     heads = heads_of(config)
     float_bytes = 4 if ep == "cpu" else 2
-    position_bytes = 2 * config.num_hidden_layers * heads.kv_heads * heads.head_dim * float_bytes
+    position_bytes = (
+        2 * len(decoder_spec(config).attention_layers) * heads.kv_heads * heads.head_dim * float_bytes
+    )
     held = max(_ROUND_TO, MOST_BUFFER_BYTES // position_bytes // _ROUND_TO * _ROUND_TO)
     return int(min(context_length, MOST_POSITIONS, held))
 
@@ -160,6 +162,7 @@ def _first_set(*values: Any) -> Any:
 
 def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str) -> dict[str, Any]:
     heads = heads_of(config)
+    states = _states(config)
     return {
         "session_options": {
             "log_id": "onnxruntime-genai",
@@ -173,16 +176,39 @@ def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str
             "attention_mask": "attention_mask",
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
+            **states.inputs,
         },
         "outputs": {
             "logits": "logits",
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
+            **states.outputs,
         },
         "num_attention_heads": heads.heads,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": heads.kv_heads,
+        **states.layers,
     }
+
+
+class _States(NamedTuple):
+    """What GenAI is told of layers that carry a state: fields of the decoder, of its inputs and of its outputs."""
+
+    layers: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+def _states(config: PretrainedConfig) -> _States:
+    spec = decoder_spec(config)
+    if not spec.conv_layers:
+        return _States({}, {}, {})
+    kinds = {"attention": "full_attention", "short_conv": "conv"}
+    return _States(
+        {"layer_types": [kinds[layer.mixer] for layer in spec.layers], "conv_cache_size": spec.conv_taps},
+        {"past_conv_names": "past_conv.%d"},
+        {"present_conv_names": "present_conv.%d"},
+    )
 
 
 def _search(defaults: GenerationConfig, max_length: int) -> dict[str, Any]:

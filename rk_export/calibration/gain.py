@@ -44,10 +44,11 @@ def gain_statistics(
 ) -> dict[str, Curvature]:
     """Estimate the input moments of a dense layer's sites.
 
-    Two steps are approximations. o reads averages of values over tokens: they are taken to have the values' own
+    Three steps are approximations. o reads averages of values over tokens: they are taken to have the values' own
     moments, and different query heads, which look at different tokens, to be uncorrelated. down reads
     act(gate) * up: its moment is taken to be diagonal, the product of gate's and up's mean squares (of up's alone
-    where there is no gate), which leaves the activation out.
+    where there is no gate), which leaves the activation out. The output of a short convolution reads three factors and
+    sums products over tokens: they are all taken to be independent.
 
     Args:
         layer: The layer, still dense.
@@ -63,6 +64,8 @@ def gain_statistics(
     known = {role: read[path].second for role, path in roles.items() if path in read and role != "expert"}
     if {"v", "o"} <= roles.keys() and roles["v"] in read:
         known["o"] = _averaged_values(layer, read[roles["v"]].through(layer.linear(roles["v"])), roles["o"])
+    if "conv_in" in roles and roles["conv_in"] in read:
+        known["conv_out"] = _convolved(layer, read[roles["conv_in"]].through(layer.linear(roles["conv_in"])))
     mlp = [role for role in ("gate", "up") if role in known]
     if mlp:
         squares = [read[roles[role]].through(layer.linear(roles[role])) for role in mlp]
@@ -97,6 +100,13 @@ def _output_moments(norm: nn.Module) -> _Moments:
     constant = norm(ones)[0].float() - bias  # the gain behind an RMSNorm, zero behind a LayerNorm
     centring = (torch.outer(gain, gain) - torch.outer(constant, constant)) / width
     return _Moments(torch.diag(gain.square()) - centring + torch.outer(bias, bias), bias)
+
+
+def _convolved(layer: Layer, projected: _Moments) -> Tensor:
+    """Return the moment (in, in) of what conv_out reads, diagonal: c times taps over b times x."""
+    b, c, x = projected.second.diagonal().chunk(3)
+    taps = layer.module.get_submodule("conv.conv").get_parameter("weight")
+    return (c * b * x * taps.float().square().sum((1, 2))).diag()
 
 
 def _averaged_values(layer: Layer, values: _Moments, output: str) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.masking_utils import sdpa_mask
 
 from rk_export.device import matmul_dtype
@@ -227,7 +227,7 @@ def _sample_batch(model: PreTrainedModel, uniforms: Tensor, start: int, ends: li
     sequences, length = uniforms.shape
     device = model.device
     uniforms, ending = uniforms.to(device), torch.tensor(ends, dtype=torch.int64, device=device)
-    cache = Cache(layers=[_KeysAndValues(length) for _ in range(model.config.num_hidden_layers)])
+    cache = _cache(model.config, length)
     tokens = torch.full((sequences, length), start, device=device)
     for position in range(1, length):
         last = tokens[:, position - 1]
@@ -237,6 +237,14 @@ def _sample_batch(model: PreTrainedModel, uniforms: Tensor, start: int, ends: li
         bar.advance(sequences)
     bar.advance(sequences)  # the first token of each
     return tokens.cpu()
+
+
+def _cache(config: PretrainedConfig, length: int) -> Cache:
+    """Return a cache of no tokens; a short convolution carries a state instead of keys and values."""
+    kinds = getattr(config, "layer_types", None) or ("full_attention",) * config.num_hidden_layers
+    return Cache(
+        layers=[LinearAttentionLayer() if kind == "conv" else _KeysAndValues(length) for kind in kinds]
+    )
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import nn
 from transformers import PretrainedConfig
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down", "expert"]
+Role = Literal["q", "k", "v", "o", "conv_in", "conv_out", "gate", "up", "down", "expert"]
 RolePaths = tuple[tuple[Role, str], ...]
 
 ATTENTION: RolePaths = (
@@ -94,6 +94,8 @@ class Architecture:
         onnx_embedding: Path of the token embedding in the exported module.
         onnx_lm_head: Path of the output projection in the exported module; None for encoders.
         attention: Rewritable attention matrices: role and torch path in canonical form.
+        other_mixers: Gives those of a layer, by its number, that mixes tokens by something else than attention; None
+            for a layer with attention. Without it every layer has attention.
         mlp: Rewritable matrices of a dense MLP; experts are listed by ``projections``.
         renamed: Torch path -> exported path, within a layer, of every module where the two differ.
         outer: Torch path -> exported path of the modules outside the layers, embedding and head included.
@@ -102,6 +104,7 @@ class Architecture:
         rotary: Torch path of the module that computes rotary frequencies.
         skipped_positions: Rows of the learned table of positions before that of position 0.
         width_field: Field of the config that holds the width of a dense MLP; empty where the hidden size sets it.
+        width_switches: Fields that compute another width from it while they are on.
         context_field: Field of the config that holds the longest sequence; `own_context` reads it.
         unit_offset: Its norms store their gain minus one.
         tuple_layers: Its layers return a tuple with the hidden states in front.
@@ -117,6 +120,7 @@ class Architecture:
     onnx_embedding: str = "model.embed_tokens"
     onnx_lm_head: str | None = "lm_head"
     attention: RolePaths = ATTENTION
+    other_mixers: Callable[[PretrainedConfig, int], RolePaths | None] | None = None
     mlp: RolePaths = GATED_MLP
     renamed: Mapping[str, str] = field(default_factory=dict)
     outer: Mapping[str, str] = field(default_factory=lambda: {"model.norm": "model.norm"})
@@ -125,6 +129,7 @@ class Architecture:
     rotary: str = "model.rotary_emb"
     skipped_positions: int = 0
     width_field: str = "intermediate_size"
+    width_switches: tuple[str, ...] = ()
     context_field: str = "max_position_embeddings"
     unit_offset: bool = False
     tuple_layers: bool = False
@@ -149,7 +154,9 @@ class Architecture:
         """Return the rewritable matrices of layer ``layer_index``, in the order of the forward pass."""
         mixture = self.mixture if self.has_experts(config, layer_index) else None
         mlp = self.mlp if mixture is None else mixture.matrices(config)
-        return tuple(Projection(role, path, self.onnx_path(path)) for role, path in self.attention + mlp)
+        mixer = self.other_mixers(config, layer_index) if self.other_mixers else None
+        paths = (self.attention if mixer is None else mixer) + mlp
+        return tuple(Projection(role, path, self.onnx_path(path)) for role, path in paths)
 
     def onnx_path(self, path: str) -> str:
         """Return the exported path of a torch path, both relative to the layer."""

@@ -34,6 +34,7 @@ SANDWICH_NORM = NormNames(
 )
 
 
+Mixer = Literal["attention", "short_conv"]
 _NORM_OF_ALL = "a norm over all of them"
 
 
@@ -46,12 +47,14 @@ class LayerSpec:
         window: Keys that a query sees, its own included; None = all before it.
         rotary: Name of the rotary table; None = no rotation.
         has_experts: Mixture of experts instead of one MLP.
+        mixer: What mixes tokens: attention, or a gated short convolution, which reads none of the first three.
     """
 
     attention_scale: float
     window: int | None
     rotary: str | None
     has_experts: bool
+    mixer: Mixer = "attention"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class DecoderSpec:
         logit_softcap: ``cap * tanh(logit / cap)``; 0 = none.
         tied: The output projection is the token embedding.
         experts: Mixture of experts of the layers that have one.
+        conv_taps: Tokens that a short convolution spans, its own included; 0 where no layer has one.
     """
 
     heads: HeadLayout
@@ -124,6 +128,17 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     experts: ExpertSpec | None = None
+    conv_taps: int = 0
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with attention: those that have keys and values."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.mixer == "attention")
+
+    @property
+    def conv_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with a short convolution: those that carry a state."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.mixer == "short_conv")
 
     @property
     def is_rotated(self) -> bool:

@@ -19,14 +19,15 @@ def wiring_of(description: ModelDescription, index: int) -> Wiring:
     reads_mlp += [item for gate, up, _ in triples for item in (gate, up)]
     if architecture.mixture is not None and experts:
         reads_mlp += architecture.mixture.readers
-    readers = (path["q"], path["k"], path["v"]), tuple(reads_mlp)
+    mixes = tuple(path[role] for role in ("q", "k", "v", "conv_in") if role in path)
     own_mlp = ((path["up"], path["down"]),) if "up" in path else ()
     mlps = (*((up, down) for _, up, down in triples), *own_mlp)
     return Wiring(
-        norms=_norms(architecture, spec.norm_names, *readers),
-        writers=(path["o"], *(down for _, down in mlps)),
-        value=path["v"],
-        output=path["o"],
+        norms=_norms(architecture, spec.norm_names, mixes, tuple(reads_mlp)),
+        writers=(path["o"] if "o" in path else path["conv_out"], *(down for _, down in mlps)),
+        mixes=mixes,
+        value=path.get("v"),
+        output=path.get("o"),
         kv_heads=spec.heads.kv_heads,
         mlps=mlps,
         unit_offset=architecture.unit_offset,

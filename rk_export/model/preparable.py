@@ -128,7 +128,7 @@ def folded_norms(wiring: Wiring, names: Collection[str]) -> tuple[str, ...]:
     """Return the paths of the norms of a layer that some preparations fold into what reads them."""
     wanted = {"fold-attention": True, "fold-mlp": False}
     kinds = {kind for name, kind in wanted.items() if name in names or "fold" in names}
-    return tuple(norm for norm, paths in wiring.norms.items() if (wiring.value in paths) in kinds)
+    return tuple(norm for norm, paths in wiring.norms.items() if (wiring.mixes[0] in paths) in kinds)
 
 
 def _reason(description: ModelDescription, name: str) -> str:

@@ -15,6 +15,8 @@ from rk_export.plan import Pruning
 
 # Fields with a value for every block.
 PER_BLOCK = ("layer_types", "no_rope_layers", "attention_layers")
+# Fields that list numbers of blocks.
+BLOCK_NUMBERS = ("full_attn_idxs",)
 
 
 def pruned_description(description: ModelDescription, pruning: Pruning) -> ModelDescription:
@@ -55,6 +57,9 @@ def _keep_blocks(pruned: Any, config: PretrainedConfig, blocks: tuple[int, ...])
         values = getattr(config, name, None)
         if isinstance(values, list | tuple) and len(values) == count:
             setattr(pruned, name, [values[block] for block in blocks])
+    for name in BLOCK_NUMBERS:
+        if (numbers := getattr(config, name, None)) is not None:
+            setattr(pruned, name, [new for new, block in enumerate(blocks) if block in numbers])
     if hasattr(
         config, "attention_types"
     ):  # GPT-Neo derives the kinds of its blocks from this when it is loaded
@@ -88,7 +93,9 @@ def _narrow(pruned: Any, description: ModelDescription, width: int) -> None:
             f"{width} neurons are not fewer than {present}", "prune.ffn_keep", "give a smaller share"
         )
     setattr(pruned, architecture.width_field, width)
-    single = replace(description, config=_single_block(pruned))
+    for name in architecture.width_switches:
+        setattr(pruned, name, False)
+    single = replace(description, config=_single_block(pruned, 0))
     if any(matrix.shape[1] != width for matrix in single.matrices if matrix.role == "down"):
         raise _refusal(
             "the family ties the number of neurons to the hidden size", "prune.ffn_keep", "drop it"
@@ -124,29 +131,31 @@ def _keep_groups(pruned: Any, description: ModelDescription, pruning: Pruning) -
     pruned.num_attention_heads = heads.heads // heads.kv_heads * kept
     pruned.num_key_value_heads = kept
     pruned.head_dim = heads.head_dim
-    single = replace(description, config=_single_block(pruned))
+    attention = description.decoder.attention_layers
+    new, old = next(pair for pair in enumerate(pruning.blocks) if pair[1] in attention)
+    single = replace(description, config=_single_block(pruned, new))
     shapes = {matrix.role: matrix.shape for matrix in single.matrices}
     width = pruned.num_attention_heads * heads.head_dim
     fits = (shapes["q"][0], shapes["k"][0], shapes["o"][1]) == (width, kept * heads.head_dim, width)
     by_head = description.decoder.query_key_norm == "head"
-    if not fits or (by_head and _gains(single) != _gains(description)):
+    if not fits or (by_head and _gains(single, 0) != _gains(description, old)):
         raise _tied_heads()
 
 
-def _gains(description: ModelDescription) -> list[tuple[int, ...]]:
+def _gains(description: ModelDescription, block: int) -> list[tuple[int, ...]]:
     """Return the shapes of a block's vectors that belong to no matrix: gains and shifts of norms."""
-    block = description.layer(0)
-    linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    layer = description.layer(block)
+    linears = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
     return [
         tuple(tensor.shape)
-        for name, tensor in block.named_parameters()
+        for name, tensor in layer.named_parameters()
         if name.rpartition(".")[0] not in linears
     ]
 
 
-def _single_block(config: PretrainedConfig) -> PretrainedConfig:
+def _single_block(config: PretrainedConfig, block: int) -> PretrainedConfig:
     single = copy.deepcopy(config)
-    _keep_blocks(single, config, (0,))
+    _keep_blocks(single, config, (block,))
     return single
 
 

@@ -30,6 +30,13 @@ def check_shape(
     if shape.ffn_width is not None:
         _check_width(description, layer, shape, sites)
     heads, between = description.heads, description.decoder.on_values
+    has_attention = layer.index in description.decoder.attention_layers
+    if not has_attention and (shape.value_dim, shape.kv_groups) != (None, None):
+        raise _refusal(
+            shape,
+            "value_dim and kv_groups: this layer has a short convolution and no heads",
+            "set them to null",
+        )
     if between and shape.value_dim is not None:
         raise _refusal(shape, f"value_dim: {between} stands behind the values", "set it to null")
     if shape.value_dim is not None and shape.value_dim >= heads.head_dim:

@@ -98,14 +98,19 @@ def random_model(
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = _NOISE * torch.randn(parameter.shape, generator=generator)
+            noise = _deviation(parameter) * torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1.0 + noise if is_gain else noise)
         for _, buffer in stored_buffers(model):
             if buffer.is_floating_point():
                 buffer.add_(_NOISE * torch.randn(buffer.shape, generator=generator))
-        embedding.weight.mul_(_EMBEDDING_SCALE / _NOISE)
+        embedding.weight.mul_(_EMBEDDING_SCALE / _deviation(embedding.weight))
     return model
+
+
+def _deviation(parameter: torch.Tensor) -> float:
+    """Return how far random values spread: products of matrices stay of the size of their inputs."""
+    return _NOISE if parameter.ndim < 2 else float(parameter.shape[-1] ** -0.5)
 
 
 def _own(config: PretrainedConfig, name: str) -> str:

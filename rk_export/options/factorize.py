@@ -20,7 +20,8 @@ class Factorize(Step):
 
     Args:
         groups: Matrices that are factorized together: `qk`, `qkv` or `gate_up`; or single ones: `q`, `k`, `v`, `o`,
-            `gate`, `up`, `down`. Without names it is `qk` and `gate_up`, or, under a budget, every matrix by itself.
+            `gate`, `up`, `down`, `conv_in`, `conv_out`. Without names it is `qk` and `gate_up`, or, under a budget,
+            every matrix by itself.
         keep: Share of each group's parameters that stays, between 0 and 1.
         rank: The same rank for every group.
         energy: Share of the squared singular values that stays, between 0 and 1.

@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
+# Every matrix by itself; conv_in and conv_out are those around a short convolution.
+SINGLE_GROUPS = ("q", "k", "v", "o", "conv_in", "conv_out", "gate", "up", "down")
 # Matrices that may be factorized together: they read the same input. A group of one is the paper's
 # "separate" baseline.
 GROUPS: dict[str, tuple[str, ...]] = {
     "qk": ("q", "k"),
     "qkv": ("q", "k", "v"),
     "gate_up": ("gate", "up"),
-    **{role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down")},
+    **{role: (role,) for role in SINGLE_GROUPS},
 }
 
 DEFAULT_GROUPS = ("qk", "gate_up")
-SINGLE_GROUPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 Gauge = Literal["orthogonal", "balanced"]
 # How a kept share is spread over the matrices by their spectra alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
@@ -79,7 +80,11 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     _check_finite(logits, source)
     reference = transformers_logits(source, tokens[:1])
     expected, found = reference.logits.numpy(), logits[:1].numpy()
-    _check_taken(source, relative_error(expected, found))
+    _check_taken(
+        source,
+        relative_error(expected, found),
+        lambda: rounding or dense_logits(source, tokens, shaken=True)[1],
+    )
     tier = compare("0", ORACLE_TIER, expected, found, bound=FLOAT_BOUND["fp32"], note=reference.note)
     if not tier.passed:
         tier = _by_its_rounding(tier, rounding or dense_logits(source, tokens, shaken=True)[1])
@@ -89,9 +94,11 @@ def preflight(source: StoredModel, recipe: Recipe) -> Preflight:
     return Preflight(probe, logits, rounding, tier, notices)
 
 
-def _check_taken(source: StoredModel, error: float) -> None:
-    """Hold a model of an unknown type to the family that it is taken as."""
-    if source.taken is not None and error > SAME:
+def _check_taken(source: StoredModel, error: float, rounding: Callable[[], float]) -> None:
+    """Hold a model of an unknown type to the family that it is taken as, within what float32 alone does to it."""
+    if source.taken is None or error <= SAME:
+        return
+    if error > min(ROUNDING_FACTOR * rounding(), FLOAT_BOUND["fp32"]):
         raise UnsupportedModelError(
             f"the model type {source.taken.stated.model_type!r} is not supported: with this model's weights its class "
             f"computes other logits than {source.config.model_type} ({error:.2g} of the largest)",

@@ -106,6 +106,8 @@ def _kind(module: nn.Module, name: str) -> str:
         return "norms"
     if isinstance(module, nn.Embedding):
         return "embeddings of positions"
+    if isinstance(module, nn.Conv1d) and name == "weight":
+        return "short convolutions"
     if isinstance(module, nn.Linear) and name == "weight":
         return "matrices around the layers"
     if "activation" in type(module).__name__.lower():

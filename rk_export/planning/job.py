@@ -161,9 +161,9 @@ class Job:
 
     @property
     def cache_row(self) -> int:
-        """Keys and values of one token in all layers, in numbers."""
-        heads = self.description.heads
-        return 2 * len(self.layers) * heads.kv_heads * heads.head_dim
+        """Keys and values of one token in all layers that have them, in numbers."""
+        heads, layers = self.description.heads, self.description.decoder.attention_layers
+        return 2 * len(layers) * heads.kv_heads * heads.head_dim
 
 
 def _counts(parameters: int, matrices: Sequence[Matrix], taken: int) -> LayerCounts:

@@ -283,7 +283,8 @@ def with_default_groups(source: Source, recipe: Recipe) -> Recipe:
 
 def default_groups(source: Source, *, single: bool = False) -> tuple[str, ...]:
     """Return the default groups that a family has: every matrix by itself, or q/k and gate/up."""
-    roles = {projection.role for projection in source.description.projections(0)}
+    layers = range(source.layer_count)
+    roles = {projection.role for layer in layers for projection in source.description.projections(layer)}
     groups = SINGLE_GROUPS if single else DEFAULT_GROUPS
     return tuple(group for group in groups if roles.issuperset(GROUPS[group]))
 

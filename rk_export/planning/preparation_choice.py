@@ -53,6 +53,7 @@ _FOLDED = {
     "q": "fold-attention",
     "k": "fold-attention",
     "v": "fold-attention",
+    "conv_in": "fold-attention",
     "gate": "fold-mlp",
     "up": "fold-mlp",
 }

@@ -86,8 +86,10 @@ def _drafter(
             where=str(session.config.folder),
             fix="run it without guesses, or give a bundle that rk-export wrote",
         )
+    _check_can_go_back(session)
     if draft is None:
         return PromptLookup()
+    _check_can_go_back(draft)
     where = str(draft.config.folder)
     if options.lookup:
         raise InputError("lookup guesses already", where=where, fix="choose one of lookup and draft")
@@ -99,6 +101,16 @@ def _drafter(
     positions = min(capacity, draft.max_length, draft.config.rotary_switch or capacity)
     known = [rows for rows in (session.rows, draft.rows) if rows is not None]
     return DraftModel(_runner(draft, 1, positions), positions, min(known, default=None))
+
+
+def _check_can_go_back(session: Session) -> None:
+    if session.layout.states:
+        raise InputError(
+            "nothing can be guessed with it: a guess that is dropped leads back, and its layers without attention "
+            "carry a state from which nothing leads back",
+            where=str(session.config.folder),
+            fix="run it without guesses",
+        )
 
 
 def measured_row_multiple(session: Session) -> int | None:

@@ -8,6 +8,7 @@ What a kernel does depends on the format, the block size and the processor, so i
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -59,9 +60,11 @@ def row_multiple(runner: SlotRunner, positions: int, vocabulary: int) -> int | N
 def _agree(runner: SlotRunner, tokens: np.ndarray, positions: int, multiple: int) -> bool:
     """Whether steps of multiples of so many rows give the logits of a step of all rows."""
     slots = len(tokens)
+    restore = _restorer(runner)
 
     def logits(first: int, rows: int) -> np.ndarray:
-        # A step writes behind the positions that count, so that it can be tried again.
+        # A step writes behind the positions that count, so that it can be tried again; states are put back.
+        restore()
         return np.array(runner.step(first, tokens[first : first + rows], np.full(rows, positions)))
 
     everything = logits(0, slots)
@@ -71,3 +74,17 @@ def _agree(runner: SlotRunner, tokens: np.ndarray, positions: int, multiple: int
         np.array_equal(logits(first, rows), everything[first : first + rows])
         for first, rows in apart + several
     )
+
+
+def _restorer(runner: SlotRunner) -> Callable[[], None]:
+    """Return what puts the states of all slots back to what they are now."""
+    states = runner.buffers.states
+    if states is None:
+        return lambda: None
+    before = [states.read(slot) for slot in range(runner.buffers.slots)]
+
+    def restore() -> None:
+        for slot, state in enumerate(before):
+            states.write(slot, state)
+
+    return restore

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from rk_export.errors import RkExportError
+from rk_export.runtime.engine.prefixes import Held
 from rk_export.runtime.engine.records import Answer
+from rk_export.runtime.engine.resume_points import ResumePoints
 from rk_export.runtime.generate import Row
 
 
@@ -23,6 +25,7 @@ class Running:
         self.filled = 0  # tokens whose keys and values the slot holds
         self.cached = 0  # tokens of the prompt that were copied
         self.drafted = self.accepted = 0
+        self.points: ResumePoints | None = None  # where the model has states
         self.failure: RkExportError | None = None
 
     @property
@@ -31,13 +34,14 @@ class Running:
         return self.failure is not None or self.row.finish_reason is not None
 
     @property
-    def shared_tokens(self) -> np.ndarray:
-        """The tokens in its slot that another row may copy: the prompt's, for those of the answer came one at a time.
+    def held(self) -> Held:
+        """What another row may copy from its slot: the prompt's tokens, for those of the answer came one at a time.
 
         Attention adds up in another order for a single token, so a prompt that holds the answer is computed with other
         last bits.
         """
-        return np.array(self.tokens[: min(self.filled, len(self.row.prompt))], np.int64)
+        tokens = np.array(self.tokens[: min(self.filled, len(self.row.prompt))], np.int64)
+        return Held(tokens, None if self.points is None else self.points.marks)
 
     def advance(self, logits: np.ndarray) -> None:
         """Choose the next token from logits [vocabulary]; where none can be chosen, the row ends with that failure."""

@@ -12,10 +12,12 @@ import numpy as np
 
 from rk_export.runtime.engine.ahead import Drafter, Worth
 from rk_export.runtime.engine.pace import Pace
-from rk_export.runtime.engine.prefixes import KeptPrefixes
+from rk_export.runtime.engine.prefixes import KeptPrefixes, Match
+from rk_export.runtime.engine.resume_points import ResumePoints
 from rk_export.runtime.engine.rounding import GRAIN, last_run
 from rk_export.runtime.engine.running import Running
 from rk_export.runtime.engine.slots import SlotRunner
+from rk_export.runtime.engine.state_slots import StateSlots
 
 
 class SlotBatch:
@@ -68,12 +70,24 @@ class SlotBatch:
         self._filling = running
         running.slot = len(self._rows) + self._multiple - 1  # no step touches it
         running.filled = 0
-        others = {row.slot: row.shared_tokens for row in self._rows}
-        match = self._kept.best(np.array(running.tokens, np.int64), others)
+        tokens, others = np.array(running.tokens, np.int64), {row.slot: row.held for row in self._rows}
+        match = self._kept.best(tokens, others)
         if match is not None:
             self._buffers.copy(match.slot, running.slot, match.positions)
             running.filled = match.positions
             running.cached = min(match.positions, len(running.row.prompt))
+        if (states := self._buffers.states) is not None:
+            self._begin_states(states, running, match, self._kept.longest(tokens, others))
+
+    def _begin_states(self, states: StateSlots, running: Running, match: Match | None, shared: int) -> None:
+        """Put in place the states of what was copied, or of nothing."""
+        if match is None or match.state is None:
+            states.clear(running.slot)
+        else:
+            states.write(running.slot, match.state)
+        running.points = ResumePoints(states, len(running.tokens), shared)
+        if match is not None and match.state is not None:
+            running.points.marks[match.positions] = match.state
 
     def drop(self, running: Running) -> None:
         """Take a row out that has not ended; one that is not in here is passed over."""
@@ -107,6 +121,8 @@ class SlotBatch:
         with self._pace.timed_chunk(len(tokens)):
             logits = self._runner.extend(running.slot, tokens, running.filled)
         running.filled = end
+        if running.points is not None:
+            running.points.reached(running.slot, end)
         if end < len(running.tokens):
             return []
         running.advance(logits[-1])
@@ -122,6 +138,8 @@ class SlotBatch:
         end, total = running.filled + self._pace.tokens(waiting=bool(self._rows)), len(running.tokens)
         if running.filled <= self._above:
             end = max(end, (self._above // GRAIN + 1) * GRAIN)
+        if running.points is not None:
+            end = running.points.end(max(running.filled, self._above), end)
         last = total - last_run(total)
         if end > last > max(running.filled, self._above):
             return last
@@ -186,7 +204,7 @@ class SlotBatch:
         self._rows[last.slot] = last
 
     def _keep(self, running: Running) -> None:
-        tokens = running.shared_tokens
-        slot = self._kept.place(tokens)
+        held = running.held
+        slot = self._kept.place(held)
         if slot is not None:
-            self._buffers.copy(running.slot, slot, len(tokens))
+            self._buffers.copy(running.slot, slot, len(held.tokens))

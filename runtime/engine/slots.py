@@ -13,11 +13,16 @@ import numpy as np
 import onnxruntime as ort
 
 from rk_export.runtime.decoder import position_ids
+from rk_export.runtime.engine.device_copy import Copier
+from rk_export.runtime.engine.state_slots import StateSlots
 from rk_export.runtime.layout import LOGITS_START, DecoderLayout
 
 
 class SlotBuffers:
     """Keys and values: one buffer [slots, kv_heads, capacity, head_size] for each side of each layer.
+
+    Layers without attention have a state for each slot instead, see `StateSlots`; `states` is None where there are
+    none.
 
     Args:
         layout: The graph's inputs and outputs.
@@ -32,7 +37,10 @@ class SlotBuffers:
         shapes = [(slots, slot.kv_heads, capacity, slot.head_size) for slot in layout.slots]
         self._arrays = [lazy_zeros(shape, layout.cache_dtype) for shape in shapes] if device == "cpu" else []
         self._on_device = [] if device == "cpu" else [self._allocated(shape) for shape in shapes]
-        self._copier = None if device == "cpu" else _copier(layout, device)
+        self._copier = None if device == "cpu" else Copier(layout.cache_dtype, device)
+        self.states: StateSlots | None = None
+        if layout.states:
+            self.states = StateSlots(layout, slots=slots, device=device, copier=self._copier)
 
     def bind(self, binding: Any, first: int, count: int) -> None:
         """Bind the slots [first, first + count) as past and present: a run appends to them in place."""
@@ -41,15 +49,19 @@ class SlotBuffers:
             shape = [count, slot.kv_heads, self.capacity, slot.head_size]
             for bind, name in ((binding.bind_input, slot.past), (binding.bind_output, slot.present)):
                 bind(name, self._device, 0, self._layout.cache_dtype.type, shape, place)
+        if self.states is not None:
+            self.states.bind(binding, first, count)
 
     def copy(self, source: int, target: int, positions: int) -> None:
-        """Copy the first positions of a slot over those of another."""
+        """Copy the first positions of a slot over those of another, and the state of its last position."""
         if source == target or not positions:
             return
         for array in self._arrays:
             array[target, :, :positions] = array[source, :, :positions]
         if self._copier is not None:
             self._copy_on_device(self._copier, source, target)
+        if self.states is not None:
+            self.states.copy(source, target)
 
     def _address(self, index: int, slot: int) -> int:
         """Return where a slot begins; slots follow each other without gaps."""
@@ -64,15 +76,11 @@ class SlotBuffers:
             list(shape), self._layout.cache_dtype.type, self._device, 0
         )
 
-    def _copy_on_device(self, copier: Any, source: int, target: int) -> None:
-        """Copy whole slots: ONNX Runtime copies between places of one device only within a graph."""
+    def _copy_on_device(self, copier: Copier, source: int, target: int) -> None:
+        """Copy whole slots."""
         for index, slot in enumerate(self._layout.slots):
             shape = [slot.kv_heads, self.capacity, slot.head_size]
-            binding = copier.io_binding()
-            kind = self._layout.cache_dtype.type
-            binding.bind_input("x", self._device, 0, kind, shape, self._address(index, source))
-            binding.bind_output("y", self._device, 0, kind, shape, self._address(index, target))
-            copier.run_with_iobinding(binding)
+            copier.copy(shape, self._address(index, source), self._address(index, target))
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -85,20 +93,6 @@ def lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
-
-
-def _copier(layout: DecoderLayout, device: str) -> Any:
-    """Return a session of a graph that copies its input, on the device."""
-    from onnx import TensorProto, helper
-
-    from rk_export.runtime.providers import CPU, CUDA
-
-    kind = TensorProto.FLOAT16 if layout.cache_dtype == np.float16 else TensorProto.FLOAT
-    values = [helper.make_tensor_value_info(name, kind, ["h", "p", "d"]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", values[:1], values[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    providers = [CUDA, CPU] if device == "cuda" else [CPU]
-    return ort.InferenceSession(model.SerializeToString(), providers=providers)
 
 
 class SlotRunner:
@@ -180,6 +174,8 @@ class SlotRunner:
             )  # alive until the run ends
             bound.binding.bind_cpu_input("position_ids", positions)
         self._session.run_with_iobinding(bound.binding)
+        if self.buffers.states is not None and bound.slots is not None:
+            self.buffers.states.settle(*bound.slots)
 
     def _bind_logits(self, binding: Any, rows: int) -> None:
         if not self._logits.shape[2]:  # their width is known after a run

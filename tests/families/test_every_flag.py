@@ -46,7 +46,7 @@ def found_without(flag: Flag, source: StoredModel, model: PreTrainedModel, folde
         vars(source.description)["decoder"] = kept
 
 
-@pytest.mark.parametrize("name", sampled([name for name in families() if not family_of(name).is_encoder], 5))
+@pytest.mark.parametrize("name", sampled([name for name in families() if not family_of(name).is_encoder], 10))
 def test_each_flag_is_seen(name: str, tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path)
     source, model = open_source(tmp_path), untouched(name, tmp_path)

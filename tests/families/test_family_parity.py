@@ -42,7 +42,7 @@ def test_the_graph_computes_what_transformers_computes(name: str, tmp_path: Path
     assert max(errors.values()) <= BOUND, errors
 
 
-@pytest.mark.parametrize("name", sampled(MODELS, 6))
+@pytest.mark.parametrize("name", sampled(MODELS, 10))
 def test_half_precision_stays_in_its_bound(name: str, tmp_path: Path) -> None:
     """The common bound, or twice what PyTorch's own half precision loses.
 
@@ -65,7 +65,7 @@ def test_half_precision_stays_in_its_bound(name: str, tmp_path: Path) -> None:
     assert error <= max(FLOAT_BOUND["fp16"], OWN_PRECISION_FACTOR * own)
 
 
-@pytest.mark.parametrize("name", sampled(DECODERS, 10))
+@pytest.mark.parametrize("name", sampled(DECODERS, 16))
 def test_a_bundle_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
     """64 greedy tokens of requests in slots, their logits, and the tokens in GenAI."""
     tiny_model(name).save_pretrained(tmp_path / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,13 @@ def canonical(model: PreTrainedModel, source: StoredModel) -> dict[str, Tensor]:
     return dict(own.state_dict())
 
 
-@pytest.mark.parametrize("name", families())
+def _exported(source: StoredModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors without those of modules that are exported nowhere, such as an encoder's pooler."""
+    unused = tuple(f"{module}." for module in source.architecture.unused)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+
+
+@pytest.mark.parametrize("name", sampled(families(), 4))
 def test_both_spellings_give_the_same_tensors(name: str, tmp_path: Path) -> None:
     model, stored = tiny_model(name), {}
     for spelling, original in SPELLINGS.items():
@@ -34,11 +41,12 @@ def test_both_spellings_give_the_same_tensors(name: str, tmp_path: Path) -> None
         model.save_pretrained(folder, save_original_format=original)
         stored[spelling] = set(SafetensorFiles(folder.glob("*.safetensors")).shapes)
         source = open_source(folder)
-        expected, found = canonical(model, source), source.load().state_dict()
-        unused = tuple(f"{module}." for module in source.architecture.unused)
-        for key, tensor in expected.items():
-            assert key.startswith(unused) or torch.equal(found[key], tensor), f"{key}, {spelling}"
+        expected, found = (
+            _exported(source, tensors) for tensors in (canonical(model, source), source.load().state_dict())
+        )
         assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), f"{key}, {spelling}"
     renamed = len(stored["as published"] - stored["as the modules are called"])
     record(name, "names", {"stored": len(stored["as published"]), "otherwise in the model": renamed})
 

@@ -21,7 +21,8 @@ from rk_export.model.rotary import RotaryTable
 from rk_export.passes.graph.nodes import MICROSOFT
 
 ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
-KeyValue = tuple[ir.Value, ir.Value]
+# What a layer hands on to the next call: keys and values, or the state of a short convolution.
+Carried = tuple[ir.Value, ...]
 # The operator rotates only multiples of this many coordinates, in heads that are as many wide or a multiple.
 ROTATED_MULTIPLE = 16
 
@@ -33,6 +34,22 @@ class Biases(NamedTuple):
     output: bool
     mlp: bool
     head: bool
+    conv: bool = False
+
+
+class RowTexts(NamedTuple):
+    """Which columns of the new tokens are text, the same for all layers.
+
+    Args:
+        is_text: (batch, length, 1), 1 for a token and 0 for padding before, between and behind tokens.
+        has_begun: (batch, length, 1), 0 for padding before the first token and 1 elsewhere.
+        last_rows: (batch, taps) int64, where the last tokens of each row stand in the state and the new tokens of all
+            rows below each other.
+    """
+
+    is_text: ir.Value
+    has_begun: ir.Value
+    last_rows: ir.Value
 
 
 class Shared(NamedTuple):
@@ -45,6 +62,7 @@ class Shared(NamedTuple):
         positions: (batch, length) int64, the position of each token in its row; None where no layer reads it.
         query_factor: (batch, length, 1), factor on the queries; None for 1.
         distance_bias: (batch, heads, length, keys), added to the scores; None for nothing.
+        texts: What short convolutions read from the mask; None where no layer has one.
     """
 
     last_key: ir.Value
@@ -53,6 +71,7 @@ class Shared(NamedTuple):
     positions: ir.Value | None = None
     query_factor: ir.Value | None = None
     distance_bias: ir.Value | None = None
+    texts: RowTexts | None = None
 
 
 def rotates_apart(spec: DecoderSpec, table: RotaryTable) -> bool:
@@ -120,8 +139,8 @@ class Attention(ExportModule):
         return Counter({ATTENTION: 1})
 
     def forward(
-        self, op: OpBuilder, hidden: ir.Value, shared: Shared, past: KeyValue
-    ) -> tuple[ir.Value, KeyValue]:
+        self, op: OpBuilder, hidden: ir.Value, shared: Shared, past: Carried
+    ) -> tuple[ir.Value, Carried]:
         query, key = self._query_and_key(op, hidden, shared)
         rotary: tuple[ir.Value | None, ...] = ()
         if self._attributes["do_rotary"] and self._rotary is not None:

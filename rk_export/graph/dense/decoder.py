@@ -12,11 +12,12 @@ from mobius.components import Embedding, Linear
 from onnxscript import OpBuilder, nn
 
 from rk_export.graph.dense.alibi import distance_bias
-from rk_export.graph.dense.attention import Attention, Biases, KeyValue, Shared, rotates_apart
+from rk_export.graph.dense.attention import Attention, Biases, Carried, Shared, rotates_apart
 from rk_export.graph.dense.mixture import Mixture
 from rk_export.graph.dense.mlp import Mlp
 from rk_export.graph.dense.norms import JOINED_WITH_SUM, norm_of
 from rk_export.graph.dense.rotary import Rotary, scaled
+from rk_export.graph.dense.short_conv import ShortConv, row_texts
 from rk_export.graph.modules.base import ExportModule, Pattern, operators
 from rk_export.model.decoder_spec import DecoderSpec, QueryGrowth
 from rk_export.model.rotary import RotaryTable
@@ -64,8 +65,8 @@ class Decoder(nn.Module):
         input_ids: ir.Value,
         attention_mask: ir.Value,
         position_ids: ir.Value,
-        past_key_values: Sequence[KeyValue],
-    ) -> tuple[ir.Value, list[KeyValue]]:
+        past_key_values: Sequence[Carried],
+    ) -> tuple[ir.Value, list[Carried]]:
         hidden, present = self.model(op, input_ids, attention_mask, position_ids, past_key_values)
         logits = scaled(op, self.lm_head(op, hidden), self._logit_scale)
         if self._logit_softcap:
@@ -113,27 +114,30 @@ class _DecoderBody(ExportModule):
         input_ids: ir.Value,
         attention_mask: ir.Value,
         position_ids: ir.Value,
-        past_key_values: Sequence[KeyValue],
-    ) -> tuple[ir.Value, list[KeyValue]]:
+        past_key_values: Sequence[Carried],
+    ) -> tuple[ir.Value, list[Carried]]:
         hidden = scaled(op, self.embed_tokens(op, input_ids), self._spec.embedding_scale)
         if self.embed_positions is not None:
             hidden = op.Add(hidden, self.embed_positions(op, position_ids))
         if self.embed_norm is not None:
             hidden = self.embed_norm(op, hidden)
-        shared = self._shared(op, attention_mask, position_ids)
+        shared = self._shared(op, input_ids, attention_mask, position_ids)
         present = []
         for layer, past in zip(self.layers, past_key_values, strict=True):
             hidden, layer_present = layer(op, hidden, shared, past)
             present.append(layer_present)
         return self.norm(op, hidden), present
 
-    def _shared(self, op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value) -> Shared:
+    def _shared(
+        self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, position_ids: ir.Value
+    ) -> Shared:
         last_key = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=0), op.Constant(value_int=1))
         key_count = op.Gather(op.Shape(attention_mask), op.Constant(value_int=1))
         growth = self._spec.query_growth
         bias = None
         if self._spec.alibi_slopes:
             bias = distance_bias(op, self._spec, attention_mask, position_ids, self._dtype)
+        taps = self._spec.conv_taps
         return Shared(
             last_key=op.Cast(last_key, to=ir.DataType.INT32),
             key_count=op.Cast(key_count, to=ir.DataType.INT32),
@@ -141,6 +145,7 @@ class _DecoderBody(ExportModule):
             positions=position_ids if self._rotates_apart else None,
             query_factor=None if growth is None else _query_factor(op, growth, position_ids, self._dtype),
             distance_bias=bias,
+            texts=row_texts(op, input_ids, attention_mask, taps, self._dtype) if taps else None,
         )
 
 
@@ -165,7 +170,11 @@ class _Layer(ExportModule):
         tables: Mapping[str, RotaryTable],
     ) -> None:
         super().__init__()
-        self.self_attn = Attention(spec, biases, index, tables)
+        self._mixer = "self_attn" if spec.layers[index].mixer == "attention" else "conv"
+        if self._mixer == "conv":
+            self.conv = ShortConv(spec, has_bias=biases.conv)
+        else:
+            self.self_attn = Attention(spec, biases, index, tables)
         self.mlp = _mlp(spec, config, biases, index)
         self._names = spec.norm_names
         for name in filter(None, dict.fromkeys(self._names)):
@@ -175,11 +184,11 @@ class _Layer(ExportModule):
         self._reads_sum = index > 0 or (bool(spec.learned_positions) and not spec.embedding_norm)
 
     def forward(
-        self, op: OpBuilder, hidden: ir.Value, shared: Shared, past: KeyValue
-    ) -> tuple[ir.Value, KeyValue]:
+        self, op: OpBuilder, hidden: ir.Value, shared: Shared, past: Carried
+    ) -> tuple[ir.Value, Carried]:
         names, factor = self._names, self._spec.residual_scale
         normed = self._normed(op, names.before_attention, hidden)
-        attended, present = self.self_attn(op, normed, shared, past)
+        attended, present = getattr(self, self._mixer)(op, normed, shared, past)
         added = op.Add(hidden, scaled(op, self._normed(op, names.after_attention, attended), factor))
         if not self._spec.parallel:
             normed = self._normed(op, names.before_mlp, added)

@@ -23,6 +23,7 @@ from rk_export.graph.dense.decoder import Decoder
 from rk_export.graph.dense.encoder import Encoder
 from rk_export.graph.dense.encoder_task import EncoderTask
 from rk_export.graph.dense.rotary import Late
+from rk_export.graph.dense.stateful_task import StatefulTextGeneration
 from rk_export.model.architecture import Architecture
 from rk_export.model.context import own_context
 from rk_export.model.decoder_spec import DecoderSpec
@@ -95,7 +96,8 @@ def build_module(
         biased = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
         module: nn.Module = Encoder(spec, biased, tables, dtypes)
     else:
-        onnx_config, task = _decoder_config(spec), "text-generation"
+        onnx_config = _decoder_config(spec)
+        task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
         biases = _biases(shapes)
         _check_head(spec, biases)
         module = Decoder(spec, onnx_config, biases, tables, dtypes)
@@ -111,9 +113,9 @@ def trace(onnx_module: OnnxModule) -> ir.Model:
 
     Returns:
         Decoder: inputs ``input_ids``, ``attention_mask``, ``past_key_values.{i}.key|value`` and, with learned
-        positions, ``position_ids``; outputs ``logits``, ``present.{i}.key|value``. Encoder: inputs
-        ``input_ids``, ``attention_mask`` and, with several types of tokens, ``token_type_ids``; output
-        ``last_hidden_state``, or ``logits`` of a classifier.
+        positions, ``position_ids``; outputs ``logits``, ``present.{i}.key|value``. A layer with a short convolution has
+        ``past_conv.{i}`` and ``present_conv.{i}`` instead. Encoder: inputs ``input_ids``, ``attention_mask`` and, with
+        several types of tokens, ``token_type_ids``; output ``last_hidden_state``, or ``logits`` of a classifier.
     """
     package = build_from_module(
         onnx_module.module,
@@ -201,6 +203,7 @@ def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
         output=has_bias("self_attn.o_proj"),
         mlp=has_bias("mlp.up_proj"),
         head=has_bias("lm_head"),
+        conv=has_bias("conv.in_proj"),
     )
 
 

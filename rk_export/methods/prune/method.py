@@ -7,7 +7,7 @@ from rk_export.calibration.redundancy import block_influence
 from rk_export.errors import InputError
 from rk_export.methods.base import Method, Work
 from rk_export.methods.prune.options import PruneOptions
-from rk_export.methods.prune.pruned import Pruned, check_blocks, chosen_pruning, kept_width
+from rk_export.methods.prune.pruned import Pruned, check_blocks, chosen_pruning, kept_blocks, kept_width
 from rk_export.model.pruned_description import check_decoder, pruned_description
 from rk_export.options.recipe import Recipe
 from rk_export.plan import Pruning
@@ -28,7 +28,8 @@ class Prune(Method[PruneOptions]):
                 where="prune.blocks",
                 fix="set calibration.text to self or to a file",
             )
-        kept = tuple(range(source.layer_count - self.options.blocks))
+        first = [-float(block) for block in range(source.layer_count)]
+        kept = kept_blocks(source.description, self.options.blocks, first)
         groups: tuple[tuple[int, ...], ...] = ()
         if self.options.kv_heads_keep is not None:
             groups = (tuple(range(self.options.kv_heads_keep)),) * len(kept)

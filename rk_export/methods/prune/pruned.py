@@ -7,7 +7,7 @@ plans, graphs and checkpoints see a smaller model of the same family. Widths tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,9 +107,10 @@ class Pruned(Transform):
 
     def _shape(self, index: int) -> LayerShape | None:
         block, width, groups = self.block(index), self._kept.ffn_width, self._kept.kv_groups
-        if width is None and not groups:
+        has_heads = bool(groups) and block in self._before.decoder.attention_layers
+        if width is None and not has_heads:
             return None
-        return LayerShape(block, ffn_width=width, kv_groups=groups[index] if groups else None)
+        return LayerShape(block, ffn_width=width, kv_groups=groups[index] if has_heads else None)
 
     def _renamed(self, findings: list[Finding], index: int) -> list[Finding]:
         """Return findings of a block under the number that it has now."""
@@ -170,16 +171,32 @@ def chosen_pruning(
     """
     count = source.layer_count
     check_blocks(count, options)
-    blocks = tuple(sorted(sorted(range(count), key=lambda block: influence[block])[options.blocks :]))
+    blocks = kept_blocks(source.description, options.blocks, influence)
     groups: tuple[tuple[int, ...], ...] = ()
     if (wanted := options.kv_heads_keep) is not None:
-        scores = [
-            group_scores(layer, *_known(source.description, layer, statistics))
+        groups = tuple(
+            _kept_groups(source.description, layer, statistics, wanted)
             for layer in source.layers()
             if layer.index in blocks
-        ]
-        groups = tuple(tuple(largest(score, min(wanted, len(score))).tolist()) for score in scores)
+        )
     return Pruning(blocks, kept_width(source, options.ffn_keep), groups)
+
+
+def kept_blocks(description: ModelDescription, dropped: int, influence: Sequence[float]) -> tuple[int, ...]:
+    """Return the blocks that stay when those of the least influence go; one with attention always stays."""
+    last = max(description.decoder.attention_layers, key=lambda block: (influence[block], block))
+    others = sorted(set(range(description.layer_count)) - {last}, key=lambda block: influence[block])
+    return tuple(sorted((*others[dropped:], last)))
+
+
+def _kept_groups(
+    description: ModelDescription, layer: Layer, statistics: DenseStatistics | None, wanted: int
+) -> tuple[int, ...]:
+    """Return the key/value heads of a block that stay; a block without attention is as if it kept the first ones."""
+    wanted = min(wanted, layer.kv_groups)
+    if layer.index not in description.decoder.attention_layers:
+        return tuple(range(wanted))
+    return tuple(largest(group_scores(layer, *_known(description, layer, statistics)), wanted).tolist())
 
 
 def check_blocks(count: int, options: PruneOptions) -> None:

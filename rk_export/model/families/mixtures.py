@@ -22,8 +22,10 @@ from rk_export.model.expert_spec import (
     SparseMixerRouting,
 )
 from rk_export.model.families.base import Family
+from rk_export.model.families.olmo import clip_of
 
 _SHARED_EXPERT = "mlp.shared_expert"
+_PER_TOKEN = "num_experts_per_tok"
 
 
 def _in_every_layer(config: PretrainedConfig, index: int) -> bool:
@@ -44,7 +46,12 @@ def _in_ernie_layers(config: PretrainedConfig, index: int) -> bool:
 
 
 def experts_of(
-    count: int, per_token: int, width: int, routing: Routing, shared: SharedExpert | None = None
+    config: PretrainedConfig,
+    count: int,
+    per_token: int,
+    width: int,
+    routing: Routing,
+    shared: SharedExpert | None = None,
 ) -> ExpertSpec:
     """Return the spec of a mixture.
 
@@ -54,7 +61,7 @@ def experts_of(
     if not 1 <= per_token <= count:
         raise UnsupportedModelError(
             f"a token cannot run through {per_token} of {count} experts",
-            where="config.json: num_experts_per_tok",
+            where=f"config.json: {config.attribute_map.get(_PER_TOKEN, _PER_TOKEN)}",
             fix="give the numbers that the weights were made with",
         )
     return ExpertSpec(count, per_token, width, routing, shared)
@@ -65,6 +72,7 @@ def _mixtral(config: PretrainedConfig) -> DecoderSpec:
         config,
         layers=layer_specs(config, window=every_window, has_experts=_in_every_layer),
         experts=experts_of(
+            config,
             config.num_local_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
@@ -79,6 +87,7 @@ def _qwen3_moe(config: PretrainedConfig) -> DecoderSpec:
         layers=layer_specs(config, window=every_window, has_experts=_in_sparse_layers),
         query_key_norm="head",
         experts=experts_of(
+            config,
             config.num_local_experts,
             config.num_experts_per_tok,
             config.moe_intermediate_size,
@@ -92,6 +101,7 @@ def _qwen2_moe(config: PretrainedConfig) -> DecoderSpec:
     if not any(layer.has_experts for layer in layers):
         return llama_spec(config, layers=layers)
     experts = experts_of(
+        config,
         config.num_experts,
         config.num_experts_per_tok,
         config.moe_intermediate_size,
@@ -106,8 +116,9 @@ def _olmoe(config: PretrainedConfig) -> DecoderSpec:
         config,
         layers=layer_specs(config, has_experts=_in_every_layer),
         query_key_norm="all",
-        clip=float(config.clip_qkv or 0.0),
+        clip=clip_of(config),
         experts=experts_of(
+            config,
             config.num_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
@@ -125,6 +136,7 @@ def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
         residual_scale=float(config.residual_multiplier),
         logit_scale=1.0 / config.logits_scaling,
         experts=experts_of(
+            config,
             config.num_local_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
@@ -140,6 +152,7 @@ def _phimoe(config: PretrainedConfig) -> DecoderSpec:
         layers=layer_specs(config, window=every_window, has_experts=_in_every_layer),
         norm="layer",
         experts=experts_of(
+            config,
             config.num_local_experts,
             SPARSE_MIXER_EXPERTS,
             config.intermediate_size,
@@ -152,6 +165,7 @@ def _ernie4_5_moe(config: PretrainedConfig) -> DecoderSpec:
     layers = layer_specs(config, has_experts=_in_ernie_layers)
     shared = config.moe_num_shared_experts * config.moe_intermediate_size
     experts = experts_of(
+        config,
         config.num_experts,
         config.num_experts_per_tok,
         config.moe_intermediate_size,

@@ -8,7 +8,7 @@ from runtime_models import CONTEXT, TinyDecoder, held_up
 
 from rk_export.runtime import GenerationOptions, Session
 from rk_export.runtime.engine import Engine, EngineOptions, Request
-from rk_export.runtime.engine.prefixes import KeptPrefixes, Match, common
+from rk_export.runtime.engine.prefixes import Held, KeptPrefixes, Match, common
 from rk_export.runtime.engine.rounding import GRAIN
 
 SHORT = GenerationOptions(max_new_tokens=6)
@@ -121,12 +121,12 @@ def test_common_counts_from_the_beginning() -> None:
 
 def test_kept_slots_give_way_to_what_holds_them() -> None:
     kept, long = KeptPrefixes([7, 8]), np.arange(64)
-    first = kept.place(long[:32])
-    assert kept.place(long[:16]) is None, "it is held already"
-    assert kept.place(long[:8]) is None, "it is too short"
-    second = kept.place(long)
+    first = kept.place(Held(long[:32]))
+    assert kept.place(Held(long[:16])) is None, "it is held already"
+    assert kept.place(Held(long[:8])) is None, "it is too short"
+    second = kept.place(Held(long))
     assert (first, second) == (8, 8), "the longer one takes the place of its beginning"
     assert kept.best(np.append(long[:40], [99, 98, 97]), {}) == Match(8, 40)
     assert kept.best(long[:18], {}) == Match(8, 16)
     assert kept.best(long[:17], {}) is None, "two tokens are left to compute"
-    assert kept.best(long[:40], {3: long[:16]}) == Match(8, 32)
+    assert kept.best(long[:40], {3: Held(long[:16])}) == Match(8, 32)

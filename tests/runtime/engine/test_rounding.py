@@ -11,11 +11,12 @@ import pytest
 from runtime_models import KV_HEADS, TinyDecoder
 
 from rk_export.runtime import GenerationOptions, Session
+from rk_export.runtime.engine.device_copy import Copier
 from rk_export.runtime.engine.pace import Pace
 from rk_export.runtime.engine.rounding import GRAIN, row_multiple
 from rk_export.runtime.engine.running import Running
 from rk_export.runtime.engine.slot_batch import SlotBatch
-from rk_export.runtime.engine.slots import SlotBuffers, _copier, lazy_zeros
+from rk_export.runtime.engine.slots import SlotBuffers, lazy_zeros
 from rk_export.runtime.generate import Row
 
 VOCABULARY = 64
@@ -25,7 +26,7 @@ class Kernel:
     """Stands in for a graph: computes `block` rows at once, and what is left over by a path with another last bit."""
 
     def __init__(self, block: int, slots: int = 8) -> None:
-        self.buffers = SimpleNamespace(slots=slots, copy=lambda *given: None)
+        self.buffers = SimpleNamespace(slots=slots, copy=lambda *given: None, states=None)
         self.block = block
         self.prompts: list[int] = []  # tokens of each run of a prompt
         self.steps: list[int] = []  # rows of each step
@@ -111,7 +112,7 @@ def test_a_device_copies_slots_by_a_graph(tmp_path_factory: pytest.TempPathFacto
     for array in buffers._arrays:
         array[...] = rng.standard_normal(array.shape)
     before = [array.copy() for array in buffers._arrays]
-    buffers._copy_on_device(_copier(layout, "cpu"), 2, 0)
+    buffers._copy_on_device(Copier(layout.cache_dtype, "cpu"), 2, 0)
     for array, old in zip(buffers._arrays, before, strict=True):
         assert array.shape[1] == KV_HEADS
         np.testing.assert_array_equal(array, old[[2, 1, 2]])
