@@ -39,7 +39,8 @@ too, and windows, clips and caps are small enough to act. See
 - **fp16**: the same for the portable graph, prefill alone.
 - **Tokens**: greedy tokens of unequal requests that equal those of transformers, and those in ONNX Runtime GenAI.
 - **Fields**: values of config fields that were tried. *Exact* ones change the model, and the graph follows. *Refused*
-  ones are refused by name. All others change nothing."""
+  ones are refused by name. All others change nothing.
+- **–**: not measured."""
 _METHODS = """
 ## Methods
 

@@ -88,7 +88,9 @@ def prepared(source: StoredModel, names: tuple[str, ...]) -> tuple[Rewritten, di
 
 
 def _peaks(source: StoredModel) -> dict[str, Tensor]:
-    """Return random peaks of the neurons of every down matrix, some of them silent."""
+    """Return random peaks of the neurons of every down matrix, some of them silent; an encoder is not prepared."""
+    if source.architecture.is_encoder:
+        return {}
     generator = torch.Generator().manual_seed(5)
     shapes = {(matrix.id.layer, matrix.id.path): matrix.shape for matrix in source.description.matrices}
     peaks = {}

@@ -149,6 +149,7 @@ def page(data: dict[str, Any]) -> str:
             taken=counts["taken"],
             refused=counts["refused"],
             worst=worst,
+            tried=sum(bool(row.hidden) for row in rows),
             found=sum(row.hidden.startswith("taken") for row in rows),
         ),
         "| type | class | outcome | error | reason, or what becomes of it hidden |",
@@ -166,12 +167,13 @@ def page(data: dict[str, Any]) -> str:
 
 _HEAD = """# What becomes of every type of model that writes text
 
-transformers {version} has {count} types of models that write text. This page lists each with the values that its
-config has by default, and what rk-export says of it. How a type is tried: [unknown model
+transformers {version} has {count} types of models that write text. This page lists each, with the default
+values of its config, and what rk-export says of it. How a type is tried: [unknown model
 types](../reference/inputs.md#unknown-model-types).
 
-- *known*: {known}. They are [families](../../README.md#supported-families) of rk-export. As a test, each was hidden
-  from rk-export in turn: the last column says what became of it then. {found} of them were taken as another family.
+- *known*: {known}. They are [families](../../README.md#supported-families) of rk-export. As a test, {tried} of
+  them were hidden from rk-export, one at a time. The last column says what became of each then. {found} of these were
+  taken as another family.
 - *text model*: {parts}. They read images or sound, and the text model in them is a known family. This column says what
   their config is read as; [tests](../../tests/tiny_wrappers.py) compare the logits of the usual ones.
 - *taken*: {taken}. They are a known family in all but the name.
@@ -190,7 +192,7 @@ def _reason(message: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

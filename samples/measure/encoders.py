@@ -42,7 +42,7 @@ TITLES = {
     "int4 at level 0": "INT4 weights, float inputs",
 }
 FILES = ("model.onnx", "model.onnx.data")
-ROUNDS, SENTENCES, BATCH = 9, 128, 32
+ROUNDS, SENTENCES, BATCH = 5, 64, 32
 POINTS = {"w8a8": 0.5, "int8": 0.5, "int4": 1.5}
 BYTES = {"w8a8": 0.27, "int8": 0.27, "int4": 0.17}
 

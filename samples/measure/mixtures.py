@@ -54,7 +54,8 @@ FORMATS = {
     "INT4, blocks of 128": Quantize(bits=4, block=128, symmetric=False, quantizer="rtn"),
     "INT8": Quantize(bits=8, block=32, quantizer="rtn"),
 }
-TASKS = {"decode of one token": (1, CACHED), f"prefill of {PREFILL} tokens": (PREFILL, 0)}
+# Name -> new tokens, tokens in the cache, and the share of the repeats.
+TASKS = {"decode of one token": (1, CACHED, 1.0), f"prefill of {PREFILL} tokens": (PREFILL, 0, 1 / 6)}
 
 
 def made_model(folder: Path) -> Path:
@@ -70,13 +71,13 @@ def made_model(folder: Path) -> Path:
     return folder
 
 
-def wanted(repeats: int, threads: int) -> Iterator[tuple[str, Measure]]:
+def wanted(repeats: int) -> Iterator[tuple[str, Measure]]:
     """Yield every format."""
     for name in FORMATS:
-        yield name, partial(measure, name, repeats, threads)
+        yield name, partial(measure, name, repeats)
 
 
-def measure(name: str, repeats: int, threads: int) -> Row:
+def measure(name: str, repeats: int) -> Row:
     """Return the milliseconds of both graphs in one format, their files' bytes, and how far their logits differ."""
     with tempfile.TemporaryDirectory() as work:
         tables = Quantize(("embed_tokens", "lm_head"), bits=8, quantizer="rtn")
@@ -89,16 +90,17 @@ def measure(name: str, repeats: int, threads: int) -> Row:
             folder.mkdir()
             save_graph(build_graph(rewritten, group_experts=grouped)[0], folder)
             row[f"{graph}_bytes"] = harness.model_bytes(folder)
-            sessions[graph] = opened(folder, threads)
-        for task, (tokens, cached) in TASKS.items():
-            row[task] = timed(sessions, feed_of(sessions["chosen"], tokens, cached), repeats)
+            sessions[graph] = opened(folder)
+        for task, (tokens, cached, share) in TASKS.items():
+            feed = feed_of(sessions["chosen"], tokens, cached)
+            row[task] = timed(sessions, feed, round(share * repeats))
     return row
 
 
-def opened(folder: Path, threads: int) -> ort.InferenceSession:
-    """Open a graph on the CPU."""
+def opened(folder: Path) -> ort.InferenceSession:
+    """Open a graph on one core: the time of a process is then that of a run."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
     return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
 
@@ -117,14 +119,14 @@ def feed_of(session: ort.InferenceSession, tokens: int, cached: int) -> dict[str
 
 
 def timed(sessions: dict[str, ort.InferenceSession], feed: dict[str, np.ndarray], repeats: int) -> Row:
-    """Return milliseconds of both graphs, run in turns, least and median, and how far their logits differ."""
+    """Return milliseconds of the processor for both graphs, run in turns, and how far their logits differ."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     logits = {name: session.run(["logits"], feed)[0] for name, session in sessions.items()}
     for _ in range(repeats):
         for name, session in sessions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             session.run(["logits"], feed)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.process_time() - start))
     difference = np.abs(logits["chosen"] - logits["every"]).max() / np.abs(logits["every"]).max()
     row: Row = {}
     for name, taken in times.items():
@@ -152,9 +154,10 @@ def page(results: Results) -> str:
             "This page shows what it gives to compute the chosen experts alone, and not every expert for every token.",
             "",
             "Made by `OMP_NUM_THREADS=1 python samples/measure/mixtures.py`. The model has random weights: 4 layers, "
-            "hidden 512, 64 experts of width 256, 8 of them for each token. A cell holds the least and the median of "
-            f"{results.facts['repeats']} runs on {results.facts['threads']} thread; both graphs run in turns. Other "
-            "work on the machine raises the medians, and there was much of it. A decode step has "
+            "hidden 512, 64 experts of width 256, 8 of them for each token. A cell holds the least and the median "
+            f"of {results.facts['repeats']} runs, a sixth of that for prefill; both graphs run in turns. It is the "
+            "time that one core spent on the run: other work on the machine does not count, except that it "
+            "empties the caches. A decode step has "
             f"{CACHED} tokens in its cache. The difference is relative to the largest logit. Both graphs round the "
             "inputs of their matrices to int8, where a number in the middle may fall to either side.",
             "",
@@ -176,14 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the formats that are missing."""
     parser = harness.parser(__doc__, "rows")
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=1)
     return harness.run(script, parser.parse_args(arguments))
 
 
 def script(args: argparse.Namespace) -> None:
     """Measure and report."""
-    results = Results(args.out, "mixtures", {"repeats": args.repeats, "threads": args.threads})
-    results.measure(wanted(args.repeats, args.threads), args.rows)
+    results = Results(args.out, "mixtures", {"repeats": args.repeats})
+    results.measure(wanted(args.repeats), args.rows)
     results.write_page(page(results))
 
 

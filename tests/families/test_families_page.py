@@ -22,9 +22,5 @@ def test_every_family_that_is_exported_is_tested() -> None:
 
 
 def test_every_model_is_measured() -> None:
-    missing = {
-        name: sorted({"parity", "names"} - read().get(name, {}).keys())
-        for name in EVERY_MODEL
-        if not {"parity", "names"} <= read().get(name, {}).keys()
-    }
-    assert not missing, f"run make families: {DATA.name} lacks {missing}"
+    missing = [name for name in EVERY_MODEL if "parity" not in read().get(name, {})]
+    assert not missing, f"run make families: {DATA.name} lacks {', '.join(missing)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import tiny_options
@@ -23,6 +24,7 @@ from rk_export.options.recipe import Recipe
 from rk_export.options.run import Run
 from rk_export.planning.budget import EmbeddingTable, spend
 from rk_export.planning.budget_units import PLAIN_LAYERS, PLAIN_TABLES, budget_unit
+from rk_export.planning.encoder_tables import with_encoder_table
 from rk_export.planning.fixed_parts import graph_bytes
 from rk_export.planning.plain_size import plain_int4_bytes, why_plain
 from rk_export.planning.planner import decide_plan, embedding_weight
@@ -35,10 +37,17 @@ PLAIN = tiny_options(groups=(), rank=None)
 SourceOf = Callable[..., StoredModel]
 
 
+def plain(source: StoredModel, **options: Any) -> Recipe:
+    """Return plain INT4; the token table of an encoder is no output projection."""
+    recipe = tiny_options(groups=(), rank=None, **options)
+    return with_encoder_table(recipe)[0] if source.architecture.is_encoder else recipe
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ep", ["cpu", "portable"])
 def test_it_is_what_the_uniform_plan_takes(source_of: SourceOf, family: str, ep: str) -> None:
-    source, recipe = source_of(family), tiny_options(groups=(), rank=None, ep=ep)
+    source = source_of(family)
+    recipe = plain(source, ep=ep)
     assert plain_int4_bytes(source, recipe) == planned_bytes(source, decide_plan(source, recipe)) + (
         graph_bytes(source.description)
     )
@@ -48,7 +57,7 @@ def test_it_is_what_the_uniform_plan_takes(source_of: SourceOf, family: str, ep:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_the_graph_stores(source_of: SourceOf, family: str) -> None:
     source = source_of(family)
-    model, _ = build_graph(rewrite(source, decide_plan(source, PLAIN)))
+    model, _ = build_graph(rewrite(source, decide_plan(source, plain(source))))
     values = [value.const_value for value in model.graph.initializers.values()]
     stored = sum(value.nbytes for value in values if value is not None)
     assert 0 <= stored - plain_int4_bytes(source, PLAIN) + graph_bytes(source.description) <= CONSTANTS

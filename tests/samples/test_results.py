@@ -17,6 +17,7 @@ PAGES = {
     "basel": "papers.basel.report",
     "cap": "papers.cap.report",
     "engine": "measure.engine_speed",
+    "encoders": "measure.encoders",
     "export": "measure.measure_export",
     "factorization": "measure.bench_factorization",
     "groupings": "measure.factorize_groupings",

@@ -22,6 +22,7 @@ from rk_export.model.expert_spec import (
     SparseMixerRouting,
 )
 from rk_export.model.families.base import Family
+from rk_export.model.families.olmo import clip_of
 
 _SHARED_EXPERT = "mlp.shared_expert"
 _PER_TOKEN = "num_experts_per_tok"
@@ -115,7 +116,7 @@ def _olmoe(config: PretrainedConfig) -> DecoderSpec:
         config,
         layers=layer_specs(config, has_experts=_in_every_layer),
         query_key_norm="all",
-        clip=float(config.clip_qkv or 0.0),
+        clip=clip_of(config),
         experts=experts_of(
             config,
             config.num_experts,
