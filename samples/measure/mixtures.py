@@ -153,18 +153,20 @@ def page(results: Results) -> str:
             "",
             "This page shows what it gives to compute the chosen experts alone, and not every expert for every token.",
             "",
-            "Made by `OMP_NUM_THREADS=1 python samples/measure/mixtures.py`. The model has random weights: 4 layers, "
-            "hidden 512, 64 experts of width 256, 8 of them for each token. A cell holds the least and the median "
-            f"of {results.facts['repeats']} runs, a sixth of that for prefill; both graphs run in turns. It is the "
-            "time that one core spent on the run: other work on the machine does not count, except that it "
-            "empties the caches. A decode step has "
-            f"{CACHED} tokens in its cache. The difference is relative to the largest logit. Both graphs round the "
-            "inputs of their matrices to int8, where a number in the middle may fall to either side.",
+            "Made by `OMP_NUM_THREADS=1 python samples/measure/mixtures.py`.",
+            "",
+            "- The model has random weights: 4 layers, hidden 512, 64 experts of width 256. "
+            "Each token takes 8 of them.",
+            f"- A cell holds the least and the median of {results.facts['repeats']} runs, a sixth of that for prefill.",
+            "- Both graphs run in turns. The time is what one core spent on the run.",
+            f"- A decode step has {CACHED} tokens in its cache.",
+            "- The difference is relative to the largest logit.",
+            "- Both graphs round the inputs of their matrices to int8. A number in the middle may fall to either side.",
             "",
             harness.table(head, lines, "llrrrr"),
             "",
-            "Rows of INT4 in blocks of 128 come twice, so that an answer does not depend on the other requests; see "
-            "[the engine](../explanation/engine.md). That is why its prefill gains less.",
+            "Rows of INT4 in blocks of 128 come twice: so an answer does not depend on the other requests. That is why "
+            "its prefill gains less. See [the engine](../explanation/engine.md).",
             "",
         ]
     )

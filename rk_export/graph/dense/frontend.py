@@ -100,7 +100,7 @@ def build_module(
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
         biases = _biases(shapes)
         _check_head(spec, biases)
-        module = Decoder(spec, onnx_config, biases, tables, dtypes)
+        module = Decoder(spec, biases, tables, dtypes)
     _check_structure(module, shapes)
     onnx_config.dtype = dtypes
     return OnnxModule(module, onnx_config, task, ep, architecture)

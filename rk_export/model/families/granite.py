@@ -17,15 +17,24 @@ from rk_export.model.families.base import Family, Refused, RefusedLayers
 _PERI_NORM = NormNames("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2")
 
 
-def _scaled(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
-    """Return the spec of a Llama with multipliers, all but that of the logits."""
+def attention_scale(config: PretrainedConfig) -> float:
+    """Return the factor on the dot products of queries and keys.
+
+    Raises:
+        UnsupportedModelError: It is 0.
+    """
     if config.attention_multiplier == 0:
         raise UnsupportedModelError(
             "attention_multiplier=0: GroupQueryAttention takes a scale of 0 for its usual one",
             where="config.json: attention_multiplier",
         )
+    return float(config.attention_multiplier)
+
+
+def _scaled(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
+    """Return the spec of a Llama with multipliers, all but that of the logits."""
     read = {
-        "layers": layer_specs(config, scale=config.attention_multiplier),
+        "layers": layer_specs(config, scale=attention_scale(config)),
         "embedding_scale": float(config.embedding_multiplier),
         "residual_scale": float(config.residual_multiplier),
     }
@@ -42,7 +51,7 @@ def _granite_hybrid(config: PretrainedConfig) -> DecoderSpec:
 
     return _scaled(
         config,
-        layers=layer_specs(config, scale=config.attention_multiplier, rotary=rotary),
+        layers=layer_specs(config, scale=attention_scale(config), rotary=rotary),
         intermediate_size=int(config.shared_intermediate_size),
         logit_scale=1.0 / config.logits_scaling,
     )

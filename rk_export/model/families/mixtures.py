@@ -22,6 +22,7 @@ from rk_export.model.expert_spec import (
     SparseMixerRouting,
 )
 from rk_export.model.families.base import Family
+from rk_export.model.families.granite import attention_scale
 from rk_export.model.families.olmo import clip_of
 
 _SHARED_EXPERT = "mlp.shared_expert"
@@ -131,7 +132,7 @@ def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
     shared = getattr(config, "shared_intermediate_size", 0)
     return llama_spec(
         config,
-        layers=layer_specs(config, scale=config.attention_multiplier, has_experts=_in_every_layer),
+        layers=layer_specs(config, scale=attention_scale(config), has_experts=_in_every_layer),
         embedding_scale=float(config.embedding_multiplier),
         residual_scale=float(config.residual_multiplier),
         logit_scale=1.0 / config.logits_scaling,
