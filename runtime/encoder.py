@@ -221,8 +221,23 @@ def is_encoder_bundle(path: str | Path) -> bool:
     Raises:
         InputError: The folder or its graph is missing, or cannot be read.
     """
+    return is_encoder(*_names(path))
+
+
+def is_classifier_bundle(path: str | Path) -> bool:
+    """Whether a bundle's graph is that of an encoder with a head that classifies.
+
+    Raises:
+        InputError: As `is_encoder_bundle`.
+    """
+    inputs, outputs = _names(path)
+    return is_encoder(inputs, outputs) and LOGITS in outputs
+
+
+def _names(path: str | Path) -> tuple[list[str], list[str]]:
+    """Return the inputs and the outputs of a bundle's graph by name."""
     graph = load_proto(BundleConfig.read(path).model_path).graph
-    return is_encoder((value.name for value in graph.input), (value.name for value in graph.output))
+    return [value.name for value in graph.input], [value.name for value in graph.output]
 
 
 def is_encoder(inputs: Iterable[str], outputs: Iterable[str]) -> bool:
