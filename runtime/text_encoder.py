@@ -91,8 +91,7 @@ class Encoder:
         )
         self._folder = self.session.config.folder
         self.files = self.session.files
-        limits = (self.files.longest, self.session.config.context_length)
-        self.longest = min((limit for limit in limits if limit is not None), default=None)
+        self.longest = self.session.longest
         self._together = CACHED_TOKENS if self.session.device == "cpu" else None
         self._texts = EncoderTexts(self._folder, self.longest, self.files.lower_case)
 

@@ -15,7 +15,7 @@ from rk_export.errors import InputError, RkExportError
 from rk_export.memory import give_back
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
-from rk_export.runtime.encoder import is_classifier_bundle, is_encoder_bundle
+from rk_export.runtime.encoder_graph import is_classifier_bundle, is_encoder_bundle
 from rk_export.runtime.server.encoders import EncoderWorker
 from rk_export.runtime.server.errors import ApiError, unavailable
 from rk_export.runtime.server.logs import event, logger

@@ -11,7 +11,7 @@ import onnx
 from rk_export.bundle.targets.base import Deployment
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_config import BundleConfig
-from rk_export.runtime.encoder import is_classifier_bundle
+from rk_export.runtime.encoder_graph import is_classifier_bundle
 from rk_export.runtime.engine.records import EngineOptions
 
 _FORMULA = (

@@ -10,7 +10,7 @@ from rk_export.errors import InputError
 from rk_export.manifest import read_manifest, write_part
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.chat_files import MORE_TEMPLATES
-from rk_export.runtime.encoder import is_encoder_bundle
+from rk_export.runtime.encoder_graph import is_encoder_bundle
 from rk_export.runtime.engine.records import EngineOptions
 from rk_export.runtime.triton.tensors import BUNDLE_FOLDER, INPUTS, OUTPUTS, TextTensor
 
