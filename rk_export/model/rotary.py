@@ -27,6 +27,8 @@ from rk_export.runtime.bundle_config import SHORT_FACTORS_ONLY
 # "dynamic" has its first frequencies up to max_position_embeddings; no bundle of it takes more positions.
 EXACT_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 ALL_LAYERS = "all"
+# GroupQueryAttention rotates only multiples of this many coordinates, in heads that are as many wide or a multiple.
+ROTATED_MULTIPLE = 16
 
 
 @dataclass(frozen=True)

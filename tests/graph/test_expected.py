@@ -72,7 +72,7 @@ def test_marks_lost_on_the_way_are_an_error(int4: Rewritten, monkeypatch: pytest
 def test_members_of_a_site_declare_what_they_share_once(source_of: SourceOf) -> None:
     rewritten = compress(source_of("llama"), floats(("qk",), rank=RankRule("rank", 8)))
     module = build_module(rewritten.description, ep="cpu", dtype="fp32")
-    swap.swap_projections(rewritten, module)
+    swap.swap_projections(rewritten, module, group_experts=True)
     attention = module.module.model.layers[0].self_attn
     q, k, v = (child.products("input") for child in (attention.q_proj, attention.k_proj, attention.v_proj))
     assert q[0] == k[0]

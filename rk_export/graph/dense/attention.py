@@ -17,14 +17,12 @@ from onnxscript import OpBuilder, nn
 from rk_export.graph.dense.norms import norm_of, query_key_norm
 from rk_export.graph.modules.base import ExportModule, Pattern, operators
 from rk_export.model.decoder_spec import DecoderSpec
-from rk_export.model.rotary import RotaryTable
+from rk_export.model.rotary import ROTATED_MULTIPLE, RotaryTable
 from rk_export.passes.graph.nodes import MICROSOFT
 
 ATTENTION = operators("GroupQueryAttention", MICROSOFT, "GroupQueryAttention")
 # What a layer hands on to the next call: keys and values, or the state of a short convolution.
 Carried = tuple[ir.Value, ...]
-# The operator rotates only multiples of this many coordinates, in heads that are as many wide or a multiple.
-ROTATED_MULTIPLE = 16
 
 
 class Biases(NamedTuple):

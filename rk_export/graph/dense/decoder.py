@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import onnx_ir as ir
-from mobius import ArchitectureConfig
 from mobius.components import Embedding, Linear
 from onnxscript import OpBuilder, nn
 
@@ -33,7 +32,6 @@ class Decoder(nn.Module):
 
     Args:
         spec: What it computes.
-        config: mobius' config of its mixtures of experts.
         biases: Which matrices have one.
         tables: Name of a rotary table -> the table.
         dtype: Of the floats.
@@ -42,13 +40,12 @@ class Decoder(nn.Module):
     def __init__(
         self,
         spec: DecoderSpec,
-        config: ArchitectureConfig,
         biases: Biases,
         tables: Mapping[str, RotaryTable],
         dtype: ir.DataType,
     ) -> None:
         super().__init__()
-        self.model = _DecoderBody(spec, config, biases, tables, dtype)
+        self.model = _DecoderBody(spec, biases, tables, dtype)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=biases.head)
         if spec.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -79,7 +76,6 @@ class _DecoderBody(ExportModule):
     def __init__(
         self,
         spec: DecoderSpec,
-        config: ArchitectureConfig,
         biases: Biases,
         tables: Mapping[str, RotaryTable],
         dtype: ir.DataType,
@@ -90,7 +86,7 @@ class _DecoderBody(ExportModule):
         if spec.learned_positions:
             self.embed_positions = Embedding(spec.learned_positions, spec.hidden_size)
         self.embed_norm = norm_of(spec, spec.hidden_size) if spec.embedding_norm else None
-        layers = (_Layer(spec, config, biases, index, tables) for index in range(len(spec.layers)))
+        layers = (_Layer(spec, biases, index, tables) for index in range(len(spec.layers)))
         self.layers = nn.ModuleList(list(layers))
         self.norm = norm_of(spec, spec.hidden_size)
         self.rotary = {name: Rotary(table, f"rotary_{name}", dtype) for name, table in tables.items()}
@@ -164,7 +160,6 @@ class _Layer(ExportModule):
     def __init__(
         self,
         spec: DecoderSpec,
-        config: ArchitectureConfig,
         biases: Biases,
         index: int,
         tables: Mapping[str, RotaryTable],
@@ -175,7 +170,7 @@ class _Layer(ExportModule):
             self.conv = ShortConv(spec, has_bias=biases.conv)
         else:
             self.self_attn = Attention(spec, biases, index, tables)
-        self.mlp = _mlp(spec, config, biases, index)
+        self.mlp = _mlp(spec, biases, index)
         self._names = spec.norm_names
         for name in filter(None, dict.fromkeys(self._names)):
             setattr(self, name, norm_of(spec, spec.hidden_size))
@@ -209,7 +204,7 @@ class _Layer(ExportModule):
         return hidden if name is None else getattr(self, name)(op, hidden)
 
 
-def _mlp(spec: DecoderSpec, config: ArchitectureConfig, biases: Biases, index: int) -> nn.Module:
+def _mlp(spec: DecoderSpec, biases: Biases, index: int) -> nn.Module:
     if spec.experts is not None and spec.layers[index].has_experts:
         return Mixture(spec, spec.experts)
     return Mlp(spec, has_bias=biases.mlp)

@@ -45,6 +45,7 @@ from rk_export.model.families import (
 )
 from rk_export.model.families.base import Family
 from rk_export.model.outputs import head_of
+from rk_export.model.rotary import ROTATED_MULTIPLE
 
 _KINS = (
     *(
@@ -70,8 +71,6 @@ _KINS = (
 )
 # Widths of heads that GroupQueryAttention takes are multiples of it.
 HEAD_MULTIPLE = 8
-# Those of an encoder's heads that are rotated: rotation is inside the operator.
-ROTATED_MULTIPLE = 16
 FAMILIES: dict[str, Family] = {family.model_type: family for kin in _KINS for family in kin.FAMILIES}
 
 
