@@ -99,13 +99,8 @@ def build_module(
         onnx_config = _decoder_config(spec)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
         biases = _biases(shapes)
-<<<<<<< HEAD
-        _check_head(spec, biases, config)
-        module = Decoder(spec, onnx_config, biases, tables, dtypes)
-=======
-        _check_head(spec, biases)
+        _check_head(spec, biases, description.config)
         module = Decoder(spec, biases, tables, dtypes)
->>>>>>> main
     _check_structure(module, shapes)
     onnx_config.dtype = dtypes
     return OnnxModule(module, onnx_config, task, ep, architecture)
