@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from mobius import ArchitectureConfig, ModelTask, build_from_module
 from onnxscript import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.attention import Biases
