@@ -24,6 +24,7 @@ class ModelCard:
         length_note: Up to which length which runtime generates exactly; None where all do up to the context length.
         ends: Tokens that end a text, as text and id.
         encoder: What an encoder's graph gives; None where the model continues texts.
+        carries_states: Layers without attention carry states beside keys and values.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelCard:
     length_note: str | None = None
     ends: tuple[str, ...] = ()
     encoder: Kind | None = None
+    carries_states: bool = False
 
 
 def model_card(card: ModelCard) -> str:
@@ -50,7 +52,8 @@ def model_card(card: ModelCard) -> str:
     head = f"{_front_matter(card)}\n# {card.name}\n\n{card.summary} {context}\n{ends}{results}{length}\n"
     if card.encoder is not None:
         return head + how_to_run_encoder(card.encoder, provider)
-    return head + _HOW_TO_RUN.format(provider=provider)
+    middle, states = ("", _STATES) if card.carries_states else (_OPTIMUM, "")
+    return head + (_HOW_TO_RUN + middle + _PLAIN).format(provider=provider, states=states)
 
 
 def _front_matter(card: ModelCard) -> str:
@@ -90,6 +93,8 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)))
 ```
 
+"""
+_OPTIMUM = """\
 Optimum (`pip install optimum-onnx[onnxruntime]`):
 
 ```python
@@ -102,10 +107,16 @@ inputs = tokenizer("Where is the Eiffel Tower?", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
+"""
+_STATES = """\
+Layers without attention carry `past_conv.N` (zeros at first), and give `present_conv.N` for the next call. Optimum's
+classes do not feed them.
+"""
+_PLAIN = """\
 ONNX Runtime alone: inputs `input_ids`, `attention_mask` (int64, batch x length; the mask covers the past too)
 and `past_key_values.N.key|value` (batch x heads x past length x head size, length 0 at first); outputs
 `logits` and `present.N.key|value`, which are the next call's past.
-
+{states}
 ```python
 import onnxruntime as ort
 

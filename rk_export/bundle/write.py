@@ -277,6 +277,7 @@ def _write_report(
     save_recipe(folder / RECIPE, options)
     report.save(folder / "report.json")
     (folder / "report.html").write_text(html(report), encoding="utf-8")
+    is_encoder = rewritten.architecture.is_encoder
     card = ModelCard(
         name=name,
         base_model=report.model,
@@ -285,15 +286,16 @@ def _write_report(
         length_note=length_note(with_context(rewritten.model.config, options.target.context_length)),
         summary=_summary(options),
         results=_results(report),
-        ends=() if rewritten.architecture.is_encoder else read_ends(folder).labels,
-        encoder=_kind(folder, rewritten) if rewritten.architecture.is_encoder else None,
+        ends=() if is_encoder else read_ends(folder).labels,
+        encoder=_kind(folder, rewritten) if is_encoder else None,
+        carries_states=not is_encoder and bool(rewritten.description.decoder.conv_layers),
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     info = {
         "source": {"model": report.model, "structure": rewritten.plan.structure},
         "ep": options.target.ep,
         "context_length": context_of(rewritten.model.config, options.target.context_length),
-        "shared_kv_cache": not rewritten.architecture.is_encoder,
+        "shared_kv_cache": not is_encoder,
         "parity": to_json(report.parity),
         "golden": to_json(golden),
     }

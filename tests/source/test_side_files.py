@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import VOCABULARY, trained_tokenizer
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+import rk_export
 from rk_export import manifest as manifest_file
 from rk_export.bundle.genai import genai_config, write_genai_config
 from rk_export.bundle.model_card import ModelCard, model_card
 from rk_export.errors import InputError
 from rk_export.folders import AtomicFolder, check_free_space
 from rk_export.manifest import check_manifest, write_manifest
+from rk_export.options.run import Run
 from rk_export.source.side_files import write_side_files
 
 
@@ -328,3 +332,14 @@ def test_the_model_card_has_front_matter_results_and_every_runtime() -> None:
         assert runtime in text
     assert 'providers=["CUDAExecutionProvider"]' in text
     assert "Measured" not in model_card(ModelCard("t", "b", "cpu", 8, "s"))
+    assert "past_conv" not in text
+
+
+@pytest.mark.whole
+def test_the_card_of_a_model_with_states_names_them_and_no_runtime_that_drops_them(tmp_path: Path) -> None:
+    tiny_model("lfm2", vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    trained_tokenizer().save_pretrained(tmp_path / "model")
+    rk_export.export(tmp_path / "model", tmp_path / "out", run=Run(threads=1))
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "past_conv.N" in text
+    assert "ORTModel" not in text
