@@ -92,11 +92,11 @@ def build_module(
     task: str | ModelTask
     tables = description.rotary_tables(positions or own_context(description.config))
     if isinstance(spec, EncoderSpec):
-        onnx_config, task = _encoder_config(spec), EncoderTask()
+        onnx_config, task = _mobius_config(spec), EncoderTask()
         biased = {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
         module: nn.Module = Encoder(spec, biased, tables, dtypes)
     else:
-        onnx_config = _decoder_config(spec)
+        onnx_config = _mobius_config(spec, tied=spec.tied)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
         biases = _biases(shapes)
         _check_head(spec, biases, description.config)
@@ -176,8 +176,8 @@ def _weight_shapes(architecture: Architecture, skeleton: PreTrainedModel) -> dic
     return {name: tuple(tensor.shape) for name, tensor in renamed.items()}
 
 
-def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
-    """Return what mobius' task reads."""
+def _mobius_config(spec: DecoderSpec | EncoderSpec, *, tied: bool = False) -> ArchitectureConfig:
+    """Return what mobius' task for decoders reads, and what it checks of any model."""
     return ArchitectureConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -188,7 +188,7 @@ def _decoder_config(spec: DecoderSpec) -> ArchitectureConfig:
         head_dim=spec.heads.head_dim,
         hidden_act=spec.activation,
         rms_norm_eps=spec.norm_epsilon,
-        tie_word_embeddings=spec.tied,
+        tie_word_embeddings=tied,
     )
 
 
@@ -216,21 +216,6 @@ def _check_head(spec: DecoderSpec, biases: Biases, config: PretrainedConfig) -> 
             where=f"config.json: {', '.join(fields)}",
             fix="store the output projection, and state false",
         )
-
-
-def _encoder_config(spec: EncoderSpec) -> ArchitectureConfig:
-    """Return what mobius checks; the encoder's modules read its spec."""
-    return ArchitectureConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=len(spec.layers),
-        num_attention_heads=spec.heads.heads,
-        num_key_value_heads=spec.heads.kv_heads,
-        head_dim=spec.heads.head_dim,
-        hidden_act=spec.activation,
-        rms_norm_eps=spec.norm_epsilon,
-    )
 
 
 def _check_structure(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
