@@ -93,16 +93,21 @@ class EncoderTexts:
         return text.lower() if self._lower_case else text
 
 
-def batches(rows: Sequence[Tokens], size: int) -> Iterator[Batch]:
+def batches(rows: Sequence[Tokens], size: int, tokens: int | None = None) -> Iterator[Batch]:
     """Yield batches of rows, the longest first: rows of similar length need little padding.
 
     Args:
         rows: One or more.
         size: Most rows of a batch.
+        tokens: Most tokens of a batch, padding included, where it has more than one row; None sets no limit.
     """
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
+    start = 0
+    while start < len(order):
+        longest = max(1, len(rows[order[start]].ids))
+        most = size if tokens is None else max(1, min(size, tokens // longest))
+        places = order[start : start + most]
+        start += most
         arrays = np.zeros((3, len(places), len(rows[places[0]].ids)), np.int64)
         for index, row in enumerate(rows[place] for place in places):
             arrays[:, index, : len(row.ids)] = row.ids, np.ones(len(row.ids), np.int64), row.types

@@ -42,22 +42,6 @@ def number(config: PretrainedConfig, field: str) -> float:
     return float(value)
 
 
-def attention_scale(config: PretrainedConfig, field: str) -> float:
-    """Return the factor on the dot products of queries and keys that the config states.
-
-    Raises:
-        InputError: It is no number.
-        UnsupportedModelError: It is 0.
-    """
-    scale = number(config, field)
-    if scale == 0:
-        raise UnsupportedModelError(
-            f"{field}=0: GroupQueryAttention takes a scale of 0 for its usual one",
-            where=f"config.json: {field}",
-        )
-    return scale
-
-
 def plain_heads(config: PretrainedConfig) -> HeadLayout:
     """Return the attention heads of a model, the same in every layer."""
     heads = int(config.num_attention_heads)

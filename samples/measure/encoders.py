@@ -202,8 +202,8 @@ def page(results: Results) -> str:
             "- *SciQ recall@1* is the share of questions whose own passage is the nearest of all passages: the 887 "
             "validation questions that have one. *MRR* is the mean of 1 / its rank.",
             "- All figures but sizes and cosines are percentages.",
-            "- *Calibrated on prose*: the statistics are those of English Wikipedia (`--set calibration.text=FILE`). The other "
-            "variants draw tokens at random.",
+            "- *Calibrated on prose*: the statistics are those of English Wikipedia (`--set calibration.text=FILE`). "
+            "The other variants draw tokens at random.",
             "",
             harness.table(head, lines, "-" + "r" * 7),
             "",
@@ -236,7 +236,8 @@ def _speed_lines(results: Results) -> list[str]:
         "## Speed",
         "",
         f"{SENTENCES} sentences of MRPC (about 27 tokens) and {SENTENCES} passages of SciQ (about 110 tokens), in "
-        f"batches of {BATCH}, tokenizing included. ONNX Runtime had {threads} thread{'s' * (threads > 1)}. "
+        f"batches of at most {BATCH} texts and 512 tokens, tokenizing included. "
+        f"ONNX Runtime had {threads} thread{'s' * (threads > 1)}. "
         "The time is processor time of the process, so tokenizing counts on all its threads. The variants took turns "
         f"{ROUNDS} times: rates are medians, a ratio is the median of the ratios to dense within a turn.",
         "",

@@ -50,6 +50,22 @@ def test_a_batch_holds_texts_of_similar_length(tmp_path: Path, monkeypatch: pyte
     assert shapes[-2:] == [(2, 10), (2, 2)]
 
 
+def test_a_batch_has_so_many_tokens_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rk_export.runtime.text_encoder.CACHED_TOKENS", 12)
+    encoder, shapes = opened(write_encoder(tmp_path)), []
+    run = encoder.session.sentence_vectors
+
+    def noted(ids: np.ndarray, *rest: Any) -> np.ndarray:
+        shapes.append(ids.shape)
+        return run(ids, *rest)
+
+    monkeypatch.setattr(encoder.session, "sentence_vectors", noted)
+    texts = ["b", "a" * 15, "ccc", "ddd", "eee", "f", "g"]
+    found = encoder.encode(texts)
+    assert shapes[-3:] == [(1, 16), (3, 4), (3, 2)]  # more than 12 where one text alone has them
+    np.testing.assert_allclose(found, [alone(encoder, text) for text in texts], atol=1e-6)
+
+
 def test_no_texts_are_no_vectors(tmp_path: Path) -> None:
     assert opened(write_encoder(tmp_path)).encode([]).shape == (0, 8)
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from mobius import ArchitectureConfig, ModelTask, build_from_module
 from onnxscript import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.graph.dense.attention import Biases
@@ -99,7 +99,7 @@ def build_module(
         onnx_config = _decoder_config(spec)
         task = StatefulTextGeneration(spec) if spec.conv_layers else "text-generation"
         biases = _biases(shapes)
-        _check_head(spec, biases)
+        _check_head(spec, biases, description.config)
         module = Decoder(spec, biases, tables, dtypes)
     _check_structure(module, shapes)
     onnx_config.dtype = dtypes
@@ -207,12 +207,13 @@ def _biases(shapes: Mapping[str, tuple[int, ...]]) -> Biases:
     )
 
 
-def _check_head(spec: DecoderSpec, biases: Biases) -> None:
+def _check_head(spec: DecoderSpec, biases: Biases, config: PretrainedConfig) -> None:
     """Refuse an output projection that shares its matrix and has a bias of its own: no known model has one."""
     if spec.tied and biases.head:
+        fields = [name for name in ("tie_word_embeddings", "use_bias") if hasattr(config, name)]
         raise UnsupportedModelError(
             "tie_word_embeddings=True: an output projection with a bias is exported with a matrix of its own only",
-            where="config.json: tie_word_embeddings",
+            where=f"config.json: {', '.join(fields)}",
             fix="store the output projection, and state false",
         )
 

@@ -7,14 +7,30 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from rk_export.errors import InputError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_gate_up
-from rk_export.model.config_fields import attention_scale, layer_specs, llama_spec, number, rotary_table
+from rk_export.model.config_fields import layer_specs, llama_spec, number, rotary_table
 from rk_export.model.decoder_spec import PRE_NORM, DecoderSpec, NormNames
 from rk_export.model.families.base import Family, Refused, RefusedLayers
 
 _PERI_NORM = NormNames("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2")
+
+
+def attention_scale(config: PretrainedConfig) -> float:
+    """Return the factor on the dot products of queries and keys.
+
+    Raises:
+        InputError: It is no number.
+        UnsupportedModelError: It is 0.
+    """
+    scale = number(config, "attention_multiplier")
+    if scale == 0:
+        raise UnsupportedModelError(
+            "attention_multiplier=0: GroupQueryAttention takes a scale of 0 for its usual one",
+            where="config.json: attention_multiplier",
+        )
+    return scale
 
 
 def scaled_spec(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
@@ -28,13 +44,12 @@ def scaled_spec(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
         InputError: A multiplier is no number.
         UnsupportedModelError: The config asks for what the graph does not have.
     """
-    scale = attention_scale(config, "attention_multiplier")
     read: dict[str, Any] = {
         "embedding_scale": number(config, "embedding_multiplier"),
         "residual_scale": number(config, "residual_multiplier"),
     }
     if "layers" not in changes:
-        read["layers"] = layer_specs(config, scale=scale)
+        read["layers"] = layer_specs(config, scale=attention_scale(config))
     return llama_spec(config, **(read | changes))
 
 
@@ -64,7 +79,7 @@ def _granite_hybrid(config: PretrainedConfig) -> DecoderSpec:
 
     return scaled_spec(
         config,
-        layers=layer_specs(config, scale=attention_scale(config, "attention_multiplier"), rotary=rotary),
+        layers=layer_specs(config, scale=attention_scale(config), rotary=rotary),
         intermediate_size=int(config.shared_intermediate_size),
         logit_scale=divided_logits(config),
     )

@@ -11,7 +11,6 @@ from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, MixtureNames, RolePaths
 from rk_export.model.canonical import Experts, split_experts, split_linear
 from rk_export.model.config_fields import (
-    attention_scale,
     every_window,
     layer_specs,
     llama_spec,
@@ -29,7 +28,7 @@ from rk_export.model.expert_spec import (
     SparseMixerRouting,
 )
 from rk_export.model.families.base import Family
-from rk_export.model.families.granite import divided_logits, scaled_spec
+from rk_export.model.families.granite import attention_scale, divided_logits, scaled_spec
 from rk_export.model.families.olmo import clip_of
 
 _SHARED_EXPERT = "mlp.shared_expert"
@@ -137,10 +136,9 @@ def _olmoe(config: PretrainedConfig) -> DecoderSpec:
 
 def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
     shared = getattr(config, "shared_intermediate_size", 0)
-    scale = attention_scale(config, "attention_multiplier")
     return scaled_spec(
         config,
-        layers=layer_specs(config, scale=scale, has_experts=_in_every_layer),
+        layers=layer_specs(config, scale=attention_scale(config), has_experts=_in_every_layer),
         logit_scale=divided_logits(config),
         experts=experts_of(
             config,
