@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.model.architecture import HeadLayout
 from rk_export.model.decoder_spec import DecoderSpec, LayerSpec
 from rk_export.model.rotary import ALL_LAYERS, rotary_parameters
@@ -17,6 +17,29 @@ EXACT_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "r
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 # Two names of one function.
 _SAME_ACTIVATION = {"gelu_fast": "gelu_new"}
+
+
+def number(config: PretrainedConfig, field: str) -> float:
+    """Return a number that the config states; transformers' classes take some fields as they come.
+
+    Args:
+        config: Of the model.
+        field: Its name; with a dot, an entry of a field.
+
+    Raises:
+        InputError: It states none, or something else.
+    """
+    name, _, entry = field.partition(".")
+    value = getattr(config, name, None)
+    if entry:
+        value = (value or {}).get(entry)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(
+            f"{field} is {value!r}, and no number",
+            where="config.json",
+            fix="give the number that the weights were made with",
+        )
+    return float(value)
 
 
 def plain_heads(config: PretrainedConfig) -> HeadLayout:
@@ -106,6 +129,7 @@ def llama_spec(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
         **changes: Fields of `DecoderSpec`.
 
     Raises:
+        InputError: A field that it needs holds no number.
         UnsupportedModelError: The config asks for an activation that the graph does not have.
     """
     read: dict[str, Callable[[], Any]] = {
@@ -115,7 +139,7 @@ def llama_spec(config: PretrainedConfig, **changes: Any) -> DecoderSpec:
         "hidden_size": lambda: int(config.hidden_size),
         "intermediate_size": lambda: int(config.intermediate_size),
         "activation": lambda: activation_of(config),
-        "norm_epsilon": lambda: float(config.rms_norm_eps),
+        "norm_epsilon": lambda: number(config, "rms_norm_eps"),
         "tied": lambda: bool(config.tie_word_embeddings),
     }
     return DecoderSpec(**{name: value() for name, value in read.items() if name not in changes}, **changes)

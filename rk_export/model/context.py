@@ -7,6 +7,7 @@ import copy
 from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
+from rk_export.model.config_fields import number
 from rk_export.model.description import ModelDescription
 from rk_export.model.families.registry import FAMILIES, architecture_of
 from rk_export.model.rotary import rotary_parameters
@@ -25,11 +26,16 @@ _CHANGES_BEYOND = "dynamic"
 
 
 def own_context(config: PretrainedConfig) -> int:
-    """Return the context that a model states, in tokens; rows of learned positions that no token takes left out."""
+    """Return the context that a model states, in tokens; rows of learned positions that no token takes left out.
+
+    Raises:
+        InputError: It is no number.
+    """
     # The text of a model that reads images has a type of its own, which is no family's.
     family = FAMILIES.get(config.model_type)
     field = "max_position_embeddings" if family is None else family.architecture.context_field
-    return int(getattr(config, field, None) or _UNSTATED) - _skipped(config)
+    stated = number(config, field) if getattr(config, field, None) else _UNSTATED
+    return int(stated) - _skipped(config)
 
 
 def _skipped(config: PretrainedConfig) -> int:

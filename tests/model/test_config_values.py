@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 from checkpoint_files import edit_config
 from conftest import Cli
+from tiny_models import family_of
 
-from rk_export.errors import InputError
-from rk_export.source.stored import open_source
+from rk_export.errors import InputError, RkExportError
+from rk_export.graph.dense.frontend import check_supported
+from rk_export.model.description import describe
+from rk_export.source.stored import open_source, read_config
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,43 @@ def test_a_value_that_no_model_can_have(
     assert reason in caught.value.what
     assert str(caught.value.where).endswith("config.json")
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "field"),
+    [
+        ("cohere", {"logit_scale": None}, "logit_scale"),
+        ("cohere", {"layer_norm_eps": None}, "layer_norm_eps"),
+        ("falcon", {"layer_norm_epsilon": None}, "layer_norm_epsilon"),
+        ("falcon:new", {"num_kv_heads": 0}, "num_kv_heads"),
+        ("falcon:new", {"num_kv_heads": -1}, "num_kv_heads"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_scaling"),
+        ("granitemoe", {"attention_multiplier": 0}, "attention_multiplier"),
+        ("granitemoe", {"residual_multiplier": None}, "residual_multiplier"),
+        ("granitemoe", {"num_experts_per_tok": None}, "num_experts_per_tok"),
+        ("granitemoeshared", {"attention_multiplier": 0.0}, "attention_multiplier"),
+        ("ernie4_5_moe", {"moe_k": None}, "moe_k"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "llama_4_scaling_beta",
+        ),
+        ("bloom", {"seq_length": "x"}, "seq_length"),
+        ("mpt", {"hidden_size": 3}, "hidden_size"),
+    ],
+)
+def test_a_value_that_only_the_family_reads(
+    tmp_path: Path, family: str, values: dict[str, Any], field: str
+) -> None:
+    name, _, variant = family.partition(":")
+    entry = family_of(name)
+    stated = {"model_type": entry.model_type or name, **entry.config_fields(variant), **values}
+    (tmp_path / "config.json").write_text(json.dumps(stated), "utf-8")
+    with pytest.raises(RkExportError) as caught:
+        check_supported(describe(read_config(tmp_path)), ep="cpu", dtype="fp32")
+    assert field in str(caught.value)
+    assert "config.json" in str(caught.value.where)
 
 
 def test_the_command_line_ends_with_a_message(cli: Cli, llama: Path, tmp_path: Path) -> None:

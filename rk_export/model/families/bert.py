@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import POSITIONS, Architecture
-from rk_export.model.config_fields import activation_of, plain_heads
+from rk_export.model.config_fields import activation_of, number, plain_heads
 from rk_export.model.encoder_names import EMBEDDING_NORM, PROJECTION, RELATIVE, TYPES, ClassifierNames
 from rk_export.model.encoder_spec import ON_SUM, EncoderLayerSpec, EncoderSpec, LearnedPositions
 from rk_export.model.families.base import Family, Refused
@@ -142,7 +142,7 @@ def bert_spec(config: PretrainedConfig, **changes: Any) -> EncoderSpec:
     if "activation" not in changes:
         read["activation"] = activation_of(config)
     if "norm_epsilon" not in changes:
-        read["norm_epsilon"] = float(config.layer_norm_eps)
+        read["norm_epsilon"] = number(config, "layer_norm_eps")
     if "intermediate_size" not in changes:
         read["intermediate_size"] = int(config.intermediate_size)
     if "token_types" not in changes:

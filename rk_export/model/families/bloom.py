@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import layer_specs, llama_spec
+from rk_export.model.config_fields import layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.alibi import halved_slopes
 from rk_export.model.families.base import Family, Refused
@@ -23,7 +23,7 @@ def _bloom(config: PretrainedConfig) -> DecoderSpec:
         activation="gelu_pytorch_tanh",
         gated_mlp=False,
         norm="layer",
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
         embedding_norm=True,
         alibi_skips_holes=True,
         alibi_slopes=halved_slopes(int(config.num_attention_heads)),

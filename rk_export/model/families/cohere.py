@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import layer_specs, llama_spec, rotary_table, window_by_type
+from rk_export.model.config_fields import layer_specs, llama_spec, number, rotary_table, window_by_type
 from rk_export.model.decoder_spec import SHARED_NORM, DecoderSpec, LayerSpec
 from rk_export.model.families.base import Family
 
@@ -31,10 +31,10 @@ def _spec(
         parallel=True,
         norm="layer_no_bias",
         norm_names=SHARED_NORM,
-        norm_epsilon=float(config.layer_norm_eps),
+        norm_epsilon=number(config, "layer_norm_eps"),
         query_key_norm="each head" if has_query_key_norm else None,
         rotary_interleaved=True,
-        logit_scale=float(config.logit_scale),
+        logit_scale=number(config, "logit_scale"),
     )
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, HeadLayout
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import llama_spec
+from rk_export.model.config_fields import llama_spec, number
 from rk_export.model.decoder_spec import PRE_NORM, SHARED_NORM, DecoderSpec, NormNames
 from rk_export.model.families.base import Family, Refused
 
@@ -27,7 +27,7 @@ def _falcon(config: PretrainedConfig) -> DecoderSpec:
         parallel=parallel,
         norm="layer",
         norm_names=_norm_names(config) if parallel else PRE_NORM,
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
     )
 
 
@@ -47,6 +47,8 @@ def _norm_names(config: PretrainedConfig) -> NormNames:
 
 def _heads(config: PretrainedConfig) -> HeadLayout:
     heads, kv_heads = int(config.num_attention_heads), int(config.num_kv_heads)
+    if kv_heads < 1:
+        raise _refusal("num_kv_heads", kv_heads, "queries need keys")
     if config.new_decoder_architecture:
         if not config.parallel_attn:
             raise _refusal("parallel_attn", config.parallel_attn, "the new decoder architecture ignores it")

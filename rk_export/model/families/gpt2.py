@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import linear_from_conv1d, split_linear
-from rk_export.model.config_fields import layer_specs, llama_spec, plain_heads
+from rk_export.model.config_fields import layer_specs, llama_spec, number, plain_heads
 from rk_export.model.decoder_spec import DecoderSpec, LayerSpec
 from rk_export.model.families.base import Family, Refused
 
@@ -22,7 +22,7 @@ def _gpt2(config: PretrainedConfig) -> DecoderSpec:
         intermediate_size=int(config.n_inner or 4 * config.hidden_size),
         gated_mlp=False,
         norm="layer",
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
         learned_positions=int(config.max_position_embeddings),
     )
 

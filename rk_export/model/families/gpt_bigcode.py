@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from rk_export.model.architecture import HeadLayout
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import layer_specs, llama_spec
+from rk_export.model.config_fields import layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family, Refused
 from rk_export.model.families.gpt2 import GPT2_NAMES
@@ -26,7 +26,7 @@ def _gpt_bigcode(config: PretrainedConfig) -> DecoderSpec:
         intermediate_size=int(config.n_inner if config.n_inner is not None else 4 * config.hidden_size),
         gated_mlp=False,
         norm="layer",
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
         learned_positions=int(config.max_position_embeddings),
     )
 

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import layer_specs, llama_spec
+from rk_export.model.config_fields import layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -19,7 +19,7 @@ def _gpt_neo(config: PretrainedConfig) -> DecoderSpec:
         intermediate_size=int(4 * config.hidden_size if width is None else width),
         gated_mlp=False,
         norm="layer",
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
         learned_positions=int(config.max_position_embeddings),
     )
 

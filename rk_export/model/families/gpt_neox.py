@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import llama_spec
+from rk_export.model.config_fields import llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -20,7 +20,7 @@ def _gpt_neox(config: PretrainedConfig) -> DecoderSpec:
         gated_mlp=False,
         parallel=bool(config.use_parallel_residual),
         norm="layer",
-        norm_epsilon=float(config.layer_norm_eps),
+        norm_epsilon=number(config, "layer_norm_eps"),
     )
 
 

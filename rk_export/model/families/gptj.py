@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import layer_specs, llama_spec
+from rk_export.model.config_fields import layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import SHARED_NORM, DecoderSpec
 from rk_export.model.families.base import Family
 from rk_export.model.rotary import ALL_LAYERS, RotaryPart, RotaryTable
@@ -35,7 +35,7 @@ def _spec(config: PretrainedConfig) -> DecoderSpec:
         parallel=True,
         norm="layer",
         norm_names=SHARED_NORM,
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
         rotary_interleaved=True,
     )
 

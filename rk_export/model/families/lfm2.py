@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import ATTENTION, Architecture, RolePaths
-from rk_export.model.config_fields import layer_specs, llama_spec
+from rk_export.model.config_fields import layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -31,7 +31,7 @@ def _spec(config: PretrainedConfig) -> DecoderSpec:
         layers=layers,
         intermediate_size=_width(config),
         activation="silu",
-        norm_epsilon=float(config.norm_eps),
+        norm_epsilon=number(config, "norm_eps"),
         query_key_norm="head",
         conv_taps=int(config.conv_L_cache),
     )

@@ -5,15 +5,15 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import every_window, layer_specs, llama_spec
+from rk_export.model.config_fields import every_window, layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec, QueryGrowth
 from rk_export.model.families.base import Family
 
 
 def _ministral3(config: PretrainedConfig) -> DecoderSpec:
-    rotary = config.rope_parameters
     growth = QueryGrowth(
-        float(rotary["llama_4_scaling_beta"]), int(rotary["original_max_position_embeddings"])
+        number(config, "rope_parameters.llama_4_scaling_beta"),
+        int(number(config, "rope_parameters.original_max_position_embeddings")),
     )
     return llama_spec(
         config,

@@ -10,7 +10,13 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, MixtureNames, RolePaths
 from rk_export.model.canonical import Experts, split_experts, split_linear
-from rk_export.model.config_fields import every_window, layer_specs, llama_spec, window_by_type
+from rk_export.model.config_fields import (
+    every_window,
+    layer_specs,
+    llama_spec,
+    number,
+    window_by_type,
+)
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.expert_spec import (
     SPARSE_MIXER_EXPERTS,
@@ -22,7 +28,7 @@ from rk_export.model.expert_spec import (
     SparseMixerRouting,
 )
 from rk_export.model.families.base import Family
-from rk_export.model.families.granite import attention_scale
+from rk_export.model.families.granite import attention_scale, divided_logits, scaled_spec
 from rk_export.model.families.olmo import clip_of
 
 _SHARED_EXPERT = "mlp.shared_expert"
@@ -49,7 +55,7 @@ def _in_ernie_layers(config: PretrainedConfig, index: int) -> bool:
 def experts_of(
     config: PretrainedConfig,
     count: int,
-    per_token: int,
+    per_token: int | None,
     width: int,
     routing: Routing,
     shared: SharedExpert | None = None,
@@ -59,7 +65,7 @@ def experts_of(
     Raises:
         UnsupportedModelError: A token cannot choose as many experts as it should.
     """
-    if not 1 <= per_token <= count:
+    if per_token is None or not 1 <= per_token <= count:
         raise UnsupportedModelError(
             f"a token cannot run through {per_token} of {count} experts",
             where=f"config.json: {config.attribute_map.get(_PER_TOKEN, _PER_TOKEN)}",
@@ -130,12 +136,10 @@ def _olmoe(config: PretrainedConfig) -> DecoderSpec:
 
 def _granitemoe(config: PretrainedConfig) -> DecoderSpec:
     shared = getattr(config, "shared_intermediate_size", 0)
-    return llama_spec(
+    return scaled_spec(
         config,
         layers=layer_specs(config, scale=attention_scale(config), has_experts=_in_every_layer),
-        embedding_scale=float(config.embedding_multiplier),
-        residual_scale=float(config.residual_multiplier),
-        logit_scale=1.0 / config.logits_scaling,
+        logit_scale=divided_logits(config),
         experts=experts_of(
             config,
             config.num_local_experts,
@@ -170,7 +174,7 @@ def _ernie4_5_moe(config: PretrainedConfig) -> DecoderSpec:
         config.num_experts,
         config.num_experts_per_tok,
         config.moe_intermediate_size,
-        CorrectedRouting(float(config.moe_norm_min)),
+        CorrectedRouting(number(config, "moe_norm_min")),
         SharedExpert(shared, has_bias=bool(config.use_bias)) if shared else None,
     )
     return llama_spec(config, layers=layers, rotary_interleaved=True, experts=experts)

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import activation_of, plain_heads, rotary_table
+from rk_export.model.config_fields import activation_of, number, plain_heads, rotary_table
 from rk_export.model.decoder_spec import PRE_NORM
 from rk_export.model.encoder_names import EMBEDDING_NORM, ClassifierNames
 from rk_export.model.encoder_spec import EncoderLayerSpec, EncoderSpec
@@ -76,7 +76,7 @@ def _modernbert(config: PretrainedConfig) -> EncoderSpec:
         norm="layer" if config.norm_bias else "layer_no_bias",
         norm_names=PRE_NORM,
         norm_on_sum=False,
-        norm_epsilon=float(config.norm_eps),
+        norm_epsilon=number(config, "norm_eps"),
         embedding_norm=True,
         final_norm=True,
     )

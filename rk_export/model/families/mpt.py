@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import split_linear
-from rk_export.model.config_fields import layer_specs, llama_spec, plain_heads
+from rk_export.model.config_fields import layer_specs, llama_spec, number, plain_heads
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.alibi import skipped_slopes
 from rk_export.model.families.base import Family, Refused
@@ -32,7 +32,7 @@ def _mpt(config: PretrainedConfig) -> DecoderSpec:
         activation="gelu",
         gated_mlp=False,
         norm="layer_no_bias",
-        norm_epsilon=float(config.layer_norm_epsilon),
+        norm_epsilon=number(config, "layer_norm_epsilon"),
         clip=float(attention.clip_qkv or 0.0),
         alibi_slopes=skipped_slopes(heads.heads, _ALIBI_BIAS_MAX),
     )

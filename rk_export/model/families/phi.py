@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import ATTENTION, Architecture
-from rk_export.model.config_fields import llama_spec
+from rk_export.model.config_fields import llama_spec, number
 from rk_export.model.decoder_spec import SHARED_NORM, DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -17,7 +17,7 @@ def _phi(config: PretrainedConfig) -> DecoderSpec:
         parallel=True,
         norm="layer",
         norm_names=SHARED_NORM,
-        norm_epsilon=float(config.layer_norm_eps),
+        norm_epsilon=number(config, "layer_norm_eps"),
         query_key_norm="head" if config.qk_layernorm else None,
     )
 

@@ -150,7 +150,8 @@ def encoder_spec(config: PretrainedConfig) -> EncoderSpec:
 
 def _check_heads(heads: HeadLayout, config: PretrainedConfig, multiple: int = HEAD_MULTIPLE) -> None:
     """Refuse heads that GroupQueryAttention does not take; it says so when it runs."""
-    if heads.heads % heads.kv_heads or heads.head_dim % multiple:
+    is_empty = min(heads.heads, heads.kv_heads, heads.head_dim) < 1
+    if is_empty or heads.heads % heads.kv_heads or heads.head_dim % multiple:
         width = "head_dim, hidden_size" if getattr(config, "head_dim", None) else "hidden_size"
         raise UnsupportedModelError(
             f"{heads.heads} heads of width {heads.head_dim} on {heads.kv_heads} key/value heads: "

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import GATED_MLP, Architecture, RolePaths
-from rk_export.model.config_fields import activation_of, plain_heads, rotary_table
+from rk_export.model.config_fields import activation_of, number, plain_heads, rotary_table
 from rk_export.model.decoder_spec import PRE_NORM
 from rk_export.model.encoder_names import EMBEDDING_NORM, TYPES, ClassifierNames
 from rk_export.model.encoder_spec import EncoderLayerSpec, EncoderSpec, Pooling
@@ -77,7 +77,7 @@ def _eurobert(config: PretrainedConfig) -> EncoderSpec:
         norm="rms",
         norm_names=PRE_NORM,
         norm_on_sum=False,
-        norm_epsilon=float(config.rms_norm_eps),
+        norm_epsilon=number(config, "rms_norm_eps"),
         final_norm=True,
     )
 

@@ -8,7 +8,7 @@ from transformers.models.stablelm.modeling_stablelm import StableLmLayerNormPerH
 
 from rk_export.model.architecture import Architecture
 from rk_export.model.canonical import EachHeadNorm
-from rk_export.model.config_fields import llama_spec
+from rk_export.model.config_fields import llama_spec, number
 from rk_export.model.decoder_spec import PRE_NORM, SHARED_NORM, DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -19,7 +19,7 @@ def _stablelm(config: PretrainedConfig) -> DecoderSpec:
         parallel=bool(config.use_parallel_residual),
         norm="layer",
         norm_names=SHARED_NORM if config.use_parallel_residual else PRE_NORM,
-        norm_epsilon=float(config.layer_norm_eps),
+        norm_epsilon=number(config, "layer_norm_eps"),
         query_key_norm="each head" if config.qk_layernorm else None,
     )
 

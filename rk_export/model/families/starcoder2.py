@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import every_window, layer_specs, llama_spec
+from rk_export.model.config_fields import every_window, layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -16,7 +16,7 @@ def _starcoder2(config: PretrainedConfig) -> DecoderSpec:
         layers=layer_specs(config, window=every_window),
         gated_mlp=False,
         norm="layer",
-        norm_epsilon=float(config.norm_epsilon),
+        norm_epsilon=number(config, "norm_epsilon"),
     )
 
 

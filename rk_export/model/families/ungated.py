@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from rk_export.model.architecture import Architecture, RolePaths
-from rk_export.model.config_fields import activation_of, llama_spec
+from rk_export.model.config_fields import activation_of, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family
 
@@ -17,7 +17,7 @@ def _arcee(config: PretrainedConfig) -> DecoderSpec:
 
 
 def _jais2(config: PretrainedConfig) -> DecoderSpec:
-    return llama_spec(config, gated_mlp=False, norm="layer", norm_epsilon=float(config.layer_norm_eps))
+    return llama_spec(config, gated_mlp=False, norm="layer", norm_epsilon=number(config, "layer_norm_eps"))
 
 
 def _apertus(config: PretrainedConfig) -> DecoderSpec:
