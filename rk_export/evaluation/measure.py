@@ -93,12 +93,22 @@ def context_length(config: PretrainedConfig, option: str, wanted: int | None = N
         InputError: If the model is an encoder, which predicts no next token.
     """
     if architecture_of(config).is_encoder:
-        raise InputError(
-            f"{config.model_type} is an encoder: it predicts no next token, so this cannot be measured",
-            where=option,
-            fix="leave the option out",
-        )
+        raise encoder_refused(config.model_type, option)
     return context_of(config, wanted)
+
+
+def encoder_refused(name: str, option: str) -> InputError:
+    """Return the message about an encoder where a decoder is asked for.
+
+    Args:
+        name: Of the model or its family.
+        option: The option that asks for a decoder.
+    """
+    return InputError(
+        f"{name} is an encoder: it predicts no next token, so this cannot be measured",
+        where=option,
+        fix="leave the option out",
+    )
 
 
 def perplexity_of(logits: LogitsFn, text: EvalText, tokenizer_folder: Path) -> PerplexityResult:

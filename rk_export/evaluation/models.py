@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.evaluation.log_likelihood import PairEncoder
-from rk_export.evaluation.measure import EvalText, check_text, context_length, perplexity_of
+from rk_export.evaluation.measure import EvalText, check_text, context_length, encoder_refused, perplexity_of
 from rk_export.evaluation.multiple_choice import TaskResult, score_task
 from rk_export.evaluation.perplexity import PerplexityResult
 from rk_export.evaluation.tasks import Task
@@ -21,6 +21,7 @@ from rk_export.rewrite.checkpoint import is_checkpoint, load_pretrained
 from rk_export.runtime import Session
 from rk_export.runtime.bundle_config import BundleConfig, rotary_switch
 from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
+from rk_export.runtime.encoder_graph import is_encoder_bundle
 from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings
 from rk_export.runtime.text import TextCodec
@@ -99,6 +100,8 @@ def open_evaluated(
         )
     if (folder / MODEL_FILE).is_file():
         SessionSettings(provider, threads)  # refuses what it cannot take before any work
+        if is_encoder_bundle(folder):
+            raise encoder_refused(folder.name, option)
 
         def session_logits() -> LogitsFn:
             return Session.from_pretrained(folder, provider=provider, threads=threads).prefill_logits

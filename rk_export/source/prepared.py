@@ -206,10 +206,11 @@ def save_prepared(
     prepared = source.then(change)
     if not change.names:
         reasons = "; ".join(dict.fromkeys(finding.reason for finding in prepared.findings if finding.reason))
+        fix = f"choose among {', '.join(PREPARATIONS)} what this family can take"
         raise InputError(
             f"nothing to prepare: {reasons or 'no preparation was named'}",
             where=source.name,
-            fix=f"choose among {', '.join(PREPARATIONS)} what this family can take",
+            fix="compress the model as it is" if source.architecture.is_encoder else fix,
         )
     with AtomicFolder(folder, force=force) as partial:
         plain = plain_model(_with_plain_head(prepared.load(), prepared))

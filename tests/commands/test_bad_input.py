@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli
+from runtime_models import write_encoder
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 
@@ -537,6 +538,8 @@ def test_refusal_comes_before_the_work(
 def test_encoder_has_no_perplexity(refused: Refused, tmp_path: Path, prose: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path / "bert")
     assert refused("eval", tmp_path / "bert", "--text", prose).startswith("--text: bert is an encoder")
+    bundle = write_encoder(tmp_path / "bundle")
+    assert refused("eval", bundle, "--text", prose).startswith("--text: bundle is an encoder")
 
 
 @pytest.mark.whole

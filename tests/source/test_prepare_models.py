@@ -260,6 +260,11 @@ def test_nothing_is_written_where_nothing_applies(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_encoder_is_not_told_to_choose_other_preparations(source_of: SourceOf, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Fix: compress the model as it is"):
+        save_prepared(source_of("bert"), ALL, tmp_path / "out")
+
+
 def test_an_odd_width_and_one_kv_head(tmp_path: Path) -> None:
     tiny_model("llama", hidden_size=80, num_key_value_heads=1, head_dim=48).save_pretrained(tmp_path)
     source = open_source(tmp_path)
