@@ -78,6 +78,7 @@ _WIDE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5
         ("gptj", {"rotary_dim": 7}, "rotary_dim"),
         ("gptj", {"rotary_dim": 1024}, "rotary_dim"),
         ("phi", {"rope_parameters": _WIDE}, "partial_rotary_factor"),
+        ("gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
         ("mpt", {"hidden_size": 3}, "hidden_size"),
     ],
 )
