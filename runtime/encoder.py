@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,12 @@ from rk_export.errors import InputError
 from rk_export.manifest import check_manifest
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
-from rk_export.runtime.graph_proto import load_proto, read_facts
+from rk_export.runtime.encoder_graph import LOGITS, STATES, VECTOR, is_encoder
+from rk_export.runtime.graph_proto import read_facts
 from rk_export.runtime.providers import Provider, SessionSettings, device_of, open_session
 from rk_export.runtime.sentence_files import SentenceFiles
 from rk_export.runtime.text import TextCodec
 from rk_export.runtime.token_gate import TokenGate
-
-STATES, VECTOR, LOGITS = "last_hidden_state", "sentence_embedding", "logits"
 
 
 class EncoderSession:
@@ -69,6 +68,16 @@ class EncoderSession:
         config = BundleConfig.read(path)
         settings = SessionSettings(provider, threads, accuracy_level, spinning)
         return cls(open_session(config.model_path, settings), config)
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Most tokens of a text that is embedded, special tokens included; None where no file says so.
+
+        It is ``max_seq_length`` of ``sentence_bert_config.json``, else the tokenizer's length, and never more than the
+        model has positions.
+        """
+        limits = (self.files.longest, self.config.context_length)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def has_vectors(self) -> bool:
@@ -144,8 +153,8 @@ class EncoderSession:
         """Return one unit vector per text, float32 [texts, width]: `sentence_vectors` scaled to length 1.
 
         Raises:
-            InputError: No texts were given, or one is empty, has a token without a row in the embedding, or more
-                tokens than the model has positions.
+            InputError: No texts were given, or one is empty, has a token without a row in the embedding, or more than
+                `longest` tokens.
         """
         return self.embed_tokens([self.tokens(text) for text in texts])
 
@@ -167,13 +176,18 @@ class EncoderSession:
         named = replace(self._gate, limit=None, text_of=self.text_codec.token_text)
         for index, row in enumerate(rows):
             named.check(row, where=f"text {index}")
-        longest = max(map(len, rows), default=0)
-        limit = self.config.context_length
-        if longest == 0 or (limit is not None and longest > limit):
-            raise InputError(
-                f"the longest has {longest} tokens", where="texts", fix=f"give texts of 1 to {limit} tokens"
-            )
+        for index, row in enumerate(rows):
+            if (fix := self.refusal(row)) is not None:
+                raise InputError(f"text {index} has {len(row)} tokens", where="texts", fix=fix)
+        if not rows:
+            raise InputError("there are none", where="texts", fix="give one or more")
         return unit(self.sentence_vectors(*padded(rows)))
+
+    def refusal(self, row: Sequence[int]) -> str | None:
+        """Return which number of tokens a text may have, where it has another one; else None."""
+        if row and (self.longest is None or len(row) <= self.longest):
+            return None
+        return "give 1 or more" if self.longest is None else f"give 1 to {self.longest}"
 
     def _run(
         self, output: str, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None
@@ -213,23 +227,6 @@ class EncoderSession:
     def text_codec(self) -> TextCodec:
         """The bundle's tokenizer."""
         return TextCodec(self.config.folder / TOKENIZER_FILE)
-
-
-def is_encoder_bundle(path: str | Path) -> bool:
-    """Whether a bundle's graph is that of an encoder.
-
-    Raises:
-        InputError: The folder or its graph is missing, or cannot be read.
-    """
-    graph = load_proto(BundleConfig.read(path).model_path).graph
-    return is_encoder((value.name for value in graph.input), (value.name for value in graph.output))
-
-
-def is_encoder(inputs: Iterable[str], outputs: Iterable[str]) -> bool:
-    """Whether names of inputs and outputs are those of a graph without a cache, with states or with a head."""
-    cached = any(name.startswith("past_key_values") for name in inputs)
-    names = set(outputs)
-    return STATES in names or (LOGITS in names and not cached)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

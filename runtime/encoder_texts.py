@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +71,22 @@ class EncoderTexts:
             side = Section.of_file(folder / "tokenizer_config.json").values.get("truncation_side")
             self._tokenizer.enable_truncation(longest, direction="left" if side == "left" else "right")
 
-    def encode(self, texts: Sequence[str] | Sequence[Pair], prompt: str = "") -> list[Tokens]:
+    def encode(self, texts: Sequence[str | Pair], prompt: str = "") -> list[Tokens]:
         """Return texts as tokens, each behind a prompt.
 
+        Args:
+            texts: As `checked` returns them.
+            prompt: In front of each text; pairs have none.
+
         Raises:
-            InputError: A text is no text or pair, or is not UTF-8.
+            InputError: A text has no tokens: it is empty, and the tokenizer puts none around it.
         """
-        for index, text in enumerate(texts):
-            _check(text, index)
         given = [self._prepared(text, prompt) for text in texts]
         with panics_are_errors():
             found = self._tokenizer.encode_batch(given)
+        for index, one in enumerate(found):
+            if not one.ids:
+                raise InputError(f"text {index} has no tokens", where="texts", fix="leave empty texts out")
         return [Tokens(one.ids, one.type_ids, one.offsets) for one in found]
 
     def _prepared(self, text: str | Pair, prompt: str) -> str | Pair:
@@ -114,15 +119,39 @@ def batches(rows: Sequence[Tokens], size: int, tokens: int | None = None) -> Ite
         yield Batch(places, *arrays)
 
 
-def _check(text: object, index: int) -> None:
-    parts = text if isinstance(text, tuple | list) else (text,)
-    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
-        raise InputError(
-            f"text {index} is a {type(text).__name__}", where="texts", fix="give texts, or pairs of two texts"
-        )
+def checked(texts: object, *, pairs: bool) -> list[str | Pair]:
+    """Return texts as a list.
+
+    Args:
+        texts: Whatever was given for them.
+        pairs: Whether pairs of texts are taken too.
+
+    Raises:
+        InputError: They are no list, or one of them is no text, or a pair where none is taken, or is not UTF-8.
+    """
+    if isinstance(texts, str):
+        raise InputError("one text", where="texts", fix="give a list of texts: [text]")
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping | Set):
+        raise InputError(f"a {type(texts).__name__}", where="texts", fix="give a list of texts")
+    return [_checked(text, index, pairs) for index, text in enumerate(texts)]
+
+
+def _checked(text: object, index: int, pairs: bool) -> str | Pair:
+    if isinstance(text, str):
+        return _encodable(text, index)
+    if pairs and isinstance(text, tuple | list) and len(text) == 2:
+        first, second = text
+        if isinstance(first, str) and isinstance(second, str):
+            return _encodable(first, index), _encodable(second, index)
+    fix = "give texts, or pairs of two texts" if pairs else "give texts"
+    raise InputError(f"text {index} is a {type(text).__name__}", where="texts", fix=fix)
+
+
+def _encodable(text: str, index: int) -> str:
     try:
-        "".join(parts).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"text {index} is not UTF-8 ({error})", where="texts", fix="encode it as UTF-8"
         ) from error
+    return text

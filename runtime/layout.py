@@ -78,7 +78,7 @@ class DecoderLayout:
             raise InputError(
                 "not a decoder with past/present: needs past_key_values.* and logits",
                 where=where,
-                fix="open encoders with EncoderSession; export decoders with their KV cache",
+                fix="open encoders with Encoder, they continue no text; export decoders with their KV cache",
             )
         states = sorted((name for name in inputs if _STATE.fullmatch(name)), key=_layer)
         unknown = inputs.keys() - {*pasts, *states, "input_ids", "attention_mask", "position_ids"}

@@ -70,11 +70,13 @@ class SentenceFiles:
             name: The name of one of `prompts`, or None.
 
         Raises:
-            InputError: Both are given, or there is no prompt of that name.
+            InputError: Both are given, the prompt is no text, or there is none of that name.
         """
         if text is not None and name is not None:
             raise InputError("both are given", where="prompt, prompt_name", fix="drop one")
         if text is not None:
+            if not isinstance(text, str):
+                raise InputError(f"a {type(text).__name__}", where="prompt", fix="give a text")
             return text
         if name is not None and name not in self.prompts:
             known = ", ".join(self.prompts) or "none"

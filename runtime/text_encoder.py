@@ -12,7 +12,8 @@ import numpy as np
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_files import Section
 from rk_export.runtime.encoder import EncoderSession, unit
-from rk_export.runtime.encoder_texts import Batch, EncoderTexts, Pair, Tokens, batches
+from rk_export.runtime.encoder_texts import Batch, EncoderTexts, Pair, Tokens, batches, checked
+from rk_export.runtime.label_scores import softmax, text_scores
 from rk_export.runtime.providers import Provider
 
 # On a CPU the activations of so many tokens stay in its cache: four times as many took three times as long each.
@@ -90,8 +91,7 @@ class Encoder:
         )
         self._folder = self.session.config.folder
         self.files = self.session.files
-        limits = (self.files.longest, self.session.config.context_length)
-        self.longest = min((limit for limit in limits if limit is not None), default=None)
+        self.longest = self.session.longest
         self._together = CACHED_TOKENS if self.session.device == "cpu" else None
         self._texts = EncoderTexts(self._folder, self.longest, self.files.lower_case)
 
@@ -128,10 +128,10 @@ class Encoder:
             prompt_name: The same by its name in `prompts`; without either, the model's default prompt.
 
         Raises:
-            InputError: A text is no string, a prompt is not known, the model is a classifier, or `normalize` is False
-                and the graph scales to length 1.
+            InputError: A text is no string or has no tokens, a prompt is not known, the model is a classifier, or
+                `normalize` is False and the graph scales to length 1.
         """
-        rows = self._rows(texts, batch_size, self.files.prompt(prompt, prompt_name))
+        rows = self._rows(texts, batch_size, self.files.prompt(prompt, prompt_name), pairs=False)
         if normalize is False and self._normalizes:
             raise InputError(
                 "the graph of this model scales to length 1", where="normalize", fix="drop it, or give True"
@@ -152,10 +152,12 @@ class Encoder:
             Float32 [texts, labels]; of a classifier of tokens a list, [tokens, labels] for each text.
 
         Raises:
-            InputError: A text is no string or pair, or the model is no classifier.
+            InputError: A text is no string or pair, or has no tokens, or the model is no classifier. A classifier of
+                tokens takes no pairs.
         """
-        rows = self._rows(texts, batch_size)
-        if self.session.logits_axes == 3:
+        by_token = self.session.logits_axes == 3
+        rows = self._rows(texts, batch_size, pairs=not by_token)
+        if by_token:
             return [found for found, _ in self._tokens(rows, batch_size)]
         found = np.zeros((len(rows), len(self.labels)), np.float32)
         for batch in batches(rows, batch_size, self._together):
@@ -165,20 +167,21 @@ class Encoder:
     def classify(self, texts: Sequence[str] | Sequence[Pair], *, batch_size: int = 32) -> list[Classified]:
         """Return the likeliest label of each text or pair, with its score.
 
-        Scores are the softmax of the logits. One label alone, and several that do not exclude each other
-        (``problem_type``), have the sigmoid. A config that names ``activation_fn`` decides for one label.
+        Scores are those of `text_scores`.
 
         Args:
             texts: Texts, or pairs: a cross-encoder takes (query, passage).
             batch_size: Texts that run at once.
 
         Raises:
-            InputError: As `logits`, or the model classifies tokens.
+            InputError: As `logits` and `text_scores`, or the model classifies tokens.
         """
         if self.session.logits_axes == 3:
             raise InputError("this model labels tokens", where=str(self._folder), fix="call tag(texts)")
         logits = self.logits(texts, batch_size=batch_size)
-        return [self._classified(row) for row in self._scores(np.asarray(logits))]
+        return [
+            self._classified(row) for row in text_scores(np.asarray(logits), self._folder / "config.json")
+        ]
 
     def tag(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[TaggedToken]]:
         """Return a label for each token of each text, special tokens left out.
@@ -188,7 +191,7 @@ class Encoder:
         """
         if self.session.logits_axes != 3:
             raise InputError("this model labels texts", where=str(self._folder), fix="call classify(texts)")
-        rows = self._rows(texts, batch_size)
+        rows = self._rows(texts, batch_size, pairs=False)
         return [self._tagged(row, found) for found, row in self._tokens(rows, batch_size)]
 
     @cached_property
@@ -203,12 +206,11 @@ class Encoder:
         count = int(self.session.logits(np.zeros((1, 1), np.int64)).shape[-1])
         return tuple(str(named.get(str(index), f"LABEL_{index}")) for index in range(count))
 
-    def _rows(self, texts: Sequence[str] | Sequence[Pair], batch_size: int, prompt: str = "") -> list[Tokens]:
-        if isinstance(texts, str):
-            raise InputError("one text", where="texts", fix="give a list of texts: [text]")
-        if batch_size < 1:
+    def _rows(self, texts: object, batch_size: int, prompt: str = "", *, pairs: bool = True) -> list[Tokens]:
+        if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"{batch_size} texts at once", where="batch_size", fix="give 1 or more")
-        return self._texts.encode(texts, prompt) if len(texts) else []
+        given = checked(texts, pairs=pairs)
+        return self._texts.encode(given, prompt) if given else []
 
     def _run(self, batch: Batch) -> np.ndarray:
         return self.session.logits(batch.ids, batch.mask, batch.types)
@@ -223,22 +225,12 @@ class Encoder:
             }
         yield from ((found[place], row) for place, row in enumerate(rows))
 
-    def _scores(self, logits: np.ndarray) -> np.ndarray:
-        config = Section.of_file(self._folder / "config.json")
-        kind = config.values.get("problem_type")
-        stated = str(config.section("sentence_transformers").values.get("activation_fn", ""))
-        if kind == "regression" or (logits.shape[-1] == 1 and stated.endswith(".Identity")):
-            return logits
-        if kind == "multi_label_classification" or logits.shape[-1] == 1:
-            return np.asarray(1 / (1 + np.exp(-logits)))
-        return _softmax(logits)
-
     def _classified(self, scores: np.ndarray) -> Classified:
         best = int(scores.argmax())
         return Classified(self.labels[best], float(scores[best]), tuple(map(float, scores)))
 
     def _tagged(self, row: Tokens, logits: np.ndarray) -> list[TaggedToken]:
-        scores = _softmax(logits)
+        scores = softmax(logits)
         return [
             TaggedToken(start, end, self.labels[int(one.argmax())], float(one.max()))
             for one, (start, end) in zip(scores, row.spans, strict=True)
@@ -248,8 +240,3 @@ class Encoder:
     @cached_property
     def _normalizes(self) -> bool:
         return self.session.has_vectors and self.files.normalizes
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(raised / raised.sum(axis=-1, keepdims=True))

@@ -62,7 +62,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_run(args: argparse.Namespace) -> int:
     """`run`: the text as it comes."""
-    from rk_export.runtime.encoder import is_encoder_bundle
+    from rk_export.runtime.encoder_graph import is_encoder_bundle
 
     options, template_args = generation_options(args), template_arguments(args.template_arg)
     if is_encoder_bundle(args.bundle):

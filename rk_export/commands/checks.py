@@ -91,7 +91,7 @@ def _check_speed_up(source: Source, recipe: Recipe) -> None:
         raise InputError(
             "the time of a whole model is measured on a decoder, and this is an encoder",
             where="--speed-up",
-            fix="use a budget of --size, --bits or --keep, or --recipe w8a8",
+            fix="use a budget of --size or --keep, or --recipe w8a8",
         )
     if recipe.target.ep != "cpu":
         raise InputError(

@@ -158,7 +158,10 @@ def _check_transformer(folder: Path, place: str) -> None:
 
 def _pooling(folder: Path, place: str, config: PretrainedConfig) -> tuple[tuple[str, ...], int]:
     """Return the modes of pooling and the elements of the pooled vector."""
-    values = Section.of_file(folder / place / "config.json")
+    path = folder / place / "config.json"
+    if not path.is_file():
+        raise InputError("no such file, and modules.json names its folder", where=str(path), fix=_ALONE)
+    values = Section.of_file(path)
     modes = values.values.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, flag in MODES.items() if values.flag(flag)] or ["mean"]
@@ -180,7 +183,9 @@ def _pooling(folder: Path, place: str, config: PretrainedConfig) -> tuple[tuple[
 
 def _step(kind: str, folder: Path, place: str, width: int) -> Dense | Norm | Normalize | None:
     """Return a module behind the pooling; None where it does nothing in inference."""
-    values = Section.of_file(folder / place / "config.json") if place else Section({}, place)
+    values = (
+        Section.of_file(folder / place / "config.json") if place else Section({}, str(folder / MODULES_FILE))
+    )
     for name in ("module_input_name", "module_output_name"):
         if values.values.get(name) not in (None, _VECTOR):
             raise _refusal(f"{name} is {values.values[name]!r}", values.where)

@@ -61,7 +61,7 @@ def transformers_logits(source: StoredModel, tokens: Tensor) -> Reference:
     with transformers_quiet(), settling():
         model, note = _whole_model(source)
     stated = _stated_model(source)
-    _take_buffers(model, empty_model(model.config) if stated is None else stated)
+    _take_buffers(model, empty_model(model.config, _auto_class(source)) if stated is None else stated)
     with computing_in(model, torch.float32):
         return Reference(torch_logits(model)(tokens.numpy()), note)
 

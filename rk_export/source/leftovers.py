@@ -101,7 +101,7 @@ def no_place(leftovers: Sequence[str], config: PretrainedConfig, where: str) -> 
         (
             _OTHER_HEADS,
             "a head of another kind (classification, reward, question answering)",
-            "use the language model that it was trained from",
+            _head_fix(config),
         ),
     ):
         if found := [name for name in leftovers if pattern.search(name)]:
@@ -112,6 +112,14 @@ def no_place(leftovers: Sequence[str], config: PretrainedConfig, where: str) -> 
         where=where,
         fix="config.json and the weights do not belong together, or the model has parts that would be dropped",
     )
+
+
+def _head_fix(config: PretrainedConfig) -> str:
+    family, fix = FAMILIES.get(config.model_type), "use the language model that it was trained from"
+    if family is None or (family.sequence is None and family.tokens is None):
+        return fix
+    known = "...ForSequenceClassification or ...ForTokenClassification"
+    return f"name the class of a classifier, {known}, in architectures of config.json; else {fix}"
 
 
 def missing(

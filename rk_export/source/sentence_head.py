@@ -19,7 +19,7 @@ from rk_export.model.sentence_modules import (
     module_folders,
     read_sentence_modules,
 )
-from rk_export.runtime.sentence_files import MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILES
+from rk_export.runtime.sentence_files import MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILES, SentenceFiles
 from rk_export.source.tensor_files import SafetensorFiles
 
 
@@ -46,6 +46,7 @@ def read_sentence_head(folder: Path, config: PretrainedConfig) -> SentenceHead |
     modules = read_sentence_modules(folder, config)
     if modules is None:
         return None
+    SentenceFiles.read(folder)  # malformed settings and prompts would only be found when a text is encoded
     weights: dict[str, Tensor] = {}
     for step in modules.steps:
         if isinstance(step, Dense | Norm):

@@ -59,10 +59,9 @@ def _rows(body: EmbeddingRequest, worker: EncoderWorker) -> list[list[int]]:
     rows = [
         worker.session.tokens(item, body.prompt_name) if isinstance(item, str) else item for item in items
     ]
-    limit = worker.session.config.context_length
     for index, row in enumerate(rows):
-        if not row or (limit is not None and len(row) > limit):
-            raise bad_request(f"input {index} has {len(row)} tokens; give 1 to {limit}", "input")
+        if (fix := worker.session.refusal(row)) is not None:
+            raise bad_request(f"input {index} has {len(row)} tokens; {fix}", "input")
     return rows
 
 

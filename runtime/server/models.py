@@ -15,8 +15,7 @@ from rk_export.errors import InputError, RkExportError
 from rk_export.memory import give_back
 from rk_export.runtime.bundle_config import BundleConfig
 from rk_export.runtime.bundle_files import TOKENIZER_FILE
-from rk_export.runtime.encoder import LOGITS, is_encoder
-from rk_export.runtime.graph_proto import load_proto
+from rk_export.runtime.encoder_graph import is_classifier_bundle, is_encoder_bundle
 from rk_export.runtime.server.encoders import EncoderWorker
 from rk_export.runtime.server.errors import ApiError, unavailable
 from rk_export.runtime.server.logs import event, logger
@@ -214,10 +213,7 @@ class Models:
 
 def _look_at(name: str, folder: Path, settings: ServerSettings) -> Served:
     config = BundleConfig.read(folder)
-    graph = load_proto(config.model_path).graph
-    outputs = {value.name for value in graph.output}
-    encoder = is_encoder((value.name for value in graph.input), outputs)
-    if encoder and LOGITS in outputs:
+    if is_classifier_bundle(folder):
         raise InputError(
             "a classifier, and the server gives texts and vectors",
             where=str(folder),
@@ -227,6 +223,7 @@ def _look_at(name: str, folder: Path, settings: ServerSettings) -> Served:
         raise InputError(
             f"no {TOKENIZER_FILE} here", where=str(folder), fix="put the model's tokenizer beside the graph"
         )
+    encoder = is_encoder_bundle(folder)
     size = memory_of(config, settings, encoder=encoder)
     return Served(name, folder, encoder, size, int(config.model_path.stat().st_mtime))
 

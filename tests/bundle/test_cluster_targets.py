@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from deployable import write_graph
+from encoder_bundles import write_classifier
 
 from rk_export.bundle.targets import kserve, kubernetes
 from rk_export.bundle.targets.base import Deployment
@@ -22,6 +23,8 @@ from rk_export.cli.parser import build_parser
 from rk_export.cli.serve import KEYS_VARIABLE, settings_of
 from rk_export.errors import InputError
 from rk_export.runtime.server.metrics import Metrics
+from rk_export.runtime.server.models import Models
+from rk_export.runtime.server.settings import ServerSettings
 
 GIB = 2**30
 TARGETS = {"kserve": kserve.TARGET, "kubernetes": kubernetes.TARGET}
@@ -275,3 +278,12 @@ def test_a_bundle_without_a_graph_is_refused(folder: Path, target: str) -> None:
     (folder / "model.onnx").unlink()
     with pytest.raises(InputError, match=r"model\.onnx is missing"):
         written(target, Deployment(folder, "m"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_classifier_is_refused_as_the_server_refuses_it(tmp_path: Path, target: str) -> None:
+    classifier = write_classifier(tmp_path / "classifier")
+    with pytest.raises(InputError, match="a classifier, and rk-export's server"):
+        written(target, Deployment(classifier, "m"))
+    with pytest.raises(InputError, match="a classifier, and the server"):
+        Models({"m": classifier}, ServerSettings())

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from encoder_bundles import write_classifier
 from runtime_models import TinyDecoder, write_encoder
 
 from rk_export import deployment_files
@@ -55,9 +56,12 @@ def test_the_configuration_names_the_provider(ep: str, tmp_path: Path) -> None:
 def test_what_writes_no_text_is_refused(tmp_path: Path) -> None:
     encoder = write_encoder(tmp_path / "encoder")
     write_manifest(encoder, {"ep": "cpu"})
+    classifier = write_classifier(tmp_path / "classifier")
+    write_manifest(classifier, {"ep": "cpu"})
     mute = TinyDecoder().write(tmp_path / "mute", tokenizer=False)
     write_manifest(mute, {"ep": "cpu"})
-    for folder, message in ((encoder, "an encoder writes no text"), (mute, r"tokenizer\.json is missing")):
+    told = "an encoder writes no text"
+    for folder, message in ((encoder, told), (classifier, told), (mute, r"tokenizer\.json is missing")):
         with pytest.raises(InputError, match=message):
             deployment_files(folder, ["triton-python"])
         assert not (folder / "triton-python").exists()

@@ -92,6 +92,35 @@ def test_options_are_refused_by_name(tmp_path: Path, file: str, values: dict[str
     assert words in refusal(tmp_path)
 
 
+def test_a_pooling_without_its_config_is_refused(tmp_path: Path) -> None:
+    write_modules(tmp_path, 16)
+    (tmp_path / "1_Pooling" / "config.json").unlink()
+    assert "1_Pooling/config.json: no such file" in refusal(tmp_path)
+
+
+def test_a_module_without_a_folder_is_told_by_its_file(tmp_path: Path) -> None:
+    write_modules(tmp_path, 16, steps=({},))
+    listed = json.loads((tmp_path / "modules.json").read_text(encoding="utf-8"))
+    del listed[2]["path"]
+    (tmp_path / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
+    assert "modules.json: in_features is None" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("config_sentence_transformers.json", {"prompts": {"query": 1}}, "prompts must be texts"),
+        ("sentence_bert_config.json", {"max_seq_length": "x"}, "max_seq_length is 'x'"),
+    ],
+)
+def test_settings_are_read_before_any_work(
+    tmp_path: Path, file: str, values: dict[str, Any], words: str
+) -> None:
+    write_modules(tmp_path, 16)
+    (tmp_path / file).write_text(json.dumps(values), encoding="utf-8")
+    assert words in refusal(tmp_path)
+
+
 def test_another_task_of_the_transformer_is_refused(tmp_path: Path) -> None:
     write_modules(tmp_path, 16)
     (tmp_path / "sentence_bert_config.json").write_text('{"transformer_task": "fill-mask"}', encoding="utf-8")

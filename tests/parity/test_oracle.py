@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Cli, tiny_options
 from safetensors.torch import load_file, save_file
+from sentence_models import write_modules
 from tiny_models import DECODERS, FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -41,6 +42,14 @@ def test_every_family_is_read_as_transformers_reads_it(source_of: SourceOf, fami
     assert tier.relative_error is not None
     assert tier.relative_error < 1e-5
     assert tier.note.endswith(".from_pretrained")
+
+
+def test_an_embedding_model_that_was_saved_as_a_decoder(tmp_path: Path) -> None:
+    """Qwen3-Embedding names ForCausalLM in its config; modules.json says that its states are what it gives."""
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    write_modules(tmp_path, 64, pooling={"pooling_mode": "lasttoken"})
+    tier = preflight(open_source(tmp_path), tiny_options()).tier
+    assert (tier.passed, tier.note) == (True, "Qwen3Model.from_pretrained")
 
 
 def doubled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

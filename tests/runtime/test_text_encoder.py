@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from encoder_bundles import LABELS, write_classifier, write_embedding_model
-from runtime_models import write_encoder
+from runtime_models import byte_tokenizer, write_encoder
+from tokenizers import processors
 
 from rk_export.errors import InputError
 from rk_export.runtime import Encoder, EncoderSession
@@ -145,7 +146,17 @@ def test_small_letters_where_the_model_wants_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("texts", "words"),
-    [("harbour", r"\[text\]"), ([1], "text 0 is a int"), (["a", "\ud800"], "text 1 is not UTF-8")],
+    [
+        ("harbour", r"\[text\]"),
+        ([1], "text 0 is a int"),
+        (["a", "\ud800"], "text 1 is not UTF-8"),
+        (None, "a NoneType"),
+        (b"ab", "a bytes"),
+        ({"a", "b"}, "a set"),
+        ({"a": 1}, "a dict"),
+        ([("a",)], "text 0 is a tuple"),
+        (["a", ("a", "b")], "text 1 is a tuple"),
+    ],
 )
 def test_what_is_no_list_of_texts_is_refused(tmp_path: Path, texts: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
@@ -155,6 +166,8 @@ def test_what_is_no_list_of_texts_is_refused(tmp_path: Path, texts: Any, words: 
 def test_a_batch_of_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_size"):
         opened(write_encoder(tmp_path)).encode(["a"], batch_size=0)
+    with pytest.raises(InputError, match="batch_size"):
+        opened(tmp_path).encode(["a"], batch_size=2.5)  # type: ignore[arg-type]
 
 
 def test_a_classifier_labels_texts_and_pairs(tmp_path: Path) -> None:
@@ -176,11 +189,57 @@ def test_a_classifier_labels_texts_and_pairs(tmp_path: Path) -> None:
     assert encoder.classify([]) == []
 
 
+@pytest.mark.parametrize("texts", [[("a",)], [("a", "b", "c")], [("a", 1)], [{"a", "b"}]])
+def test_what_is_no_pair_is_refused(tmp_path: Path, texts: Any) -> None:
+    with pytest.raises(InputError, match="text 0 is a"):
+        opened(write_classifier(tmp_path)).classify(texts)
+
+
+def test_a_classifier_of_tokens_takes_no_pairs(tmp_path: Path) -> None:
+    encoder = opened(write_classifier(tmp_path, by_token=True))
+    for call in (encoder.tag, encoder.logits):
+        with pytest.raises(InputError, match="text 0 is a tuple"):
+            call([("a", "b")])  # type: ignore[list-item]
+
+
+def test_texts_may_come_one_after_the_other(tmp_path: Path) -> None:
+    encoder = opened(write_encoder(tmp_path))
+    np.testing.assert_array_equal(encoder.encode(text for text in "ab"), encoder.encode(["a", "b"]))  # type: ignore[arg-type]
+
+
+def test_a_text_without_tokens_is_refused_by_its_place(tmp_path: Path) -> None:
+    write_encoder(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.Sequence([])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="text 1 has no tokens"):
+        opened(tmp_path).encode(["a", ""])
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prompt: a int"):
+        opened(write_encoder(tmp_path)).encode(["a"], prompt=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}}, "Tanh"),
+    ],
+)
+def test_scores_that_are_not_known_are_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        opened(write_classifier(tmp_path, labels=1, **config)).classify(["a"])
+
+
 @pytest.mark.parametrize(
     ("config", "labels", "function"),
     [
         ({}, 1, "sigmoid"),
         ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, 1, "identity"),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, 1, "identity"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, 1, "sigmoid"),
         ({"problem_type": "regression"}, 1, "identity"),
         ({"problem_type": "multi_label_classification"}, 3, "sigmoid"),
     ],

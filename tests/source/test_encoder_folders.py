@@ -160,3 +160,11 @@ def test_options_that_the_graph_lacks_are_refused(family: str, fields: dict[str,
     with pytest.raises(UnsupportedModelError) as refusal:
         _ = describe(config).encoder
     assert named in f"{refusal.value.what} {refusal.value.where}"
+
+
+def test_a_classifier_that_config_json_does_not_name_is_told_how_to(tmp_path: Path) -> None:
+    saved_classifier("bert", TOKENS, tmp_path)
+    edit_config(tmp_path, architectures=None)
+    with pytest.raises(InputError, match="classifier") as error:
+        open_source(tmp_path)
+    assert "in architectures of config.json" in error.value.fix

@@ -11,6 +11,7 @@ import onnx
 from rk_export.bundle.targets.base import Deployment
 from rk_export.errors import InputError
 from rk_export.runtime.bundle_config import BundleConfig
+from rk_export.runtime.encoder_graph import is_classifier_bundle
 from rk_export.runtime.engine.records import EngineOptions
 
 _FORMULA = (
@@ -59,11 +60,17 @@ def pod_size(deployment: Deployment) -> PodSize:
     One core decodes about 18 tokens a second for each of 8 rows of a model of 145 MB: hence two GiB x slots a core.
 
     Raises:
-        InputError: The bundle has no graph.
+        InputError: The bundle has no graph, or it is that of a classifier, which the server does not serve.
     """
     graph = deployment.bundle / "model.onnx"
     if not graph.is_file():
         raise InputError("model.onnx is missing", where=str(deployment.bundle), fix="export the bundle again")
+    if is_classifier_bundle(deployment.bundle):
+        raise InputError(
+            "a classifier, and rk-export's server gives texts and vectors",
+            where=str(deployment.bundle),
+            fix="take --for triton or kserve-triton",
+        )
     options = EngineOptions()
     files = sum(path.stat().st_size for path in deployment.bundle.glob("model.onnx*"))
     capacity = min(BundleConfig.read(deployment.bundle).context_length or _CAPACITY, _CAPACITY)

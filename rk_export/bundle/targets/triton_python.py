@@ -8,10 +8,10 @@ from rk_export.bundle.targets.base import Deployment, Target
 from rk_export.bundle.targets.links import link_or_copy
 from rk_export.errors import InputError
 from rk_export.manifest import read_manifest, write_part
-from rk_export.runtime.bundle_files import MODEL_FILE, TOKENIZER_FILE
+from rk_export.runtime.bundle_files import TOKENIZER_FILE
 from rk_export.runtime.chat_files import MORE_TEMPLATES
+from rk_export.runtime.encoder_graph import is_encoder_bundle
 from rk_export.runtime.engine.records import EngineOptions
-from rk_export.runtime.graph_proto import load_proto
 from rk_export.runtime.triton.tensors import BUNDLE_FOLDER, INPUTS, OUTPUTS, TextTensor
 
 _MODEL = '''\
@@ -57,8 +57,7 @@ def write_python_repository(deployment: Deployment, folder: Path) -> None:
 
 
 def _check(bundle: Path) -> None:
-    outputs = {value.name for value in load_proto(bundle / MODEL_FILE).graph.output}
-    if "logits" not in outputs:
+    if is_encoder_bundle(bundle):
         raise InputError("an encoder writes no text", where=str(bundle), fix="take --for triton")
     if not (bundle / TOKENIZER_FILE).is_file():
         raise InputError(f"{TOKENIZER_FILE} is missing", where=str(bundle), fix="take --for triton")

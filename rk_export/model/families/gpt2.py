@@ -50,7 +50,7 @@ def _split_gpt2(layer: nn.Module) -> None:
         layer.set_submodule("attn.c_attn", split_linear(joined, parts))
 
 
-_NAMES = Architecture(
+GPT2_NAMES = Architecture(
     "gpt2",
     layers="transformer.h",
     embedding="transformer.wte",
@@ -74,4 +74,4 @@ _NAMES = Architecture(
     rewrite=_split_gpt2,
 )
 _REFUSED = (Refused("add_cross_attention", False, "the exported decoder has no cross attention"),)
-FAMILIES = (Family(_NAMES, _gpt2, _REFUSED),)
+FAMILIES = (Family(GPT2_NAMES, _gpt2, _REFUSED),)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
 from transformers import PretrainedConfig
 
-from rk_export.model.architecture import Architecture, HeadLayout
+from rk_export.model.architecture import HeadLayout
 from rk_export.model.canonical import split_linear
 from rk_export.model.config_fields import layer_specs, llama_spec, number
 from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.families.base import Family, Refused
+from rk_export.model.families.gpt2 import GPT2_NAMES
 
 
 def _gpt_bigcode(config: PretrainedConfig) -> DecoderSpec:
@@ -43,28 +45,6 @@ def _split(layer: nn.Module) -> None:
         attention.c_attn = split_linear(joined, parts, groups=cast(int, attention.kv_heads))
 
 
-_NAMES = Architecture(
-    "gpt_bigcode",
-    layers="transformer.h",
-    embedding="transformer.wte",
-    attention=(
-        ("q", "attn.c_attn.q_proj"),
-        ("k", "attn.c_attn.k_proj"),
-        ("v", "attn.c_attn.v_proj"),
-        ("o", "attn.c_proj"),
-    ),
-    mlp=(("up", "mlp.c_fc"), ("down", "mlp.c_proj")),
-    renamed={
-        "attn.c_attn": "self_attn",
-        "attn.c_proj": "self_attn.o_proj",
-        "mlp.c_fc": "mlp.up_proj",
-        "mlp.c_proj": "mlp.down_proj",
-        "ln_1": "input_layernorm",
-        "ln_2": "post_attention_layernorm",
-    },
-    outer={"transformer.wpe": "model.embed_positions", "transformer.ln_f": "model.norm"},
-    width_field="n_inner",
-    rewrite=_split,
-)
+_NAMES = replace(GPT2_NAMES, model_type="gpt_bigcode", rewrite=_split)
 _REFUSED = (Refused("add_cross_attention", False, "the exported decoder has no cross attention"),)
 FAMILIES = (Family(_NAMES, _gpt_bigcode, _REFUSED, heads=_heads),)

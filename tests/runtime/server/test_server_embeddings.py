@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from encoder_bundles import write_classifier, write_embedding_model
 from runtime_models import write_encoder
@@ -143,3 +144,27 @@ def test_many_vectors_hold_up_no_probe(server: Running, monkeypatch: pytest.Monk
     assert server.post("/v1/embeddings", {"model": "enc", "input": TEXTS}).status_code == 200
     assert threads
     assert server.server_thread not in threads
+
+
+def test_what_the_encoder_would_cut_is_refused(tmp_path: Path) -> None:
+    short = write_encoder(tmp_path / "short")
+    (short / "sentence_bert_config.json").write_text('{"max_seq_length": 4}', encoding="utf-8")
+    session = EncoderSession.from_pretrained(short, provider="cpu", threads=1)
+    assert session.longest == 4
+    with pytest.raises(InputError, match=r"text 1 has 5 tokens\nFix: give 1 to 4"):
+        session.embed(["abc", "abcd"])
+    with serving({"short": short}) as server:
+        found = server.client().embeddings.create(model="short", input=["abc"])
+        np.testing.assert_array_equal(
+            np.array(found.data[0].embedding, np.float32), session.embed(["abc"])[0]
+        )
+        with pytest.raises(openai.BadRequestError, match="input 1 has 5 tokens; give 1 to 4"):
+            server.client().embeddings.create(model="short", input=["abc", "abcd"])
+
+
+def test_a_model_without_a_limit_refuses_only_what_has_no_tokens(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    session = EncoderSession.from_pretrained(folder, provider="cpu", threads=1)
+    assert session.longest is None
+    assert (session.refusal([]), session.refusal([1] * 999)) == ("give 1 or more", None)
