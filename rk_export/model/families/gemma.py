@@ -57,7 +57,7 @@ def _attention_scale(config: PretrainedConfig) -> float:
             where="config.json",
             fix="give the number that the weights were made with",
         )
-    return scalar**-0.5
+    return float(scalar**-0.5)
 
 
 def _softcap(config: PretrainedConfig, field: str) -> float:
