@@ -73,8 +73,21 @@ def activation_of(config: PretrainedConfig, fields: Sequence[str] = _ACTIVATION_
 
 
 def every_window(config: PretrainedConfig, index: int) -> int | None:
-    """Return the window of a family that has the same in all layers, or none."""
-    return None if config.sliding_window is None else int(config.sliding_window)
+    """Return the window of a family that has the same in all layers, or none.
+
+    Raises:
+        InputError: It holds no token.
+    """
+    if config.sliding_window is None:
+        return None
+    window = int(number(config, "sliding_window"))
+    if window < 1:
+        raise InputError(
+            f"sliding_window is {window}: a token sees itself at least",
+            where="config.json",
+            fix="state null where there is no window",
+        )
+    return window
 
 
 def window_by_type(config: PretrainedConfig, index: int) -> int | None:

@@ -17,7 +17,7 @@ from rk_export.model.decoder_spec import DecoderSpec
 from rk_export.model.encoder_spec import EncoderSpec
 from rk_export.model.families.registry import architecture_of, decoder_spec, encoder_spec, family_of, heads_of
 from rk_export.model.matrices import Matrix
-from rk_export.model.rotary import RotaryTable, rotary_tables
+from rk_export.model.rotary import RotaryTable, check_widths, rotary_tables
 from rk_export.model.torch_models import empty_model
 from rk_export.passes.base import Layer
 
@@ -107,15 +107,18 @@ class ModelDescription:
             positions: Rows of a table, the longest sequence.
 
         Raises:
-            UnsupportedModelError: The angles do not depend on the position alone.
+            UnsupportedModelError: The angles do not depend on the position alone, or are more than a head has pairs.
         """
         if not self.spec.is_rotated:
             return {}
-        if (tables := family_of(self.config).tables) is not None:
-            return tables(self.config, positions)
-        module = type(self.canonical.get_submodule(self.architecture.rotary))
-        used = {layer.rotary for layer in self.spec.layers}
-        return rotary_tables(self.config, module, positions, used)
+        if (own := family_of(self.config).tables) is not None:
+            tables = own(self.config, positions)
+        else:
+            module = type(self.canonical.get_submodule(self.architecture.rotary))
+            used = {layer.rotary for layer in self.spec.layers}
+            tables = rotary_tables(self.config, module, positions, used)
+        check_widths(tables, self.heads.head_dim)
+        return tables
 
     @property
     def outer_paths(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ text grows past the short table must run it anew, as Hugging Face ``generate`` d
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -112,6 +112,21 @@ def rotary_tables(
         for name, parameters in by_type.items()
         if (name or ALL_LAYERS) in used
     }
+
+
+def check_widths(tables: Mapping[str, RotaryTable], head_dim: int) -> None:
+    """Refuse to rotate more coordinates than a head has.
+
+    Raises:
+        UnsupportedModelError: Names both numbers.
+    """
+    for table in tables.values():
+        if table.width > head_dim:
+            raise UnsupportedModelError(
+                f"{table.width} coordinates of a head would be rotated, it has {head_dim}",
+                where="config.json: partial_rotary_factor, rotary_pct, rotary_dim",
+                fix="give the share that the weights were made with",
+            )
 
 
 def _table(

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from rk_export.errors import InputError
 from rk_export.model.families.registry import FAMILIES
 
 # Text types without a class of their own for text: with equal positions in all three rows their rotation is the plain
@@ -59,6 +60,9 @@ def wrapper_of(config: PretrainedConfig) -> Wrapper | None:
 
     Args:
         config: As transformers read it; it is not changed.
+
+    Raises:
+        InputError: The text config has a value that its family does not take.
     """
     parts = getattr(type(config), "sub_configs", {})
     if config.model_type not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or "text_config" not in parts:
@@ -77,7 +81,11 @@ def wrapper_of(config: PretrainedConfig) -> Wrapper | None:
 
 
 def _plain(inner: PretrainedConfig) -> PretrainedConfig:
-    """Return a text config as that of the family that computes it."""
+    """Return a text config as that of the family that computes it.
+
+    Raises:
+        InputError: A field has a value that the family does not take.
+    """
     model_type = _PLAIN_TYPES.get(inner.model_type)
     if model_type is None:
         return copy.deepcopy(inner)
@@ -87,7 +95,14 @@ def _plain(inner: PretrainedConfig) -> PretrainedConfig:
     rotation = {
         name: value for name, value in values["rope_parameters"].items() if name not in _OF_THREE_ROWS
     }
-    config: PretrainedConfig = plain(**{**values, "rope_parameters": rotation})
+    try:
+        config: PretrainedConfig = plain(**{**values, "rope_parameters": rotation})
+    except Exception as error:  # that class holds the values to its own types
+        raise InputError(
+            f"a {model_type} config cannot hold what the text config states: {' '.join(str(error).split())}",
+            where="config.json: text_config",
+            fix="give the values that the weights were made with",
+        ) from error
     return config
 
 

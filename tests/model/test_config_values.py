@@ -48,6 +48,9 @@ def test_a_value_that_no_model_can_have(
     assert caught.value.fix
 
 
+_WIDE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}
+
+
 @pytest.mark.parametrize(
     ("family", "values", "field"),
     [
@@ -69,6 +72,13 @@ def test_a_value_that_no_model_can_have(
             "llama_4_scaling_beta",
         ),
         ("bloom", {"seq_length": "x"}, "seq_length"),
+        ("ministral", {"sliding_window": 0}, "sliding_window"),
+        ("phimoe", {"sliding_window": -1}, "sliding_window"),
+        ("lfm2", {"conv_L_cache": 0}, "conv_L_cache"),
+        ("gptj", {"rotary_dim": 7}, "rotary_dim"),
+        ("gptj", {"rotary_dim": 1024}, "rotary_dim"),
+        ("phi", {"rope_parameters": _WIDE}, "partial_rotary_factor"),
+        ("gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
         ("mpt", {"hidden_size": 3}, "hidden_size"),
     ],
 )

@@ -261,3 +261,13 @@ def test_broken_text_config_is_refused(llava: Path) -> None:
     (llava / "config.json").write_text(json.dumps(values))
     with pytest.raises(RkExportError):
         open_source(llava)
+
+
+def test_value_that_the_plain_family_does_not_take_is_refused(tmp_path: Path) -> None:
+    tiny_wrapper("qwen2_5_vl").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"]["max_window_layers"] = None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="max_window_layers") as raised:
+        open_source(tmp_path)
+    assert raised.value.where == "config.json: text_config"

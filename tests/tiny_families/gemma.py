@@ -21,7 +21,7 @@ FAMILIES = (
         "gemma",
         fields={"head_dim": 32},
         variants={"untied": {"tie_word_embeddings": False, "attention_bias": True}},
-        known=("Gemma", "CodeGemma", "the text of PaliGemma"),
+        known=("Gemma", "CodeGemma"),
         finish=_gains_around_one,
     ),
     TinyFamily(

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from rk_export.errors import UnsupportedModelError
+from rk_export.errors import InputError, UnsupportedModelError
 from rk_export.model.architecture import Architecture
-from rk_export.model.config_fields import activation_of, layer_specs, llama_spec, window_by_type
+from rk_export.model.config_fields import activation_of, layer_specs, llama_spec, number, window_by_type
 from rk_export.model.decoder_spec import SANDWICH_NORM, DecoderSpec, NormNames
 from rk_export.model.families.base import Family, Refused
 
@@ -23,7 +23,7 @@ def _gemma(config: PretrainedConfig) -> DecoderSpec:
 def _gemma2(config: PretrainedConfig) -> DecoderSpec:
     return llama_spec(
         config,
-        layers=layer_specs(config, scale=config.query_pre_attn_scalar**-0.5, window=window_by_type),
+        layers=layer_specs(config, scale=_attention_scale(config), window=window_by_type),
         activation=activation_of(config, ("hidden_activation",)),
         norm_names=SANDWICH_NORM,
         attention_softcap=_softcap(config, "attn_logit_softcapping"),
@@ -40,13 +40,24 @@ def _gemma3(config: PretrainedConfig) -> DecoderSpec:
     # The config has a soft cap of attention too, but attention does not use it.
     return llama_spec(
         config,
-        layers=layer_specs(config, scale=config.query_pre_attn_scalar**-0.5, window=window_by_type),
+        layers=layer_specs(config, scale=_attention_scale(config), window=window_by_type),
         activation=activation_of(config, ("hidden_activation",)),
         norm_names=SANDWICH_NORM,
         query_key_norm="head",
         embedding_scale=float(config.hidden_size**0.5),
         logit_softcap=_softcap(config, "final_logit_softcapping"),
     )
+
+
+def _attention_scale(config: PretrainedConfig) -> float:
+    scalar = number(config, "query_pre_attn_scalar")
+    if scalar <= 0:
+        raise InputError(
+            f"query_pre_attn_scalar is {scalar:g}, and attention is divided by its root",
+            where="config.json",
+            fix="give the number that the weights were made with",
+        )
+    return float(scalar**-0.5)
 
 
 def _softcap(config: PretrainedConfig, field: str) -> float:

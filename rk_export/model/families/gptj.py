@@ -27,6 +27,11 @@ def _spec(config: PretrainedConfig) -> DecoderSpec:
             where="config.json",
             fix="use a model that states how many coordinates of a head are rotated",
         )
+    if config.rotary_dim % 2:
+        raise UnsupportedModelError(
+            f"rotary_dim={config.rotary_dim}: coordinates are rotated in pairs",
+            where="config.json: rotary_dim",
+        )
     return llama_spec(
         config,
         layers=layer_specs(config, rotary=lambda config, index: ALL_LAYERS),

@@ -22,6 +22,11 @@ def _other_mixer(config: PretrainedConfig, index: int) -> RolePaths | None:
 
 def _spec(config: PretrainedConfig) -> DecoderSpec:
     _check_kinds(config)
+    if config.conv_L_cache < 1:
+        raise UnsupportedModelError(
+            f"conv_L_cache is {config.conv_L_cache}: a convolution reads one token at least",
+            where="config.json: conv_L_cache",
+        )
     layers = tuple(
         replace(layer, mixer="short_conv") if kind == _CONV else layer
         for layer, kind in zip(layer_specs(config), config.layer_types, strict=True)

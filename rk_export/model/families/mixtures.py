@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
 from rk_export.model.architecture import Architecture, MixtureNames, RolePaths
-from rk_export.model.canonical import Experts, split_experts, split_linear
+from rk_export.model.canonical import Experts, split_experts, split_gate_up
 from rk_export.model.config_fields import (
     every_window,
     layer_specs,
@@ -217,8 +217,7 @@ def _split_granite(layer: nn.Module) -> None:
     splitting("block_sparse_moe.experts")(layer)
     shared = getattr(layer, "shared_mlp", None)
     if isinstance(shared, nn.Module) and isinstance(shared.input_linear, nn.Linear):
-        half = shared.input_linear.out_features // 2
-        shared.input_linear = split_linear(shared.input_linear, {"gate_proj": half, "up_proj": half})
+        shared.input_linear = split_gate_up(shared.input_linear)
 
 
 _IN_MLP = splitting("mlp.experts")
