@@ -50,7 +50,8 @@ class Projection:
     onnx_path: str
 
 
-def _nothing_shared(config: PretrainedConfig) -> RolePaths:
+def nothing_shared(config: PretrainedConfig) -> RolePaths:
+    """Return no matrices: the mixture has no shared expert."""
     return ()
 
 
@@ -70,7 +71,7 @@ class MixtureNames:
     experts: str = "mlp.experts"
     count_field: str = "num_local_experts"
     readers: tuple[str, ...] = ("mlp.gate",)
-    shared: Callable[[PretrainedConfig], RolePaths] = _nothing_shared
+    shared: Callable[[PretrainedConfig], RolePaths] = nothing_shared
 
     def matrices(self, config: PretrainedConfig) -> RolePaths:
         """Return the rewritable matrices of a mixture, experts first: gate, up and down of each."""

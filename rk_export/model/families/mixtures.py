@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rk_export.errors import UnsupportedModelError
-from rk_export.model.architecture import Architecture, MixtureNames, RolePaths
+from rk_export.model.architecture import Architecture, MixtureNames, RolePaths, nothing_shared
 from rk_export.model.canonical import Experts, split_experts, split_gate_up
 from rk_export.model.config_fields import (
     every_window,
@@ -236,10 +236,6 @@ def _granite_names(model_type: str, shared: Callable[[PretrainedConfig], RolePat
     return Architecture(model_type, mixture=mixture, renamed=_GRANITE_RENAMED, rewrite=_split_granite)
 
 
-def _no_shared(config: PretrainedConfig) -> RolePaths:
-    return ()
-
-
 FAMILIES = (
     Family(Architecture("mixtral", mixture=MixtureNames(_in_every_layer), rewrite=_IN_MLP), _mixtral),
     Family(Architecture("qwen3_moe", mixture=MixtureNames(_in_sparse_layers), rewrite=_IN_MLP), _qwen3_moe),
@@ -262,7 +258,7 @@ FAMILIES = (
         ),
         _olmoe,
     ),
-    Family(_granite_names("granitemoe", _no_shared), _granitemoe),
+    Family(_granite_names("granitemoe", nothing_shared), _granitemoe),
     Family(_granite_names("granitemoeshared", _granite_shared), _granitemoe),
     Family(
         Architecture(
