@@ -17,6 +17,7 @@ from rk_export.passes.graph.nodes import UP
 INT8_PRODUCT = "DynamicQuantizeMatMul"
 GROUPED_PRODUCT = "QMoE"
 ATTENTION_ROLES = ("q", "k", "v")
+_MLP_SITES = {"gate", "up", "gate_up"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class ProductLike(Protocol):
     def format(self) -> MatrixFormat: ...
     @property
     def role(self) -> str: ...
+    @property
+    def site(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,14 @@ def packs(products: Iterable[ProductT]) -> list[list[ProductT]]:
     """
     readers: dict[tuple[Hashable, MatrixFormat, bool], list[ProductT]] = {}
     for product in products:
-        key = (product.source, product.format, _is_of_attention(product.role))
+        key = (product.source, product.format, _is_of_mlp(product.site))
         readers.setdefault(key, []).append(product)
     return [group for group in readers.values() if len(group) > 1 and _is_worth_it(group)]
 
 
-def _is_of_attention(role: str) -> bool:
-    """Whether a product, or one that stands for several, computes what attention reads."""
-    return {*role.split("_")} <= {*ATTENTION_ROLES}
+def _is_of_mlp(site: str) -> bool:
+    """Whether a product, or one that stands for several, belongs to the gate and the up-projection of an MLP."""
+    return {name.rpartition(".")[2] for name in site.split("+")} <= _MLP_SITES
 
 
 def _is_worth_it(group: list[ProductT]) -> bool:

@@ -197,5 +197,4 @@ def describe(config: PretrainedConfig) -> ModelDescription:
 
 def reads_types(config: PretrainedConfig) -> bool:
     """Whether the graph of a config's model takes the types of tokens."""
-    description = describe(config)
-    return description.architecture.is_encoder and description.encoder.token_types > 1
+    return family_of(config).encoder is not None and encoder_spec(config).token_types > 1

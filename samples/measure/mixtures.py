@@ -62,7 +62,7 @@ def made_model(folder: Path) -> Path:
     """Save the model with random weights."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("olmoe", **SHAPE)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -222,7 +222,7 @@ def test_options_are_checked(tmp_path: Path, option: str, value: object) -> None
 
 
 def test_encoder_is_no_decoder_and_the_other_way_round(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="EncoderSession"):
+    with pytest.raises(InputError, match="open encoders with Encoder"):
         Session.from_pretrained(write_encoder(tmp_path / "encoder"), provider="cpu")
     with pytest.raises(InputError, match="last_hidden_state"):
         EncoderSession.from_pretrained(TinyDecoder().write(tmp_path / "decoder"), provider="cpu")
