@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rk_export.model.families.registry import architecture_of
+from rk_export.model.families.registry import family_of
 from rk_export.model.torch_logits import output_of, without_cache
 
 LayerForward = Callable[..., Tensor]
@@ -33,7 +33,7 @@ class Streams:
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, input_ids: Tensor) -> None:
         self.model, self.layers, self.input_ids = model, layers, input_ids
         self.hidden: dict[str, Tensor] = {}
-        architecture = architecture_of(model.config)
+        architecture = family_of(model.config).names(model.config)
         self._gives_states = architecture.is_encoder
         self._in_tuples = architecture.tuple_layers
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from rk_export.errors import InputError
-from rk_export.model.families.registry import architecture_of, family_of
+from rk_export.model.families.registry import family_of
 from rk_export.model.outputs import head_of
 
 
@@ -74,9 +74,10 @@ def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
     Raises:
         UnsupportedModelError: The family is unknown.
     """
-    if not architecture_of(config).is_encoder:
+    family = family_of(config)
+    if not family.names(config).is_encoder:
         found: type[_BaseAutoModelClass] = AutoModelForCausalLM
-    elif family_of(config).classifier(config) is None:
+    elif family.classifier(config) is None:
         found = AutoModel
     elif head_of(config) == "tokens":
         found = AutoModelForTokenClassification
