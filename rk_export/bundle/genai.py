@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from rk_export.errors import InputError
 from rk_export.model.context import own_context
-from rk_export.model.families.registry import decoder_spec, heads_of
+from rk_export.model.decoder_spec import DecoderSpec
+from rk_export.model.families.registry import decoder_spec
 from rk_export.runtime.bundle_config import rotary_switch
 
 # Families that onnxruntime-genai 0.18 names and runs as plain decoders. gpt2 is left out on purpose: its type
@@ -56,6 +57,7 @@ def genai_config(
     context_length: int,
     generation: GenerationConfig | None = None,
     filename: str = "model.onnx",
+    spec: DecoderSpec | None = None,
 ) -> dict[str, Any]:
     """Return ``genai_config.json`` for onnxruntime-genai.
 
@@ -65,7 +67,9 @@ def genai_config(
         context_length: Tokens of prompt and answer together; a search may ask for as many.
         generation: Defaults of sampling and the token ids that end a text; the config's own where None.
         filename: The graph, relative to the bundle.
+        spec: What the decoder computes; None reads it from the config.
     """
+    spec = decoder_spec(config) if spec is None else spec
     defaults = generation if generation is not None else GenerationConfig.from_model_config(config)
     ends = _tokens("eos_token_id", config, defaults)
     if not ends:
@@ -77,13 +81,13 @@ def genai_config(
         "model": {
             "bos_token_id": next(iter(_tokens("bos_token_id", config, defaults)), pad),
             "context_length": context_length,
-            "decoder": _decoder(config, ep, filename),
+            "decoder": _decoder(config, spec, ep, filename),
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
             "vocab_size": config.vocab_size,
         },
-        "search": _search(defaults, default_length(config, ep, context_length)),
+        "search": _search(defaults, default_length(spec, ep, context_length)),
     }
 
 
@@ -121,22 +125,19 @@ def _follows_switch(config: PretrainedConfig, switch: int) -> bool:
     return config.model_type == "phi3" and switch == 4096
 
 
-def default_length(config: PretrainedConfig, ep: Literal["cpu", "cuda"], context_length: int) -> int:
+def default_length(spec: DecoderSpec, ep: Literal["cpu", "cuda"], context_length: int) -> int:
     """Return the length of a search that does not name one: its buffer of keys and values stays affordable.
 
     Args:
-        config: Configuration of the exported model.
+        spec: Of the decoder.
         ep: Execution provider; numbers count as float16 on CUDA and as float32 elsewhere.
         context_length: The most that a search may ask for.
 
     Returns:
         Positions: at most `MOST_POSITIONS`, and as many as `MOST_BUFFER_BYTES` hold for one row.
     """
-    heads = heads_of(config)
     float_bytes = 4 if ep == "cpu" else 2
-    position_bytes = (
-        2 * len(decoder_spec(config).attention_layers) * heads.kv_heads * heads.head_dim * float_bytes
-    )
+    position_bytes = 2 * len(spec.attention_layers) * spec.heads.kv_heads * spec.heads.head_dim * float_bytes
     held = max(_ROUND_TO, MOST_BUFFER_BYTES // position_bytes // _ROUND_TO * _ROUND_TO)
     return int(min(context_length, MOST_POSITIONS, held))
 
@@ -160,9 +161,10 @@ def _first_set(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _decoder(config: PretrainedConfig, ep: Literal["cpu", "cuda"], filename: str) -> dict[str, Any]:
-    heads = heads_of(config)
-    states = _states(config)
+def _decoder(
+    config: PretrainedConfig, spec: DecoderSpec, ep: Literal["cpu", "cuda"], filename: str
+) -> dict[str, Any]:
+    heads, states = spec.heads, _states(spec)
     return {
         "session_options": {
             "log_id": "onnxruntime-genai",
@@ -199,8 +201,7 @@ class _States(NamedTuple):
     outputs: dict[str, str]
 
 
-def _states(config: PretrainedConfig) -> _States:
-    spec = decoder_spec(config)
+def _states(spec: DecoderSpec) -> _States:
     if not spec.conv_layers:
         return _States({}, {}, {})
     kinds = {"attention": "full_attention", "short_conv": "conv"}

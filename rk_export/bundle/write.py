@@ -199,7 +199,9 @@ def write_configs(folder: Path, rewritten: Rewritten, source: Path, base: Path |
     if not rewritten.architecture.is_encoder:
         ep: Literal["cpu", "cuda"] = "cuda" if rewritten.plan.recipe.target.ep == "cuda" else "cpu"
         context = exact_length(config)
-        write_genai_config(folder, genai_config(config, ep=ep, context_length=context, generation=generation))
+        spec = rewritten.description.decoder
+        values = genai_config(config, ep=ep, context_length=context, generation=generation, spec=spec)
+        write_genai_config(folder, values)
     return generation
 
 

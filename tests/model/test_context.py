@@ -19,6 +19,7 @@ from rk_export.bundle.genai import default_length
 from rk_export.errors import InputError
 from rk_export.model.context import check_context, context_notices, with_context
 from rk_export.model.description import describe
+from rk_export.model.families.registry import decoder_spec
 from rk_export.model.rotary import rotary_tables
 from rk_export.options.run import Run
 from rk_export.plan import Plan
@@ -161,11 +162,11 @@ def test_a_context_that_cannot_be_is_refused(
 
 def test_a_search_of_genai_allocates_no_gigabytes_by_default() -> None:
     small = tiny_config("llama")
-    assert default_length(small, "cpu", 100) == 100
-    assert default_length(small, "cpu", 131_072) == 4096
+    assert default_length(decoder_spec(small), "cpu", 100) == 100
+    assert default_length(decoder_spec(small), "cpu", 131_072) == 4096
     large = tiny_config(
         "llama", num_hidden_layers=32, num_key_value_heads=32, num_attention_heads=32, head_dim=128
     )
-    assert default_length(large, "cuda", 131_072) == 1024
-    assert default_length(large, "cpu", 131_072) == 512
+    assert default_length(decoder_spec(large), "cuda", 131_072) == 1024
+    assert default_length(decoder_spec(large), "cpu", 131_072) == 512
     assert 2 * 32 * 32 * 128 * 4 * 512 == 2**29
