@@ -248,7 +248,9 @@ def test_an_argument_without_effect_is_said_once(tmp_path: Path, caplog: pytest.
     template = ChatTemplate.read(write_tokenizer(tmp_path))
     for _ in range(2):
         template.render(USER, enable_thinkin=False, enable_thinking=False)
-    assert [record.message.partition(" ")[2] for record in caplog.records] == [
+    # Other libraries may say something in a thread of their own meanwhile.
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("rk_export.")]
+    assert [message.partition(" ")[2] for message in said] == [
         "does not read 'enable_thinkin': it has no effect"
     ]
 
