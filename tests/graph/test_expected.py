@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from compressed import INT4, SourceOf, compress, floats
+from compressed import INT4, OnnxModel, SourceOf, compress, floats
 
 from rk_export.errors import FusionError
 from rk_export.graph import swap
@@ -112,3 +113,15 @@ def test_a_new_form_declares_itself_in_its_own_module(
     found = {fusion.pattern: (fusion.planned, fusion.found) for fusion in fusions}
     assert found["negations"] == (7 * LAYERS, 7 * LAYERS)
     assert found["packed projections"] == (0, 0)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("quant", [None, INT4], ids=["floats", "int4"])
+def test_attention_takes_its_pack_where_the_mlp_reads_the_same_norm(
+    source_of: SourceOf, tmp_path: Path, quant: QuantSpec | None
+) -> None:
+    """All five products read one value; q, k and v are one of their own, which attention reads without a Split."""
+    source = source_of("cohere")
+    model = OnnxModel(compress(source, floats((), quant=quant)), tmp_path)
+    assert model.fusion("packed query, key and value").found == source.layer_count
+    assert model.fusion("packed projections").found == 2 * source.layer_count
